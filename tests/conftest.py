@@ -1,0 +1,23 @@
+"""Fixtures shared by all tests: where the shared real data lies, and small random models."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real text, models and golden outputs, which is not part of the project."""
+    path = Path(os.environ.get("GPTQ_AWQ_SHARED", ROOT.parent / "shared"))
+    if not path.is_dir():
+        pytest.skip(f"shared data is not at {path} (set GPTQ_AWQ_SHARED)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def stories15m(shared: Path) -> Path:
+    """A real, trained fp32 Llama of 15M parameters, context 256."""
+    return shared / "models" / "stories15M"
