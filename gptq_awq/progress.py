@@ -1,15 +1,24 @@
 """Progress reporting without a progress bar in library code.
 
-Long loops take a `Track`: a function that wraps an iterable and may report on it. The command line passes
-`rich_track`; a library caller who passes nothing gets silence.
+Long loops take a `Track`: a function that wraps an iterable and may report on it. The command line passes what
+`rich_track` gives it; a library caller who passes nothing gets silence.
 """
 
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 T = TypeVar("T")
 Track = Callable[[Iterable[T], str, int], Iterable[T]]
@@ -23,18 +32,68 @@ def no_track(items: Iterable[T], description: str, total: int) -> Iterable[T]:  
 
 @contextmanager
 def rich_track(console: Console) -> Iterator[Track]:
-    """A `Track` that draws one bar per phase, with elapsed and remaining time, on `console`."""
+    """A `Track` that reports each phase on `console`, with elapsed and remaining time.
+
+    On a terminal or in a notebook: one bar per phase, and below it a bar for a loop inside it while that runs.
+    Elsewhere (a CI log, a file): a line when a phase ends, one each half minute before that, nothing for inner loops.
+    """
+    if not (console.is_interactive or console.is_jupyter):
+        yield line_track(console)
+        return
     columns = (
-        TextColumn("{task.description}", justify="left"),
+        TextColumn("{task.description}", justify="left", markup=False),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    # Time left from all steps so far: rich's own window of 30 s is shorter than one block of a large model.
+    with Progress(*columns, console=console, speed_estimate_period=math.inf) as progress:
+        yield _bar_track(progress)
 
-        def track(items: Iterable[T], description: str, total: int) -> Iterable[T]:
-            return progress.track(items, total=total, description=description)
 
-        yield track
+def line_track(console: Console, every: float = 30.0, clock: Callable[[], float] = time.monotonic) -> Track:
+    """A `Track` that prints plain lines: at the end of a phase, and after `every` seconds (of `clock`) within it."""
+    open_phases: list[str] = []
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+    def track(items: Iterable[T], description: str, total: int) -> Iterable[T]:
+        if open_phases:
+            yield from items
+            return
+        open_phases.append(description)
+        start = last = clock()
+        done = 0
+        try:
+            for item in items:
+                yield item
+                done += 1
+                now = clock()
+                if now - last >= every and done < total:
+                    left = (now - start) / done * (total - done)
+                    say(f"{description}: {done}/{total} after {now - start:.0f} s, about {left:.0f} s left")
+                    last = now
+        finally:  # also where the loop is left early: the log says how far it came
+            open_phases.remove(description)
+            say(f"{description}: {done}/{total} in {clock() - start:.1f} s")
+
+    return track
+
+
+def _bar_track(progress: Progress) -> Track:
+    def track(items: Iterable[T], description: str, total: int) -> Iterable[T]:
+        inner = any(not task.finished and task.stop_time is None for task in progress.tasks)
+        bar = progress.add_task(description, total=total)
+        try:
+            for item in items:
+                yield item
+                progress.advance(bar)
+        finally:
+            progress.stop_task(bar)  # a loop left early must not seem to run on
+            if inner:  # a model has dozens of blocks: bars of their inner loops would fill the screen
+                progress.remove_task(bar)
+
+    return track

@@ -1,0 +1,86 @@
+"""Linear layers of any make, seen as one matrix (out, in)."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` multiplies its input by a 2-D weight that we may quantize."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def matrix(module: nn.Module) -> Float[Tensor, "out in"]:
+    """The module's weight as a view of shape (out, in); writing to it writes to the module."""
+    weight = module.weight.data  # pyright: ignore[reportAttributeAccessIssue]
+    return weight.T if isinstance(module, Conv1D) else weight  # pyright: ignore[reportReturnType]
+
+
+@dataclass(frozen=True)
+class Absorber:
+    """An op whose output channels may be divided by s when the next linears' columns are multiplied by s.
+
+    Attributes:
+        producer: name, within the block, of a norm or a linear.
+        rows: (in,), the producer's output channel that feeds each input column of the site. Columns may share
+            a channel (grouped-query attention): their s must be equal.
+        unit_offset: a norm that multiplies by (1 + weight), as Gemma's do.
+    """
+
+    producer: str
+    rows: Int[Tensor, "in"]
+    unit_offset: bool = False
+
+    def tie(self, s: Float[Tensor, "in"]) -> Float[Tensor, "in"]:
+        """The nearest scales (geometric mean) that are equal wherever columns share a channel."""
+        rows = self.rows.to(s.device)
+        channels = int(rows.max()) + 1
+        total = torch.zeros(channels, device=s.device, dtype=s.dtype).index_add_(0, rows, s.log())
+        count = torch.zeros(channels, device=s.device, dtype=s.dtype).index_add_(0, rows, torch.ones_like(s))
+        return (total / count.clamp(min=1)).exp()[rows]
+
+    @torch.no_grad()
+    def divide(self, block: nn.Module, s: Float[Tensor, "in"]) -> None:
+        """Divide the producer's output channels by s, in place."""
+        producer = block.get_submodule(self.producer)
+        rows = self.rows.to(s.device)
+        if is_linear(producer):
+            weight = matrix(producer)
+            divisor = torch.ones(weight.shape[0], device=s.device, dtype=s.dtype)
+            divisor[rows] = s
+            weight.copy_(weight / divisor[:, None].to(weight))
+        else:
+            weight = producer.weight.data
+            divisor = torch.ones(weight.shape[0], device=s.device, dtype=s.dtype)
+            divisor[rows] = s
+            offset = 1.0 if self.unit_offset else 0.0
+            weight.copy_((weight + offset) / divisor.to(weight) - offset)
+        bias = getattr(producer, "bias", None)
+        if bias is not None:
+            bias.data.copy_(bias.data / divisor.to(bias))
+
+
+@dataclass(frozen=True)
+class Site:
+    """The linears of a block that read one and the same tensor.
+
+    Attributes:
+        linears: names within the block, in the order they are called.
+        width: columns of the input.
+        absorber: what may take over a scaling of the input; None: nothing was found that leaves the block's
+            function unchanged.
+    """
+
+    linears: tuple[str, ...]
+    width: int
+    absorber: Absorber | None = None
+
+    @property
+    def name(self) -> str:
+        """For example `self_attn.q_proj+k_proj+v_proj`."""
+        head, _, _ = self.linears[0].rpartition(".")
+        tails = [name.removeprefix(f"{head}.") for name in self.linears]
+        return f"{head}.{'+'.join(tails)}" if head else "+".join(tails)

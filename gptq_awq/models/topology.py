@@ -1,0 +1,214 @@
+"""Topology by observation: which linears share an input, and which op can absorb a scaling of it.
+
+Sites are seen: linears that were handed the same tensor in one forward. Absorbers are found by experiment, on
+a float32 copy of the block:
+
+1. propose  the norms and linears that ran before the site, nearest first; of a fused linear also parts of
+            its rows (halves, thirds, per-head thirds, the values of grouped queries);
+2. trace    put known positive noise at the proposal's output and multiply channel r by a factor that spells
+            r in base `LEVELS`. Where each column of the site's input is multiplied by one of these factors,
+            the factors spell which channel feeds the column;
+3. verify   divide the channels by random s, multiply the site's columns by s: the block's output must not
+            change. This also catches channels that somebody else reads (a residual, another site).
+
+No table of architectures, and no wrong guess that passes silently.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from gptq_awq.models.blocks import Call
+from gptq_awq.models.linear import Absorber, Site, is_linear, matrix
+
+LEVELS = 64  # distinct factors in one trace: 2.2% apart, far above rounding errors
+TRACE_TOLERANCE = 3e-3
+VERIFY_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A block, an input, and the way to run it."""
+
+    block: nn.Module
+    hidden: Float[Tensor, "1 tokens width"]
+    call: Call
+
+    def run(self) -> Tensor:
+        return self.call.run(self.block, self.hidden)
+
+
+def observe_sites(
+    block: nn.Module, hidden: Float[Tensor, "1 tokens width"], call: Call, absorbers: bool, heads: int | None = None
+) -> list[Site]:
+    """The block's sites in the order they run.
+
+    Args:
+        block: one transformer block; it is left as it was.
+        hidden: a short input, such as the first tokens of a calibration sample.
+        call: the block's other arguments for that input.
+        absorbers: also look for each site's absorber (a dozen tiny forwards per site).
+        heads: attention heads, to recognise the values in a fused, per-head interleaved projection.
+    """
+    probe = _Probe(copy.deepcopy(block).float(), hidden.float(), call)
+    with torch.no_grad():
+        order, sites = _watch(probe)
+        if not absorbers:
+            return sites
+        return [replace(site, absorber=_find_absorber(probe, site, order, heads)) for site in sites]
+
+
+def _watch(probe: _Probe) -> tuple[list[str], list[Site]]:
+    """Run the block once: the leaf modules in call order, and the linears grouped by input tensor."""
+    order: list[str] = []
+    readers: dict[int, list[str]] = {}
+    held: list[Tensor] = []  # keeps every input alive, so that ids stay unique
+
+    def hook(name: str):
+        def watch(module, args, _output):
+            order.append(name)
+            if is_linear(module):
+                held.append(args[0])
+                readers.setdefault(id(args[0]), []).append(name)
+
+        return watch
+
+    leaves = [(n, m) for n, m in probe.block.named_modules() if not any(m.children())]
+    with _hooks([m.register_forward_hook(hook(n)) for n, m in leaves]):
+        probe.run()
+    widths = {name: matrix(probe.block.get_submodule(name)).shape[1] for names in readers.values() for name in names}
+    return order, [Site(tuple(names), widths[names[0]]) for names in readers.values()]
+
+
+@contextmanager
+def _hooks(handles: list) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _find_absorber(probe: _Probe, site: Site, order: list[str], heads: int | None) -> Absorber | None:
+    """The nearest op before `site` that passes trace and verification."""
+    before = order[: order.index(site.linears[0])]
+    for producer in dict.fromkeys(reversed(before)):
+        module = probe.block.get_submodule(producer)
+        for rows in _proposals(module, site.width, heads):
+            columns = _trace(probe, site, producer, rows)
+            if columns is None:
+                continue
+            for unit_offset in (False,) if is_linear(module) else (False, True):
+                absorber = Absorber(producer, columns, unit_offset)
+                if _verify(probe, site, absorber):
+                    return absorber
+    return None
+
+
+def _proposals(module: nn.Module, width: int, heads: int | None) -> list[Int[Tensor, "part"]]:
+    """Sets of output channels of `module` that might feed a site of `width` columns."""
+    weight = getattr(module, "weight", None)
+    if weight is None or not (is_linear(module) or weight.dim() == 1):
+        return []
+    channels = torch.arange(matrix(module).shape[0] if is_linear(module) else weight.shape[0])
+    n = len(channels)
+    parts = [channels]
+    if is_linear(module) and n > width:
+        if n == 2 * width:
+            parts += list(channels.chunk(2))
+        if n == 3 * width:
+            parts += list(channels.chunk(3))
+            if heads and width % heads == 0:  # per head: q, k, v
+                parts += list(channels.view(heads, 3, -1).unbind(1))
+        if (n - width) % 2 == 0:  # q as wide as the site, then k and v, fewer heads each
+            parts.append(channels[n - (n - width) // 2 :])
+    return [part.flatten() for part in parts if width % len(part) == 0]
+
+
+def _trace(probe: _Probe, site: Site, producer: str, rows: Int[Tensor, "part"]) -> Int[Tensor, "in"] | None:
+    """The channel among `rows` that each column of the site is proportional to; None if any has none."""
+    module = probe.block.get_submodule(producer)
+    generator = torch.Generator().manual_seed(0)
+    noise: list[Tensor] = []
+
+    def inputs(factor: Tensor) -> Tensor:
+        def inject(_module, _args, output):
+            if not noise:
+                noise.append(0.5 + torch.rand(output.shape, generator=generator).to(output))
+            return noise[0] * factor.to(output)
+
+        return _site_input(probe, site, module.register_forward_hook(inject))
+
+    channels = matrix(module).shape[0] if is_linear(module) else module.weight.shape[0]  # pyright: ignore
+    ones = torch.ones(channels)
+    plain = inputs(ones)
+    index = torch.zeros(site.width, dtype=torch.long)
+    for digit in range(max(1, math.ceil(math.log(len(rows), LEVELS)))):
+        level = torch.arange(len(rows)) // LEVELS**digit % LEVELS
+        factor = ones.clone()
+        factor[rows] = _factors()[level]
+        found = _levels(inputs(factor), plain)
+        if found is None:
+            return None
+        index += found * LEVELS**digit
+    return rows[index] if int(index.max()) < len(rows) else None
+
+
+def _factors() -> Float[Tensor, "levels"]:
+    """Log-spaced factors from 1/2 to 2. No factor is 1, so an untouched column is told from a traced one."""
+    return torch.logspace(-1, 1, 2 * LEVELS + 1, base=2.0)[1::2]
+
+
+def _levels(scaled: Float[Tensor, "tokens in"], plain: Float[Tensor, "tokens in"]) -> Int[Tensor, "in"] | None:
+    """Which factor each column was multiplied by, the same for all tokens; None if any column by none."""
+    energy = plain.square().sum(0)
+    ratio = (scaled * plain).sum(0) / energy
+    residual = (scaled - ratio * plain).square().sum(0).sqrt() / energy.sqrt()
+    distance, level = (ratio[:, None].cpu().log() - _factors().log()).abs().min(1)
+    proportional = (residual < TRACE_TOLERANCE).all() and (distance < TRACE_TOLERANCE).all()
+    return level if bool(proportional) else None
+
+
+def _site_input(probe: _Probe, site: Site, handle) -> Float[Tensor, "tokens in"]:
+    """The tensor that enters the site in one run, under one temporary hook."""
+    seen: list[Tensor] = []
+    first = probe.block.get_submodule(site.linears[0])
+    with _hooks([handle, first.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))]):
+        probe.run()
+    return seen[0].reshape(-1, site.width)
+
+
+def _verify(probe: _Probe, site: Site, absorber: Absorber) -> bool:
+    """Whether absorbing random scales leaves the block's output unchanged."""
+    s = absorber.tie(torch.rand(site.width, generator=torch.Generator().manual_seed(1)) * 1.5 + 0.5)
+    s = s.to(probe.hidden.device)
+    touched = [absorber.producer, *site.linears]
+    before = {name: copy.deepcopy(probe.block.get_submodule(name).state_dict()) for name in touched}
+    expected = probe.run()
+    try:
+        absorb(probe.block, site, absorber, s)
+        return relative_error(probe.run(), expected) < VERIFY_TOLERANCE
+    finally:
+        for name, state in before.items():
+            probe.block.get_submodule(name).load_state_dict(state)
+
+
+def absorb(block: nn.Module, site: Site, absorber: Absorber, s: Float[Tensor, "in"]) -> None:
+    """Multiply the site's columns by s and divide the absorber's channels by s, in place."""
+    absorber.divide(block, s)
+    for name in site.linears:
+        weight = matrix(block.get_submodule(name))
+        weight.copy_(weight * s.to(weight))
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """‖a - b‖ / ‖b‖."""
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
+
+

@@ -1,0 +1,103 @@
+"""Second moments of a site's input: all that GPTQ and AWQ need to know of the calibration data.
+
+For tokens x₁…x_n that enter a site:  H = 1/n Σ x xᵀ,  and the mean magnitude a = 1/n Σ |x|. The output error of
+a weight change Δ is then tr(ΔHΔᵀ) per token, whatever the number of tokens.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from gptq_awq.errors import UserError
+from gptq_awq.linalg import inverse_cholesky
+
+# H is symmetric: only blocks on and above its diagonal are computed. Wider blocks waste more work below
+# the diagonal, narrower ones leave the matrix unit idle.
+BLOCK = 384
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Finished statistics of one site.
+
+    Attributes:
+        hessian: H, (in, in) float32.
+        mean_abs: a, (in,) float32.
+        tokens: n, real (unpadded) tokens seen.
+    """
+
+    hessian: Float[Tensor, "in in"]
+    mean_abs: Float[Tensor, "in"]
+    tokens: int
+    _factors: dict = field(default_factory=dict, repr=False, compare=False)
+
+    def rescaled(self, scales: Float[Tensor, "in"]) -> "Moments":
+        """The moments of x / s, as they are after a transform divided the site's input by `scales`."""
+        s = scales.to(self.hessian)
+        return Moments(self.hessian / (s[:, None] * s[None, :]), self.mean_abs / s, self.tokens)
+
+    def dead(self) -> Bool[Tensor, "in"]:
+        """Columns whose input was always zero."""
+        return self.hessian.diagonal() == 0
+
+    def inverse_factor(self, damping: float, act_order: bool) -> tuple[Tensor, Tensor | None, float]:
+        """Upper factor U of the damped inverse Hessian, shared by the site's linears (see linalg).
+
+        Returns:
+            U (in, in); the column order it is in (None: natural); the damping used.
+
+        Raises:
+            NotPositiveDefiniteError: see `linalg.inverse_cholesky`.
+        """
+        key = (damping, act_order)
+        if key not in self._factors:
+            h = self.hessian.clone()
+            h.diagonal()[self.dead()] = 1.0
+            order = torch.argsort(h.diagonal(), descending=True) if act_order else None
+            if order is not None:
+                h = h[order][:, order]
+            factor, used = inverse_cholesky(h, damping)
+            self._factors.clear()  # one factor at a time: they are as large as H
+            self._factors[key] = (factor, order, used)
+        return self._factors[key]
+
+
+class MomentsSum:
+    """Streams activations into Σ x xᵀ and Σ |x|, each token counted once, padding never.
+
+    Sums are kept in float32 over batches that are reduced in float32: relative error about 1e-6
+    (benchmarks/moments.py), far under damping.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._xx = torch.zeros(width, width, device=device)
+        self._abs = torch.zeros(width, device=device)
+        self._tokens = 0
+
+    def add(self, x: Float[Tensor, "*batch in"], mask: Bool[Tensor, "*batch"] | None, where: str) -> None:
+        """Add a batch of inputs; `where` names the site in the error on non-finite activations.
+
+        Raises:
+            UserError: an activation is NaN or infinite.
+        """
+        x = (x.reshape(-1, x.shape[-1]) if mask is None else x[mask]).float()
+        for a in range(0, x.shape[1], BLOCK):
+            b = min(a + BLOCK, x.shape[1])
+            self._xx[a:b, a:].addmm_(x[:, a:b].T, x[:, a:])
+        magnitude = x.abs().sum(0)
+        if not torch.isfinite(magnitude).all():
+            raise UserError(
+                f"non-finite activations enter {where}: try dtype=float32 compute_dtype=float32, or check the model"
+            )
+        self._abs += magnitude
+        self._tokens += x.shape[0]
+
+    def finish(self) -> Moments:
+        """Normalize by the token count. Raises UserError when no token was seen."""
+        if self._tokens == 0:
+            raise UserError("calibration holds no real token: check data.path and data.packing")
+        upper = self._xx.triu() / self._tokens
+        hessian = upper + upper.triu(1).T
+        return Moments(hessian, self._abs / self._tokens, self._tokens)

@@ -1,0 +1,74 @@
+"""Streams: the calibration data as it flows from block to block.
+
+A stream is one batch of calibration windows as hidden states, with the arguments every block wants beside
+them. The states live in the compute dtype; blocks rewrite them in place of the old ones.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from gptq_awq.data import TokenSet
+from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call
+from gptq_awq.progress import Track, no_track
+
+
+@dataclass
+class Stream:
+    """One batch on its way through the model (the one mutable value of the pipeline).
+
+    Attributes:
+        hidden: what enters the next block.
+        calls: the other arguments of every block.
+        mask: True at real tokens; None when all are.
+    """
+
+    hidden: Float[Tensor, "batch tokens width"]
+    calls: list[Call]
+    mask: Bool[Tensor, "batch tokens"] | None
+
+
+@dataclass(frozen=True)
+class Streams:
+    """All calibration batches, and a probe of a few tokens for observing the topology."""
+
+    batches: list[Stream]
+    probe: Stream
+
+    @torch.no_grad()
+    def advance(self, block: nn.Module, index: int) -> None:
+        """Pass every batch through `block`."""
+        for stream in self.batches:
+            stream.hidden = stream.calls[index].run(block, stream.hidden)
+
+    def probe_input(self) -> Float[Tensor, "1 tokens width"]:
+        """The first real tokens that enter the next block."""
+        return self.batches[0].hidden[:1, : self.probe.hidden.shape[1]]
+
+
+def open_streams(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    tokens: TokenSet,
+    tokens_per_batch: int,
+    compute_dtype: torch.dtype,
+    track: Track = no_track,
+) -> Streams:
+    """Embed the calibration tokens and record what every block is called with."""
+    recorder = BlockCalls(model, blocks)
+    windows, seqlen = tokens.ids.shape
+    per_batch = max(1, tokens_per_batch // seqlen)
+
+    def stream(ids: Tensor, mask: Tensor | None) -> Stream:
+        hidden, calls = recorder.record(ids, mask)
+        on_device = None if mask is None else mask.to(hidden.device)
+        return Stream(hidden.to(compute_dtype), calls, on_device)
+
+    starts = range(0, windows, per_batch)
+    batches = []
+    for start in track(starts, "embed calibration text", len(starts)):
+        part = slice(start, start + per_batch)
+        batches.append(stream(tokens.ids[part], None if tokens.mask is None else tokens.mask[part]))
+    return Streams(batches, stream(tokens.ids[:1, :PROBE_TOKENS], None))

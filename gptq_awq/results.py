@@ -1,0 +1,197 @@
+"""The results of a run on disk: one `results.json` per run, one `ledger.jsonl` row per linear layer.
+
+Both are strict JSON. JSON has no infinity and no NaN, which a broken 2-bit model does reach, so they are written as
+the strings "inf", "-inf" and "nan"; the readers here turn them back into floats in metrics and in ledger rows.
+"""
+
+import json
+import logging
+import math
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import pandas as pd
+
+from gptq_awq.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FILE_NAME = "results.json"
+NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run, finished or failed. What a failed run did not get to is None or empty.
+
+    `bits_per_weight` counts scales and zeros. `metrics` is a flat map: `wikitext2/ppl@2048`, and what belongs to a
+    metric below its name: `wikitext2/ppl@2048/baseline` (full precision), `.../delta`, `.../delta_ci95` ([low, high]).
+    `seconds` maps phases to wall time, `ledger` is a path relative to the run's folder. `manifest` holds hashes and
+    versions; its `tokens.eval` maps each evaluated text ("wikitext2", "lm_eval/TASK") to the sha256 of its tokens.
+    """
+
+    method: str
+    bits: float | None
+    bits_per_weight: float | None
+    group_size: int | None
+    sym: bool | None
+    model: str
+    status: Literal["done", "failed"]
+    metrics: Mapping[str, Any]
+    size_bytes: int | None
+    baseline_size_bytes: int | None
+    seconds: Mapping[str, float]
+    peak_memory_bytes: int | None
+    ledger: str | None
+    manifest: Mapping[str, Any]
+    config: Mapping[str, Any]
+    error: str | None = None
+
+    def write(self, out_dir: Path | str) -> Path:
+        """Write `out_dir/results.json` whole or not at all, and return its path. Raises OSError (disk full, …)."""
+        row = asdict(self)
+        if self.error is None:
+            del row["error"]
+        path = Path(out_dir) / FILE_NAME
+        _write_atomic(path, json.dumps(_jsonable(row), indent=1, allow_nan=False) + "\n")
+        return path
+
+    @classmethod
+    def read(cls, path: Path | str) -> Self:
+        """The result stored at `path` (a results.json). Raises OSError, or ValueError where it is not one."""
+        return cls(**_read_row(path))
+
+
+KEYS = tuple(field.name for field in fields(Result))
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """`ledger.jsonl`: one line per linear layer, appended block by block, so a killed run leaves what it had done."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path | str) -> Self:
+        """An empty ledger, in place of any earlier one."""
+        Path(path).write_bytes(b"")
+        return cls(Path(path))
+
+    @classmethod
+    def resume(cls, path: Path | str, rows: int) -> Self:
+        """Go on after the first `rows` rows; what follows, a block that a kill cut short, is dropped.
+
+        Raises ValueError where the ledger is shorter than that.
+        """
+        with Path(path).open("r+b") as file:
+            whole = [line for line in file if line.endswith(b"\n")]
+            if len(whole) < rows:
+                raise ValueError(
+                    f"{path} has {len(whole)} rows, not the {rows} of the blocks already finished"
+                )
+            file.truncate(sum(map(len, whole[:rows])))
+        return cls(Path(path))
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add the rows of one block; they are on disk when this returns."""
+        lines = "".join(json.dumps(_jsonable(row), allow_nan=False) + "\n" for row in rows)
+        with self.path.open("ab") as file:
+            file.write(lines.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_ledger(path: Path | str) -> pd.DataFrame:
+    """The ledger as a table, one row per linear layer. Lines that a kill left half-written are skipped, with a warning."""
+    rows = []
+    with Path(path).open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                rows.append({key: _with_floats(value) for key, value in json.loads(line).items()})
+            except (ValueError, AttributeError):
+                log.warning("skipped line %d of %s: not a ledger row", number, path)
+    return pd.DataFrame(rows)
+
+
+def load(root: Path | str) -> pd.DataFrame:
+    """All runs below `root` as a table, one row per results.json, in the order of their paths.
+
+    Columns: the row's keys (`metrics`, `seconds`, `manifest` and `config` stay dicts), `path` (the run's folder), then
+    every metric under its own name (`wikitext2/ppl@2048`) and every phase as `seconds/PHASE`. A file that is not a
+    whole results row is skipped with a warning. Raises UserError where `root` is not a folder.
+    """
+    if not Path(root).is_dir():
+        raise UserError(f"no folder of runs at {root}")
+    rows = []
+    for path in sorted(_find(root)):
+        try:
+            row = _read_row(path)
+        except (OSError, ValueError) as error:
+            log.warning("skipped %s: %s", path, error)
+        else:
+            rows.append(flat_row(row, path=os.path.dirname(path)))  # noqa: PTH120 (pathlib is slow ten thousand times)
+    return pd.DataFrame(rows, columns=None if rows else [*KEYS, "path"])
+
+
+def flat_row(row: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """A results row as one flat table row: its keys, then `more`, then its metrics and its `seconds/PHASE`."""
+    seconds = {f"seconds/{phase}": value for phase, value in row["seconds"].items()}
+    return {key: row.get(key) for key in KEYS} | more | dict(row["metrics"]) | seconds
+
+
+def _find(root: Path | str) -> Iterator[str]:
+    for folder, _, files in os.walk(root):
+        if FILE_NAME in files:
+            yield f"{folder}/{FILE_NAME}"
+
+
+def _read_row(path: Path | str) -> dict[str, Any]:
+    with open(path, "rb") as file:  # noqa: PTH123
+        row = json.loads(file.read())
+    if not isinstance(row, dict):
+        raise ValueError("not a results row")
+    missing = [key for key in KEYS if key not in row and key != "error"]
+    if missing:
+        raise ValueError(f"not a results row: no {missing[0]!r}")
+    if not (isinstance(row["metrics"], dict) and isinstance(row["seconds"], dict)):
+        raise ValueError("not a results row: metrics and seconds must be maps")
+    row["metrics"] = {name: _with_floats(value) for name, value in row["metrics"].items()}
+    return {key: row[key] for key in KEYS if key in row}
+
+
+def _with_floats(value: Any) -> Any:
+    """The inverse of what `_jsonable` does to non-finite floats, for a value or a list of values."""
+    if isinstance(value, list):
+        return [_with_floats(item) for item in value]
+    return NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _jsonable(value: Any) -> Any:
+    """`value` in JSON's own types; array and tensor values become numbers or lists, anything unknown its string."""
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    return _jsonable(value.tolist()) if hasattr(value, "tolist") else str(value)
+
+
+def _write_atomic(path: Path, text: str) -> None:
+    """Write beside `path` and rename over it: a reader, or a crash, sees the old file or the new one, never a part."""
+    # Unique per writer, not per process: two nodes may share a folder and a process id.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

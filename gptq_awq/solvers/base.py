@@ -1,0 +1,48 @@
+"""What a solver is, and what it answers.
+
+A solver lands one linear's weight on a grid: a frozen dataclass with `name`, `needs_hessian` and `solve`.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from gptq_awq.grids.base import Grid, QuantizedWeight
+from gptq_awq.moments import Moments
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A solved linear and how it was solved, for the ledger.
+
+    Attributes:
+        quantized: the weight on its grid.
+        algorithm: what actually ran: the solver's name, or that of its declared fallback.
+        damping: the damping that made the Hessian factor; None where none was needed.
+        fallback: why another algorithm or damping than the requested one was used; None if it wasn't.
+    """
+
+    quantized: QuantizedWeight
+    algorithm: str
+    damping: float | None = None
+    fallback: str | None = None
+
+
+class Solver(Protocol):
+    """How one linear's weight lands on the grid."""
+
+    @property
+    def name(self) -> str:
+        """The algorithm, as the ledger names it."""
+        ...
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether calibration statistics must be gathered for `solve`."""
+        ...
+
+    def solve(self, weight: Float[Tensor, "out in"], moments: Moments | None, grid: Grid) -> Solution:
+        """Quantize one weight (float32), given the statistics of its input."""
+        ...

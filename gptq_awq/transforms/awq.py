@@ -1,0 +1,159 @@
+"""AWQ (Lin et al., arXiv 2306.00978): scale salient input channels up before rounding.
+
+For one site with weights W (the site's linears stacked) and input magnitudes a = mean |x|:
+
+    s(α) = a^α                      or, with duo scaling,  a^α / w^(1-α),   w = mean |W| / group max
+    s*   = argmin over α of  ‖ Q(W diag(s)) diag(s)⁻¹ X - W X ‖²             (eq. 4)
+
+s is normalized to √(max s · min s) = 1. The op before the site absorbs 1/s, so the unquantized model is
+unchanged. With objective `linear`, the loss is tr(ΔHΔᵀ) and needs no activations: every α costs out·in² flops
+whatever the amount of calibration data. With `module` it is the output error of the smallest module that holds
+the site's linears (attention, MLP), as in the authors' code, on a few sampled batches.
+
+The paper's weight clipping is a range search of the grid: `grid.search=hessian`.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gptq_awq.errors import UserError
+from gptq_awq.grids.base import Grid, group_starts
+from gptq_awq.linalg import quadratic
+from gptq_awq.models.linear import Site, matrix
+from gptq_awq.models.topology import absorb
+from gptq_awq.moments import Moments
+from gptq_awq.transforms.base import ModuleInputs, Scaling
+
+MIN_SCALE = 1e-4
+
+
+@dataclass(frozen=True)
+class AWQ:
+    """Activation-aware scaling.
+
+    Attributes:
+        ratio_steps: α runs over 0, 1/n, …, (n-1)/n.
+        duo: divide by the weights' own magnitude: "on", "off", or "both" (search twice).
+        objective: "linear" or "module", see above.
+    """
+
+    ratio_steps: int = 20
+    duo: Literal["on", "off", "both"] = "on"
+    objective: Literal["linear", "module"] = "linear"
+    name: str = "awq"
+
+    def __post_init__(self) -> None:
+        if self.ratio_steps < 1:
+            raise UserError(f"method.transforms.awq.ratio_steps={self.ratio_steps}: give at least 1")
+        if str(self.duo) not in ("on", "off", "both"):
+            raise UserError(f"method.transforms.awq.duo={self.duo}: choose on, off or both")
+        if self.objective not in ("linear", "module"):
+            raise UserError(f"method.transforms.awq.objective={self.objective}: choose linear or module")
+
+    @torch.no_grad()
+    def apply(
+        self, block: nn.Module, sites: list[Site], moments: list[Moments], grid: Grid, inputs: ModuleInputs
+    ) -> list[Scaling]:
+        """Scale every site that has an absorber; the others are left alone, and say so."""
+        return [self._scale(block, site, stats, grid, inputs) for site, stats in zip(sites, moments, strict=True)]
+
+    def _scale(self, block: nn.Module, site: Site, stats: Moments, grid: Grid, inputs: ModuleInputs) -> Scaling:
+        if site.absorber is None:
+            return Scaling(None, {"skipped": "no preceding op can absorb a scale"})
+        W = torch.cat([matrix(block.get_submodule(name)) for name in site.linears]).float()
+        loss = self._linear_loss(W, stats, grid) if self.objective == "linear" else _module_loss(block, site, grid, inputs)
+        best, alpha, duo = torch.ones_like(stats.mean_abs), 0.0, False
+        unscaled = least = loss(best)
+        for candidate_alpha, candidate_duo in self._grid():
+            s = site.absorber.tie(candidate_scales(W, stats, grid, candidate_alpha, candidate_duo))
+            value = loss(s)
+            if value < least:
+                least, best, alpha, duo = value, s, candidate_alpha, candidate_duo
+        absorb(block, site, site.absorber, best)
+        return Scaling(
+            best,
+            {
+                "absorber": site.absorber.producer,
+                "alpha": alpha,
+                "duo": duo,
+                "loss_unscaled": unscaled,
+                "loss_scaled": least,
+            },
+        )
+
+    def _grid(self) -> list[tuple[float, bool]]:
+        duo = {"on": (True,), "off": (False,), "both": (False, True)}[self.duo]
+        return [(i / self.ratio_steps, d) for d in duo for i in range(self.ratio_steps)]
+
+    def _linear_loss(self, W: Float[Tensor, "out in"], stats: Moments, grid: Grid):
+        """s → tr(ΔHΔᵀ), Δ = Q(W s)/s - W."""
+        return lambda s: quadratic(quantize(W * s, grid) / s - W, stats.hessian)
+
+
+def candidate_scales(
+    W: Float[Tensor, "out in"], stats: Moments, grid: Grid, alpha: float, duo: bool
+) -> Float[Tensor, "in"]:
+    """s(α), normalized so that its extremes are reciprocal."""
+    s = stats.mean_abs.clamp(min=MIN_SCALE).pow(alpha)
+    if duo:
+        s = s / relative_magnitude(W, grid).clamp(min=MIN_SCALE).pow(1 - alpha)
+    s = s.clamp(min=MIN_SCALE)
+    return s / (s.max() * s.min()).sqrt()
+
+
+def relative_magnitude(W: Float[Tensor, "out in"], grid: Grid) -> Float[Tensor, "in"]:
+    """Mean over rows of |w| / max |w| of its group: how much of the group's range a column uses."""
+    starts = group_starts(W.shape[1], grid.group_size)
+    stops = [*starts[1:], W.shape[1]]
+    magnitude = W.abs()
+    groups = [magnitude[:, a:b] for a, b in zip(starts, stops, strict=True)]
+    return torch.cat([(g / g.amax(1, keepdim=True).clamp(min=1e-12)).mean(0) for g in groups])
+
+
+def quantize(W: Float[Tensor, "out in"], grid: Grid) -> Float[Tensor, "out in"]:
+    """Round to nearest on a grid fitted without a Hessian: the Q of the search."""
+    starts = group_starts(W.shape[1], grid.group_size)
+    stops = [*starts[1:], W.shape[1]]
+    parts = []
+    for a, b in zip(starts, stops, strict=True):
+        params = grid.fit(W[:, a:b])
+        parts.append(grid.decode(grid.encode(W[:, a:b], params), params))
+    return torch.cat(parts, 1)
+
+
+def _module_loss(block: nn.Module, site: Site, grid: Grid, inputs: ModuleInputs):
+    """s → Σ ‖module(x; Q(W s)/s) - module(x; W)‖² over sampled calls of the module that holds the site."""
+    name = common_module(site)
+    module = copy.deepcopy(block.get_submodule(name))
+    calls = inputs(name)
+    linears = [module.get_submodule(n.removeprefix(name).removeprefix(".")) if n != name else module for n in site.linears]
+    originals = [matrix(linear).clone() for linear in linears]
+
+    def run() -> list[Tensor]:
+        outs = [module(*args, **kwargs) for args, kwargs in calls]
+        return [out[0] if isinstance(out, tuple) else out for out in outs]
+
+    expected = run()
+
+    def loss(s: Tensor) -> float:
+        for linear, W in zip(linears, originals, strict=True):
+            matrix(linear).copy_(quantize(W.float() * s, grid) / s)
+        return sum(float((a - b).float().square().sum()) for a, b in zip(run(), expected, strict=True))
+
+    return loss
+
+
+def common_module(site: Site) -> str:
+    """The smallest module that holds all of the site's linears ("" is the block itself)."""
+    paths = [name.split(".") for name in site.linears]
+    shared = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)

@@ -1,0 +1,42 @@
+"""What a transform is: a function-preserving change of basis, applied to a block before it is rounded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from gptq_awq.grids.base import Grid
+from gptq_awq.models.linear import Site
+from gptq_awq.moments import Moments
+
+ModuleInputs = Callable[[str], list[tuple[tuple, dict[str, Any]]]]
+"""Name of a submodule → the (args, kwargs) it was called with, one entry per sampled batch."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What a transform did at one site.
+
+    Attributes:
+        scales: (in,) s: the site's columns were multiplied by s, its input divided; None: left alone.
+        details: for the ledger (JSON values).
+    """
+
+    scales: Tensor | None
+    details: dict[str, Any]
+
+
+class Transform(Protocol):
+    """A change of basis. `apply` rewrites the block in place and says what it did, site by site."""
+
+    @property
+    def name(self) -> str:
+        """As the ledger names it."""
+        ...
+
+    def apply(
+        self, block: nn.Module, sites: list[Site], moments: list[Moments], grid: Grid, inputs: ModuleInputs
+    ) -> list[Scaling]:
+        """Transform one block (float32 or the model's dtype), one `Scaling` per site."""
+        ...
