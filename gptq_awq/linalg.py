@@ -42,13 +42,15 @@ def inverse_cholesky(
 
 
 def _try_inverse_cholesky(hessian: Tensor, shift: Tensor) -> Tensor | None:
-    damped = hessian.clone()
+    """U = J L⁻¹ J, with J reversing the order of columns and L Lᵀ = J H J: the inverse is never formed."""
+    damped = hessian.flip(0, 1)
     damped.diagonal().add_(shift)
     lower, failed = torch.linalg.cholesky_ex(damped)
     if failed.item():
         return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return None if failed.item() or not torch.isfinite(upper).all() else upper
+    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    return upper if bool(torch.isfinite(upper).all()) else None
 
 
 def quadratic(delta: Float[Tensor, "out n"], hessian: Float[Tensor, "n n"]) -> float:

@@ -1,7 +1,7 @@
 """Progress reporting without a progress bar in library code.
 
-Long loops take a `Track`: a function that wraps an iterable and may report on it. The command line passes what
-`rich_track` gives it; a library caller who passes nothing gets silence.
+Long loops take a `Track`: a function that wraps an iterable and may report on it. The command line passes
+what `rich_track` gives it; a library caller who passes nothing gets silence.
 """
 
 import math
@@ -34,8 +34,9 @@ def no_track(items: Iterable[T], description: str, total: int) -> Iterable[T]:  
 def rich_track(console: Console) -> Iterator[Track]:
     """A `Track` that reports each phase on `console`, with elapsed and remaining time.
 
-    On a terminal or in a notebook: one bar per phase, and below it a bar for a loop inside it while that runs.
-    Elsewhere (a CI log, a file): a line when a phase ends, one each half minute before that, nothing for inner loops.
+    On a terminal or in a notebook: one bar per phase, and a bar for a loop inside it while that runs.
+    Elsewhere (a CI log, a file): a line when a phase ends and one each half minute before that; nothing for
+    inner loops.
     """
     if not (console.is_interactive or console.is_jupyter):
         yield line_track(console)
@@ -54,7 +55,7 @@ def rich_track(console: Console) -> Iterator[Track]:
 
 
 def line_track(console: Console, every: float = 30.0, clock: Callable[[], float] = time.monotonic) -> Track:
-    """A `Track` that prints plain lines: at the end of a phase, and after `every` seconds (of `clock`) within it."""
+    """A `Track` that prints plain lines: when a phase ends, and after `every` seconds (of `clock`) within."""
     open_phases: list[str] = []
 
     def say(line: str) -> None:

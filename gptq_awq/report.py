@@ -2,9 +2,9 @@
 
     python -m gptq_awq.report ROOT
 
-prints a table of all runs below ROOT. Every metric is shown under its full name, which carries its protocol; runs
-whose numbers come from different protocols (window length, token ids) are refused, not put side by side. A difference
-from full precision whose 95% interval contains 0 is marked "not distinguishable".
+prints a table of all runs below ROOT. Every metric is shown under its full name, which carries its protocol;
+runs whose numbers come from different protocols (window length, token ids) are refused, not put side by side.
+A difference from full precision whose 95% interval contains 0 is marked "not distinguishable".
 """
 
 import argparse
@@ -20,9 +20,10 @@ from rich import box
 from rich.table import Table
 
 from gptq_awq.errors import UserError
-from gptq_awq.results import Result, load
+from gptq_awq.results import KEYS, Result, load
 
 NOT_DISTINGUISHABLE = "not distinguishable"
+Row = Mapping[str, Any]
 SHOWN = ("method", "bits", "group_size", "sym", "model", "out")
 
 
@@ -43,7 +44,7 @@ def final_table(result: Result) -> Table:
         value, baseline = _number(result.metrics[name]), _number(result.metrics.get(f"{name}/baseline"))
         table.add_row(name, baseline, value, _difference(result.metrics, name))
     phases = ", ".join(f"{phase} {value:.1f}" for phase, value in result.seconds.items() if phase != "total")
-    table.add_row("seconds", "", f"{total_seconds(result.seconds):.1f}", phases)
+    table.add_row("time", "", _seconds(total_seconds(result.seconds)), phases)
     table.add_row("peak memory", "", _bytes(result.peak_memory_bytes))
     if result.status != "done":
         table.caption = f"{result.status}: {result.error or 'no reason given'}"
@@ -61,7 +62,7 @@ def total_seconds(seconds: Mapping[str, float]) -> float:
 
 
 def distinguishable(metrics: Mapping[str, Any], name: str) -> bool:
-    """Whether metric `name` differs from full precision: False where its interval contains 0 or is not known."""
+    """Whether `name` differs from full precision: False where the interval contains 0 or is not known."""
     low, high = metrics.get(f"{name}/delta_ci95") or (-math.inf, math.inf)
     return not low <= 0 <= high
 
@@ -97,108 +98,110 @@ def _difference(metrics: Mapping[str, Any], name: str) -> str:
 def comparison(df: pd.DataFrame) -> str:
     """A Markdown table per model of the runs in `df` (rows of `results.load`).
 
-    Runs that did not finish are named in a warning above the tables. Raises UserError where runs of one model were
-    scored by different protocols.
+    Runs that did not finish are named in a warning above the tables. Raises UserError where runs of one model
+    were scored by different protocols.
     """
-    done = df[df["status"] == "done"]
-    parts = [_unfinished(df[df["status"] != "done"])]
-    for model, runs in done.groupby("model"):
+    rows = records(df)
+    done = [row for row in rows if row["status"] == "done"]
+    parts = [_unfinished([row for row in rows if row["status"] != "done"])]
+    for model in dict.fromkeys(row["model"] for row in done):
+        runs = [row for row in done if row["model"] == model]
         check_protocols(runs)
         parts += [f"### {model}", _markdown(_cells(runs)), _baselines(runs)]
     return "\n\n".join(part for part in parts if part)
 
 
-def check_protocols(df: pd.DataFrame) -> None:
-    """Raise UserError where one text or task was scored in different ways: other perplexities, or other tokens."""
+def records(df: pd.DataFrame) -> list[Row]:
+    """The rows of `results.load` as dicts of their keys and `path`, None (not NaN) for what is missing."""
+    plain = df[[*KEYS, "path"]].astype(object)
+    return [dict(zip(plain.columns, row, strict=True)) for row in plain.where(plain.notna(), None).to_numpy()]
+
+
+def check_protocols(runs: Iterable[Row]) -> None:
+    """Raise UserError where runs scored one text or task differently: another perplexity, or other tokens."""
     ways: dict[str, dict[tuple[str, str], list[str]]] = defaultdict(lambda: defaultdict(list))
-    for row in _rows(df):
-        names = measured(row["metrics"])
-        for text in dict.fromkeys(name.rpartition("/")[0] for name in names):
-            perplexities = [name for name in names if name.rpartition("/")[0] == text and "ppl" in name]
-            tokens = row["manifest"].get("tokens", {}).get("eval", {}).get(text, "unknown")
-            ways[text][" and ".join(perplexities), tokens].append(row["path"])
-    for text, runs in ways.items():
-        if len(runs) > 1:
+    for run in runs:
+        by_text: dict[str, list[str]] = defaultdict(list)
+        for name in measured(run["metrics"]):
+            text, _, metric = name.rpartition("/")
+            by_text[text] += [name] if "ppl" in metric else []
+        for text, perplexities in by_text.items():
+            tokens = run["manifest"].get("tokens", {}).get("eval", {}).get(text, "unknown")
+            ways[text][" and ".join(sorted(perplexities)) or text, tokens].append(run["path"])
+    for text, found in ways.items():
+        if len(found) > 1:
             seen = "; ".join(
-                f"{perplexities or text} on tokens {tokens[:12]} in {len(paths)} run(s) such as {paths[0]}"
-                for (perplexities, tokens), paths in runs.items()
+                f"{what} on tokens {tokens[:12]} in {len(paths)} run(s) such as {paths[0]}"
+                for (what, tokens), paths in found.items()
             )
             raise UserError(f"{text} was scored by different protocols, report them apart: {seen}")
 
 
-def _cells(runs: pd.DataFrame) -> pd.DataFrame:
-    """The table's cells as text: what was run, what it cost, what was measured."""
-    rows = sorted(
-        _rows(runs), key=lambda row: (-(row["bits_per_weight"] or math.inf), row["method"], row["path"])
-    )
-    names = list(dict.fromkeys(name for row in rows for name in measured(row["metrics"])))
-    varied = _varied([row["config"] for row in rows])
-    return pd.DataFrame([_row_cells(row, names, varied) for row in rows]).fillna("")
+def _cells(runs: list[Row]) -> pd.DataFrame:
+    """The table's cells as text, the most bits first: what was run, what was measured, what it cost."""
+    runs = sorted(runs, key=lambda run: (-(run["bits_per_weight"] or math.inf), run["method"], run["path"]))
+    names = list(dict.fromkeys(name for run in runs for name in measured(run["metrics"])))
+    varied = _varied([run["config"] for run in runs])
+    cells = pd.DataFrame([_row_cells(run, names, varied) for run in runs])
+    return cells.loc[:, (cells != "").any()]
 
 
-def _row_cells(row: Mapping[str, Any], names: Iterable[str], varied: Iterable[str]) -> dict[str, str]:
-    metrics = row["metrics"]
+def _row_cells(run: Row, names: Iterable[str], varied: Iterable[str]) -> dict[str, str]:
     cells = {
-        "method": row["method"],
-        "bits": _number(row["bits"], digits="g"),
-        "group": "" if row["group_size"] is None else _group(row["group_size"]),
-        "sym": "" if row["sym"] is None else str(row["sym"]).lower(),
+        "method": run["method"],
+        "bits": _number(run["bits"], digits="g"),
+        "group": "" if run["group_size"] is None else _group(run["group_size"]).removeprefix("group "),
+        "sym": "" if run["sym"] is None else str(run["sym"]).lower(),
     }
-    cells |= {key: str(row["config"].get(key, "")) for key in varied}
+    cells |= {key: str(run["config"].get(key, "")) for key in varied}
     cells |= {
-        "bits/weight": _number(row["bits_per_weight"]),
-        "size": _bytes(row["size_bytes"]),
-        "reduction": _reduction(row["size_bytes"], row["baseline_size_bytes"]),
+        "bits/weight": _number(run["bits_per_weight"]),
+        "size": _bytes(run["size_bytes"]),
+        "reduction": _reduction(run["size_bytes"], run["baseline_size_bytes"]),
     }
     for name in names:
-        cells[name] = _number(metrics.get(name))
-        if f"{name}/delta" in metrics:
-            cells[f"Δ {name} [95%]"] = _difference(metrics, name)
-    if "quantize" in row["seconds"]:
-        cells["quantize s"] = f"{row['seconds']['quantize']:.1f}"
-    cells["total s"] = f"{total_seconds(row['seconds']):.1f}"
-    cells["peak memory"] = _bytes(row["peak_memory_bytes"])
-    return cells
+        cells |= {
+            name: _number(run["metrics"].get(name)),
+            f"Δ {name} [95%]": _difference(run["metrics"], name),
+        }
+    return cells | {
+        "quantize": _seconds(run["seconds"].get("quantize")),
+        "total": _seconds(total_seconds(run["seconds"])),
+        "peak memory": _bytes(run["peak_memory_bytes"]),
+    }
 
 
 def _varied(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Top-level settings (seed, dtype, …) without which two rows of the table would look the same."""
-    plain = {
+    keys = {
         key for config in configs for key, value in config.items() if isinstance(value, (str, int, float))
     }
     return sorted(
-        key for key in plain.difference(SHOWN) if len({str(config.get(key)) for config in configs}) > 1
+        key for key in keys.difference(SHOWN) if len({str(config.get(key)) for config in configs}) > 1
     )
 
 
-def _baselines(runs: pd.DataFrame) -> str:
+def _baselines(runs: Iterable[Row]) -> str:
     """One line of the full-precision values that the differences are measured from."""
     found: dict[str, set[str]] = defaultdict(set)
-    for row in _rows(runs):
-        for name in measured(row["metrics"]):
-            if f"{name}/baseline" in row["metrics"]:
-                found[name].add(_number(row["metrics"][f"{name}/baseline"]))
+    for run in runs:
+        for name in measured(run["metrics"]):
+            if f"{name}/baseline" in run["metrics"]:
+                found[name].add(_number(run["metrics"][f"{name}/baseline"]))
     values = ", ".join(f"{name} {' or '.join(sorted(numbers))}" for name, numbers in found.items())
     return f"Full precision: {values}." if found else ""
 
 
-def _unfinished(runs: pd.DataFrame) -> str:
-    if runs.empty:
-        return ""
-    listed = ", ".join(f"{row['path']} ({row['status']}: {row['error'] or '?'})" for row in _rows(runs))
-    return f"**Warning:** {len(runs)} unfinished run(s) left out: {listed}"
+def _unfinished(runs: Sequence[Row]) -> str:
+    listed = ", ".join(
+        f"{run['path']} ({run['status']}: {run['error'] or 'no reason given'})" for run in runs
+    )
+    return f"**Warning:** {len(runs)} unfinished run(s) left out: {listed}" if runs else ""
 
 
 def _markdown(cells: pd.DataFrame) -> str:
     lines = [list(cells.columns), [":---"] + ["---:"] * (len(cells.columns) - 1), *cells.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
-
-
-def _rows(df: pd.DataFrame) -> list[dict[str, Any]]:
-    """The results rows as written: without the flattened columns, and None (not NaN) for what is missing."""
-    keys = [key for key in df.columns if "/" not in key]
-    plain = df[keys].astype(object)
-    return plain.where(plain.notna(), None).to_dict("records")  # pyright: ignore[reportReturnType]
 
 
 # Numbers as text
@@ -216,6 +219,10 @@ def _bytes(count: float | None) -> str:
     if count is None:
         return ""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} s"
 
 
 def _reduction(size: float | None, baseline: float | None) -> str:

@@ -1,7 +1,8 @@
 """The results of a run on disk: one `results.json` per run, one `ledger.jsonl` row per linear layer.
 
-Both are strict JSON. JSON has no infinity and no NaN, which a broken 2-bit model does reach, so they are written as
-the strings "inf", "-inf" and "nan"; the readers here turn them back into floats in metrics and in ledger rows.
+Both are strict JSON. JSON has no infinity and no NaN, which a broken 2-bit model does reach, so they are
+written as the strings "inf", "-inf" and "nan"; the readers here turn them back into floats in metrics and in
+ledger rows.
 """
 
 import json
@@ -28,10 +29,11 @@ NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 class Result:
     """One run, finished or failed. What a failed run did not get to is None or empty.
 
-    `bits_per_weight` counts scales and zeros. `metrics` is a flat map: `wikitext2/ppl@2048`, and what belongs to a
-    metric below its name: `wikitext2/ppl@2048/baseline` (full precision), `.../delta`, `.../delta_ci95` ([low, high]).
-    `seconds` maps phases to wall time, `ledger` is a path relative to the run's folder. `manifest` holds hashes and
-    versions; its `tokens.eval` maps each evaluated text ("wikitext2", "lm_eval/TASK") to the sha256 of its tokens.
+    `bits_per_weight` counts scales and zeros. `metrics` is a flat map: `wikitext2/ppl@2048`, and below that
+    name what belongs to it: `.../baseline` (full precision), `.../delta`, `.../delta_ci95` ([low, high]).
+    `seconds` maps phases to wall time; `ledger` is a path relative to the run's folder. `manifest` holds
+    hashes and versions; its `tokens.eval` maps each evaluated text ("wikitext2", "lm_eval/TASK") to the hash
+    of its tokens.
     """
 
     method: str
@@ -52,7 +54,7 @@ class Result:
     error: str | None = None
 
     def write(self, out_dir: Path | str) -> Path:
-        """Write `out_dir/results.json` whole or not at all, and return its path. Raises OSError (disk full, …)."""
+        """Write `out_dir/results.json` whole or not at all; returns its path. Raises OSError (disk full)."""
         row = asdict(self)
         if self.error is None:
             del row["error"]
@@ -71,7 +73,7 @@ KEYS = tuple(field.name for field in fields(Result))
 
 @dataclass(frozen=True)
 class Ledger:
-    """`ledger.jsonl`: one line per linear layer, appended block by block, so a killed run leaves what it had done."""
+    """`ledger.jsonl`: one line per linear layer, added block by block, so a killed run leaves what it did."""
 
     path: Path
 
@@ -90,9 +92,7 @@ class Ledger:
         with Path(path).open("r+b") as file:
             whole = [line for line in file if line.endswith(b"\n")]
             if len(whole) < rows:
-                raise ValueError(
-                    f"{path} has {len(whole)} rows, not the {rows} of the blocks already finished"
-                )
+                raise ValueError(f"{path} has {len(whole)} rows, not the {rows} of the finished blocks")
             file.truncate(sum(map(len, whole[:rows])))
         return cls(Path(path))
 
@@ -106,7 +106,7 @@ class Ledger:
 
 
 def read_ledger(path: Path | str) -> pd.DataFrame:
-    """The ledger as a table, one row per linear layer. Lines that a kill left half-written are skipped, with a warning."""
+    """The ledger as a table, one row per linear layer. A half-written line is skipped with a warning."""
     rows = []
     with Path(path).open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
@@ -118,11 +118,11 @@ def read_ledger(path: Path | str) -> pd.DataFrame:
 
 
 def load(root: Path | str) -> pd.DataFrame:
-    """All runs below `root` as a table, one row per results.json, in the order of their paths.
+    """All runs below `root` (but not in hidden folders) as a table, one row per results.json, sorted by path.
 
-    Columns: the row's keys (`metrics`, `seconds`, `manifest` and `config` stay dicts), `path` (the run's folder), then
-    every metric under its own name (`wikitext2/ppl@2048`) and every phase as `seconds/PHASE`. A file that is not a
-    whole results row is skipped with a warning. Raises UserError where `root` is not a folder.
+    Columns: the row's keys (`metrics`, `seconds`, `manifest` and `config` stay dicts), `path` (the run's
+    folder), then every metric under its own name (`wikitext2/ppl@2048`) and every phase as `seconds/PHASE`. A
+    file that is no whole results row is skipped with a warning. Raises UserError where `root` is no folder.
     """
     if not Path(root).is_dir():
         raise UserError(f"no folder of runs at {root}")
@@ -138,13 +138,14 @@ def load(root: Path | str) -> pd.DataFrame:
 
 
 def flat_row(row: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """A results row as one flat table row: its keys, then `more`, then its metrics and its `seconds/PHASE`."""
+    """A results row as one flat table row: its keys, then `more`, then its metrics and `seconds/PHASE`."""
     seconds = {f"seconds/{phase}": value for phase, value in row["seconds"].items()}
     return {key: row.get(key) for key in KEYS} | more | dict(row["metrics"]) | seconds
 
 
 def _find(root: Path | str) -> Iterator[str]:
-    for folder, _, files in os.walk(root):
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # each run has a .hydra
         if FILE_NAME in files:
             yield f"{folder}/{FILE_NAME}"
 
@@ -171,7 +172,7 @@ def _with_floats(value: Any) -> Any:
 
 
 def _jsonable(value: Any) -> Any:
-    """`value` in JSON's own types; array and tensor values become numbers or lists, anything unknown its string."""
+    """`value` in JSON's own types; arrays and tensors as lists or numbers, anything unknown as its string."""
     if value is None or isinstance(value, (str, int)):
         return value
     if isinstance(value, float):
@@ -184,7 +185,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def _write_atomic(path: Path, text: str) -> None:
-    """Write beside `path` and rename over it: a reader, or a crash, sees the old file or the new one, never a part."""
+    """Write beside `path` and rename over it: readers and crashes see the old file or the new one."""
     # Unique per writer, not per process: two nodes may share a folder and a process id.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:

@@ -45,7 +45,7 @@ class Tracking(Protocol):
 class NoTracking:
     """Follow nothing: both the options and the tracker."""
 
-    def start(self, config: Mapping[str, Any], name: str, group: str | None = None) -> Tracker:
+    def start(self, config: Mapping[str, Any], name: str, group: str | None = None) -> Tracker:  # noqa: ARG002
         """Itself: there is nothing to open."""
         return self
 
@@ -61,10 +61,10 @@ class NoTracking:
 
 @dataclass(frozen=True)
 class WandbTracking:
-    """Weights & Biases. None leaves an option to wandb and its environment variables; `group` wins over `start`'s.
+    """Weights & Biases. None leaves an option to wandb and its environment variables.
 
-    Offline runs are written to DIR/wandb/offline-run-*, for `wandb sync` to upload later.
-    Raises UserError for a mode that there isn't.
+    `group` wins over the one that `start` is given. Offline runs are written to DIR/wandb/offline-run-*, for
+    `wandb sync` to upload later. Raises UserError for a mode that there isn't.
     """
 
     project: str = "gptq_awq"
@@ -131,11 +131,9 @@ class _WandbTracker:
             dir=options.dir,
             name=name,
             config=dict(config),
-            # By default a second run in this process (a sweep) would go on writing into one that never finished.
+            # By default a second run in one process (a sweep) would write into one that never finished.
             reinit="create_new",
-            settings=wandb.Settings(
-                console="off"
-            ),  # capturing the terminal would fill the log with progress bars
+            settings=wandb.Settings(console="off"),  # a captured terminal is a log full of progress bars
         )
 
     def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -154,9 +152,9 @@ class _WandbTracker:
         finally:
             self._run.finish(exit_code=0 if result.status == "done" else 1)
 
-    def _as_table(self, rows: list[Any]) -> Any:
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        data = [[_cell(row.get(column)) for column in columns] for row in rows]
+    def _as_table(self, rows: list[Mapping[str, Any]]) -> Any:
+        columns: list[Any] = list(dict.fromkeys(key for row in rows for key in row))
+        data: list[Any] = [[_cell(row.get(column)) for column in columns] for row in rows]
         return self._table(columns=columns, data=data, allow_mixed_types=True)
 
 

@@ -3,7 +3,11 @@
 import os
 from pathlib import Path
 
-import pytest
+# Tests are many and their tensors tiny: threads would only wait for each other. Before torch and numba load.
+for variable in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "RAYON_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+
+import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,0 +1,66 @@
+"""How far a quantized model's next-token distribution is from the full-precision one, token by token.
+
+KL(p ‖ q) = Σ p (log p - log q) in nats, p of the full-precision and q of the quantized model, and whether both
+models would say the same word (top-1 agreement). Unlike perplexity, neither can improve by luck: a model that
+changes its mind in both directions alike keeps its perplexity but not its KL ("Accuracy is Not All You Need",
+arXiv:2407.09141).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gptq_awq.data import TokenSet
+from gptq_awq.evaluation.head import Head
+from gptq_awq.evaluation.perplexity import (
+    TokenScores,
+    check_finite,
+    checked_windows,
+    token_nll,
+    window_states,
+)
+from gptq_awq.progress import Track, no_track
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Per scored token, on the CPU: the quantized model's loss, its KL from full precision, and agreement."""
+
+    nll: Float[Tensor, "windows scored"]
+    kl: Float[Tensor, "windows scored"]
+    agree: Bool[Tensor, "windows scored"]
+
+
+def divergence(
+    model: PreTrainedModel, tokens: TokenSet, baseline: TokenScores, track: Track = no_track
+) -> Divergence:
+    """Score every window with the quantized `model` and compare with `baseline`, its full-precision scores.
+
+    `model`'s head must be the full-precision one: it is what turns both models' hidden states into logits. Each
+    token costs two rows of head matmul and nothing is computed twice.
+    Raises UserError where a logit is not finite.
+    """
+    head = Head.of(model)
+    windows = checked_windows(model, tokens)
+    nll, kl = torch.empty_like(baseline.nll), torch.empty_like(baseline.nll)
+    agree = torch.empty_like(baseline.nll, dtype=torch.bool)
+    for index, window in enumerate(track(windows, f"{tokens.name}: quantized", len(windows))):
+        states = window_states(head, window)
+        for part in head.chunks(len(states)):
+            p, q = head(baseline.hidden[index, part]), head(states[part])
+            agree[index, part] = (p.argmax(-1) == q.argmax(-1)).cpu()
+            log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+            nll[index, part] = token_nll(log_q, window[1:][part]).cpu()
+            kl[index, part] = token_kl(log_p, log_q).cpu()
+        check_finite(nll[index] + kl[index], tokens.name, index)
+    return Divergence(nll, kl, agree)
+
+
+def token_kl(
+    log_p: Float[Tensor, "tokens vocab"], log_q: Float[Tensor, "tokens vocab"]
+) -> Float[Tensor, "tokens"]:
+    """KL(p ‖ q) of each token, in nats."""
+    return (log_p - log_q).mul_(log_p.exp()).sum(-1)

@@ -1,0 +1,91 @@
+"""Perplexity by the protocol of GPTQ (arXiv:2210.17323): contiguous windows, each scored on its own.
+
+A window of T tokens (no BOS added) yields T-1 next-token losses, and ppl = exp(mean loss over all windows). The
+original code multiplies each window's mean by T and divides by the number of windows times T: the same number.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gptq_awq.data import TokenSet
+from gptq_awq.errors import UserError
+from gptq_awq.evaluation.head import Head
+from gptq_awq.progress import Track, no_track
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What one model says of every scored token, on the CPU.
+
+    `nll`: -log p(next token) in nats, fp32. `hidden`: the head's input at the same positions, in the model's own
+    dtype; the model's whole distribution follows from it.
+    """
+
+    nll: Float[Tensor, "windows scored"]
+    hidden: Float[Tensor, "windows scored width"]
+
+
+def perplexity(nll: Float[Tensor, "windows scored"]) -> float:
+    """exp of the mean loss."""
+    return float(nll.double().mean().exp())
+
+
+def token_losses(model: PreTrainedModel, tokens: TokenSet, track: Track = no_track) -> TokenScores:
+    """Score every window with `model`, one forward per window.
+
+    Raises UserError where a window is longer than the model's context, or a logit is not finite.
+    """
+    head = Head.of(model)
+    windows = checked_windows(model, tokens)
+    nll = torch.empty(len(windows), windows.shape[1] - 1)
+    hidden = None
+    for index, window in enumerate(track(windows, f"{tokens.name}: full precision", len(windows))):
+        states = window_states(head, window)
+        if hidden is None:
+            hidden = torch.empty(len(windows), *states.shape, dtype=states.dtype)
+        hidden[index] = states
+        for part in head.chunks(len(states)):
+            log_p = head(states[part]).log_softmax(-1)
+            nll[index, part] = token_nll(log_p, window[1:][part]).cpu()
+        check_finite(nll[index], tokens.name, index)
+    assert hidden is not None
+    return TokenScores(nll, hidden)
+
+
+def checked_windows(model: PreTrainedModel, tokens: TokenSet) -> Int[Tensor, "windows tokens"]:
+    """The windows' token ids. Raises UserError where they don't fit the model's context."""
+    if tokens.mask is not None:
+        raise ValueError(f"{tokens.name}: perplexity is scored on windows without padding")
+    count, length = tokens.ids.shape
+    if count == 0 or length < 2:
+        raise UserError(f"eval.perplexity.seqlen={length}: there is nothing to score in {count} windows")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise UserError(f"eval.perplexity.seqlen={length} is longer than the model's context of {limit} tokens")
+    return tokens.ids.long()
+
+
+def window_states(head: Head, window: Int[Tensor, "tokens"]) -> Float[Tensor, "scored width"]:
+    """The head's input at every position that predicts a token of the window: all but the last."""
+    return head.hidden(window[None].to(head.model.device))[0, :-1]
+
+
+def token_nll(
+    log_p: Float[Tensor, "tokens vocab"], targets: Int[Tensor, "tokens"]
+) -> Float[Tensor, "tokens"]:
+    """-log p(target) of each token, in nats."""
+    return -log_p.gather(-1, targets[:, None].to(log_p.device))[:, 0]
+
+
+def check_finite(values: Float[Tensor, "scored"], name: str, window: int) -> None:
+    """Raise UserError naming the window and the first token whose score is not finite."""
+    if not values.isfinite().all():
+        token = int((~values.isfinite()).nonzero()[0])
+        raise UserError(
+            f"the model's logits are not finite (eval text {name}, window {window}, token {token}): "
+            "try dtype=float32, or more bits"
+        )

@@ -1,0 +1,256 @@
+"""Causal language models, from an asset, a local folder or GGUF file, or the Hugging Face hub.
+
+A GGUF file's weights are dequantized once, into a transformers folder in the user's cache (transformers reads
+GGUF metadata in Python, half a minute for a small model; the folder loads in a second). Whatever the source,
+the result is a plain transformers model in evaluation mode, with a hash of its content.
+"""
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from gptq_awq.assets import ASSETS, cache_dir, fetch, file_sha256, hub_reachable, scratch_folder
+from gptq_awq.errors import UserError
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_OFFLINE = "Offline choices: model=smollm2-135m or model=local model.path=DIR"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode, without gradients, and its tokenizer.
+
+    `sha256` is of the GGUF file, or of a folder's weight files and config.json (see `folder_sha256`).
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    name: str
+    source: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssetModel:
+    """A GGUF file among `gptq_awq.assets.ASSETS`."""
+
+    name: str
+    asset: str
+
+    def load(self, dtype: str, device: str) -> LoadedModel:
+        """Fetch it if it is not in the cache, and load it. Raises UserError."""
+        served = fetch(ASSETS[self.asset], hint="model=local model.path=DIR needs no network")
+        folder = dequantized(served.path, served.sha256, f"model={self.name}")
+        model, tokenizer = load_folder(folder, dtype, device, f"model={self.name}")
+        return LoadedModel(model, tokenizer, self.name, served.source, served.sha256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalModel:
+    """A transformers folder or a .gguf file; `name` defaults to the last part of the path."""
+
+    path: str | None = None
+    name: str | None = None
+    trust_remote_code: bool = False
+
+    def load(self, dtype: str, device: str) -> LoadedModel:
+        """Load it. Raises UserError naming model.path."""
+        if self.path is None:
+            raise UserError("model.path is not set: name a transformers folder or a .gguf file")
+        path, option = Path(self.path).expanduser(), f"model.path={self.path}"
+        if not path.exists():
+            raise UserError(f"{option}: there is no such folder or file")
+        if path.suffix == ".gguf" and path.is_file():
+            sha256 = file_sha256(path)
+            folder = dequantized(path, sha256, option)
+        elif (path / "config.json").is_file():
+            sha256, folder = folder_sha256(path), path
+        else:
+            raise UserError(f"{option}: is neither a .gguf file nor a folder with a config.json")
+        model, tokenizer = load_folder(folder, dtype, device, option, self.trust_remote_code)
+        return LoadedModel(model, tokenizer, self.name or path.resolve().stem, str(path), sha256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubModel:
+    """A model on the Hugging Face hub, or in its local cache when the hub is away."""
+
+    id: str | None = None
+    name: str | None = None
+    revision: str = "main"
+    trust_remote_code: bool = False
+
+    def load(self, dtype: str, device: str) -> LoadedModel:
+        """Download what is missing, and load it. Raises UserError naming model.id."""
+        if self.id is None:
+            raise UserError("model.id is not set: name a causal language model on the hub, as in ORG/NAME")
+        _check(dtype, device)  # before a long download
+        folder = hub_snapshot(self.id, self.revision)
+        model, tokenizer = load_folder(folder, dtype, device, f"model.id={self.id}", self.trust_remote_code)
+        name = self.name or self.id.split("/")[-1]
+        return LoadedModel(model, tokenizer, name, f"hub {self.id}@{folder.name}", folder_sha256(folder))
+
+
+def load_folder(
+    folder: Path, dtype: str, device: str, option: str, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Any]:
+    """The causal language model and tokenizer of a transformers folder.
+
+    Raises UserError naming `option` where the folder does not hold one in full, finite and at full precision,
+    or naming dtype or device where those cannot be had.
+    """
+    _check(dtype, device)
+    with _quietly(), _naming(option):
+        code = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        config = AutoConfig.from_pretrained(folder, **code)
+        if getattr(config, "quantization_config", None) is not None:
+            raise UserError(f"{option}: is quantized already; name the full-precision model")
+        tokenizer = AutoTokenizer.from_pretrained(folder, **code)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=DTYPES[dtype], output_loading_info=True, **code
+        )
+    _check_causal(model, option)
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{option}: holds no weights for {missing[0]} ({len(missing)} missing)")
+    _check_finite(model, option)
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def dequantized(gguf: Path, sha256: str, option: str) -> Path:
+    """A float32 transformers folder in the cache with the weights and tokenizer of a GGUF file.
+
+    Made once for each `sha256` (the file's). Raises UserError naming `option` where transformers can't read it.
+    """
+    folder = cache_dir() / "models" / f"{gguf.stem}-{sha256[:16]}"
+    if folder.is_dir():  # it came into being by a rename, so it is whole
+        return folder
+    log.info("dequantizing %s into %s, once", gguf.name, folder)
+    with _quietly(), scratch_folder(folder.parent) as scratch:
+        with _naming(option):
+            file = {"gguf_file": gguf.name, "local_files_only": True}
+            AutoTokenizer.from_pretrained(gguf.parent, **file).save_pretrained(scratch / "model")
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **file)
+        # Newer transformers call the model quantized, though its weights are float32, and won't save it.
+        vars(model).pop("hf_quantizer", None)
+        vars(model.config).pop("quantization_config", None)
+        model.save_pretrained(scratch / "model")
+        try:
+            (scratch / "model").rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was faster
+                raise
+    return folder
+
+
+def hub_snapshot(model_id: str, revision: str = "main") -> Path:
+    """The hub's local cache folder of a model, completed from the hub if that answers; its name is the commit.
+
+    Weights come from safetensors files, or from pytorch_model*.bin where there are none. Raises UserError.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    option, online = f"model.id={model_id}", hub_reachable()
+    weights = "model*.safetensors"
+    try:
+        if online and not any(
+            re.fullmatch(r"model[^/]*\.safetensors", name)
+            for name in HfApi().list_repo_files(model_id, revision=revision)
+        ):
+            weights = "pytorch_model*.bin"
+        folder = snapshot_download(
+            model_id,
+            revision=revision,
+            allow_patterns=[weights, "*.json", "*.txt", "*.model", "*.jinja", "*.py"],
+            ignore_patterns="*/*",
+            local_files_only=not online,
+        )
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{option}: the Hugging Face hub does not answer, and its local cache lacks {revision}. {_OFFLINE}"
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:  # no such model or revision, gated, or broken off
+        raise UserError(f"{option} (revision {revision}): {_first_line(error)}") from error
+    return Path(folder)
+
+
+def folder_sha256(folder: Path) -> str:
+    """Hash of a transformers folder's content, which tells apart models with equal weights and other configs.
+
+    It is the sha256 of sha256sum's output on config.json and the weight files, in the order of their names.
+    The hub's cache names large files by their sha256, which then is not computed again.
+    """
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *weights]):
+        blob = path.resolve()
+        known = blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name)
+        digest.update(f"{blob.name if known else file_sha256(path)}  {path.name}\n".encode())
+    return digest.hexdigest()
+
+
+def _check(dtype: str, device: str) -> None:
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype}: choose one of {', '.join(DTYPES)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # unknown, or not built in, or not there
+        raise UserError(f"device={device} cannot be used here: {_first_line(error)}") from error
+
+
+def _check_causal(model: PreTrainedModel, option: str) -> None:
+    """Transformers also loads other heads' checkpoints as a causal language model, BERT's for one."""
+    trained_as = model.config.architectures or []
+    causal = (type(model).__name__, "ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    if trained_as and not any(name.endswith(causal) for name in trained_as):
+        raise UserError(f"{option}: is not a causal language model but {', '.join(trained_as)}")
+
+
+def _check_finite(model: PreTrainedModel, option: str) -> None:
+    for name, parameter in model.named_parameters():
+        low, high = torch.aminmax(parameter.detach())  # NaN wins both; nothing as large as the weight is made
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise UserError(
+                f"{option}: the weight {name} is not finite as {parameter.dtype}; try another dtype"
+            )
+
+
+@contextmanager
+def _naming(option: str) -> Iterator[None]:
+    """Turn what transformers raises on a bad checkpoint, which is nearly anything, into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        log.debug("loading failed", exc_info=True)
+        raise UserError(f"{option}: cannot be loaded: {_first_line(error)}") from error
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Silence transformers' bars and warnings: what matters in them is checked here and raised."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

@@ -1,0 +1,72 @@
+"""One ledger row per linear: what was asked for, what was done, and what it cost."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from gptq_awq.linalg import quadratic
+from gptq_awq.models.linear import Site
+from gptq_awq.moments import Moments
+from gptq_awq.pipeline.method import Method
+from gptq_awq.solvers.base import Solution
+from gptq_awq.solvers.rtn import RTN
+from gptq_awq.transforms.base import Scaling
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """What is known of a linear before it is solved.
+
+    Attributes:
+        name: of the module in the model.
+        block: index of its block.
+        site: the linears it shares an input with.
+        method: as requested.
+        moments: of its input; None for methods without calibration.
+        scalings: what each transform did at its site.
+    """
+
+    name: str
+    block: int
+    site: Site
+    method: Method
+    moments: Moments | None
+    scalings: Mapping[str, Scaling]
+
+    def row(
+        self, weight: Float[Tensor, "out in"], dequantized: Float[Tensor, "out in"], solution: Solution, seconds: float
+    ) -> dict[str, Any]:
+        """The row, as JSON values. Errors are relative: ‖error‖² / ‖signal‖²."""
+        grid, moments, columns = solution.quantized.grid, self.moments, weight.shape[1]
+        size = columns if grid.group_size == -1 else grid.group_size
+        last_group = columns % size or size
+        row: dict[str, Any] = {
+            "name": self.name,
+            "block": self.block,
+            "site": self.site.name,
+            "shape": list(weight.shape),
+            "requested": self.method.name,
+            "solver": solution.algorithm,
+            "fallback": solution.fallback,
+            "transforms": {name: scaling.details for name, scaling in self.scalings.items()},
+            "bits": grid.bits,
+            "bits_per_weight": solution.quantized.bits_per_weight,
+            "group_size": grid.group_size,
+            "groups": solution.quantized.scales.shape[1],
+            "last_group": last_group,
+            "ragged": last_group != size,
+            "damping": solution.damping,
+            "tokens": moments.tokens if moments else None,
+            "loss": solution.quantized.loss,
+            "weight_error": float((dequantized - weight).square().sum() / weight.square().sum().clamp(min=1e-30)),
+            "seconds": round(seconds, 4),
+        }
+        if moments is not None:
+            signal = max(quadratic(weight, moments.hessian), 1e-30)
+            nearest = RTN().solve(weight, moments, grid).quantized.loss or 0.0
+            row["error_before"] = 2 * nearest / signal
+            row["error_after"] = quadratic(dequantized - weight, moments.hessian) / signal
+        return row

@@ -1,0 +1,25 @@
+"""A method: transforms, then one solver. `configs/method/NAME.yaml` is such a preset; there is no other registry."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from gptq_awq.solvers.base import Solver
+from gptq_awq.transforms.base import Transform
+
+
+@dataclass(frozen=True)
+class Method:
+    """What happens to every block.
+
+    Attributes:
+        name: as tables print it.
+        solver: lands weights on the grid; None leaves the model alone (full precision).
+        transforms: applied in order, before the solver.
+        error_propagation: calibrate every layer on the inputs it will see, those of the model quantized so
+            far (GPTQ). False calibrates on full-precision inputs everywhere (AWQ's own code).
+    """
+
+    name: str
+    solver: Solver | None
+    transforms: Mapping[str, Transform] = field(default_factory=dict)
+    error_propagation: bool = True

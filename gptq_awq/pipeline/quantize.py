@@ -1,0 +1,255 @@
+"""The block loop: observe, transform, solve, advance.
+
+    for block in model.blocks:
+        moments ← one forward of all calibration batches          (only if a transform needs them)
+        for transform in transforms: transform.apply(block, …)
+        for site in block.sites:                                   qkv → o → gate/up → down
+            moments ← staged forward up to the site                (only if the solver needs them)
+            for linear in site: linear.weight ← solver.solve(linear.weight, moments, grid)
+        advance the streams to the next block
+
+Weights change in the model that was passed in; forwards run in `compute_dtype` on a copy of one block.
+"""
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from gptq_awq.data import TokenSet
+from gptq_awq.errors import UserError
+from gptq_awq.grids.base import Grid, QuantizedWeight
+from gptq_awq.linalg import NotPositiveDefiniteError
+from gptq_awq.models.blocks import find_blocks
+from gptq_awq.models.linear import Site, is_linear, matrix
+from gptq_awq.models.topology import observe_sites
+from gptq_awq.moments import Moments
+from gptq_awq.pipeline.ledger import LinearReport
+from gptq_awq.pipeline.method import Method
+from gptq_awq.pipeline.staged import hooks, observe_forward, staged_forward
+from gptq_awq.pipeline.streams import Streams, open_streams
+from gptq_awq.progress import Track, no_track
+from gptq_awq.transforms.base import Scaling
+
+log = logging.getLogger(__name__)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How calibration computes; none of it changes what is minimised.
+
+    Attributes:
+        compute_dtype: precision of calibration forwards ("auto": bfloat16 where the hardware has it).
+        tokens_per_batch: calibration tokens per forward.
+    """
+
+    compute_dtype: str = "auto"
+    tokens_per_batch: int = 2048
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """The model, quantized in place, with what a checkpoint and a ledger need.
+
+    Attributes:
+        model: the model that was passed in; its linears hold dequantized weights.
+        weights: module name → codes, scales, zeros.
+        ledger: one row per linear.
+        compute_dtype: what calibration computed in.
+    """
+
+    model: nn.Module
+    weights: dict[str, QuantizedWeight] = field(repr=False)
+    ledger: list[Row] = field(repr=False)
+    compute_dtype: str
+
+
+@torch.no_grad()
+def quantize(
+    model: nn.Module,
+    tokens: Callable[[], TokenSet] | TokenSet | None,
+    method: Method,
+    grid: Grid,
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
+    track: Track = no_track,
+    on_block: Callable[[int, list[Row]], None] = lambda index, rows: None,
+) -> QuantizedModel:
+    """Quantize every linear in the model's blocks, in place.
+
+    Args:
+        model: a causal LM in eval mode.
+        tokens: calibration data; not asked for where the method needs none.
+        method: transforms and solver.
+        grid: where weights may land.
+        settings: how to compute.
+        track: wraps the loop over blocks, to report progress.
+        on_block: called after each block with its ledger rows.
+
+    Raises:
+        UserError: no calibration data where the method needs some; non-finite values; H that won't factor.
+    """
+    name, blocks = find_blocks(model)
+    device = next(model.parameters()).device
+    dtype = resolve_compute_dtype(settings.compute_dtype, device)
+    if method.solver is None:
+        return QuantizedModel(model, {}, [], _dtype_name(dtype))
+    streams = None
+    if needs_calibration(method, grid):
+        data = tokens() if callable(tokens) else tokens
+        if data is None:
+            raise UserError(f"method={method.name} calibrates: give it tokens (data=…)")
+        streams = open_streams(model, blocks, data, settings.tokens_per_batch, dtype, track)
+    heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
+    weights: dict[str, QuantizedWeight] = {}
+    ledger: list[Row] = []
+    for index, block in enumerate(track(blocks, f"quantize ({method.name})", len(blocks))):
+        step = _BlockStep(block, index, f"{name}.{index}", method, grid, streams, dtype, heads)
+        step.run()
+        weights.update(step.weights)
+        ledger.extend(step.rows)
+        on_block(index, step.rows)
+    return QuantizedModel(model, weights, ledger, _dtype_name(dtype))
+
+
+def needs_calibration(method: Method, grid: Grid) -> bool:
+    """Whether any part of the method looks at calibration data."""
+    solver = method.solver
+    return solver is not None and (bool(method.transforms) or solver.needs_hessian or grid.needs_hessian)
+
+
+def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of calibration forwards; "auto" is bfloat16 where matrix units multiply it natively.
+
+    Raises:
+        UserError: unknown name.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        native = torch.cpu.get_capabilities()
+        has_bf16 = device.type == "cpu" and (native.get("avx512_bf16") or native.get("amx_bf16"))
+        return torch.bfloat16 if has_bf16 else torch.float32
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"compute_dtype={name}: choose auto, float32, bfloat16 or float16")
+    return getattr(torch, name)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class _BlockStep:
+    """One turn of the loop: everything that happens to one block."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        index: int,
+        name: str,
+        method: Method,
+        grid: Grid,
+        streams: Streams | None,
+        compute_dtype: torch.dtype,
+        heads: int | None,
+    ) -> None:
+        self.block, self.index, self.name = block, index, name
+        self.method, self.grid, self.streams = method, grid, streams
+        self.heads = heads
+        same = next(block.parameters()).dtype == compute_dtype
+        self.runner = block if same or streams is None else copy.deepcopy(block).to(compute_dtype)
+        self.weights: dict[str, QuantizedWeight] = {}
+        self.rows: list[Row] = []
+        self._scalings: dict[str, dict[str, Scaling]] = {}
+
+    def run(self) -> None:
+        assert self.method.solver is not None
+        if self.streams is None:
+            for site in _each_linear(self.block):
+                self._solve(site, None)
+            return
+        hidden, call = self.streams.probe_input(), self.streams.probe.calls[self.index]
+        sites = observe_sites(self.block, hidden, call, bool(self.method.transforms), self.heads)
+        restage = self.method.error_propagation and self.method.solver.needs_hessian
+        if not restage or self.method.transforms:
+            moments = self._observe_and_transform(sites)
+        if restage:
+            staged_forward(self.runner, self.index, sites, self.streams, self._solve)
+            return
+        for site, stats in zip(sites, moments, strict=True):  # pyright: ignore[reportPossiblyUnbound]
+            self._solve(site, stats)
+        if self.method.error_propagation:
+            self.streams.advance(self.runner, self.index)
+
+    def _observe_and_transform(self, sites: list[Site]) -> list[Moments]:
+        """Moments of all sites' inputs, as they are after the transforms."""
+        assert self.streams is not None
+        advance = not self.method.error_propagation
+        inputs = self._sampled_inputs()
+        moments = observe_forward(self.runner, self.index, sites, self.streams, advance)
+        for transform in self.method.transforms.values():
+            scalings = transform.apply(self.block, sites, moments, self.grid, inputs)
+            for site, scaling in zip(sites, scalings, strict=True):
+                self._scalings.setdefault(site.name, {})[transform.name] = scaling
+            moments = [
+                m if scaling.scales is None else m.rescaled(scaling.scales)
+                for m, scaling in zip(moments, scalings, strict=True)
+            ]
+        if self.runner is not self.block:
+            self.runner.load_state_dict(self.block.state_dict())
+        return moments
+
+    def _sampled_inputs(self):
+        """A function that shows a submodule's calls on the first batch, with the untransformed weights."""
+        assert self.streams is not None
+        first, index = self.streams.batches[0], self.index
+        hidden, call = first.hidden, first.calls[index]
+
+        def inputs(submodule: str) -> list[tuple[tuple, dict[str, Any]]]:
+            block = self.block
+            calls: list[tuple[tuple, dict[str, Any]]] = []
+            keep = block.get_submodule(submodule).register_forward_pre_hook(
+                lambda _module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+            )
+            with hooks(iter([keep])):
+                call.run(block, hidden.to(next(block.parameters()).dtype))
+            return calls
+
+        return inputs
+
+    def _solve(self, site: Site, moments: Moments | None) -> None:
+        """Land the site's linears on the grid, in the model and in the copy that computes."""
+        assert self.method.solver is not None
+        for name in site.linears:
+            started = time.perf_counter()
+            target = matrix(self.block.get_submodule(name))
+            weight = target.float()
+            full_name = f"{self.name}.{name}"
+            if not torch.isfinite(weight).all():
+                raise UserError(f"model: {full_name} has non-finite weights")
+            try:
+                solution = self.method.solver.solve(weight, moments, self.grid)
+            except NotPositiveDefiniteError as error:
+                raise UserError(
+                    f"{full_name}: {error}; raise method.solver.damping, give more calibration text "
+                    "(data.samples), or allow method.solver.fallback=rtn"
+                ) from error
+            dequantized = solution.quantized.dequantize()
+            report = LinearReport(full_name, self.index, site, self.method, moments, self._scalings.get(site.name, {}))
+            self.rows.append(report.row(weight, dequantized, solution, time.perf_counter() - started))
+            self.weights[full_name] = solution.quantized
+            target.copy_(dequantized)
+            if self.runner is not self.block:
+                matrix(self.runner.get_submodule(name)).copy_(dequantized)
+
+
+def _each_linear(block: nn.Module) -> Iterator[Site]:
+    """Every linear as a site by itself: enough where nothing is calibrated."""
+    for name, module in block.named_modules():
+        if is_linear(module):
+            yield Site((name,), matrix(module).shape[1])

@@ -1,0 +1,67 @@
+"""Small random models of many architectures, with norms and biases that are not trivially 1 and 0."""
+
+import torch
+import transformers as T
+
+COMMON = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = COMMON | {"num_key_value_heads": 2}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+CONFIGS = {
+    "llama": lambda: T.LlamaConfig(**GROUPED),
+    "mistral": lambda: T.MistralConfig(**GROUPED),
+    "qwen2": lambda: T.Qwen2Config(**GROUPED),
+    "qwen3": lambda: T.Qwen3Config(**GROUPED, head_dim=16),
+    "gemma3": lambda: T.Gemma3TextConfig(
+        **GROUPED, head_dim=16, layer_types=["sliding_attention", "full_attention"], sliding_window=8
+    ),
+    "opt": lambda: T.OPTConfig(
+        vocab_size=64,
+        hidden_size=64,
+        ffn_dim=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        word_embed_proj_dim=64,
+        **SPECIAL,
+    ),
+    "opt-post-norm": lambda: T.OPTConfig(
+        vocab_size=64,
+        hidden_size=64,
+        ffn_dim=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        word_embed_proj_dim=32,
+        do_layer_norm_before=False,
+        **SPECIAL,
+    ),
+    "gpt2": lambda: T.GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=128, **SPECIAL),
+    "gpt-neox": lambda: T.GPTNeoXConfig(**COMMON),
+    "phi3": lambda: T.Phi3Config(**GROUPED),
+}
+
+
+def tiny_model(name: str, seed: int = 0) -> T.PreTrainedModel:
+    """A random causal LM; the same one for the same name and seed."""
+    torch.manual_seed(seed)
+    model = T.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def tiny_tokens(rows: int = 4, length: int = 32, seed: int = 0) -> torch.Tensor:
+    """Random token ids without special ones."""
+    return torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
