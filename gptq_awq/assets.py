@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -169,7 +170,7 @@ def fetch(asset: Asset, folder: Path | None = None, hint: str = "") -> Served:
             failures.append(f"{source}: {error}")
         except Exception as error:  # whatever one source does wrong is said, and the next one is asked
             log.warning("%s: %s failed: %s", asset.name, source, error)
-            failures.append(f"{source}: {str(error).splitlines()[0] if str(error) else repr(error)}")
+            failures.append(f"{source}: {textwrap.shorten(str(error), 300) or repr(error)}")
     raise UserError(f"cannot get {asset.name} ({'; '.join(failures)}). {hint}".strip())
 
 

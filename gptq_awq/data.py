@@ -120,9 +120,7 @@ class WikiText2(Corpus):
         articles = wikitext_articles(served.path.read_bytes().decode())
         if self.join == "raw":
             return make_text(name, articles, served.source, joiner="")
-        return make_text(
-            name, (_joined_as_gptq(article) for article in articles), served.source, joiner="\n\n"
-        )
+        return make_text(name, map(_joined_as_gptq, articles), served.source, joiner="\n\n")
 
 
 @dataclass(frozen=True, kw_only=True)

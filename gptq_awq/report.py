@@ -17,7 +17,9 @@ from typing import Any
 
 import pandas as pd
 from rich import box
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from gptq_awq.errors import UserError
 from gptq_awq.results import KEYS, Result, load
@@ -32,22 +34,28 @@ SHOWN = ("method", "bits", "group_size", "sym", "model", "out")
 
 def final_table(result: Result) -> Table:
     """What a run ends with: size, every metric beside its full-precision value, time and memory."""
-    table = Table(title=_title(result), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    table.add_column("")
+    # Text, escape: names and errors may hold [brackets], which rich would take for its markup.
+    table = Table(title=Text(_title(result)), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table.add_column("", no_wrap=True)
     table.add_column("full precision", justify="right")
     table.add_column(result.method, justify="right")
     table.add_column("difference")
-    table.add_row("bits per weight (scales, zeros included)", "", _number(result.bits_per_weight))
+    table.add_row("bits per weight", "", _number(result.bits_per_weight), "with scales and zeros")
     reduction = _reduction(result.size_bytes, result.baseline_size_bytes)
-    table.add_row("size", _bytes(result.baseline_size_bytes), _bytes(result.size_bytes), reduction)
+    table.add_row(
+        "size",
+        _bytes(result.baseline_size_bytes),
+        _bytes(result.size_bytes),
+        reduction and f"{reduction} smaller",
+    )
     for name in measured(result.metrics):
         value, baseline = _number(result.metrics[name]), _number(result.metrics.get(f"{name}/baseline"))
-        table.add_row(name, baseline, value, _difference(result.metrics, name))
+        table.add_row(escape(name), baseline, value, _difference(result.metrics, name, separator="\n"))
     phases = ", ".join(f"{phase} {value:.1f}" for phase, value in result.seconds.items() if phase != "total")
     table.add_row("time", "", _seconds(total_seconds(result.seconds)), phases)
     table.add_row("peak memory", "", _bytes(result.peak_memory_bytes))
     if result.status != "done":
-        table.caption = f"{result.status}: {result.error or 'no reason given'}"
+        table.caption = Text(f"{result.status}: {result.error or 'no reason given'}")
     return table
 
 
@@ -64,7 +72,7 @@ def total_seconds(seconds: Mapping[str, float]) -> float:
 def distinguishable(metrics: Mapping[str, Any], name: str) -> bool:
     """Whether `name` differs from full precision: False where the interval contains 0 or is not known."""
     low, high = metrics.get(f"{name}/delta_ci95") or (-math.inf, math.inf)
-    return not low <= 0 <= high
+    return low > 0 or high < 0
 
 
 def _title(result: Result) -> str:
@@ -78,7 +86,7 @@ def _title(result: Result) -> str:
     return ", ".join(parts)
 
 
-def _difference(metrics: Mapping[str, Any], name: str) -> str:
+def _difference(metrics: Mapping[str, Any], name: str, separator: str = " ") -> str:
     """`+2.92 [+2.71, +3.12]`, and whether that can be told from 0."""
     delta, interval = metrics.get(f"{name}/delta"), metrics.get(f"{name}/delta_ci95")
     if delta is None:
@@ -88,8 +96,12 @@ def _difference(metrics: Mapping[str, Any], name: str) -> str:
     low, high = interval
     if low == high == 0:  # full precision against itself
         return "0"
-    text = f"{_number(delta, sign='+')} [{_number(low, sign='+')}, {_number(high, sign='+')}]"
-    return text if distinguishable(metrics, name) else f"{text} {NOT_DISTINGUISHABLE}"
+    # As many decimals as the interval has meaning: two digits of its width.
+    width = high - low
+    digits = f".{max(0, 1 - math.floor(math.log10(width)))}f" if 0 < width < math.inf else ""
+    delta, low, high = (_number(value, "+", digits) for value in (delta, low, high))
+    text = f"{delta} [{low}, {high}]"
+    return text if distinguishable(metrics, name) else f"{text}{separator}{NOT_DISTINGUISHABLE}"
 
 
 # Many runs

@@ -39,11 +39,13 @@ def divergence(
 ) -> Divergence:
     """Score every window with the quantized `model` and compare with `baseline`, its full-precision scores.
 
-    `model`'s head must be the full-precision one: it is what turns both models' hidden states into logits. Each
-    token costs two rows of head matmul and nothing is computed twice.
-    Raises UserError where a logit is not finite.
+    `model`'s head must be the full-precision one, as it turns both models' hidden states into logits. Each token
+    costs one forward of the quantized model and two rows of head matmul.
+    Raises UserError where a logit is not finite, ValueError where the head is not the baseline's.
     """
     head = Head.of(model)
+    if head.sha256() != baseline.head_sha256:
+        raise ValueError("the model's output layer is not the full-precision one: KL would compare two heads")
     windows = checked_windows(model, tokens)
     nll, kl = torch.empty_like(baseline.nll), torch.empty_like(baseline.nll)
     agree = torch.empty_like(baseline.nll, dtype=torch.bool)

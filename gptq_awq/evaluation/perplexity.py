@@ -22,11 +22,12 @@ class TokenScores:
     """What one model says of every scored token, on the CPU.
 
     `nll`: -log p(next token) in nats, fp32. `hidden`: the head's input at the same positions, in the model's own
-    dtype; the model's whole distribution follows from it.
+    dtype; with the head whose hash is `head_sha256` it gives the model's whole distribution.
     """
 
     nll: Float[Tensor, "windows scored"]
     hidden: Float[Tensor, "windows scored width"]
+    head_sha256: str
 
 
 def perplexity(nll: Float[Tensor, "windows scored"]) -> float:
@@ -53,7 +54,7 @@ def token_losses(model: PreTrainedModel, tokens: TokenSet, track: Track = no_tra
             nll[index, part] = token_nll(log_p, window[1:][part]).cpu()
         check_finite(nll[index], tokens.name, index)
     assert hidden is not None
-    return TokenScores(nll, hidden)
+    return TokenScores(nll, hidden, head.sha256())
 
 
 def checked_windows(model: PreTrainedModel, tokens: TokenSet) -> Int[Tensor, "windows tokens"]:

@@ -2,8 +2,10 @@
 
 Tokens: block bootstrap. Losses of neighbouring tokens are correlated, so not tokens but blocks of `BLOCK`
 contiguous tokens of one window are drawn with replacement, the same blocks for every series (Künsch 1989,
-Annals of Statistics 17(3); non-overlapping blocks). 128 tokens is several sentences, beyond which the loss
-difference of two models of the same text hardly correlates, and still leaves 16 blocks per 2048-token window.
+Annals of Statistics 17(3); non-overlapping blocks). Longer blocks are safer, more blocks are steadier. Measured
+on stories15M rounded to 4 bits (300 windows of 256 tokens), the standard error of the mean loss difference does
+not depend on the block length up to 64 tokens and is 14% larger for whole windows; that of KL grows with the
+length, from 128 tokens to whole windows by 9%.
 
 Items: McNemar's exact test where an item is right or wrong (McNemar 1947, Psychometrika 12(2)), a paired
 bootstrap of the mean difference where an item has a value.

@@ -5,12 +5,15 @@ GGUF metadata in Python, half a minute for a small model; the folder loads in a 
 the result is a plain transformers model in evaluation mode, with a hash of its content.
 """
 
+import fnmatch
 import hashlib
 import logging
 import re
+import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +120,10 @@ def load_folder(
         if getattr(config, "quantization_config", None) is not None:
             raise UserError(f"{option}: is quantized already; name the full-precision model")
         tokenizer = AutoTokenizer.from_pretrained(folder, **code)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=DTYPES[dtype], output_loading_info=True, **code
         )
+    model, info = loaded
     _check_causal(model, option)
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{option}: holds no weights for {missing[0]} ({len(missing)} missing)")
@@ -130,13 +134,13 @@ def load_folder(
 def dequantized(gguf: Path, sha256: str, option: str) -> Path:
     """A float32 transformers folder in the cache with the weights and tokenizer of a GGUF file.
 
-    Made once for each `sha256` (the file's). Raises UserError naming `option` where transformers can't read it.
+    Made once for each `sha256` (the file's). Raises UserError naming `option` where it cannot be read.
     """
     folder = cache_dir() / "models" / f"{gguf.stem}-{sha256[:16]}"
     if folder.is_dir():  # it came into being by a rename, so it is whole
         return folder
     log.info("dequantizing %s into %s, once", gguf.name, folder)
-    with _quietly(), scratch_folder(folder.parent) as scratch:
+    with _quietly(), redirect_stderr(StringIO()), scratch_folder(folder.parent) as scratch:
         with _naming(option):
             file = {"gguf_file": gguf.name, "local_files_only": True}
             AutoTokenizer.from_pretrained(gguf.parent, **file).save_pretrained(scratch / "model")
@@ -154,35 +158,31 @@ def dequantized(gguf: Path, sha256: str, option: str) -> Path:
 
 
 def hub_snapshot(model_id: str, revision: str = "main") -> Path:
-    """The hub's local cache folder of a model, completed from the hub if that answers; its name is the commit.
+    """The hub's local cache folder of a model, completed if the hub answers; its name is the commit.
 
     Weights come from safetensors files, or from pytorch_model*.bin where there are none. Raises UserError.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    option, online = f"model.id={model_id}", hub_reachable()
-    weights = "model*.safetensors"
-    try:
-        if online and not any(
-            re.fullmatch(r"model[^/]*\.safetensors", name)
-            for name in HfApi().list_repo_files(model_id, revision=revision)
-        ):
-            weights = "pytorch_model*.bin"
-        folder = snapshot_download(
-            model_id,
-            revision=revision,
-            allow_patterns=[weights, "*.json", "*.txt", "*.model", "*.jinja", "*.py"],
-            ignore_patterns="*/*",
-            local_files_only=not online,
-        )
-    except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{option}: the Hugging Face hub does not answer, and its local cache lacks {revision}. {_OFFLINE}"
-        ) from error
-    except (HfHubHTTPError, HFValidationError) as error:  # no such model or revision, gated, or broken off
-        raise UserError(f"{option} (revision {revision}): {_first_line(error)}") from error
-    return Path(folder)
+    option, online, weights = f"model.id={model_id}", hub_reachable(), "model*.safetensors"
+    with _naming(option):
+        try:
+            if online and not fnmatch.filter(HfApi().list_repo_files(model_id, revision=revision), weights):
+                weights = "pytorch_model*.bin"
+            return Path(
+                snapshot_download(
+                    model_id,
+                    revision=revision,
+                    allow_patterns=[weights, "*.json", "*.txt", "*.model", "*.jinja", "*.py"],
+                    ignore_patterns="*/*",
+                    local_files_only=not online,
+                )
+            )
+        except LocalEntryNotFoundError as error:
+            raise UserError(
+                f"{option}: the Hugging Face hub does not answer, nor is it in its local cache. {_OFFLINE}"
+            ) from error
 
 
 def folder_sha256(folder: Path) -> str:
@@ -206,7 +206,7 @@ def _check(dtype: str, device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # unknown, or not built in, or not there
-        raise UserError(f"device={device} cannot be used here: {_first_line(error)}") from error
+        raise UserError(f"device={device} cannot be used here: {_one_line(error)}") from error
 
 
 def _check_causal(model: PreTrainedModel, option: str) -> None:
@@ -219,11 +219,12 @@ def _check_causal(model: PreTrainedModel, option: str) -> None:
 
 def _check_finite(model: PreTrainedModel, option: str) -> None:
     for name, parameter in model.named_parameters():
+        if parameter.numel() == 0:
+            continue
         low, high = torch.aminmax(parameter.detach())  # NaN wins both; nothing as large as the weight is made
         if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise UserError(
-                f"{option}: the weight {name} is not finite as {parameter.dtype}; try another dtype"
-            )
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise UserError(f"{option}: the weight {name} is not finite with dtype={dtype}")
 
 
 @contextmanager
@@ -235,7 +236,7 @@ def _naming(option: str) -> Iterator[None]:
         raise
     except Exception as error:
         log.debug("loading failed", exc_info=True)
-        raise UserError(f"{option}: cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"{option}: cannot be loaded: {_one_line(error)}") from error
 
 
 @contextmanager
@@ -252,5 +253,5 @@ def _quietly() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+def _one_line(error: Exception, length: int = 300) -> str:
+    return textwrap.shorten(str(error), length, placeholder=" …") or repr(error)

@@ -1,0 +1,249 @@
+"""lm-eval's view of a model that is already in memory.
+
+Unlike lm-eval's own wrapper, logits are computed only where a continuation is scored, requests that share their
+input (the one-token choices of a multiple-choice question) are run once, and progress is reported to a `Track`.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM, TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gptq_awq.errors import UserError
+from gptq_awq.evaluation.head import Head
+from gptq_awq.progress import Track, no_track
+
+DEFAULT_CONTEXT = 2048
+"""Context of a model whose config names none, as in lm-eval."""
+DEFAULT_NEW_TOKENS = 256
+Encoded = tuple[Any, list[int], list[int]]
+"""A request for lm-eval's cache, and the token ids of its context and continuation."""
+
+
+class LanguageModel(TemplateLM):
+    """Scores and generates text with `model`, `batch_size` inputs at a time."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, batch_size: int = 8, track: Track = no_track
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self._model = model
+        self._head = Head.of(model)
+        self._batch_size = batch_size
+        self._track = track
+        self._device = model.device
+        self.max_length: int = (
+            getattr(model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_CONTEXT
+        )
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands for an empty context. Raises UserError where the tokenizer has none."""
+        ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        found = next((token for token in ids if token is not None), None)
+        if found is None:
+            raise UserError("eval.tasks: scoring text without context needs a tokenizer with a BOS or EOS token")
+        return found
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids; by default with the tokenizer's special tokens, unless `string` begins with BOS."""
+        if add_special_tokens is None:
+            bos = self.tokenizer.bos_token
+            add_special_tokens = not (bos and string.startswith(bos))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        """log p(continuation | context) in nats, and whether greedy decoding would produce it."""
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:  # noqa: ARG002
+        """log p(text) in nats, in windows of the whole context, each token scored once."""
+        owners, windows = [], []
+        for owner, request in enumerate(requests):
+            rolling = get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
+            )
+            for window in map(make_disjoint_window, rolling):
+                owners.append(owner)
+                windows.append((None, *window))
+        totals = [0.0] * len(requests)
+        for owner, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += logprob
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:  # noqa: ARG002
+        """What the model writes after each context, up to the first stop string (which is cut off)."""
+        texts = [""] * len(requests)
+        by_options = defaultdict(list)
+        for index, request in enumerate(requests):
+            context, options = request.args
+            encoded = self.tok_encode(context)
+            by_options[json.dumps(options, sort_keys=True)].append((index, encoded))
+        batches = []
+        for options, prompts in by_options.items():
+            prompts.sort(key=lambda prompt: -len(prompt[1]))
+            batches += [(json.loads(options), batch) for batch in _batches(prompts, self._batch_size)]
+        for options, batch in self._track(batches, "lm-eval: generating", len(batches)):
+            indices, prompts = zip(*batch, strict=True)
+            for index, text in zip(indices, self._generate(prompts, **options), strict=True):
+                texts[index] = text
+        return texts
+
+    def _loglikelihood_tokens(self, requests: Sequence[Encoded], **_: Any) -> list[tuple[float, bool]]:
+        by_input: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, (_request, context, continuation) in enumerate(requests):
+            if not 0 < len(continuation) <= self.max_length:
+                raise UserError(
+                    f"eval.tasks: a continuation of {len(continuation)} tokens cannot be scored "
+                    f"in the model's context of {self.max_length}"
+                )
+            # The last token is only predicted. What does not fit is cut off on the left, as in lm-eval.
+            by_input[tuple((context + continuation)[-(self.max_length + 1) : -1])].append(index)
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        batches = _batches(sorted(by_input, key=len, reverse=True), self._batch_size)
+        for batch in self._track(batches, "lm-eval: scoring", len(batches)):
+            owners = [(row, index) for row, tokens in enumerate(batch) for index in by_input[tokens]]
+            scored = self._score(batch, [(row, requests[index][2]) for row, index in owners])
+            for (_row, index), answer in zip(owners, scored, strict=True):
+                answers[index] = answer
+        return answers
+
+    def _score(
+        self, inputs: Sequence[Sequence[int]], targets: list[tuple[int, list[int]]]
+    ) -> list[tuple[float, bool]]:
+        """For each (input, continuation) of `targets`: its log probability, and whether it is the greedy one."""
+        ids, mask = self._padded(inputs, side="right")
+        hidden = self._head.hidden(ids, mask)
+        # A continuation of n tokens is predicted by the last n positions of its input.
+        longest = [max(len(tokens) for row, tokens in targets if row == i) for i in range(len(inputs))]
+        states = torch.cat(
+            [hidden[i, len(x) - n : len(x)] for i, (x, n) in enumerate(zip(inputs, longest, strict=True))]
+        )
+        ends = torch.tensor(longest).cumsum(0).tolist()
+        rows = torch.cat([torch.arange(ends[row] - len(tokens), ends[row]) for row, tokens in targets])
+        words = torch.tensor([word for _, tokens in targets for word in tokens])
+        logprobs, greedy = self._predictions(states, rows, words)
+        lengths = [len(tokens) for _, tokens in targets]
+        pairs = zip(logprobs.split(lengths), greedy.split(lengths), strict=True)
+        return [(float(logprob.sum()), bool(best.all())) for logprob, best in pairs]
+
+    def _predictions(
+        self, states: Float[Tensor, "states width"], rows: Int[Tensor, "words"], words: Int[Tensor, "words"]
+    ) -> tuple[Float[Tensor, "words"], Bool[Tensor, "words"]]:
+        """log p(word) by the state of its row, and whether the word is that state's most likely one."""
+        logprobs, greedy = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.bool)
+        for part in self._head.chunks(len(states)):
+            log_p = self._head(states[part]).log_softmax(-1).cpu()
+            here = (rows >= part.start) & (rows < part.stop)
+            row = rows[here] - part.start
+            logprobs[here] = log_p[row, words[here]]
+            greedy[here] = log_p.argmax(-1)[row] == words[here]
+        if not logprobs.isfinite().all():
+            raise UserError("the model's logits are not finite (eval.tasks): try dtype=float32, or more bits")
+        return logprobs, greedy
+
+    def _generate(
+        self,
+        prompts: Sequence[list[int]],
+        until: str | list[str] = (),  # type: ignore[assignment]
+        max_gen_toks: int = DEFAULT_NEW_TOKENS,
+        do_sample: bool = False,
+        **options: Any,
+    ) -> list[str]:
+        room = self.max_length - max_gen_toks
+        if room < 1:
+            raise UserError(
+                f"eval.tasks: generating {max_gen_toks} tokens does not fit the context of {self.max_length}"
+            )
+        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+        if stops:
+            options |= {"stop_strings": stops, "tokenizer": self.tokenizer}
+        if not do_sample:  # a temperature or top_p without sampling only earns a warning
+            options = {k: v for k, v in options.items() if k not in ("temperature", "top_p", "top_k")}
+        ids, mask = self._padded([prompt[-room:] for prompt in prompts], side="left")
+        output = self._model.generate(
+            ids, attention_mask=mask, max_new_tokens=max_gen_toks, do_sample=do_sample,
+            pad_token_id=self._pad_token_id, **options,
+        )  # fmt: skip
+        texts = self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        return [_until(text, stops) for text in texts]
+
+    @property
+    def _pad_token_id(self) -> int:
+        return self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
+
+    def _padded(
+        self, rows: Sequence[Sequence[int]], side: str
+    ) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch tokens"]]:
+        """Token ids and mask, on the model's device."""
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self._pad_token_id)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            span = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+            ids[i, span], mask[i, span] = torch.tensor(row), 1
+        return ids.to(self._device), mask.to(self._device)
+
+
+class RecordedLM(LM):
+    """Answers each request of lm-eval from `answers` where it is there, else asks `lm` and adds the answer.
+
+    Requests are known by their content (kind, prompt, continuation or generation options), so whatever changes
+    the prompts of a task changes what is looked up.
+    """
+
+    def __init__(self, lm: LM, answers: dict[str, Any]) -> None:
+        super().__init__()
+        self._lm = lm
+        self._answers = answers
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """See `LM`."""
+        return [(logprob, greedy) for logprob, greedy in self._answer("loglikelihood", requests)]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """See `LM`."""
+        return self._answer("loglikelihood_rolling", requests)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """See `LM`."""
+        return self._answer("generate_until", requests)
+
+    def _answer(self, kind: str, requests: list[Instance]) -> list[Any]:
+        keys = [request_sha256(kind, request) for request in requests]
+        unknown = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._answers}
+        if unknown:
+            self._answers.update(zip(unknown, getattr(self._lm, kind)(list(unknown.values())), strict=True))
+        return [self._answers[key] for key in keys]
+
+
+def request_sha256(kind: str, request: Instance) -> str:
+    """Content hash of one request."""
+    return hashlib.sha256(json.dumps([kind, request.args], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _until(text: str, stops: Iterable[str]) -> str:
+    for stop in stops:
+        text = text.split(stop)[0]
+    return text

@@ -1,0 +1,162 @@
+"""Draw accuracy loss over bits per weight, one line per method, from a folder of runs.
+
+    python scripts/plot_results.py ROOT --out docs/img/results.svg [--metric wikitext2/kl] [--model NAME]
+
+What has a difference from full precision (perplexity) is drawn as that, with its 95% interval; a hollow
+marker is a difference that cannot be told from 0. Anything else (KL) is drawn as it is.
+"""
+
+import argparse
+import logging
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptq_awq.errors import UserError
+from gptq_awq.report import Row, check_protocols, distinguishable, measured, records
+from gptq_awq.results import load
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by colour-blind readers; markers tell them apart in print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+# Per file ending, metadata without the time of day: the same runs give the same file.
+FORMATS = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run in the plot: `low` and `high` bound the 95% interval, `hollow` where that contains 0."""
+
+    bits_per_weight: float
+    value: float
+    low: float
+    high: float
+    hollow: bool
+
+
+def points(runs: Iterable[Row], metric: str) -> dict[str, list[Point]]:
+    """The runs that have `metric`, by method, the fewest bits first; full precision has no place in it."""
+    by_method: dict[str, list[Point]] = {}
+    for run in sorted(runs, key=lambda run: (run["method"], run["bits_per_weight"])):
+        metrics = run["metrics"]
+        if metric not in metrics or run["method"] == "fp":
+            continue
+        value = metrics.get(f"{metric}/delta", metrics[metric])
+        low, high = metrics.get(f"{metric}/delta_ci95") or (value, value)
+        hollow = f"{metric}/delta_ci95" in metrics and not distinguishable(metrics, metric)
+        by_method.setdefault(run["method"], []).append(
+            Point(run["bits_per_weight"], value, low, high, hollow)
+        )
+    return by_method
+
+
+def choose(rows: Iterable[Row], model: str | None, metric: str | None) -> tuple[list[Row], str]:
+    """The finished runs of one model, and the metric to draw. Raises UserError where that is not one."""
+    done = [row for row in rows if row["status"] == "done" and model in (None, row["model"])]
+    models = sorted({row["model"] for row in done})
+    if len(models) != 1:
+        raise UserError(
+            f"--model: choose one of {', '.join(models)}" if models else "no finished run to draw"
+        )
+    names = sorted({name for row in done for name in measured(row["metrics"])})
+    candidates = [name for name in names if name == metric or (metric is None and _is_perplexity(name))]
+    if len(candidates) != 1:
+        raise UserError(f"--metric: choose one of {', '.join(names)}")
+    check_protocols(done)
+    return done, candidates[0]
+
+
+def draw(lines: dict[str, list[Point]], metric: str, model: str) -> "Figure":
+    """The figure. Raises UserError without matplotlib, or where no value is positive (the axis is a log)."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("drawing needs matplotlib: pip install gptq_awq[plots]") from error
+
+    shown = [point.value for line in lines.values() for point in line if 0 < point.value < math.inf]
+    if not shown:
+        raise UserError(f"--metric: no run has a positive {metric} to draw")
+    floor = min(shown) / 2
+    with rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(6, 3.8), layout="constrained")
+        axes = figure.add_subplot()
+        for (method, line), colour, marker in zip(lines.items(), COLOURS * 9, MARKERS * 9, strict=False):
+            _draw_line(axes, line, floor, label=method, color=colour, marker=marker)
+        _dress(axes, floor)
+    axes.set_ylabel(f"Δ {metric} from full precision" if _is_perplexity(metric) else metric)
+    axes.set_title(model, loc="left", fontsize=11)
+    if any(point.hollow for line in lines.values() for point in line):
+        label = "not distinguishable\nfrom full precision"
+        axes.plot([], [], "o", color="0.4", markerfacecolor="white", markersize=5, label=label)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _draw_line(axes: Any, line: list[Point], floor: float, **style: Any) -> None:
+    """One method. A value of zero or less has no place on a log axis: it lies on the floor and says so."""
+    line = [point for point in line if point.value < math.inf]
+    x = [point.bits_per_weight for point in line]
+    y = [max(point.value, floor) for point in line]
+    axes.plot(x, y, linewidth=1.5, markersize=5, **style)
+    below = [height - min(max(point.low, floor / 10), height) for height, point in zip(y, line, strict=True)]
+    above = [max(point.high - height, 0) for height, point in zip(y, line, strict=True)]
+    axes.errorbar(x, y, [below, above], fmt="none", ecolor=style["color"], capsize=3, elinewidth=1, zorder=1)
+    for at, height, point in zip(x, y, line, strict=True):
+        if point.hollow:
+            axes.plot(at, height, **{**style, "label": None}, markersize=5, markerfacecolor="white", zorder=3)
+        if point.value <= 0:
+            axes.annotate("≤ 0", (at, floor), (6, -3), textcoords="offset points", fontsize=8)
+
+
+def _dress(axes: Any, floor: float) -> None:
+    axes.set_yscale("log", nonpositive="clip")
+    axes.set_ylim(bottom=floor / 1.6)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.grid(alpha=0.3, linewidth=0.6)
+    axes.minorticks_off()
+    axes.set_xlabel("bits per weight (scales and zeros included)")
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write the picture; the same figure gives the same bytes."""
+    from matplotlib import rc_context
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context({"svg.hashsalt": "gptq_awq"}):
+        figure.savefig(path, dpi=200, metadata=FORMATS[path.suffix])
+
+
+def _is_perplexity(name: str) -> bool:
+    return "ppl" in name.rpartition("/")[2]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: 0, or 2 with one line on stderr for a mistake the user can fix."""
+    parser = argparse.ArgumentParser(description="Accuracy loss over bits per weight, one line per method.")
+    parser.add_argument("root", help="a folder with runs (results.json) anywhere below it")
+    parser.add_argument("--out", required=True, type=Path, help="the picture: .svg, .png or .pdf")
+    parser.add_argument("--metric", help="which metric to draw; by default the one perplexity there is")
+    parser.add_argument("--model", help="which model to draw, where there are several")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        if arguments.out.suffix not in FORMATS:
+            raise UserError(f"--out: the file's ending must be one of {' '.join(FORMATS)}")
+        runs, metric = choose(records(load(arguments.root)), arguments.model, arguments.metric)
+        figure = draw(points(runs, metric), metric, runs[0]["model"])
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    save(figure, arguments.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
