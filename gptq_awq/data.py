@@ -155,7 +155,7 @@ class HubText(Corpus):
             limit=_positive(self.documents, f"{option}.documents"),
         )
         name = f"{self.name}-{self.split}"
-        bundled = f"{option}=wikitext2" if option == "data" else f"{option}.dataset=wikitext2"
+        bundled = "data=wikitext2" if option == "data" else f"data@{option}=wikitext2"
         served = fetch(hub_asset(name, rows), hint=f"Choose {bundled} or {_own_file(option)} instead")
         return make_text(name, _jsonl(served.path, self.field, option), served.source, self.joiner)
 
@@ -368,7 +368,7 @@ def _as_chat(document: str, tokenizer: Tokenizer) -> str:
 
 
 def _own_file(option: str) -> str:
-    return "data=local data.path=FILE" if option == "data" else f"{option}.path=FILE"
+    return "data=local data.path=FILE" if option == "data" else f"{option.removesuffix('.text')}.path=FILE"
 
 
 def _choice(value: str, choices: tuple[str, ...], option: str) -> None:

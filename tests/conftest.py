@@ -25,3 +25,23 @@ def shared() -> Path:
 def stories15m(shared: Path) -> Path:
     """A real, trained fp32 Llama of 15M parameters, context 256."""
     return shared / "models" / "stories15M"
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory) -> Path:
+    """A file of English-like text, a few thousand words."""
+    import random
+
+    draw = random.Random(0)
+    words = ["the", "a", "cat", "dog", "sees", "likes", "house", "tree", "red", "small", "and", "then", "runs"]
+    path = tmp_path_factory.mktemp("text") / "tiny.txt"
+    path.write_text("\n".join(" ".join(draw.choices(words, k=12)) + "." for _ in range(400)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A transformers folder: a random two-block Llama and a byte-level tokenizer."""
+    from tiny_models import save_tiny_folder
+
+    return save_tiny_folder(tmp_path_factory.mktemp("model") / "tiny-llama")

@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -23,6 +27,21 @@ def fake_hub(repos: Repos) -> Iterator[str]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def run_against(endpoint: str, script: str, folder: Path) -> str:
+    """What a Python script prints whose hub is `endpoint` and whose caches lie in `folder`.
+
+    In a process of its own, as the hub's clients read their settings when they are imported.
+    """
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf")}
+    environment |= {"GPTQ_AWQ_CACHE": str(folder / "own")}
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -98,9 +117,5 @@ def _tree(files: dict[str, bytes], folder: str, recursive: bool) -> list[dict]:
 def _entry(name: str, files: dict[str, bytes]) -> dict:
     if name not in files:
         return {"type": "directory", "path": name, "oid": "0"}
-    return {
-        "type": "file",
-        "path": name,
-        "size": len(files[name]),
-        "oid": hashlib.sha256(files[name]).hexdigest(),
-    }
+    oid = hashlib.sha256(files[name]).hexdigest()
+    return {"type": "file", "path": name, "size": len(files[name]), "oid": oid}

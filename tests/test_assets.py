@@ -3,10 +3,7 @@ import hashlib
 import io
 import json
 import logging
-import os
 import socket
-import subprocess
-import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +12,7 @@ from pathlib import Path
 
 import pandas
 import pytest
-from fake_hub import COMMIT, fake_hub
+from fake_hub import COMMIT, fake_hub, run_against
 from huggingface_hub import constants
 
 from gptq_awq import assets
@@ -139,9 +136,8 @@ def test_the_cache_folder_comes_from_the_environment(tmp_path, monkeypatch):
 
 
 def test_the_known_assets_are_what_the_shared_copies_are(shared):
-    assert ASSETS["lambada"].sha256 == sha256(
-        (shared / "data/lambada_openai/lambada_test.jsonl").read_bytes()
-    )
+    lambada = (shared / "data/lambada_openai/lambada_test.jsonl").read_bytes()
+    assert ASSETS["lambada"].sha256 == sha256(lambada)
     for split in ("train", "valid", "test"):
         raw = (shared / f"data/wikitext-2-raw/wiki.{split}.raw").read_bytes()
         assert ASSETS[f"wikitext2-{split}"].sha256 == sha256(raw)
@@ -191,11 +187,13 @@ def test_rows_are_not_asked_of_a_hub_that_does_not_answer(tmp_path, monkeypatch)
 
 
 def card(config: str, path: str) -> bytes:
-    return f"---\nconfigs:\n- config_name: {config}\n  data_files:\n  - split: test\n    path: {path}\n---\n".encode()
+    """A dataset's README.md, which names its configs."""
+    files = f"data_files:\n  - split: test\n    path: {path}"
+    return f"---\nconfigs:\n- config_name: {config}\n  {files}\n---\n".encode()
 
 
 def test_the_hubs_rows_give_the_original_files_bytes(shared, tmp_path):
-    """Against a hub on this machine, laid out as the real one; in a process, as its clients read it at import."""
+    """Against a hub on this machine, laid out as the real one."""
     raw = (shared / "data/wikitext-2-raw/wiki.test.raw").read_text()
     rows = [line + "\n" if line.strip() else "" for line in raw.split("\n")[:-1]]  # as the hub's maker did it
     parquet = io.BytesIO()
@@ -220,16 +218,8 @@ served = [fetch(asset) for asset in (ASSETS["wikitext2-test"], ASSETS["lambada"]
 print(json.dumps([(s.source, s.path.read_text().count(chr(10))) for s in served]))
 """
     with fake_hub(hub) as endpoint:
-        environment = {
-            "HF_ENDPOINT": endpoint,
-            "HF_HOME": str(tmp_path),
-            "GPTQ_AWQ_CACHE": str(tmp_path / "c"),
-        }
-        environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | environment
-        done = subprocess.run(
-            [sys.executable, "-c", script], env=environment, capture_output=True, check=True
-        )
-    assert json.loads(done.stdout) == [
+        printed = run_against(endpoint, script, tmp_path)
+    assert json.loads(printed) == [
         [f"hub Salesforce/wikitext@{COMMIT}", len(rows)],
         [f"hub EleutherAI/lambada_openai@{COMMIT}", 5153],
         [f"hub allenai/c4@{COMMIT}", 7],

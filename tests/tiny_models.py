@@ -1,5 +1,7 @@
 """Small random models of many architectures, with norms and biases that are not trivially 1 and 0."""
 
+import string
+
 import torch
 import transformers as T
 
@@ -65,3 +67,18 @@ def tiny_model(name: str, seed: int = 0) -> T.PreTrainedModel:
 def tiny_tokens(rows: int = 4, length: int = 32, seed: int = 0) -> torch.Tensor:
     """Random token ids without special ones."""
     return torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def save_tiny_folder(folder, name: str = "llama"):
+    """Save a random model with a tokenizer of 64 characters, as a transformers folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    characters = ["<pad>", "<s>", "</s>", *string.ascii_letters, *" .,\n!?'-:"]
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = T.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
+    )
+    tiny_model(name).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder

@@ -1,0 +1,1 @@
+"""Scores of a model beside its full-precision self: perplexity, KL, agreement, lm-eval; see `evaluate`."""

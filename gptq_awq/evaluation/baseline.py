@@ -1,8 +1,9 @@
 """The full-precision scores of a model, computed once and kept on disk by content hash.
 
-A file's name is the hash of all that its content depends on: the model's weights, dtype, device type and attention
-code, the token ids, the versions of torch and transformers, and `SCHEMA`. Files are written whole or not at all,
-carry their own checksum, and one that is damaged is never used: it is computed anew, with a warning.
+A file's name is the hash of all that its content depends on: the model's weights, dtype, device type and
+attention code, the token ids, the versions of torch and transformers, and `SCHEMA`. Files are written whole
+or not at all, carry their own checksum, and one that is damaged is never used: it is computed anew, with a
+warning.
 """
 
 import hashlib
@@ -39,9 +40,11 @@ def baseline_scores(
     folder: Path | None,
     track: Track = no_track,
 ) -> TokenScores:
-    """The full-precision scores of `tokens`: from `folder` where they are there, else computed and kept there.
+    """The full-precision scores of `tokens`: from `folder` where they are there, else computed and kept
+    there.
 
-    `model_sha256` stands for the weights. `folder=None` keeps nothing. Raises UserError as `token_losses` does.
+    `model_sha256` stands for the weights. `folder=None` keeps nothing. Raises UserError as `token_losses`
+    does.
     """
     if folder is None:
         return token_losses(model, tokens, track)
@@ -69,7 +72,7 @@ def read_answers(model: PreTrainedModel, model_sha256: str, folder: Path) -> Ans
 
 
 def write_answers(model: PreTrainedModel, model_sha256: str, folder: Path, answers: Answers) -> None:
-    """Add `answers` to those kept. Of two runs that write at once, the later's remain; the others are recomputed."""
+    """Add `answers` to those kept. Where two runs write at once, the later one's remain."""
     answers = read_answers(model, model_sha256, folder) | answers
     text = json.dumps({"sha256": _json_sha256(answers), "answers": answers})
     with scratch_folder(folder) as scratch:
@@ -88,7 +91,9 @@ def _read_scores(path: Path, tokens: TokenSet) -> TokenScores | None:
             raise ValueError("checksum mismatch")
         windows, length = tokens.ids.shape
         if scores.nll.shape != (windows, length - 1) or scores.hidden.shape[:2] != scores.nll.shape:
-            raise ValueError(f"scores of shape {tuple(scores.nll.shape)} for tokens {tuple(tokens.ids.shape)}")
+            raise ValueError(
+                f"scores of shape {tuple(scores.nll.shape)} for tokens {tuple(tokens.ids.shape)}"
+            )
     except Exception as error:  # safetensors raises its own types; whatever it is, the file is not to be used
         log.warning("the cached baseline %s is damaged (%s): computing it anew", path, error)
         return None

@@ -1,9 +1,9 @@
 """How far a quantized model's next-token distribution is from the full-precision one, token by token.
 
-KL(p ‖ q) = Σ p (log p - log q) in nats, p of the full-precision and q of the quantized model, and whether both
-models would say the same word (top-1 agreement). Unlike perplexity, neither can improve by luck: a model that
-changes its mind in both directions alike keeps its perplexity but not its KL ("Accuracy is Not All You Need",
-arXiv:2407.09141).
+KL(p ‖ q) = Σ p (log p - log q) in nats, p of the full-precision and q of the quantized model, and whether
+both models would say the same word (top-1 agreement). Unlike perplexity, neither can improve by luck: a model
+that changes its mind in both directions alike keeps its perplexity but not its KL ("Accuracy is Not All You
+Need", arXiv:2407.09141).
 """
 
 from dataclasses import dataclass
@@ -39,9 +39,9 @@ def divergence(
 ) -> Divergence:
     """Score every window with the quantized `model` and compare with `baseline`, its full-precision scores.
 
-    `model`'s head must be the full-precision one, as it turns both models' hidden states into logits. Each token
-    costs one forward of the quantized model and two rows of head matmul.
-    Raises UserError where a logit is not finite, ValueError where the head is not the baseline's.
+    `model`'s head must be the full-precision one, as it turns both models' hidden states into logits. Each
+    token costs one forward of the quantized model and two rows of head matmul. Raises UserError where a logit
+    is not finite, ValueError where the head is not the baseline's.
     """
     head = Head.of(model)
     if head.sha256() != baseline.head_sha256:

@@ -1,10 +1,10 @@
 """The map from a causal language model's last hidden states to its logits.
 
-The logits of a window are large (2048 tokens x 49152 words are 400 MB) where its hidden states are small (5 MB),
-so scores keep hidden states and compute logits a few tokens at a time. What a model does between the two differs:
-most apply a linear layer alone, Gemma 2 caps its logits, Granite and Cohere scale them. No table of those here:
-the model's own forward is run with its decoder replaced by one that returns the given hidden states, and is
-believed only after it has reproduced the model's logits on a probe.
+The logits of a window are large (2048 tokens x 49152 words are 400 MB) where its hidden states are small (5
+MB), so scores keep hidden states and compute logits a few tokens at a time. What a model does between the two
+differs: most apply a linear layer alone, Gemma 2 caps its logits, Granite and Cohere scale them. No table of
+those here: the model's own forward is run with its decoder replaced by one that returns the given hidden
+states, and is believed only after it has reproduced the model's logits on a probe.
 """
 
 import hashlib
@@ -35,6 +35,7 @@ class Head:
     decoder: nn.Module
     template: ModelOutput
     """What the decoder returns; the head's forward reads its hidden states from a copy of this."""
+    output: nn.Module
     vocab: int
 
     @classmethod
@@ -52,7 +53,7 @@ class Head:
             expected = model(input_ids=probe, use_cache=False).logits[0].float()
             if not isinstance(template, ModelOutput) or "last_hidden_state" not in template:
                 raise _unsupported(model)
-            head = cls(model, decoder, template, expected.shape[-1])
+            head = cls(model, decoder, template, output, expected.shape[-1])
             logits = head(template["last_hidden_state"][0])
         # Non-finite logits are for the scores to report, with the window they come from.
         error = (logits - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
@@ -85,7 +86,7 @@ class Head:
     def sha256(self) -> str:
         """Content hash of the output layer's weights."""
         digest = hashlib.sha256()
-        for name, value in sorted(self.model.get_output_embeddings().state_dict().items()):
+        for name, value in sorted(self.output.state_dict().items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(tensor_bytes(value))
         return digest.hexdigest()
@@ -106,7 +107,7 @@ class Head:
 
 def tensor_bytes(x: Tensor) -> memoryview:
     """The tensor's bytes, in row-major order, for hashing."""
-    return memoryview(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _unsupported(model: PreTrainedModel) -> UserError:

@@ -1,22 +1,24 @@
 """lm-eval's view of a model that is already in memory.
 
-Unlike lm-eval's own wrapper, logits are computed only where a continuation is scored, requests that share their
-input (the one-token choices of a multiple-choice question) are run once, and progress is reported to a `Track`.
+Unlike lm-eval's own wrapper, logits are computed only where a continuation is scored, requests that share
+their input (the one-token choices of a multiple-choice question) are run once, and progress is reported to a
+`Track`.
 """
 
-import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM, TemplateLM
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.head import Head
@@ -57,7 +59,9 @@ class LanguageModel(TemplateLM):
         ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         found = next((token for token in ids if token is not None), None)
         if found is None:
-            raise UserError("eval.tasks: scoring text without context needs a tokenizer with a BOS or EOS token")
+            raise UserError(
+                "eval.tasks: scoring text without context needs a tokenizer with a BOS or EOS token"
+            )
         return found
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -67,9 +71,7 @@ class LanguageModel(TemplateLM):
             add_special_tokens = not (bos and string.startswith(bos))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
-    def loglikelihood(
-        self, requests: list[Instance], disable_tqdm: bool = True
-    ) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """log p(continuation | context) in nats, and whether greedy decoding would produce it."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
@@ -93,16 +95,15 @@ class LanguageModel(TemplateLM):
         texts = [""] * len(requests)
         by_options = defaultdict(list)
         for index, request in enumerate(requests):
-            context, options = request.args
-            encoded = self.tok_encode(context)
-            by_options[json.dumps(options, sort_keys=True)].append((index, encoded))
+            context, options = request.arguments
+            by_options[json.dumps(options, sort_keys=True)].append((index, self.tok_encode(context)))
         batches = []
         for options, prompts in by_options.items():
             prompts.sort(key=lambda prompt: -len(prompt[1]))
             batches += [(json.loads(options), batch) for batch in _batches(prompts, self._batch_size)]
         for options, batch in self._track(batches, "lm-eval: generating", len(batches)):
-            indices, prompts = zip(*batch, strict=True)
-            for index, text in zip(indices, self._generate(prompts, **options), strict=True):
+            written = self._generate([prompt for _, prompt in batch], options)
+            for (index, _), text in zip(batch, written, strict=True):
                 texts[index] = text
         return texts
 
@@ -128,7 +129,7 @@ class LanguageModel(TemplateLM):
     def _score(
         self, inputs: Sequence[Sequence[int]], targets: list[tuple[int, list[int]]]
     ) -> list[tuple[float, bool]]:
-        """For each (input, continuation) of `targets`: its log probability, and whether it is the greedy one."""
+        """For each (input, continuation) of `targets`: log probability, and whether it is the greedy one."""
         ids, mask = self._padded(inputs, side="right")
         hidden = self._head.hidden(ids, mask)
         # A continuation of n tokens is predicted by the last n positions of its input.
@@ -159,31 +160,30 @@ class LanguageModel(TemplateLM):
             raise UserError("the model's logits are not finite (eval.tasks): try dtype=float32, or more bits")
         return logprobs, greedy
 
-    def _generate(
-        self,
-        prompts: Sequence[list[int]],
-        until: str | list[str] = (),  # type: ignore[assignment]
-        max_gen_toks: int = DEFAULT_NEW_TOKENS,
-        do_sample: bool = False,
-        **options: Any,
-    ) -> list[str]:
-        room = self.max_length - max_gen_toks
+    def _generate(self, prompts: Sequence[list[int]], options: dict[str, Any]) -> list[str]:
+        options = dict(normalize_gen_kwargs(options, DEFAULT_NEW_TOKENS))
+        stops, new_tokens = [stop for stop in options.pop("until") if stop], options.pop("max_gen_toks")
+        room = self.max_length - new_tokens
         if room < 1:
             raise UserError(
-                f"eval.tasks: generating {max_gen_toks} tokens does not fit the context of {self.max_length}"
+                f"eval.tasks: generating {new_tokens} tokens does not fit the context of {self.max_length}"
             )
-        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-        if stops:
-            options |= {"stop_strings": stops, "tokenizer": self.tokenizer}
-        if not do_sample:  # a temperature or top_p without sampling only earns a warning
+        if not options["do_sample"]:  # without sampling these only earn a warning
             options = {k: v for k, v in options.items() if k not in ("temperature", "top_p", "top_k")}
         ids, mask = self._padded([prompt[-room:] for prompt in prompts], side="left")
-        output = self._model.generate(
-            ids, attention_mask=mask, max_new_tokens=max_gen_toks, do_sample=do_sample,
-            pad_token_id=self._pad_token_id, **options,
-        )  # fmt: skip
-        texts = self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-        return [_until(text, stops) for text in texts]
+        decode = partial(self._decode, start=ids.shape[1])
+        output = self._model.generate(  # type: ignore[operator]
+            ids,
+            attention_mask=mask,
+            max_new_tokens=new_tokens,
+            pad_token_id=self._pad_token_id,
+            stopping_criteria=StoppingCriteriaList([_AnyStop(stops, decode)]),
+            **options,
+        )
+        return [_until(text, stops) for text in decode(output)]
+
+    def _decode(self, ids: Int[Tensor, "batch tokens"], start: int) -> list[str]:
+        return self.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
 
     @property
     def _pad_token_id(self) -> int:
@@ -202,41 +202,19 @@ class LanguageModel(TemplateLM):
         return ids.to(self._device), mask.to(self._device)
 
 
-class RecordedLM(LM):
-    """Answers each request of lm-eval from `answers` where it is there, else asks `lm` and adds the answer.
+class _AnyStop(StoppingCriteria):
+    """A row is done when its text holds one of the stop strings.
 
-    Requests are known by their content (kind, prompt, continuation or generation options), so whatever changes
-    the prompts of a task changes what is looked up.
+    transformers' own criterion first embeds the whole vocabulary, and not every tokenizer lets it.
     """
 
-    def __init__(self, lm: LM, answers: dict[str, Any]) -> None:
-        super().__init__()
-        self._lm = lm
-        self._answers = answers
+    def __init__(self, stops: Sequence[str], decode: Callable[[Tensor], list[str]]) -> None:
+        self._stops = stops
+        self._decode = decode
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """See `LM`."""
-        return [(logprob, greedy) for logprob, greedy in self._answer("loglikelihood", requests)]
-
-    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """See `LM`."""
-        return self._answer("loglikelihood_rolling", requests)
-
-    def generate_until(self, requests: list[Instance]) -> list[str]:
-        """See `LM`."""
-        return self._answer("generate_until", requests)
-
-    def _answer(self, kind: str, requests: list[Instance]) -> list[Any]:
-        keys = [request_sha256(kind, request) for request in requests]
-        unknown = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._answers}
-        if unknown:
-            self._answers.update(zip(unknown, getattr(self._lm, kind)(list(unknown.values())), strict=True))
-        return [self._answers[key] for key in keys]
-
-
-def request_sha256(kind: str, request: Instance) -> str:
-    """Content hash of one request."""
-    return hashlib.sha256(json.dumps([kind, request.args], sort_keys=True, default=str).encode()).hexdigest()
+    def __call__(self, input_ids: Int[Tensor, "batch tokens"], *_: Any, **__: Any) -> Bool[Tensor, "batch"]:
+        done = [_until(text, self._stops) != text for text in self._decode(input_ids)]
+        return torch.tensor(done, device=input_ids.device)
 
 
 def _batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -1,7 +1,8 @@
 """Perplexity by the protocol of GPTQ (arXiv:2210.17323): contiguous windows, each scored on its own.
 
-A window of T tokens (no BOS added) yields T-1 next-token losses, and ppl = exp(mean loss over all windows). The
-original code multiplies each window's mean by T and divides by the number of windows times T: the same number.
+A window of T tokens (no BOS added) yields T-1 next-token losses, and ppl = exp(mean loss over all windows).
+The original code multiplies each window's mean by T and divides by the number of windows times T: the same
+number.
 """
 
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from gptq_awq.progress import Track, no_track
 class TokenScores:
     """What one model says of every scored token, on the CPU.
 
-    `nll`: -log p(next token) in nats, fp32. `hidden`: the head's input at the same positions, in the model's own
-    dtype; with the head whose hash is `head_sha256` it gives the model's whole distribution.
+    `nll`: -log p(next token) in nats, fp32. `hidden`: the head's input at the same positions, in the model's
+    own dtype; with the head whose hash is `head_sha256` it gives the model's whole distribution.
     """
 
     nll: Float[Tensor, "windows scored"]
@@ -66,7 +67,9 @@ def checked_windows(model: PreTrainedModel, tokens: TokenSet) -> Int[Tensor, "wi
         raise UserError(f"eval.perplexity.seqlen={length}: there is nothing to score in {count} windows")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and length > limit:
-        raise UserError(f"eval.perplexity.seqlen={length} is longer than the model's context of {limit} tokens")
+        raise UserError(
+            f"eval.perplexity.seqlen={length} is longer than the model's context of {limit} tokens"
+        )
     return tokens.ids.long()
 
 

@@ -2,10 +2,10 @@
 
 Tokens: block bootstrap. Losses of neighbouring tokens are correlated, so not tokens but blocks of `BLOCK`
 contiguous tokens of one window are drawn with replacement, the same blocks for every series (Künsch 1989,
-Annals of Statistics 17(3); non-overlapping blocks). Longer blocks are safer, more blocks are steadier. Measured
-on stories15M rounded to 4 bits (300 windows of 256 tokens), the standard error of the mean loss difference does
-not depend on the block length up to 64 tokens and is 14% larger for whole windows; that of KL grows with the
-length, from 128 tokens to whole windows by 9%.
+Annals of Statistics 17(3); non-overlapping blocks). Longer blocks are safer, more blocks are steadier.
+Measured on stories15M rounded to 4 bits (300 windows of 256 tokens), the standard error of the mean loss
+difference does not depend on the block length up to 64 tokens and is 14% larger for whole windows; that of KL
+grows with the length, from 128 tokens to whole windows by 9%.
 
 Items: McNemar's exact test where an item is right or wrong (McNemar 1947, Psychometrika 12(2)), a paired
 bootstrap of the mean difference where an item has a value.
@@ -32,7 +32,8 @@ def resampled_means(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Float[np.ndarray, "series resamples"]:
-    """The mean of each series in every bootstrap resample of blocks; one resample draws the same for all series.
+    """The mean of each series in every bootstrap resample of blocks; one resample draws the same for all
+    series.
 
     Raises ValueError where there are fewer than `MIN_BLOCKS` blocks.
     """
@@ -53,7 +54,7 @@ def interval(samples: Float[np.ndarray, "resamples"]) -> Interval:
 
 @dataclass(frozen=True)
 class PairedTest:
-    """The mean difference (quantized minus full precision) over items, and how surprising it would be by chance."""
+    """The mean difference over items (quantized minus full precision), and how likely it is by chance."""
 
     delta: float
     ci95: Interval

@@ -44,6 +44,10 @@ class Grid(Protocol):
         """Whether `fit` wants the group's diagonal block of the Hessian."""
         ...
 
+    def without_search(self) -> "Grid":
+        """The same grid with the cheapest fit, which needs no Hessian."""
+        ...
+
     def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"] | None = None) -> Params:
         """Choose scale and zero for every row of one group."""
         ...

@@ -8,7 +8,7 @@ The range of a group is chosen by `search`:
            the Hessian: AWQ's clip search (arXiv 2306.00978, sec. 3.2) without touching an activation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -67,6 +67,10 @@ class IntGrid:
     def needs_hessian(self) -> bool:
         """Only the `hessian` range search does."""
         return self.search == "hessian"
+
+    def without_search(self) -> "IntGrid":
+        """The same grid, fitted to the extremes: for loops that fit it often."""
+        return replace(self, search="minmax")
 
     def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"] | None = None) -> Params:
         """Scale and zero of every row. Raises ValueError when `search=hessian` gets no Hessian block."""

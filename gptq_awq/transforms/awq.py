@@ -116,7 +116,8 @@ def relative_magnitude(W: Float[Tensor, "out in"], grid: Grid) -> Float[Tensor, 
 
 
 def quantize(W: Float[Tensor, "out in"], grid: Grid) -> Float[Tensor, "out in"]:
-    """Round to nearest on a grid fitted without a Hessian: the Q of the search."""
+    """Round to nearest on a grid fitted without range search: the Q of the search for scales."""
+    grid = grid.without_search()
     starts = group_starts(W.shape[1], grid.group_size)
     stops = [*starts[1:], W.shape[1]]
     parts = []

@@ -1,0 +1,156 @@
+"""Score a model before and after quantization, on the same tokens and items, and say what it lost.
+
+    baseline = full_precision(model, ...)   # before: computed once per model, then read from the cache
+    ...                                     # the model is quantized in place
+    metrics = score(model, baseline, ...)   # after
+
+`metrics` is flat. Below a metric's name lies what belongs to it: `wikitext2/ppl@2048` (the quantized
+model's), `…/baseline` (full precision), `…/delta` (quantized minus full precision), `…/delta_ci95` ([low,
+high]).
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from gptq_awq.data import TokenSet
+from gptq_awq.evaluation.baseline import baseline_scores, read_answers, write_answers
+from gptq_awq.evaluation.divergence import Divergence, divergence
+from gptq_awq.evaluation.perplexity import TokenScores, perplexity
+from gptq_awq.evaluation.statistics import interval, paired_test, resampled_means
+from gptq_awq.progress import Track, no_track
+
+if TYPE_CHECKING:  # lm-eval takes seconds to import, which runs without it need not spend
+    from gptq_awq.evaluation.harness import TaskResults, Tasks, TaskScore
+
+log = logging.getLogger(__name__)
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the full-precision model scored, and on what."""
+
+    tokens: tuple[TokenSet, ...]
+    scores: tuple[TokenScores, ...]
+    tasks: "Tasks | None" = None
+    results: "TaskResults | None" = None
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """For the manifest: the hash of the tokens of each text ("wikitext2") and task ("lm_eval/TASK")."""
+        tasks = self.results.sha256 if self.results else {}
+        return {t.name: t.sha256 for t in self.tokens} | {f"lm_eval/{k}": v for k, v in tasks.items()}
+
+
+def full_precision(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    model_sha256: str,
+    tokens: Sequence[TokenSet],
+    tasks: "Tasks | None" = None,
+    cache_dir: Path | None = None,
+    track: Track = no_track,
+) -> Baseline:
+    """Score the full-precision model, or read its scores from `cache_dir`/baselines.
+
+    `model_sha256` stands for the weights in the cache's keys; `cache_dir=None` caches nothing. Raises
+    UserError where a window exceeds the model's context, its logits are not finite, or it has no separable
+    head.
+    """
+    if len({t.name for t in tokens}) < len(tokens):
+        raise ValueError("token sets share a name: their metrics would overwrite each other")
+    folder = None if cache_dir is None else cache_dir / "baselines"
+    scores = tuple(baseline_scores(model, model_sha256, t, folder, track) for t in tokens)
+    if tasks is None:
+        return Baseline(tuple(tokens), scores)
+    from gptq_awq.evaluation.harness import run_tasks
+
+    answers = {} if folder is None else read_answers(model, model_sha256, folder)
+    known = len(answers)
+    results = run_tasks(model, tokenizer, tasks, answers, track)
+    if folder is not None and len(answers) > known:
+        write_answers(model, model_sha256, folder, answers)
+    return Baseline(tuple(tokens), scores, tasks, results)
+
+
+def score(
+    model: PreTrainedModel, tokenizer: Any, baseline: Baseline, seed: int = 0, track: Track = no_track
+) -> Metrics:
+    """Score the quantized model on what `baseline` was scored on; `seed` draws the bootstrap's resamples.
+
+    Raises UserError where logits are not finite.
+    """
+    metrics: Metrics = {}
+    for tokens, scores in zip(baseline.tokens, baseline.scores, strict=True):
+        metrics |= token_metrics(tokens, scores, divergence(model, tokens, scores, track), seed)
+    if baseline.tasks is not None and baseline.results is not None:
+        from gptq_awq.evaluation.harness import run_tasks
+
+        results = run_tasks(model, tokenizer, baseline.tasks, track=track)
+        metrics |= task_metrics(baseline.results, results, seed)
+    return metrics
+
+
+def token_metrics(tokens: TokenSet, baseline: TokenScores, quantized: Divergence, seed: int = 0) -> Metrics:
+    """Perplexity, loss difference, KL and agreement of one token set, with 95% block-bootstrap intervals.
+
+    Intervals are left out, with a warning, where there are too few tokens for them.
+    """
+    name, ppl = tokens.name, f"{tokens.name}/ppl@{tokens.ids.shape[1]}"
+    full, value = perplexity(baseline.nll), perplexity(quantized.nll)
+    series = (baseline.nll, quantized.nll, quantized.kl, quantized.agree.float())
+    metrics: Metrics = {
+        ppl: value,
+        f"{ppl}/baseline": full,
+        f"{ppl}/delta": value - full,
+        f"{name}/dnll": float((quantized.nll - baseline.nll).double().mean()),
+        f"{name}/kl": float(quantized.kl.double().mean()),
+        f"{name}/top1_agreement": float(quantized.agree.double().mean()),
+    }
+    try:
+        nll, q_nll, kl, agree = resampled_means(np.stack([x.numpy() for x in series]), seed=seed)
+    except ValueError as error:
+        log.warning("%s: no intervals (%s); more eval.perplexity.windows would give them", name, error)
+        return metrics
+    return metrics | {
+        f"{ppl}/delta_ci95": list(interval(np.exp(q_nll) - np.exp(nll))),
+        f"{name}/dnll/ci95": list(interval(q_nll - nll)),
+        f"{name}/kl/ci95": list(interval(kl)),
+        f"{name}/top1_agreement/ci95": list(interval(agree)),
+    }
+
+
+def task_metrics(baseline: "TaskResults", quantized: "TaskResults", seed: int = 0) -> Metrics:
+    """Every metric of every task, with a paired test over its items where each item has a number.
+
+    Raises ValueError where the two models were not asked the same.
+    """
+    if baseline.sha256 != quantized.sha256:
+        raise ValueError("lm-eval asked the two models different questions")
+    metrics: Metrics = {}
+    for key, full in baseline.scores.items():
+        metrics |= _paired(f"lm_eval/{key}", full, quantized.scores[key], seed)
+    return metrics
+
+
+def _paired(name: str, full: "TaskScore", value: "TaskScore", seed: int) -> Metrics:
+    metrics: Metrics = {
+        name: value.value,
+        f"{name}/baseline": full.value,
+        f"{name}/delta": value.value - full.value,
+    }
+    if value.stderr is not None:
+        metrics[f"{name}/stderr"] = value.stderr
+    if full.items is None or value.items is None:
+        return metrics
+    test = paired_test(full.items, value.items, seed)
+    metrics |= {f"{name}/items": len(value.items), f"{name}/p_value": test.p_value, f"{name}/test": test.test}
+    if value.stderr is not None:  # the metric is the items' mean, so the mean's interval is its own
+        metrics[f"{name}/delta_ci95"] = list(test.ci95)
+    return metrics

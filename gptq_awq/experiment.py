@@ -1,0 +1,307 @@
+"""One run: preflight → load → baseline → quantize → evaluate → results row.
+
+Whatever can be known to be wrong is found before anything slow starts: options when they are instantiated, data
+and model when they are loaded, memory by a forecast. A mistake is a `UserError`, and leaves no results behind.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from gptq_awq import memory
+from gptq_awq.assets import cache_dir
+from gptq_awq.data import TokenSet
+from gptq_awq.errors import UserError
+from gptq_awq.evaluation.evaluate import Baseline, full_precision, score
+from gptq_awq.evaluation.protocol import Evaluation
+from gptq_awq.grids.base import Grid
+from gptq_awq.manifest import code_sha256, config_sha256, environment
+from gptq_awq.models.blocks import find_blocks
+from gptq_awq.models.linear import is_linear, matrix
+from gptq_awq.models.load import LoadedModel
+from gptq_awq.pipeline.method import Method
+from gptq_awq.pipeline.quantize import QuantizedModel, Settings, needs_calibration, quantize
+from gptq_awq.pipeline.size import PLAIN_BITS, bits_per_weight, model_bytes
+from gptq_awq.progress import Track, rich_track
+from gptq_awq.report import final_table
+from gptq_awq.results import Ledger, Result
+from gptq_awq.tracking import Tracker, Tracking
+
+log = logging.getLogger(__name__)
+LEDGER = "ledger.jsonl"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a run was asked for, checked as far as it can be without loading anything."""
+
+    config: Mapping[str, Any]
+    method: Method
+    grid: Grid
+    settings: Settings
+    model: Any
+    data: Any
+    evaluation: Evaluation
+    tracking: Tracking
+    device: torch.device
+    dtype: str
+    seed: int
+    out: Path
+
+
+@dataclass
+class Clock:
+    """Wall seconds by phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _started: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time one phase."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+
+    def total(self) -> dict[str, float]:
+        """All phases, and the whole run."""
+        return self.seconds | {"total": round(time.perf_counter() - self._started, 3)}
+
+
+def run(cfg: DictConfig) -> Result:
+    """Run one experiment and store its row in `cfg.out`.
+
+    Raises:
+        UserError: something the user can fix; one line, naming the option.
+    """
+    console = Console(stderr=True)
+    plan = preflight(cfg)
+    _remove_unused_hydra_folder(plan.out)
+    with _logging_to(plan.out, console), rich_track(console) as track:
+        (plan.out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(dict(plan.config))))
+        try:
+            result = execute(plan, track)
+        except UserError as error:
+            # Nothing half-written: the log says what happened, and no row or ledger pretends otherwise.
+            (plan.out / LEDGER).unlink(missing_ok=True)
+            log.debug("stopped: %s", error)
+            raise
+    Console().print(final_table(result))
+    console.print(f"results: {plan.out / 'results.json'}", highlight=False, soft_wrap=True)
+    return result
+
+
+def preflight(cfg: DictConfig) -> Plan:
+    """Turn the config into objects, which refuse what they cannot do."""
+    torch.manual_seed(cfg.seed)
+    device = resolve_device(cfg.device)
+    try:
+        plan = Plan(
+            config=OmegaConf.to_container(cfg, resolve=True),  # pyright: ignore[reportArgumentType]
+            method=_build(cfg.method),
+            grid=_build(cfg.grid),
+            settings=Settings(cfg.compute_dtype, _positive(cfg, "tokens_per_batch")),
+            model=_build(cfg.model),
+            data=_build(cfg.data),
+            evaluation=_build(cfg.eval),
+            tracking=_build(cfg.tracking),
+            device=device,
+            dtype=cfg.dtype,
+            seed=cfg.seed,
+            out=Path(cfg.out),
+        )
+    except OmegaConfBaseException as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    try:
+        plan.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out={plan.out}: cannot be written ({error.strerror})") from error
+    return plan
+
+
+def execute(plan: Plan, track: Track) -> Result:
+    """Everything slow."""
+    clock = Clock()
+    memory.reset_peak(plan.device)
+    tracker = plan.tracking.start(plan.config, _run_name(plan))
+    ledger = Ledger.create(plan.out / LEDGER)
+    with clock.phase("load"):
+        loaded = plan.model.load(dtype=plan.dtype, device=str(plan.device))
+        windows = plan.evaluation.token_sets(loaded.tokenizer)
+        tasks = plan.evaluation.load_tasks(plan.seed)
+        calibrates = needs_calibration(plan.method, plan.grid)
+        tokens = plan.data.tokens(loaded.tokenizer, seed=plan.seed) if calibrates else None
+        _forecast(loaded, tokens, plan)
+    with clock.phase("baseline"):
+        baseline = full_precision(
+            loaded.model, loaded.tokenizer, loaded.sha256, windows, tasks, cache_dir(), track
+        )
+    with clock.phase("quantize"):
+        quantized = _quantize(plan, loaded, tokens, ledger, tracker, track)
+    with clock.phase("evaluate"):
+        metrics = score(loaded.model, loaded.tokenizer, baseline, plan.seed, track)
+    manifest = _manifest(plan, loaded, quantized, tokens, baseline)
+    result = _result(plan, loaded, quantized, metrics, clock, manifest)
+    result.write(plan.out)
+    tracker.finish(result)
+    return result
+
+
+def _quantize(
+    plan: Plan, loaded: LoadedModel, tokens: TokenSet | None, ledger: Ledger, tracker: Tracker, track: Track
+) -> QuantizedModel:
+    def on_block(index: int, rows: list[dict[str, Any]]) -> None:
+        ledger.append(rows)
+        tracker.ledger(rows)
+        errors = [row["error_after"] for row in rows if "error_after" in row]
+        if errors:
+            tracker.log({"quantize/relative_error": sum(errors) / len(errors)}, step=index)
+
+    return quantize(loaded.model, tokens, plan.method, plan.grid, plan.settings, track, on_block)
+
+
+def _forecast(loaded: LoadedModel, tokens: TokenSet | None, plan: Plan) -> None:
+    """Refuse, before calibration starts, what will not fit."""
+    if tokens is None:
+        return
+    _, blocks = find_blocks(loaded.model)
+    widest = max(matrix(m).shape[1] for m in blocks.modules() if is_linear(m))
+    hidden = loaded.model.config.get_text_config().hidden_size
+    needed = memory.forecast_bytes(blocks, widest, hidden, tokens.ids.numel(), plan.settings.tokens_per_batch)
+    log.info("calibration needs about %.2f GB beyond the model", needed / 1e9)
+    memory.require(needed, plan.device, f"calibrating {loaded.name} (widest layer: {widest} columns)")
+
+
+def _result(
+    plan: Plan,
+    loaded: LoadedModel,
+    quantized: QuantizedModel,
+    metrics: Mapping[str, Any],
+    clock: Clock,
+    manifest: Mapping[str, Any],
+) -> Result:
+    full = plan.method.solver is None
+    return Result(
+        method=plan.method.name,
+        bits=PLAIN_BITS if full else plan.grid.bits,
+        bits_per_weight=bits_per_weight(quantized.weights),
+        group_size=None if full else plan.grid.group_size,
+        sym=None if full else getattr(plan.grid, "sym", None),
+        model=loaded.name,
+        status="done",
+        metrics=metrics,
+        size_bytes=model_bytes(loaded.model, quantized.weights),
+        baseline_size_bytes=model_bytes(loaded.model, {}),
+        seconds=clock.total(),
+        peak_memory_bytes=memory.peak_bytes(plan.device),
+        ledger=LEDGER,
+        manifest=manifest,
+        config=plan.config,
+    )
+
+
+def _manifest(
+    plan: Plan, loaded: LoadedModel, quantized: QuantizedModel, tokens: TokenSet | None, baseline: Baseline
+) -> dict[str, Any]:
+    return {
+        "model": {"source": loaded.source, "sha256": loaded.sha256, "dtype": plan.dtype},
+        "tokens": {
+            "calibration": None if tokens is None else tokens.sha256,
+            "eval": baseline.sha256,
+        },
+        "sources": {
+            "calibration": None if tokens is None else tokens.source,
+            "eval": _evaluation_sources(baseline),
+        },
+        "config": config_sha256(plan.config),
+        "code": code_sha256(),
+        "compute_dtype": quantized.compute_dtype,
+        "seed": plan.seed,
+    } | environment()
+
+
+def _evaluation_sources(baseline: Baseline) -> dict[str, str]:
+    tasks = baseline.tasks.sources if baseline.tasks else {}
+    return {t.name: t.source for t in baseline.tokens} | {f"lm_eval/{name}": s for name, s in tasks.items()}
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device, "auto" being a GPU where there is one. Raises UserError for one that isn't there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _build(node: Any) -> Any:
+    """Instantiate a config node; a UserError raised inside comes out as itself."""
+    try:
+        return instantiate(node, _convert_="all")
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__
+        if cause is not None:
+            raise cause from None
+        raise UserError(str(error).splitlines()[0]) from error
+
+
+def _positive(cfg: DictConfig, key: str) -> int:
+    value = cfg[key]
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{key}={value}: give a whole number, at least 1")
+    return value
+
+
+def _run_name(plan: Plan) -> str:
+    model = getattr(plan.model, "name", None) or "model"
+    if plan.method.solver is None:
+        return f"{model} {plan.method.name}"
+    return f"{model} {plan.method.name} {plan.grid.bits}bit g{plan.grid.group_size}"
+
+
+@contextmanager
+def _logging_to(out: Path, console: Console) -> Iterator[None]:
+    """This package's log: warnings to the terminal, everything to OUT/run.log."""
+    from rich.logging import RichHandler
+
+    root = logging.getLogger("gptq_awq")
+    to_file = logging.FileHandler(out / "run.log", mode="w")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    to_terminal = RichHandler(logging.WARNING, console=console, show_path=False, show_time=False)
+    root.setLevel(logging.DEBUG)
+    for handler in (to_file, to_terminal):
+        root.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in (to_file, to_terminal):
+            root.removeHandler(handler)
+            handler.close()
+
+
+def _remove_unused_hydra_folder(out: Path) -> None:
+    """With out=… elsewhere, the folder that Hydra made for this run would stay behind empty."""
+    if not HydraConfig.initialized():
+        return
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if folder.resolve() != out.resolve():
+        with suppress(OSError):
+            folder.rmdir()
+            folder.parent.rmdir()
+            folder.parent.parent.rmdir()
