@@ -111,11 +111,12 @@ def test_the_baseline_is_computed_once(cli, tiny, tmp_path, cache):
 def test_documents_with_padding_and_a_module_objective_run(cli, tiny, tmp_path):
     lines = tmp_path / "documents.jsonl"
     lines.write_text("\n".join(json.dumps({"text": "the cat sees a dog. " * n}) for n in range(1, 20)))
-    options = ("data.packing=documents", f"data.path={lines}", "method.transforms.awq.objective=module")
+    options = ("data.packing=documents", "data.seqlen=128", f"data.path={lines}")
+    options += ("method.transforms.awq.objective=module",)
     done = cli("method=awq", *tiny, *options, f"out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
     ledger = results.read_ledger(tmp_path / "out" / "ledger.jsonl")
-    assert ledger["tokens"].max() < 8 * 32
+    assert ledger["tokens"].max() < 8 * 128
 
 
 def test_lm_eval_tasks_of_ones_own_run_offline(cli, tiny, tmp_path):
