@@ -1,5 +1,6 @@
 """The library, for notebooks: quantize one weight, or one model in memory."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,27 @@ from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.moments import Moments
 from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.quantize import QuantizedModel, Settings, quantize
+from gptq_awq.pipeline.quantize import Settings, quantize
 from gptq_awq.progress import Track, no_track
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """A model quantized in place, with what a checkpoint and a ledger need.
+
+    Attributes:
+        model: the model that was passed in; its linears hold dequantized weights.
+        weights: module name → codes, scales, zeros.
+        ledger: one row per linear.
+    """
+
+    model: nn.Module
+    weights: dict[str, QuantizedWeight] = field(repr=False)
+    ledger: list[dict[str, Any]] = field(repr=False)
 
 
 def quantize_weight(
@@ -59,14 +75,18 @@ def quantize_weight(
         NotPositiveDefiniteError: no damping made H positive definite.
     """
     if method not in ("gptq", "rtn"):
-        raise UserError(f"method={method}: quantize_weight knows gptq and rtn; quantize_model knows every preset")
+        raise UserError(
+            f"method={method}: quantize_weight knows gptq and rtn; quantize_model knows every preset"
+        )
     if weight.dim() != 2:
         raise UserError(f"weight has shape {tuple(weight.shape)}: give a matrix (out, in)")
     columns = weight.shape[1]
     if hessian is None and method == "gptq":
         raise UserError("hessian is missing: GPTQ needs Σ x xᵀ of the layer's inputs (method='rtn' does not)")
     if hessian is not None and hessian.shape != (columns, columns):
-        raise UserError(f"hessian has shape {tuple(hessian.shape)}: the weight's {columns} columns want a square of it")
+        raise UserError(
+            f"hessian has shape {tuple(hessian.shape)}: the weight's {columns} columns want a square of it"
+        )
     for name, tensor in (("weight", weight), ("hessian", hessian)):
         if tensor is not None and not torch.isfinite(tensor).all():
             raise UserError(f"{name} has non-finite values")
@@ -112,8 +132,17 @@ def quantize_model(
         method, search = load_method(method)
     if isinstance(calibration, Tensor):
         calibration = make_token_set("calibration", calibration.cpu(), None, "memory")
-    options: dict[str, Any] = {"bits": bits, "group_size": group_size, "sym": sym, "scale_dtype": "float16"} | search
-    return quantize(model, calibration, method, grid or IntGrid(**options), settings, track)
+    options: dict[str, Any] = {
+        "bits": bits,
+        "group_size": group_size,
+        "sym": sym,
+        "scale_dtype": "float16",
+    } | search
+    done = QuantizedModel(model, {}, [])
+    for block in quantize(model, calibration, method, grid or IntGrid(**options), settings, track):
+        done.weights.update(block.weights)
+        done.ledger.extend(block.rows)
+    return done
 
 
 def load_method(name: str) -> tuple[Method, dict[str, Any]]:

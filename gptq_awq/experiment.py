@@ -31,8 +31,8 @@ from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.load import LoadedModel
 from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.quantize import QuantizedModel, Settings, needs_calibration, quantize
-from gptq_awq.pipeline.size import PLAIN_BITS, bits_per_weight, model_bytes
+from gptq_awq.pipeline.quantize import Settings, needs_calibration, quantize, resolve_compute_dtype
+from gptq_awq.pipeline.size import PLAIN_BITS, Footprint
 from gptq_awq.progress import Track, rich_track
 from gptq_awq.report import final_table
 from gptq_awq.results import Ledger, Result
@@ -148,11 +148,11 @@ def execute(plan: Plan, track: Track) -> Result:
             loaded.model, loaded.tokenizer, loaded.sha256, windows, tasks, cache_dir(), track
         )
     with clock.phase("quantize"):
-        quantized = _quantize(plan, loaded, tokens, ledger, tracker, track)
+        footprint = _quantize(plan, loaded, tokens, ledger, tracker, track)
     with clock.phase("evaluate"):
         metrics = score(loaded.model, loaded.tokenizer, baseline, plan.seed, track)
-    manifest = _manifest(plan, loaded, quantized, tokens, baseline)
-    result = _result(plan, loaded, quantized, metrics, clock, manifest)
+    manifest = _manifest(plan, loaded, tokens, baseline)
+    result = _result(plan, loaded, footprint, metrics, clock, manifest)
     result.write(plan.out)
     tracker.finish(result)
     return result
@@ -160,15 +160,17 @@ def execute(plan: Plan, track: Track) -> Result:
 
 def _quantize(
     plan: Plan, loaded: LoadedModel, tokens: TokenSet | None, ledger: Ledger, tracker: Tracker, track: Track
-) -> QuantizedModel:
-    def on_block(index: int, rows: list[dict[str, Any]]) -> None:
-        ledger.append(rows)
-        tracker.ledger(rows)
-        errors = [row["error_after"] for row in rows if "error_after" in row]
+) -> Footprint:
+    """Quantize the model in place, block by block; each block's rows are on disk before the next begins."""
+    footprint = Footprint()
+    for block in quantize(loaded.model, tokens, plan.method, plan.grid, plan.settings, track):
+        footprint.add(block.weights)
+        ledger.append(block.rows)
+        tracker.ledger(block.rows)
+        errors = [row["error_after"] for row in block.rows if "error_after" in row]
         if errors:
-            tracker.log({"quantize/relative_error": sum(errors) / len(errors)}, step=index)
-
-    return quantize(loaded.model, tokens, plan.method, plan.grid, plan.settings, track, on_block)
+            tracker.log({"quantize/relative_error": sum(errors) / len(errors)}, step=block.index)
+    return footprint
 
 
 def _forecast(loaded: LoadedModel, tokens: TokenSet | None, plan: Plan) -> None:
@@ -186,7 +188,7 @@ def _forecast(loaded: LoadedModel, tokens: TokenSet | None, plan: Plan) -> None:
 def _result(
     plan: Plan,
     loaded: LoadedModel,
-    quantized: QuantizedModel,
+    footprint: Footprint,
     metrics: Mapping[str, Any],
     clock: Clock,
     manifest: Mapping[str, Any],
@@ -195,14 +197,14 @@ def _result(
     return Result(
         method=plan.method.name,
         bits=PLAIN_BITS if full else plan.grid.bits,
-        bits_per_weight=bits_per_weight(quantized.weights),
+        bits_per_weight=footprint.bits_per_weight,
         group_size=None if full else plan.grid.group_size,
         sym=None if full else getattr(plan.grid, "sym", None),
         model=loaded.name,
         status="done",
         metrics=metrics,
-        size_bytes=model_bytes(loaded.model, quantized.weights),
-        baseline_size_bytes=model_bytes(loaded.model, {}),
+        size_bytes=footprint.model_bytes(loaded.model),
+        baseline_size_bytes=Footprint().model_bytes(loaded.model),
         seconds=clock.total(),
         peak_memory_bytes=memory.peak_bytes(plan.device),
         ledger=LEDGER,
@@ -211,9 +213,7 @@ def _result(
     )
 
 
-def _manifest(
-    plan: Plan, loaded: LoadedModel, quantized: QuantizedModel, tokens: TokenSet | None, baseline: Baseline
-) -> dict[str, Any]:
+def _manifest(plan: Plan, loaded: LoadedModel, tokens: TokenSet | None, baseline: Baseline) -> dict[str, Any]:
     return {
         "model": {"source": loaded.source, "sha256": loaded.sha256, "dtype": plan.dtype},
         "tokens": {
@@ -226,7 +226,7 @@ def _manifest(
         },
         "config": config_sha256(plan.config),
         "code": code_sha256(),
-        "compute_dtype": quantized.compute_dtype,
+        "compute_dtype": str(resolve_compute_dtype(plan.settings.compute_dtype, plan.device)),
         "seed": plan.seed,
     } | environment()
 

@@ -10,28 +10,62 @@ import numpy as np
 
 
 @numba.njit(parallel=True, cache=True)
-def sweep_affine(w, u, scale, zero, max_code, first, last, codes, errors):  # pragma: no cover (compiled)
-    """Round columns first..last-1 of one block, passing each error on to the block's later columns.
+def sweep_affine(w, u, scale, zero, max_code, first, codes, errors):  # pragma: no cover (compiled)
+    """Round some neighbouring columns of one block, passing each error on to the block's later columns.
 
     Args:
         w: (rows, block) float32, changed in place: the block's weights.
         u: (block, block) float32: the block's diagonal part of the upper factor.
-        scale: (rows,) float32, of the one group that these columns belong to.
-        zero: (rows,) float32, likewise.
+        scale: (rows, count) float32, of the columns to round.
+        zero: (rows, count) float32, likewise.
         max_code: largest code, float32.
-        first: first column of the segment.
-        last: one past its last column.
+        first: first of these columns within the block.
         codes: (rows, block) float32, written.
         errors: (rows, block) float32, written: (w - q) / U_ii.
     """
     rows, block = w.shape
     for r in numba.prange(rows):
-        s, z = scale[r], zero[r]
-        for i in range(first, last):
-            x = w[r, i]
+        for i in range(first, first + scale.shape[1]):
+            x, s, z = w[r, i], scale[r, i - first], zero[r, i - first]
             code = min(max(np.rint(x / s) + z, np.float32(0.0)), max_code)
             e = (x - s * (code - z)) / u[i, i]
             codes[r, i] = code
             errors[r, i] = e
             for j in range(i + 1, block):
                 w[r, j] -= e * u[i, j]
+
+
+@numba.njit(parallel=True, cache=True)
+def best_range(w, scale, zero, max_code, hessian, best):  # pragma: no cover (compiled)
+    """For each row, which of its candidate ranges rounds with the least output error Δ H Δᵀ; the first on a tie.
+
+    Args:
+        w: (rows, cols) float32: one group of columns.
+        scale: (rows, candidates) float32.
+        zero: (rows, candidates) float32.
+        max_code: largest code, float32.
+        hessian: (cols, cols) float32: the group's diagonal block.
+        best: (rows,) int64, written.
+    """
+    rows, cols = w.shape
+    for r in numba.prange(rows):
+        delta = np.empty(cols, np.float32)
+        least = np.float32(np.inf)
+        best[r] = 0
+        for c in range(scale.shape[1]):
+            s, z = scale[r, c], zero[r, c]
+            for j in range(cols):
+                code = min(max(np.rint(w[r, j] / s) + z, np.float32(0.0)), max_code)
+                delta[j] = s * (code - z) - w[r, j]
+            # Row by row of H: a loop over j that has no running sum, which the compiler can vectorize.
+            product = np.zeros(cols, np.float32)
+            for i in range(cols):
+                d = delta[i]
+                for j in range(cols):
+                    product[j] += d * hessian[i, j]
+            error = np.float32(0.0)
+            for j in range(cols):
+                error += product[j] * delta[j]
+            if error < least:
+                least = error
+                best[r] = c

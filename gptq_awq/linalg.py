@@ -12,9 +12,7 @@ class NotPositiveDefiniteError(Exception):
     """No damping up to `MAX_DAMPING` made the Hessian positive definite."""
 
 
-def inverse_cholesky(
-    hessian: Float[Tensor, "n n"], damping: float
-) -> tuple[Float[Tensor, "n n"], float]:
+def inverse_cholesky(hessian: Float[Tensor, "n n"], damping: float) -> tuple[Float[Tensor, "n n"], float]:
     """Upper Cholesky factor U of the damped inverse: UᵀU = (H + λ mean(diag H) I)⁻¹.
 
     Row i of U, divided by U_ii, is what GPTQ propagates after fixing column i (arXiv 2210.17323, eq. 4 and

@@ -1,5 +1,6 @@
 """Memory: what is free, what a run has used at most, and what calibration will need."""
 
+import ctypes
 import resource
 import sys
 from contextlib import suppress
@@ -38,7 +39,15 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobytes
 
 
-def forecast_bytes(blocks: nn.ModuleList, widest: int, hidden: int, tokens: int, tokens_per_batch: int) -> int:
+def release() -> None:
+    """Hand freed heap memory back to the system (glibc keeps it, in pieces that later tensors don't fit)."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def forecast_bytes(
+    blocks: nn.ModuleList, widest: int, hidden: int, tokens: int, tokens_per_batch: int
+) -> int:
     """What calibration allocates at most, beyond the model.
 
     Two float32 copies of a block; the moments, their factor and the factorization's scratch for the widest

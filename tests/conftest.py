@@ -33,7 +33,21 @@ def tiny_text(tmp_path_factory) -> Path:
     import random
 
     draw = random.Random(0)
-    words = ["the", "a", "cat", "dog", "sees", "likes", "house", "tree", "red", "small", "and", "then", "runs"]
+    words = [
+        "the",
+        "a",
+        "cat",
+        "dog",
+        "sees",
+        "likes",
+        "house",
+        "tree",
+        "red",
+        "small",
+        "and",
+        "then",
+        "runs",
+    ]
     path = tmp_path_factory.mktemp("text") / "tiny.txt"
     path.write_text("\n".join(" ".join(draw.choices(words, k=12)) + "." for _ in range(400)))
     return path

@@ -121,7 +121,9 @@ def test_documents_with_padding_and_a_module_objective_run(cli, tiny, tmp_path):
 
 def test_lm_eval_tasks_of_ones_own_run_offline(cli, tiny, tmp_path):
     data = tmp_path / "task.jsonl"
-    data.write_text("\n".join(json.dumps({"q": f"the cat sees {w}", "a": i % 2}) for i, w in enumerate("abcdefgh")))
+    data.write_text(
+        "\n".join(json.dumps({"q": f"the cat sees {w}", "a": i % 2}) for i, w in enumerate("abcdefgh"))
+    )
     task = {
         "task": "cats",
         "dataset_path": "json",
@@ -184,7 +186,10 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(cli, tiny, tmp_pa
     if arguments[0] in ("data=c4",):
         base = [a for a in tiny if not a.startswith("data")]
     if arguments[0] == "model=hub":
-        arguments, base = ["model=hub", "model.id=nobody/nothing"], [a for a in tiny if not a.startswith("model")]
+        arguments, base = (
+            ["model=hub", "model.id=nobody/nothing"],
+            [a for a in tiny if not a.startswith("model")],
+        )
     if arguments[0] == "model=typo":
         base = [a for a in tiny if not a.startswith("model")]
     method = [] if arguments[0].startswith("method=") else ["method=gptq"]

@@ -83,7 +83,9 @@ def test_a_zero_group_stays_zero():
         assert torch.equal(grid.decode(grid.encode(w, params), params), w)
 
 
-@pytest.mark.parametrize(("columns", "group_size", "groups"), [(48, 32, 2), (48, 64, 1), (48, -1, 1), (48, 7, 7)])
+@pytest.mark.parametrize(
+    ("columns", "group_size", "groups"), [(48, 32, 2), (48, 64, 1), (48, -1, 1), (48, 7, 7)]
+)
 def test_the_last_group_may_be_shorter(columns, group_size, groups):
     quantized = RTN().solve(weights(2), None, IntGrid(4, group_size)).quantized
     assert quantized.scales.shape == (8, groups)
@@ -100,7 +102,22 @@ def test_bits_per_weight_counts_scales_and_zeros():
     assert bits(bits=3, group_size=-1, sym=False, scale_dtype="float16") == 3 + 19 / 128
 
 
-@pytest.mark.parametrize("options", [{"bits": 1}, {"bits": 9}, {"group_size": 0}, {"group_size": -2}, {"search": "best"}])
+@pytest.mark.parametrize(
+    "options", [{"bits": 1}, {"bits": 9}, {"group_size": 0}, {"group_size": -2}, {"search": "best"}]
+)
 def test_what_a_grid_cannot_do_is_refused_by_name(options):
     with pytest.raises(UserError, match=next(iter(options))):
         IntGrid(**options)
+
+
+@pytest.mark.parametrize("sym", [False, True])
+def test_compiled_range_search_finds_what_the_plain_loop_finds(sym):
+    w, x = weights(4, rows=200), torch.randn(200, 48) * torch.linspace(0.1, 3, 48)
+    H = x.T @ x / 200
+    grid = IntGrid(3, -1, sym, "hessian", "float16")
+    low, high = grid._range(w)
+    shrinks = [1 - i / 20 for i in range(11)]
+    plain = grid._least(w, low, high, shrinks, lambda e: ((e @ H) * e).sum(1, keepdim=True))
+    compiled = grid._least_compiled(w, low, high, shrinks, H)
+    for ours, theirs in zip(compiled, plain, strict=True):
+        assert (ours == theirs).float().mean() > 0.98  # near ties may fall either way

@@ -8,6 +8,7 @@ The range of a group is chosen by `search`:
            the Hessian: AWQ's clip search (arXiv 2306.00978, sec. 3.2) without touching an activation.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,6 +18,10 @@ from torch import Tensor
 
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Params
+from gptq_awq.kernels import best_range
+
+Error = Callable[[Tensor], Tensor]
+"""ŵ - w, (rows, cols) → what it costs, (rows, 1)."""
 
 MSE_NORM, MSE_STEPS, MSE_MAX_SHRINK = 2.4, 100, 0.8
 HESSIAN_STEPS, HESSIAN_MAX_SHRINK = 20, 0.5
@@ -46,7 +51,9 @@ class IntGrid:
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or self.bits not in range(2, 9):
-            raise UserError(f"bits={self.bits}: an integer grid takes bits 2 to 8 (method=fp leaves weights alone)")
+            raise UserError(
+                f"bits={self.bits}: an integer grid takes bits 2 to 8 (method=fp leaves weights alone)"
+            )
         if isinstance(self.group_size, bool) or not (self.group_size == -1 or self.group_size >= 1):
             raise UserError(f"group_size={self.group_size}: give a number of columns, or -1 for per-channel")
         if self.search not in ("minmax", "mse", "hessian"):
@@ -79,12 +86,14 @@ class IntGrid:
             return self._params(low, high)
         if self.search == "mse":
             shrinks = [1 - i / MSE_STEPS for i in range(int(MSE_MAX_SHRINK * MSE_STEPS))]
-            return self._best_shrink(w, low, high, shrinks, lambda e: e.abs().pow(MSE_NORM).sum(1, keepdim=True))
+            return self._least(w, low, high, shrinks, lambda e: e.abs().pow(MSE_NORM).sum(1, keepdim=True))
         if hessian is None:
             raise ValueError("grid.search=hessian needs the group's diagonal block of the Hessian")
         h = hessian.to(w)
         shrinks = [1 - i / HESSIAN_STEPS for i in range(int(HESSIAN_MAX_SHRINK * HESSIAN_STEPS) + 1)]
-        return self._best_shrink(w, low, high, shrinks, lambda e: ((e @ h) * e).sum(1, keepdim=True))
+        if w.device.type == "cpu":
+            return self._least_compiled(w, low, high, shrinks, h)
+        return self._least(w, low, high, shrinks, lambda e: ((e @ h) * e).sum(1, keepdim=True))
 
     def encode(self, w: Float[Tensor, "rows cols"], params: Params) -> Float[Tensor, "rows cols"]:
         """clip(⌊w/s⌉ + z, 0, 2^b - 1)."""
@@ -117,7 +126,7 @@ class IntGrid:
             return scale, torch.full_like(scale, (self.max_code + 1) / 2)
         return scale, torch.round(-low / scale).clamp(0, self.max_code)
 
-    def _best_shrink(self, w: Tensor, low: Tensor, high: Tensor, shrinks: list[float], error) -> Params:
+    def _least(self, w: Tensor, low: Tensor, high: Tensor, shrinks: list[float], error: Error) -> Params:
         """Per row, the shrunken range p·[low, high] of least `error(ŵ - w)`; the widest one on a tie."""
         best_scale, best_zero = self._params(low, high)
         best = torch.full_like(best_scale, torch.inf)
@@ -129,3 +138,14 @@ class IntGrid:
             best_scale = torch.where(better, scale, best_scale)
             best_zero = torch.where(better, zero, best_zero)
         return best_scale, best_zero
+
+    def _least_compiled(
+        self, w: Tensor, low: Tensor, high: Tensor, shrinks: list[float], h: Tensor
+    ) -> Params:
+        """The same for the output error, all candidates in one pass over the weights (see kernels.py)."""
+        p = torch.tensor(shrinks, dtype=w.dtype)
+        scales, zeros = self._params(low * p, high * p)
+        best = torch.empty(len(w), dtype=torch.int64)
+        arrays = [x.contiguous().numpy() for x in (w, scales, zeros)]
+        best_range(*arrays, arrays[0].dtype.type(self.max_code), h.contiguous().numpy(), best.numpy())
+        return scales.gather(1, best[:, None]), zeros.gather(1, best[:, None])

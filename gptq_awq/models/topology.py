@@ -45,7 +45,11 @@ class _Probe:
 
 
 def observe_sites(
-    block: nn.Module, hidden: Float[Tensor, "1 tokens width"], call: Call, absorbers: bool, heads: int | None = None
+    block: nn.Module,
+    hidden: Float[Tensor, "1 tokens width"],
+    call: Call,
+    absorbers: bool,
+    heads: int | None = None,
 ) -> list[Site]:
     """The block's sites in the order they run.
 
@@ -82,7 +86,9 @@ def _watch(probe: _Probe) -> tuple[list[str], list[Site]]:
     leaves = [(n, m) for n, m in probe.block.named_modules() if not any(m.children())]
     with _hooks([m.register_forward_hook(hook(n)) for n, m in leaves]):
         probe.run()
-    widths = {name: matrix(probe.block.get_submodule(name)).shape[1] for names in readers.values() for name in names}
+    widths = {
+        name: matrix(probe.block.get_submodule(name)).shape[1] for names in readers.values() for name in names
+    }
     return order, [Site(tuple(names), widths[names[0]]) for names in readers.values()]
 
 
@@ -165,7 +171,9 @@ def _factors() -> Float[Tensor, "levels"]:
     return torch.logspace(-1, 1, 2 * LEVELS + 1, base=2.0)[1::2]
 
 
-def _levels(scaled: Float[Tensor, "tokens in"], plain: Float[Tensor, "tokens in"]) -> Int[Tensor, "in"] | None:
+def _levels(
+    scaled: Float[Tensor, "tokens in"], plain: Float[Tensor, "tokens in"]
+) -> Int[Tensor, "in"] | None:
     """Which factor each column was multiplied by, the same for all tokens; None if any column by none."""
     energy = plain.square().sum(0)
     ratio = (scaled * plain).sum(0) / energy
@@ -210,5 +218,3 @@ def absorb(block: nn.Module, site: Site, absorber: Absorber, s: Float[Tensor, "i
 def relative_error(a: Tensor, b: Tensor) -> float:
     """‖a - b‖ / ‖b‖."""
     return float((a - b).norm() / b.norm().clamp(min=1e-30))
-
-

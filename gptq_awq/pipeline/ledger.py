@@ -37,9 +37,17 @@ class LinearReport:
     scalings: Mapping[str, Scaling]
 
     def row(
-        self, weight: Float[Tensor, "out in"], dequantized: Float[Tensor, "out in"], solution: Solution, seconds: float
+        self,
+        weight: Float[Tensor, "out in"],
+        dequantized: Float[Tensor, "out in"],
+        solution: Solution,
+        seconds: float,
     ) -> dict[str, Any]:
-        """The row, as JSON values. Errors are relative: ‖error‖² / ‖signal‖²."""
+        """The row, as JSON values.
+
+        Errors are relative, ‖error‖² / ‖signal‖² of the linear's output: `error_before` of rounding the weight
+        that the solver got to nearest without any search, `error_after` of what it answered.
+        """
         grid, moments, columns = solution.quantized.grid, self.moments, weight.shape[1]
         size = columns if grid.group_size == -1 else grid.group_size
         last_group = columns % size or size
@@ -61,12 +69,14 @@ class LinearReport:
             "damping": solution.damping,
             "tokens": moments.tokens if moments else None,
             "loss": solution.quantized.loss,
-            "weight_error": float((dequantized - weight).square().sum() / weight.square().sum().clamp(min=1e-30)),
+            "weight_error": float(
+                (dequantized - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
+            ),
             "seconds": round(seconds, 4),
         }
         if moments is not None:
             signal = max(quadratic(weight, moments.hessian), 1e-30)
-            nearest = RTN().solve(weight, moments, grid).quantized.loss or 0.0
+            nearest = RTN().solve(weight, moments, grid.without_search()).quantized.loss or 0.0
             row["error_before"] = 2 * nearest / signal
             row["error_after"] = quadratic(dequantized - weight, moments.hessian) / signal
         return row

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gptq_awq import memory
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight
@@ -54,33 +55,31 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class QuantizedModel:
-    """The model, quantized in place, with what a checkpoint and a ledger need.
+class BlockResult:
+    """One finished block.
 
     Attributes:
-        model: the model that was passed in; its linears hold dequantized weights.
+        index: its number.
         weights: module name → codes, scales, zeros.
-        ledger: one row per linear.
-        compute_dtype: what calibration computed in.
+        rows: its part of the ledger, one row per linear.
     """
 
-    model: nn.Module
+    index: int
     weights: dict[str, QuantizedWeight] = field(repr=False)
-    ledger: list[Row] = field(repr=False)
-    compute_dtype: str
+    rows: list[Row] = field(repr=False)
 
 
-@torch.no_grad()
 def quantize(
     model: nn.Module,
     tokens: Callable[[], TokenSet] | TokenSet | None,
     method: Method,
     grid: Grid,
-    settings: Settings = Settings(),  # noqa: B008 (frozen)
+    settings: Settings = Settings(),
     track: Track = no_track,
-    on_block: Callable[[int, list[Row]], None] = lambda index, rows: None,
-) -> QuantizedModel:
-    """Quantize every linear in the model's blocks, in place.
+) -> Iterator[BlockResult]:
+    """Quantize every linear in the model's blocks, in place, one block per step of the iterator.
+
+    Nothing is kept of a block that was handed out, so a caller that needs no codes pays no memory for them.
 
     Args:
         model: a causal LM in eval mode.
@@ -89,7 +88,6 @@ def quantize(
         grid: where weights may land.
         settings: how to compute.
         track: wraps the loop over blocks, to report progress.
-        on_block: called after each block with its ledger rows.
 
     Raises:
         UserError: no calibration data where the method needs some; non-finite values; H that won't factor.
@@ -98,7 +96,7 @@ def quantize(
     device = next(model.parameters()).device
     dtype = resolve_compute_dtype(settings.compute_dtype, device)
     if method.solver is None:
-        return QuantizedModel(model, {}, [], _dtype_name(dtype))
+        return
     streams = None
     if needs_calibration(method, grid):
         data = tokens() if callable(tokens) else tokens
@@ -106,15 +104,12 @@ def quantize(
             raise UserError(f"method={method.name} calibrates: give it tokens (data=…)")
         streams = open_streams(model, blocks, data, settings.tokens_per_batch, dtype, track)
     heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
-    weights: dict[str, QuantizedWeight] = {}
-    ledger: list[Row] = []
     for index, block in enumerate(track(blocks, f"quantize ({method.name})", len(blocks))):
         step = _BlockStep(block, index, f"{name}.{index}", method, grid, streams, dtype, heads)
-        step.run()
-        weights.update(step.weights)
-        ledger.extend(step.rows)
-        on_block(index, step.rows)
-    return QuantizedModel(model, weights, ledger, _dtype_name(dtype))
+        with torch.no_grad():
+            step.run()
+        memory.release()
+        yield BlockResult(index, step.weights, step.rows)
 
 
 def needs_calibration(method: Method, grid: Grid) -> bool:
@@ -131,17 +126,15 @@ def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     if name == "auto":
         if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+            return (
+                torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+            )
         native = torch.cpu.get_capabilities()
         has_bf16 = device.type == "cpu" and (native.get("avx512_bf16") or native.get("amx_bf16"))
         return torch.bfloat16 if has_bf16 else torch.float32
     if name not in ("float32", "bfloat16", "float16"):
         raise UserError(f"compute_dtype={name}: choose auto, float32, bfloat16 or float16")
     return getattr(torch, name)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 class _BlockStep:
@@ -240,7 +233,9 @@ class _BlockStep:
                     "(data.samples), or allow method.solver.fallback=rtn"
                 ) from error
             dequantized = solution.quantized.dequantize()
-            report = LinearReport(full_name, self.index, site, self.method, moments, self._scalings.get(site.name, {}))
+            report = LinearReport(
+                full_name, self.index, site, self.method, moments, self._scalings.get(site.name, {})
+            )
             self.rows.append(report.row(weight, dequantized, solution, time.perf_counter() - started))
             self.weights[full_name] = solution.quantized
             target.copy_(dequantized)

@@ -1,6 +1,7 @@
 """How many bytes a model takes, quantized and not."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -9,21 +10,30 @@ from gptq_awq.grids.base import QuantizedWeight
 PLAIN_BITS = 16  # what is not quantized is stored in 16 bits, as checkpoints do
 
 
-def model_bytes(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> int:
-    """Bytes of the model's parameters, tied ones counted once: quantized ones packed, the rest in 16 bits."""
-    packed = {id(_weight(model, name)): weight for name, weight in weights.items()}
-    bits = 0.0
-    for parameter in model.parameters():
-        quantized = packed.get(id(parameter))
-        bits += parameter.numel() * (quantized.bits_per_weight if quantized else PLAIN_BITS)
-    return round(bits / 8)
+@dataclass(frozen=True)
+class Footprint:
+    """What quantized weights take, without the weights.
 
+    Attributes:
+        bits: module name → stored bits of its weight, scales and zeros included.
+        weights: module name → number of weights.
+    """
 
-def bits_per_weight(weights: Mapping[str, QuantizedWeight]) -> float:
-    """Mean stored bits of the quantized weights, scales and zeros included; 16 where nothing is quantized."""
-    total = sum(w.codes.numel() for w in weights.values())
-    return sum(w.bits_per_weight * w.codes.numel() for w in weights.values()) / total if total else PLAIN_BITS
+    bits: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
 
+    def add(self, quantized: Mapping[str, QuantizedWeight]) -> None:
+        """Count some weights in."""
+        for name, weight in quantized.items():
+            self.weights[name] = weight.codes.numel()
+            self.bits[name] = weight.bits_per_weight * weight.codes.numel()
 
-def _weight(model: nn.Module, name: str):
-    return model.get_submodule(name).weight
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean stored bits of the quantized weights; 16 where nothing is quantized."""
+        return sum(self.bits.values()) / sum(self.weights.values()) if self.weights else PLAIN_BITS
+
+    def model_bytes(self, model: nn.Module) -> int:
+        """Bytes of the whole model, tied parameters counted once: what isn't quantized takes 16 bits."""
+        parameters = sum(p.numel() for p in model.parameters())
+        return round(((parameters - sum(self.weights.values())) * PLAIN_BITS + sum(self.bits.values())) / 8)

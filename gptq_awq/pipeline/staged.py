@@ -23,7 +23,9 @@ OnSite = Callable[[Site, Moments], None]
 
 
 @torch.no_grad()
-def staged_forward(block: nn.Module, index: int, sites: list[Site], streams: Streams, on_site: OnSite) -> None:
+def staged_forward(
+    block: nn.Module, index: int, sites: list[Site], streams: Streams, on_site: OnSite
+) -> None:
     """Advance the streams through `block`, calling `on_site` when all batches wait at a site.
 
     Args:
@@ -109,7 +111,9 @@ class hooks:  # noqa: N801 (reads as a verb: `with hooks(...)`)
 
 
 @torch.no_grad()
-def observe_forward(block: nn.Module, index: int, sites: list[Site], streams: Streams, advance: bool) -> list[Moments]:
+def observe_forward(
+    block: nn.Module, index: int, sites: list[Site], streams: Streams, advance: bool
+) -> list[Moments]:
     """The moments of every site's input in one plain forward; with `advance`, streams take the outputs."""
     device = next(block.parameters()).device
     sums = [MomentsSum(site.width, device) for site in sites]

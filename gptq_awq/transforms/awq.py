@@ -14,6 +14,7 @@ The paper's weight clipping is a range search of the grid: `grid.search=hessian`
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +31,8 @@ from gptq_awq.moments import Moments
 from gptq_awq.transforms.base import ModuleInputs, Scaling
 
 MIN_SCALE = 1e-4
+Loss = Callable[[Tensor], float]
+"""Scales (in,) → what rounding costs with them."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class AWQ:
     """Activation-aware scaling.
 
     Attributes:
-        ratio_steps: α runs over 0, 1/n, …, (n-1)/n.
+        ratio_steps: n, the resolution of α in 0, 1/n, …, (n-1)/n.
         duo: divide by the weights' own magnitude: "on", "off", or "both" (search twice).
         objective: "linear" or "module", see above.
     """
@@ -60,20 +63,30 @@ class AWQ:
         self, block: nn.Module, sites: list[Site], moments: list[Moments], grid: Grid, inputs: ModuleInputs
     ) -> list[Scaling]:
         """Scale every site that has an absorber; the others are left alone, and say so."""
-        return [self._scale(block, site, stats, grid, inputs) for site, stats in zip(sites, moments, strict=True)]
+        return [
+            self._scale(block, site, stats, grid, inputs) for site, stats in zip(sites, moments, strict=True)
+        ]
 
-    def _scale(self, block: nn.Module, site: Site, stats: Moments, grid: Grid, inputs: ModuleInputs) -> Scaling:
+    def _scale(
+        self, block: nn.Module, site: Site, stats: Moments, grid: Grid, inputs: ModuleInputs
+    ) -> Scaling:
         if site.absorber is None:
             return Scaling(None, {"skipped": "no preceding op can absorb a scale"})
+        tie = site.absorber.tie
         W = torch.cat([matrix(block.get_submodule(name)) for name in site.linears]).float()
-        loss = self._linear_loss(W, stats, grid) if self.objective == "linear" else _module_loss(block, site, grid, inputs)
+        linear = self.objective == "linear"
+        loss = _linear_loss(W, stats, grid) if linear else _module_loss(block, site, grid, inputs)
+
+        def scales(duo: bool, step: int) -> Tensor:
+            return tie(candidate_scales(W, stats, grid, step / self.ratio_steps, duo))
+
         best, alpha, duo = torch.ones_like(stats.mean_abs), 0.0, False
         unscaled = least = loss(best)
-        for candidate_alpha, candidate_duo in self._grid():
-            s = site.absorber.tie(candidate_scales(W, stats, grid, candidate_alpha, candidate_duo))
-            value = loss(s)
+        for with_duo in {"on": (True,), "off": (False,), "both": (False, True)}[self.duo]:
+            step, value = search(lambda step, d=with_duo: loss(scales(d, step)), self.ratio_steps)
             if value < least:
-                least, best, alpha, duo = value, s, candidate_alpha, candidate_duo
+                least, best = value, scales(with_duo, step)
+                alpha, duo = step / self.ratio_steps, with_duo
         absorb(block, site, site.absorber, best)
         return Scaling(
             best,
@@ -86,13 +99,18 @@ class AWQ:
             },
         )
 
-    def _grid(self) -> list[tuple[float, bool]]:
-        duo = {"on": (True,), "off": (False,), "both": (False, True)}[self.duo]
-        return [(i / self.ratio_steps, d) for d in duo for i in range(self.ratio_steps)]
 
-    def _linear_loss(self, W: Float[Tensor, "out in"], stats: Moments, grid: Grid):
-        """s → tr(ΔHΔᵀ), Δ = Q(W s)/s - W."""
-        return lambda s: quadratic(quantize(W * s, grid) / s - W, stats.hessian)
+def search(loss: Callable[[int], float], steps: int, stride: int = 4) -> tuple[int, float]:
+    """The least loss over 0…steps-1: every `stride`-th first, then all between the best one's neighbours.
+
+    The loss is smooth in α, so this finds what trying every step finds, for half the work.
+    """
+    coarse = {step: loss(step) for step in range(0, steps, stride)}
+    best = min(coarse, key=coarse.__getitem__)
+    near = range(max(0, best - stride + 1), min(steps, best + stride))
+    tried = coarse | {step: loss(step) for step in near if step not in coarse}
+    best = min(tried, key=tried.__getitem__)
+    return best, tried[best]
 
 
 def candidate_scales(
@@ -127,12 +145,20 @@ def quantize(W: Float[Tensor, "out in"], grid: Grid) -> Float[Tensor, "out in"]:
     return torch.cat(parts, 1)
 
 
-def _module_loss(block: nn.Module, site: Site, grid: Grid, inputs: ModuleInputs):
+def _linear_loss(W: Float[Tensor, "out in"], stats: Moments, grid: Grid) -> Loss:
+    """s → tr(ΔHΔᵀ), Δ = Q(W s)/s - W."""
+    return lambda s: quadratic(quantize(W * s, grid) / s - W, stats.hessian)
+
+
+def _module_loss(block: nn.Module, site: Site, grid: Grid, inputs: ModuleInputs) -> Loss:
     """s → Σ ‖module(x; Q(W s)/s) - module(x; W)‖² over sampled calls of the module that holds the site."""
     name = common_module(site)
     module = copy.deepcopy(block.get_submodule(name))
     calls = inputs(name)
-    linears = [module.get_submodule(n.removeprefix(name).removeprefix(".")) if n != name else module for n in site.linears]
+    linears = [
+        module.get_submodule(n.removeprefix(name).removeprefix(".")) if n != name else module
+        for n in site.linears
+    ]
     originals = [matrix(linear).clone() for linear in linears]
 
     def run() -> list[Tensor]:
