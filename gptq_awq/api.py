@@ -75,18 +75,14 @@ def quantize_weight(
         NotPositiveDefiniteError: no damping made H positive definite.
     """
     if method not in ("gptq", "rtn"):
-        raise UserError(
-            f"method={method}: quantize_weight knows gptq and rtn; quantize_model knows every preset"
-        )
+        raise UserError(f"method={method}: quantize_weight knows gptq and rtn; quantize_model knows every preset")
     if weight.dim() != 2:
         raise UserError(f"weight has shape {tuple(weight.shape)}: give a matrix (out, in)")
     columns = weight.shape[1]
     if hessian is None and method == "gptq":
         raise UserError("hessian is missing: GPTQ needs Σ x xᵀ of the layer's inputs (method='rtn' does not)")
     if hessian is not None and hessian.shape != (columns, columns):
-        raise UserError(
-            f"hessian has shape {tuple(hessian.shape)}: the weight's {columns} columns want a square of it"
-        )
+        raise UserError(f"hessian has shape {tuple(hessian.shape)}: the weight's {columns} columns want a square of it")
     for name, tensor in (("weight", weight), ("hessian", hessian)):
         if tensor is not None and not torch.isfinite(tensor).all():
             raise UserError(f"{name} has non-finite values")

@@ -144,9 +144,7 @@ def execute(plan: Plan, track: Track) -> Result:
         tokens = plan.data.tokens(loaded.tokenizer, seed=plan.seed) if calibrates else None
         _forecast(loaded, tokens, plan)
     with clock.phase("baseline"):
-        baseline = full_precision(
-            loaded.model, loaded.tokenizer, loaded.sha256, windows, tasks, cache_dir(), track
-        )
+        baseline = full_precision(loaded.model, loaded.tokenizer, loaded.sha256, windows, tasks, cache_dir(), track)
     with clock.phase("quantize"):
         footprint = _quantize(plan, loaded, tokens, ledger, tracker, track)
     with clock.phase("evaluate"):

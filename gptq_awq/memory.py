@@ -45,9 +45,7 @@ def release() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def forecast_bytes(
-    blocks: nn.ModuleList, widest: int, hidden: int, tokens: int, tokens_per_batch: int
-) -> int:
+def forecast_bytes(blocks: nn.ModuleList, widest: int, hidden: int, tokens: int, tokens_per_batch: int) -> int:
     """What calibration allocates at most, beyond the model.
 
     Two float32 copies of a block; the moments, their factor and the factorization's scratch for the widest

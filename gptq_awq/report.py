@@ -185,12 +185,8 @@ def _row_cells(run: Row, names: Iterable[str], varied: Iterable[str]) -> dict[st
 
 def _varied(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Top-level settings (seed, dtype, …) without which two rows of the table would look the same."""
-    keys = {
-        key for config in configs for key, value in config.items() if isinstance(value, (str, int, float))
-    }
-    return sorted(
-        key for key in keys.difference(SHOWN) if len({str(config.get(key)) for config in configs}) > 1
-    )
+    keys = {key for config in configs for key, value in config.items() if isinstance(value, (str, int, float))}
+    return sorted(key for key in keys.difference(SHOWN) if len({str(config.get(key)) for config in configs}) > 1)
 
 
 def _baselines(runs: Iterable[Row]) -> str:
@@ -205,9 +201,7 @@ def _baselines(runs: Iterable[Row]) -> str:
 
 
 def _unfinished(runs: Sequence[Row]) -> str:
-    listed = ", ".join(
-        f"{run['path']} ({run['status']}: {run['error'] or 'no reason given'})" for run in runs
-    )
+    listed = ", ".join(f"{run['path']} ({run['status']}: {run['error'] or 'no reason given'})" for run in runs)
     return f"**Warning:** {len(runs)} unfinished run(s) left out: {listed}" if runs else ""
 
 
@@ -247,9 +241,7 @@ def _group(size: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0, or 2 with one line on stderr for a mistake the user can fix."""
-    parser = argparse.ArgumentParser(
-        prog="python -m gptq_awq.report", description="A Markdown table of runs."
-    )
+    parser = argparse.ArgumentParser(prog="python -m gptq_awq.report", description="A Markdown table of runs.")
     parser.add_argument("root", help="a folder with runs (results.json) anywhere below it")
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:

@@ -115,9 +115,7 @@ class _Guarded:
 class _WandbTracker:
     """One live wandb run. May raise: `_Guarded` stands between it and the program."""
 
-    def __init__(
-        self, options: WandbTracking, config: Mapping[str, Any], name: str, group: str | None
-    ) -> None:
+    def __init__(self, options: WandbTracking, config: Mapping[str, Any], name: str, group: str | None) -> None:
         import wandb  # a second to import, for those who ask for it
 
         self._table = wandb.Table

@@ -50,9 +50,7 @@ def points(runs: Iterable[Row], metric: str) -> dict[str, list[Point]]:
         value = metrics.get(f"{metric}/delta", metrics[metric])
         low, high = metrics.get(f"{metric}/delta_ci95") or (value, value)
         hollow = f"{metric}/delta_ci95" in metrics and not distinguishable(metrics, metric)
-        by_method.setdefault(run["method"], []).append(
-            Point(run["bits_per_weight"], value, low, high, hollow)
-        )
+        by_method.setdefault(run["method"], []).append(Point(run["bits_per_weight"], value, low, high, hollow))
     return by_method
 
 
@@ -61,9 +59,7 @@ def choose(rows: Iterable[Row], model: str | None, metric: str | None) -> tuple[
     done = [row for row in rows if row["status"] == "done" and model in (None, row["model"])]
     models = sorted({row["model"] for row in done})
     if len(models) != 1:
-        raise UserError(
-            f"--model: choose one of {', '.join(models)}" if models else "no finished run to draw"
-        )
+        raise UserError(f"--model: choose one of {', '.join(models)}" if models else "no finished run to draw")
     names = sorted({name for row in done for name in measured(row["metrics"])})
     candidates = [name for name in names if name == metric or (metric is None and _is_perplexity(name))]
     if len(candidates) != 1:

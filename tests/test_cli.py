@@ -121,9 +121,7 @@ def test_documents_with_padding_and_a_module_objective_run(cli, tiny, tmp_path):
 
 def test_lm_eval_tasks_of_ones_own_run_offline(cli, tiny, tmp_path):
     data = tmp_path / "task.jsonl"
-    data.write_text(
-        "\n".join(json.dumps({"q": f"the cat sees {w}", "a": i % 2}) for i, w in enumerate("abcdefgh"))
-    )
+    data.write_text("\n".join(json.dumps({"q": f"the cat sees {w}", "a": i % 2}) for i, w in enumerate("abcdefgh")))
     task = {
         "task": "cats",
         "dataset_path": "json",

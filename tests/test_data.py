@@ -32,9 +32,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", model_max_length=8
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", model_max_length=8)
 
 
 @pytest.fixture
@@ -70,9 +68,7 @@ def test_windows_may_start_anywhere_up_to_the_last_that_fits(tokenizer):
 @pytest.mark.parametrize("packing", ["windows", "documents"])
 def test_equal_seeds_draw_equal_tokens_and_others_do_not(tokenizer, packing):
     text = make_text("docs", [f"{i} " * i for i in range(1, 100)], "here")
-    first, again, other = (
-        calibration_tokens(text, tokenizer, 8, 12, seed, packing=packing) for seed in (0, 0, 1)
-    )
+    first, again, other = (calibration_tokens(text, tokenizer, 8, 12, seed, packing=packing) for seed in (0, 0, 1))
     assert first.sha256 == again.sha256 != other.sha256
     assert torch.equal(first.ids, again.ids)
 

@@ -20,9 +20,7 @@ def problem(rows=24, columns=96, seed=0):
     """A random weight and the Hessian of correlated inputs."""
     generator = torch.Generator().manual_seed(seed)
     W = torch.randn(rows, columns, generator=generator)
-    X = torch.randn(4 * columns, columns, generator=generator) @ torch.randn(
-        columns, columns, generator=generator
-    )
+    X = torch.randn(4 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
     return W, X.T @ X / len(X)
 
 

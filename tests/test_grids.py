@@ -83,9 +83,7 @@ def test_a_zero_group_stays_zero():
         assert torch.equal(grid.decode(grid.encode(w, params), params), w)
 
 
-@pytest.mark.parametrize(
-    ("columns", "group_size", "groups"), [(48, 32, 2), (48, 64, 1), (48, -1, 1), (48, 7, 7)]
-)
+@pytest.mark.parametrize(("columns", "group_size", "groups"), [(48, 32, 2), (48, 64, 1), (48, -1, 1), (48, 7, 7)])
 def test_the_last_group_may_be_shorter(columns, group_size, groups):
     quantized = RTN().solve(weights(2), None, IntGrid(4, group_size)).quantized
     assert quantized.scales.shape == (8, groups)

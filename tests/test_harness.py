@@ -69,9 +69,7 @@ def choices(tmp_path):
     folder = tmp_path / "tasks"
     folder.mkdir()
     draw = np.random.default_rng(0)
-    rows = [
-        {"question": f"Q{i} " + "".join(draw.choice(list("ABCD"), 5)), "answer": i % 3} for i in range(12)
-    ]
+    rows = [{"question": f"Q{i} " + "".join(draw.choice(list("ABCD"), 5)), "answer": i % 3} for i in range(12)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = {
         "task": "letters",
@@ -103,9 +101,7 @@ def small_index(monkeypatch):
 
 def compare_with_hflm(model, tokenizer, kind, questions):
     ours = getattr(LanguageModel(model, tokenizer, batch_size=3), kind)(ask(kind, *questions))
-    theirs = getattr(HFLM(model, tokenizer=tokenizer, batch_size=1), kind)(
-        ask(kind, *questions), disable_tqdm=True
-    )
+    theirs = getattr(HFLM(model, tokenizer=tokenizer, batch_size=1), kind)(ask(kind, *questions), disable_tqdm=True)
     return ours, theirs
 
 
@@ -164,9 +160,7 @@ def test_lambada_is_prompted_as_by_lm_eval():
 
 def test_lambada_scores_equal_those_of_lm_evals_own_wrapper(tmp_path, stories15m, shared):
     model, tokenizer = load(stories15m)
-    tasks = load_tasks(
-        ["lambada_openai"], limit=12, lambada=shared / "data/lambada_openai/lambada_test.jsonl"
-    )
+    tasks = load_tasks(["lambada_openai"], limit=12, lambada=shared / "data/lambada_openai/lambada_test.jsonl")
     ours = run_tasks(model, tokenizer, tasks)
     theirs = evaluate(HFLM(model, tokenizer=tokenizer), tasks.loaded, limit=12, bootstrap_iters=0)
     for metric in ("acc", "perplexity"):
@@ -187,9 +181,7 @@ def test_the_standard_error_is_that_of_a_mean(tiny, choices):
 def test_a_task_of_ones_own_is_scored_item_by_item(tiny, choices):
     model, tokenizer = tiny
     items = (
-        run_tasks(model, tokenizer, load_tasks(["letters"], include_path=choices, limit=5))
-        .scores["letters/acc"]
-        .items
+        run_tasks(model, tokenizer, load_tasks(["letters"], include_path=choices, limit=5)).scores["letters/acc"].items
     )
     rows = [json.loads(line) for line in (choices / "rows.jsonl").read_text().splitlines()]
     for row, item in zip(rows[:5], items, strict=True):
@@ -248,9 +240,7 @@ def test_models_are_paired_item_by_item(choices, tmp_path):
     assert metrics[f"{name}/p_value"] == pytest.approx(expected)
     assert metrics[f"{name}/test"] == "mcnemar"
     assert metrics["lm_eval/lambada_openai/perplexity/test"] == "paired bootstrap"
-    assert (
-        "lm_eval/lambada_openai/perplexity/delta_ci95" not in metrics
-    )  # its items' mean is not a perplexity
+    assert "lm_eval/lambada_openai/perplexity/delta_ci95" not in metrics  # its items' mean is not a perplexity
     assert set(baseline.sha256) == {"lm_eval/lambada_openai", "lm_eval/letters"}
     assert json.loads(json.dumps(metrics)) == metrics
 
@@ -271,9 +261,7 @@ def test_a_task_whose_data_are_out_of_reach_fails_within_seconds(choices, monkey
     task |= {"task": "remote", "dataset_path": "nobody/nothing", "dataset_kwargs": None}
     (choices / "remote.yaml").write_text(yaml.safe_dump(task))
     start = time.perf_counter()
-    with pytest.raises(
-        UserError, match=r"eval\.tasks: remote .*hub does not answer.*eval\.include_path"
-    ) as error:
+    with pytest.raises(UserError, match=r"eval\.tasks: remote .*hub does not answer.*eval\.include_path") as error:
         load_tasks(["remote"], include_path=choices)
     assert time.perf_counter() - start < 5
     assert "\n" not in str(error.value)

@@ -37,8 +37,7 @@ def model(request):
 def plain_losses(model, ids):
     """An independent implementation: whole windows, transformers' logits, torch's cross entropy."""
     rows = [
-        torch.nn.functional.cross_entropy(model(row[None]).logits[0, :-1], row[1:], reduction="none")
-        for row in ids
+        torch.nn.functional.cross_entropy(model(row[None]).logits[0, :-1], row[1:], reduction="none") for row in ids
     ]
     return torch.stack(rows)
 
@@ -62,9 +61,7 @@ def test_perplexity_equals_the_original_codes():
     model, tokens = tiny_model("llama"), windows()
     count, length = tokens.ids.shape
     total = sum(model(row[None], labels=row[None]).loss.item() * length for row in tokens.ids)
-    assert perplexity(token_losses(model, tokens).nll) == pytest.approx(
-        math.exp(total / (count * length)), rel=1e-5
-    )
+    assert perplexity(token_losses(model, tokens).nll) == pytest.approx(math.exp(total / (count * length)), rel=1e-5)
 
 
 def test_losses_do_not_depend_on_the_chunk(monkeypatch):

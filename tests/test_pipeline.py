@@ -128,9 +128,7 @@ def test_without_error_propagation_blocks_are_calibrated_on_full_precision_input
     model, data = tiny_model("llama"), tokens()
     _, blocks = find_blocks(model)
     seen = []
-    hook = blocks[1].self_attn.q_proj.register_forward_pre_hook(
-        lambda _m, a: seen.append(a[0].reshape(-1, 64))
-    )
+    hook = blocks[1].self_attn.q_proj.register_forward_pre_hook(lambda _m, a: seen.append(a[0].reshape(-1, 64)))
     model(data.ids)
     hook.remove()
     X = seen[0]

@@ -55,9 +55,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
-def test_a_line_runs_from_few_bits_to_many_and_marks_what_is_not_distinguishable(
-    plot: ModuleType, root: Path
-) -> None:
+def test_a_line_runs_from_few_bits_to_many_and_marks_what_is_not_distinguishable(plot: ModuleType, root: Path) -> None:
     lines = plot.points(records(load(root)), PPL)
     assert [point.bits_per_weight for point in lines["gptq"]] == [3.5, 4.5, 8.5]
     assert [point.value for point in lines["gptq"]] == [16.0, 2.9, -0.01]

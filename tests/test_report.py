@@ -64,9 +64,7 @@ def write(root: Path, **runs: Result) -> Path:
 
 def cells(markdown: str) -> list[dict[str, str]]:
     lines = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in markdown.splitlines()
-        if line.startswith("|")
+        [cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if line.startswith("|")
     ]
     return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
 

@@ -18,9 +18,7 @@ def coverage(block, repeats, resamples):
     rng = np.random.default_rng(0)
     covered = 0
     for seed in range(repeats):
-        means = resampled_means(correlated(rng, 8, 1024)[None], block=block, resamples=resamples, seed=seed)[
-            0
-        ]
+        means = resampled_means(correlated(rng, 8, 1024)[None], block=block, resamples=resamples, seed=seed)[0]
         low, high = interval(means)
         covered += low <= 0 <= high
     return covered / repeats

@@ -177,7 +177,5 @@ def test_wandb_is_not_imported_by_those_who_do_not_ask_for_it() -> None:
     import subprocess
     import sys
 
-    code = (
-        "import sys, gptq_awq.tracking as t; t.NoTracking().start({}, 'x'); assert 'wandb' not in sys.modules"
-    )
+    code = "import sys, gptq_awq.tracking as t; t.NoTracking().start({}, 'x'); assert 'wandb' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

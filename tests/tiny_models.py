@@ -3,7 +3,7 @@
 import string
 
 import torch
-import transformers as T
+import transformers as T  # noqa: N812
 
 COMMON = {
     "vocab_size": 64,

@@ -91,9 +91,7 @@ def _read_scores(path: Path, tokens: TokenSet) -> TokenScores | None:
             raise ValueError("checksum mismatch")
         windows, length = tokens.ids.shape
         if scores.nll.shape != (windows, length - 1) or scores.hidden.shape[:2] != scores.nll.shape:
-            raise ValueError(
-                f"scores of shape {tuple(scores.nll.shape)} for tokens {tuple(tokens.ids.shape)}"
-            )
+            raise ValueError(f"scores of shape {tuple(scores.nll.shape)} for tokens {tuple(tokens.ids.shape)}")
     except Exception as error:  # safetensors raises its own types; whatever it is, the file is not to be used
         log.warning("the cached baseline %s is damaged (%s): computing it anew", path, error)
         return None

@@ -34,9 +34,7 @@ class Divergence:
     agree: Bool[Tensor, "windows scored"]
 
 
-def divergence(
-    model: PreTrainedModel, tokens: TokenSet, baseline: TokenScores, track: Track = no_track
-) -> Divergence:
+def divergence(model: PreTrainedModel, tokens: TokenSet, baseline: TokenScores, track: Track = no_track) -> Divergence:
     """Score every window with the quantized `model` and compare with `baseline`, its full-precision scores.
 
     `model`'s head must be the full-precision one, as it turns both models' hidden states into logits. Each
@@ -61,8 +59,6 @@ def divergence(
     return Divergence(nll, kl, agree)
 
 
-def token_kl(
-    log_p: Float[Tensor, "tokens vocab"], log_q: Float[Tensor, "tokens vocab"]
-) -> Float[Tensor, "tokens"]:
+def token_kl(log_p: Float[Tensor, "tokens vocab"], log_q: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens"]:
     """KL(p ‖ q) of each token, in nats."""
     return (log_p - log_q).mul_(log_p.exp()).sum(-1)

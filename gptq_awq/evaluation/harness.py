@@ -89,9 +89,7 @@ def load_tasks(
     cannot be reached, or lm-eval refuses it.
     """
     if limit is not None and limit < 1:
-        raise UserError(
-            f"eval.limit={limit}: the number of items per task must be at least 1, or null for all"
-        )
+        raise UserError(f"eval.limit={limit}: the number of items per task must be at least 1, or null for all")
     if include_path is not None and not Path(include_path).is_dir():
         raise UserError(f"eval.include_path={include_path}: there is no such folder")
     sources = {}
@@ -133,9 +131,7 @@ def run_tasks(
             limit=tasks.limit,
             bootstrap_iters=0,
         )
-    return TaskResults(
-        dict(_scores(results)), {name: _asked(task) for name, task in tasks.loaded["tasks"].items()}
-    )
+    return TaskResults(dict(_scores(results)), {name: _asked(task) for name, task in tasks.loaded["tasks"].items()})
 
 
 def _index(names: Sequence[str], include_path: str | Path | None) -> TaskManager:
@@ -149,9 +145,7 @@ def _index(names: Sequence[str], include_path: str | Path | None) -> TaskManager
         if name not in index.all_tasks and not Path(name).is_file():
             close = difflib.get_close_matches(name, index.all_tasks, n=5)
             hint = f": did you mean {', '.join(close)}?" if close else ""
-            raise UserError(
-                f"eval.tasks: lm-eval knows no task {name!r}{hint} Your own go in eval.include_path=FOLDER"
-            )
+            raise UserError(f"eval.tasks: lm-eval knows no task {name!r}{hint} Your own go in eval.include_path=FOLDER")
     return index
 
 

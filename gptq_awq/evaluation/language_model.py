@@ -34,9 +34,7 @@ Encoded = tuple[Any, list[int], list[int]]
 class LanguageModel(TemplateLM):
     """Scores and generates text with `model`, `batch_size` inputs at a time."""
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: Any, batch_size: int = 8, track: Track = no_track
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int = 8, track: Track = no_track) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self._model = model
@@ -59,9 +57,7 @@ class LanguageModel(TemplateLM):
         ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         found = next((token for token in ids if token is not None), None)
         if found is None:
-            raise UserError(
-                "eval.tasks: scoring text without context needs a tokenizer with a BOS or EOS token"
-            )
+            raise UserError("eval.tasks: scoring text without context needs a tokenizer with a BOS or EOS token")
         return found
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -126,9 +122,7 @@ class LanguageModel(TemplateLM):
                 answers[index] = answer
         return answers
 
-    def _score(
-        self, inputs: Sequence[Sequence[int]], targets: list[tuple[int, list[int]]]
-    ) -> list[tuple[float, bool]]:
+    def _score(self, inputs: Sequence[Sequence[int]], targets: list[tuple[int, list[int]]]) -> list[tuple[float, bool]]:
         """For each (input, continuation) of `targets`: log probability, and whether it is the greedy one."""
         ids, mask = self._padded(inputs, side="right")
         hidden = self._head.hidden(ids, mask)
@@ -165,9 +159,7 @@ class LanguageModel(TemplateLM):
         stops, new_tokens = [stop for stop in options.pop("until") if stop], options.pop("max_gen_toks")
         room = self.max_length - new_tokens
         if room < 1:
-            raise UserError(
-                f"eval.tasks: generating {new_tokens} tokens does not fit the context of {self.max_length}"
-            )
+            raise UserError(f"eval.tasks: generating {new_tokens} tokens does not fit the context of {self.max_length}")
         if not options["do_sample"]:  # without sampling these only earn a warning
             options = {k: v for k, v in options.items() if k not in ("temperature", "top_p", "top_k")}
         ids, mask = self._padded([prompt[-room:] for prompt in prompts], side="left")

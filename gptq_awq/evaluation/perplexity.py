@@ -67,9 +67,7 @@ def checked_windows(model: PreTrainedModel, tokens: TokenSet) -> Int[Tensor, "wi
         raise UserError(f"eval.perplexity.seqlen={length}: there is nothing to score in {count} windows")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and length > limit:
-        raise UserError(
-            f"eval.perplexity.seqlen={length} is longer than the model's context of {limit} tokens"
-        )
+        raise UserError(f"eval.perplexity.seqlen={length} is longer than the model's context of {limit} tokens")
     return tokens.ids.long()
 
 
@@ -78,9 +76,7 @@ def window_states(head: Head, window: Int[Tensor, "tokens"]) -> Float[Tensor, "s
     return head.hidden(window[None].to(head.model.device))[0, :-1]
 
 
-def token_nll(
-    log_p: Float[Tensor, "tokens vocab"], targets: Int[Tensor, "tokens"]
-) -> Float[Tensor, "tokens"]:
+def token_nll(log_p: Float[Tensor, "tokens vocab"], targets: Int[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:
     """-log p(target) of each token, in nats."""
     return -log_p.gather(-1, targets[:, None].to(log_p.device))[:, 0]
 

@@ -105,9 +105,7 @@ class QuantizedWeight:
         columns = self.codes.shape[1]
         out_of_order = bool((self.group_of_column.diff() < 0).any())
         order_bits = 32 * columns if out_of_order else 0
-        stored = (
-            self.codes.numel() * self.grid.bits + self.scales.numel() * self.grid.overhead_bits + order_bits
-        )
+        stored = self.codes.numel() * self.grid.bits + self.scales.numel() * self.grid.overhead_bits + order_bits
         return stored / self.codes.numel()
 
 

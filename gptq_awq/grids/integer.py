@@ -51,9 +51,7 @@ class IntGrid:
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or self.bits not in range(2, 9):
-            raise UserError(
-                f"bits={self.bits}: an integer grid takes bits 2 to 8 (method=fp leaves weights alone)"
-            )
+            raise UserError(f"bits={self.bits}: an integer grid takes bits 2 to 8 (method=fp leaves weights alone)")
         if isinstance(self.group_size, bool) or not (self.group_size == -1 or self.group_size >= 1):
             raise UserError(f"group_size={self.group_size}: give a number of columns, or -1 for per-channel")
         if self.search not in ("minmax", "mse", "hessian"):
@@ -139,13 +137,11 @@ class IntGrid:
             best_zero = torch.where(better, zero, best_zero)
         return best_scale, best_zero
 
-    def _least_compiled(
-        self, w: Tensor, low: Tensor, high: Tensor, shrinks: list[float], h: Tensor
-    ) -> Params:
+    def _least_compiled(self, w: Tensor, low: Tensor, high: Tensor, shrinks: list[float], h: Tensor) -> Params:
         """The same for the output error, all candidates in one pass over the weights (see kernels.py)."""
         p = torch.tensor(shrinks, dtype=w.dtype)
         scales, zeros = self._params(low * p, high * p)
         best = torch.empty(len(w), dtype=torch.int64)
-        arrays = [x.contiguous().numpy() for x in (w, scales, zeros)]
-        best_range(*arrays, arrays[0].dtype.type(self.max_code), h.contiguous().numpy(), best.numpy())
+        weights, scale, zero, hessian = (x.contiguous().numpy() for x in (w, scales, zeros, h))
+        best_range(weights, scale, zero, scale.dtype.type(self.max_code), hessian, best.numpy())
         return scales.gather(1, best[:, None]), zeros.gather(1, best[:, None])

@@ -19,6 +19,11 @@ def matrix(module: nn.Module) -> Float[Tensor, "out in"]:
     return weight.T if isinstance(module, Conv1D) else weight  # pyright: ignore[reportReturnType]
 
 
+def channels(module: nn.Module) -> int:
+    """Output channels of a linear or a norm."""
+    return (matrix(module) if is_linear(module) else module.get_parameter("weight")).shape[0]
+
+
 @dataclass(frozen=True)
 class Absorber:
     """An op whose output channels may be divided by s when the next linears' columns are multiplied by s.
@@ -37,25 +42,22 @@ class Absorber:
     def tie(self, s: Float[Tensor, "in"]) -> Float[Tensor, "in"]:
         """The nearest scales (geometric mean) that are equal wherever columns share a channel."""
         rows = self.rows.to(s.device)
-        channels = int(rows.max()) + 1
-        total = torch.zeros(channels, device=s.device, dtype=s.dtype).index_add_(0, rows, s.log())
-        count = torch.zeros(channels, device=s.device, dtype=s.dtype).index_add_(0, rows, torch.ones_like(s))
+        total, count = torch.zeros(2, int(rows.max()) + 1, device=s.device, dtype=s.dtype)
+        total.index_add_(0, rows, s.log())
+        count.index_add_(0, rows, torch.ones_like(s))
         return (total / count.clamp(min=1)).exp()[rows]
 
     @torch.no_grad()
     def divide(self, block: nn.Module, s: Float[Tensor, "in"]) -> None:
         """Divide the producer's output channels by s, in place."""
         producer = block.get_submodule(self.producer)
-        rows = self.rows.to(s.device)
+        divisor = torch.ones(channels(producer), device=s.device, dtype=s.dtype)
+        divisor[self.rows.to(s.device)] = s
         if is_linear(producer):
             weight = matrix(producer)
-            divisor = torch.ones(weight.shape[0], device=s.device, dtype=s.dtype)
-            divisor[rows] = s
             weight.copy_(weight / divisor[:, None].to(weight))
         else:
-            weight = producer.weight.data
-            divisor = torch.ones(weight.shape[0], device=s.device, dtype=s.dtype)
-            divisor[rows] = s
+            weight = producer.get_parameter("weight").data
             offset = 1.0 if self.unit_offset else 0.0
             weight.copy_((weight + offset) / divisor.to(weight) - offset)
         bias = getattr(producer, "bias", None)

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gptq_awq.models.blocks import Call
-from gptq_awq.models.linear import Absorber, Site, is_linear, matrix
+from gptq_awq.models.linear import Absorber, Site, channels, is_linear, matrix
 
 LEVELS = 64  # distinct factors in one trace: 2.2% apart, far above rounding errors
 TRACE_TOLERANCE = 3e-3
@@ -86,9 +86,7 @@ def _watch(probe: _Probe) -> tuple[list[str], list[Site]]:
     leaves = [(n, m) for n, m in probe.block.named_modules() if not any(m.children())]
     with _hooks([m.register_forward_hook(hook(n)) for n, m in leaves]):
         probe.run()
-    widths = {
-        name: matrix(probe.block.get_submodule(name)).shape[1] for names in readers.values() for name in names
-    }
+    widths = {name: matrix(probe.block.get_submodule(name)).shape[1] for names in readers.values() for name in names}
     return order, [Site(tuple(names), widths[names[0]]) for names in readers.values()]
 
 
@@ -122,18 +120,18 @@ def _proposals(module: nn.Module, width: int, heads: int | None) -> list[Int[Ten
     weight = getattr(module, "weight", None)
     if weight is None or not (is_linear(module) or weight.dim() == 1):
         return []
-    channels = torch.arange(matrix(module).shape[0] if is_linear(module) else weight.shape[0])
-    n = len(channels)
-    parts = [channels]
+    n = channels(module)
+    every = torch.arange(n)
+    parts = [every]
     if is_linear(module) and n > width:
         if n == 2 * width:
-            parts += list(channels.chunk(2))
+            parts += list(every.chunk(2))
         if n == 3 * width:
-            parts += list(channels.chunk(3))
+            parts += list(every.chunk(3))
             if heads and width % heads == 0:  # per head: q, k, v
-                parts += list(channels.view(heads, 3, -1).unbind(1))
+                parts += list(every.view(heads, 3, -1).unbind(1))
         if (n - width) % 2 == 0:  # q as wide as the site, then k and v, fewer heads each
-            parts.append(channels[n - (n - width) // 2 :])
+            parts.append(every[n - (n - width) // 2 :])
     return [part.flatten() for part in parts if width % len(part) == 0]
 
 
@@ -151,8 +149,7 @@ def _trace(probe: _Probe, site: Site, producer: str, rows: Int[Tensor, "part"]) 
 
         return _site_input(probe, site, module.register_forward_hook(inject))
 
-    channels = matrix(module).shape[0] if is_linear(module) else module.weight.shape[0]  # pyright: ignore
-    ones = torch.ones(channels)
+    ones = torch.ones(channels(module))
     plain = inputs(ones)
     index = torch.zeros(site.width, dtype=torch.long)
     for digit in range(max(1, math.ceil(math.log(len(rows), LEVELS)))):
@@ -171,9 +168,7 @@ def _factors() -> Float[Tensor, "levels"]:
     return torch.logspace(-1, 1, 2 * LEVELS + 1, base=2.0)[1::2]
 
 
-def _levels(
-    scaled: Float[Tensor, "tokens in"], plain: Float[Tensor, "tokens in"]
-) -> Int[Tensor, "in"] | None:
+def _levels(scaled: Float[Tensor, "tokens in"], plain: Float[Tensor, "tokens in"]) -> Int[Tensor, "in"] | None:
     """Which factor each column was multiplied by, the same for all tokens; None if any column by none."""
     energy = plain.square().sum(0)
     ratio = (scaled * plain).sum(0) / energy

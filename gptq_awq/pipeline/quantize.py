@@ -126,9 +126,7 @@ def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     if name == "auto":
         if device.type == "cuda":
-            return (
-                torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-            )
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         native = torch.cpu.get_capabilities()
         has_bf16 = device.type == "cpu" and (native.get("avx512_bf16") or native.get("amx_bf16"))
         return torch.bfloat16 if has_bf16 else torch.float32
@@ -233,9 +231,7 @@ class _BlockStep:
                     "(data.samples), or allow method.solver.fallback=rtn"
                 ) from error
             dequantized = solution.quantized.dequantize()
-            report = LinearReport(
-                full_name, self.index, site, self.method, moments, self._scalings.get(site.name, {})
-            )
+            report = LinearReport(full_name, self.index, site, self.method, moments, self._scalings.get(site.name, {}))
             self.rows.append(report.row(weight, dequantized, solution, time.perf_counter() - started))
             self.weights[full_name] = solution.quantized
             target.copy_(dequantized)

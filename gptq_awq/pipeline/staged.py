@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from greenlet import getcurrent, greenlet
-from torch import nn
+from torch import Tensor, nn
 
 from gptq_awq.errors import UserError
 from gptq_awq.models.linear import Site
@@ -23,9 +23,7 @@ OnSite = Callable[[Site, Moments], None]
 
 
 @torch.no_grad()
-def staged_forward(
-    block: nn.Module, index: int, sites: list[Site], streams: Streams, on_site: OnSite
-) -> None:
+def staged_forward(block: nn.Module, index: int, sites: list[Site], streams: Streams, on_site: OnSite) -> None:
     """Advance the streams through `block`, calling `on_site` when all batches wait at a site.
 
     Args:
@@ -70,7 +68,7 @@ class _Stage:
         self._device, self._where = device, where
         self._open: Site | None = None
         self._sum: MomentsSum | None = None
-        self.mask = None
+        self.mask: Tensor | None = None
 
     def open(self, site: Site) -> None:
         self._open, self._sum = site, MomentsSum(site.width, self._device)
@@ -91,7 +89,9 @@ class _Stage:
         def hook(_module, args) -> None:
             if site is self._open and self._sum is not None:
                 self._sum.add(args[0], self.mask, f"{self._where}, {site.name}")
-            getcurrent().parent.switch(site)
+            waiting_room = getcurrent().parent
+            assert waiting_room is not None  # hooks fire only inside the passes' greenlets
+            waiting_room.switch(site)
 
         return hook
 
@@ -111,9 +111,7 @@ class hooks:  # noqa: N801 (reads as a verb: `with hooks(...)`)
 
 
 @torch.no_grad()
-def observe_forward(
-    block: nn.Module, index: int, sites: list[Site], streams: Streams, advance: bool
-) -> list[Moments]:
+def observe_forward(block: nn.Module, index: int, sites: list[Site], streams: Streams, advance: bool) -> list[Moments]:
     """The moments of every site's input in one plain forward; with `advance`, streams take the outputs."""
     device = next(block.parameters()).device
     sums = [MomentsSum(site.width, device) for site in sites]

@@ -1,0 +1,1 @@
+"""How one weight lands on its grid: one paper, one file."""

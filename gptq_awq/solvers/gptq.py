@@ -50,13 +50,9 @@ class GPTQ:
 
     def __post_init__(self) -> None:
         if not self.damping >= 0:
-            raise UserError(
-                f"method.solver.damping={self.damping}: give a fraction of the mean diagonal, such as 0.01"
-            )
+            raise UserError(f"method.solver.damping={self.damping}: give a fraction of the mean diagonal, such as 0.01")
         if self.block_size < 1:
-            raise UserError(
-                f"method.solver.block_size={self.block_size}: give a number of columns, such as 128"
-            )
+            raise UserError(f"method.solver.block_size={self.block_size}: give a number of columns, such as 128")
         if self.fallback not in ("none", "rtn"):
             raise UserError(f"method.solver.fallback={self.fallback}: choose none or rtn")
 
@@ -95,9 +91,7 @@ class GPTQ:
         if order is not None:
             inverse = torch.argsort(order)
             codes, group_of_column = codes[:, inverse], group_of_column[inverse.cpu()]
-        quantized = QuantizedWeight(
-            codes.to(torch.uint8), fitted.scales, fitted.zeros, group_of_column, grid, loss
-        )
+        quantized = QuantizedWeight(codes.to(torch.uint8), fitted.scales, fitted.zeros, group_of_column, grid, loss)
         raised = f"damping raised from {self.damping:g} to {damping:g}" if damping != self.damping else None
         return Solution(quantized, self.name, damping, raised)
 
@@ -165,9 +159,7 @@ def sweep(
     return codes, loss
 
 
-def _round_plain(
-    W1: Tensor, U1: Tensor, grid: Grid, params: Params, first: int, Q1: Tensor, E1: Tensor
-) -> None:
+def _round_plain(W1: Tensor, U1: Tensor, grid: Grid, params: Params, first: int, Q1: Tensor, E1: Tensor) -> None:
     """Round neighbouring columns of a block: any grid, any device. The equations, one line each."""
     scales, zeros = params
     for k in range(scales.shape[1]):
@@ -179,9 +171,7 @@ def _round_plain(
         Q1[:, i : i + 1], E1[:, i : i + 1] = code, e
 
 
-def _round_compiled(
-    W1: Tensor, U1: Tensor, grid: Grid, params: Params, first: int, Q1: Tensor, E1: Tensor
-) -> None:
+def _round_compiled(W1: Tensor, U1: Tensor, grid: Grid, params: Params, first: int, Q1: Tensor, E1: Tensor) -> None:
     """The same for affine grids on a CPU (see kernels.py)."""
     scale, zero = (p.contiguous().numpy() for p in params)
     max_code = scale.dtype.type(grid.max_code)

@@ -1,0 +1,1 @@
+"""Function-preserving changes of basis: one paper, one file."""

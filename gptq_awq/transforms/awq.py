@@ -63,13 +63,9 @@ class AWQ:
         self, block: nn.Module, sites: list[Site], moments: list[Moments], grid: Grid, inputs: ModuleInputs
     ) -> list[Scaling]:
         """Scale every site that has an absorber; the others are left alone, and say so."""
-        return [
-            self._scale(block, site, stats, grid, inputs) for site, stats in zip(sites, moments, strict=True)
-        ]
+        return [self._scale(block, site, stats, grid, inputs) for site, stats in zip(sites, moments, strict=True)]
 
-    def _scale(
-        self, block: nn.Module, site: Site, stats: Moments, grid: Grid, inputs: ModuleInputs
-    ) -> Scaling:
+    def _scale(self, block: nn.Module, site: Site, stats: Moments, grid: Grid, inputs: ModuleInputs) -> Scaling:
         if site.absorber is None:
             return Scaling(None, {"skipped": "no preceding op can absorb a scale"})
         tie = site.absorber.tie
@@ -155,10 +151,7 @@ def _module_loss(block: nn.Module, site: Site, grid: Grid, inputs: ModuleInputs)
     name = common_module(site)
     module = copy.deepcopy(block.get_submodule(name))
     calls = inputs(name)
-    linears = [
-        module.get_submodule(n.removeprefix(name).removeprefix(".")) if n != name else module
-        for n in site.linears
-    ]
+    linears = [module.get_submodule(n.removeprefix(name).removeprefix(".")) for n in site.linears]
     originals = [matrix(linear).clone() for linear in linears]
 
     def run() -> list[Tensor]:
