@@ -132,7 +132,7 @@ def preflight(cfg: DictConfig) -> Plan:
 
 def execute(plan: Plan, track: Track) -> Result:
     """Everything slow."""
-    clock = Clock()
+    clock, code = Clock(), code_sha256()  # now: the files may change while the run goes on
     memory.reset_peak(plan.device)
     tracker = plan.tracking.start(plan.config, _run_name(plan))
     ledger = Ledger.create(plan.out / LEDGER)
@@ -149,7 +149,7 @@ def execute(plan: Plan, track: Track) -> Result:
         footprint = _quantize(plan, loaded, tokens, ledger, tracker, track)
     with clock.phase("evaluate"):
         metrics = score(loaded.model, loaded.tokenizer, baseline, plan.seed, track)
-    manifest = _manifest(plan, loaded, tokens, baseline)
+    manifest = _manifest(plan, loaded, tokens, baseline, code)
     result = _result(plan, loaded, footprint, metrics, clock, manifest)
     result.write(plan.out)
     tracker.finish(result)
@@ -211,7 +211,9 @@ def _result(
     )
 
 
-def _manifest(plan: Plan, loaded: LoadedModel, tokens: TokenSet | None, baseline: Baseline) -> dict[str, Any]:
+def _manifest(
+    plan: Plan, loaded: LoadedModel, tokens: TokenSet | None, baseline: Baseline, code: str
+) -> dict[str, Any]:
     return {
         "model": {"source": loaded.source, "sha256": loaded.sha256, "dtype": plan.dtype},
         "tokens": {
@@ -223,7 +225,7 @@ def _manifest(plan: Plan, loaded: LoadedModel, tokens: TokenSet | None, baseline
             "eval": _evaluation_sources(baseline),
         },
         "config": config_sha256(plan.config),
-        "code": code_sha256(),
+        "code": code,
         "compute_dtype": str(resolve_compute_dtype(plan.settings.compute_dtype, plan.device)),
         "seed": plan.seed,
     } | environment()

@@ -1,6 +1,5 @@
 """Memory: what is free, what a run has used at most, and what calibration will need."""
 
-import ctypes
 import resource
 import sys
 from contextlib import suppress
@@ -37,12 +36,6 @@ def peak_bytes(device: torch.device) -> int:
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
     kilobytes = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobytes
-
-
-def release() -> None:
-    """Hand freed heap memory back to the system (glibc keeps it, in pieces that later tensors don't fit)."""
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def forecast_bytes(blocks: nn.ModuleList, widest: int, hidden: int, tokens: int, tokens_per_batch: int) -> int:

@@ -13,9 +13,8 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from rich import box
 from rich.markup import escape
 from rich.table import Table
@@ -23,6 +22,9 @@ from rich.text import Text
 
 from gptq_awq.errors import UserError
 from gptq_awq.results import KEYS, Result, load
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NOT_DISTINGUISHABLE = "not distinguishable"
 Row = Mapping[str, Any]
@@ -107,7 +109,7 @@ def _difference(metrics: Mapping[str, Any], name: str, separator: str = " ") -> 
 # Many runs
 
 
-def comparison(df: pd.DataFrame) -> str:
+def comparison(df: "pd.DataFrame") -> str:
     """A Markdown table per model of the runs in `df` (rows of `results.load`).
 
     Runs that did not finish are named in a warning above the tables. Raises UserError where runs of one model
@@ -123,7 +125,7 @@ def comparison(df: pd.DataFrame) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def records(df: pd.DataFrame) -> list[Row]:
+def records(df: "pd.DataFrame") -> list[Row]:
     """The rows of `results.load` as dicts of their keys and `path`, None (not NaN) for what is missing."""
     plain = df[[*KEYS, "path"]].astype(object)
     return [dict(zip(plain.columns, row, strict=True)) for row in plain.where(plain.notna(), None).to_numpy()]
@@ -149,8 +151,10 @@ def check_protocols(runs: Iterable[Row]) -> None:
             raise UserError(f"{text} was scored by different protocols, report them apart: {seen}")
 
 
-def _cells(runs: list[Row]) -> pd.DataFrame:
+def _cells(runs: list[Row]) -> "pd.DataFrame":
     """The table's cells as text, the most bits first: what was run, what was measured, what it cost."""
+    import pandas as pd
+
     runs = sorted(runs, key=lambda run: (-(run["bits_per_weight"] or math.inf), run["method"], run["path"]))
     names = list(dict.fromkeys(name for run in runs for name in measured(run["metrics"])))
     varied = _varied([run["config"] for run in runs])
@@ -205,7 +209,7 @@ def _unfinished(runs: Sequence[Row]) -> str:
     return f"**Warning:** {len(runs)} unfinished run(s) left out: {listed}" if runs else ""
 
 
-def _markdown(cells: pd.DataFrame) -> str:
+def _markdown(cells: "pd.DataFrame") -> str:
     lines = [list(cells.columns), [":---"] + ["---:"] * (len(cells.columns) - 1), *cells.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 

@@ -13,11 +13,12 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from gptq_awq.errors import UserError
+
+if TYPE_CHECKING:  # 65 MB and half a second, which a run that only writes its row need not spend
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 
@@ -105,8 +106,10 @@ class Ledger:
             os.fsync(file.fileno())
 
 
-def read_ledger(path: Path | str) -> pd.DataFrame:
+def read_ledger(path: Path | str) -> "pd.DataFrame":
     """The ledger as a table, one row per linear layer. A half-written line is skipped with a warning."""
+    import pandas as pd
+
     rows = []
     with Path(path).open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
@@ -117,13 +120,15 @@ def read_ledger(path: Path | str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def load(root: Path | str) -> pd.DataFrame:
+def load(root: Path | str) -> "pd.DataFrame":
     """All runs below `root` (but not in hidden folders) as a table, one row per results.json, sorted by path.
 
     Columns: the row's keys (`metrics`, `seconds`, `manifest` and `config` stay dicts), `path` (the run's
     folder), then every metric under its own name (`wikitext2/ppl@2048`) and every phase as `seconds/PHASE`. A
     file that is no whole results row is skipped with a warning. Raises UserError where `root` is no folder.
     """
+    import pandas as pd
+
     if not Path(root).is_dir():
         raise UserError(f"no folder of runs at {root}")
     rows = []

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptq_awq import memory
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight
@@ -108,7 +107,6 @@ def quantize(
         step = _BlockStep(block, index, f"{name}.{index}", method, grid, streams, dtype, heads)
         with torch.no_grad():
             step.run()
-        memory.release()
         yield BlockResult(index, step.weights, step.rows)
 
 
