@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import platformdirs
 
@@ -39,6 +39,7 @@ class UnavailableError(Exception):
     """A source cannot serve just now, for an ordinary reason such as no network."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """One place that may serve an asset."""
 

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from gptq_awq.errors import UserError
 from gptq_awq.results import Result, flat_row
@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 MODES = (None, "online", "offline", "disabled")
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """One run, as a tracker follows it. No method raises."""
 
@@ -33,6 +34,7 @@ class Tracker(Protocol):
         ...
 
 
+@runtime_checkable
 class Tracking(Protocol):
     """The options of a tracker, which start one per run."""
 

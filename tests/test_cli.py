@@ -229,3 +229,29 @@ def test_too_little_memory_is_said_before_calibration_starts(tiny_folder, tiny_t
     with pytest.raises(UserError, match=r"widest layer: 160 columns.*data.samples"):
         experiment.run(cfg)
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_real_model_loses_less_with_calibrated_methods_than_with_rtn(cli, shared, stories15m, tmp_path):
+    stories = shared / "data" / "tinystories"
+    rows = {}
+    for method in ("rtn", "gptq", "awq", "awq_gptq"):
+        done = cli(
+            *(f"method={method}", "bits=3", "group_size=32", "sym=false", "seed=0"),
+            *("model=local", f"model.path={stories15m}", "data=local", f"data.path={stories / 'tinystories_10k.txt'}"),
+            *("data.samples=32", "data.seqlen=256", f"eval.perplexity.path={stories / 'tinystories_val.txt'}"),
+            *("eval.perplexity.seqlen=256", "eval.perplexity.windows=16", f"out={tmp_path / method}"),
+        )
+        assert done.returncode == 0, done.stderr
+        rows[method] = json.loads((tmp_path / method / "results.json").read_text())["metrics"]
+    name = "tinystories_val/ppl@256"
+    assert rows["rtn"][f"{name}/baseline"] == pytest.approx(3.9, abs=0.3)
+    for method in ("gptq", "awq", "awq_gptq"):
+        assert rows[method][f"{name}/delta_ci95"][1] < rows["rtn"][f"{name}/delta_ci95"][0], rows
+        assert rows[method]["tinystories_val/kl"] < rows["rtn"]["tinystories_val/kl"]
+        assert rows[method]["tinystories_val/top1_agreement"] > rows["rtn"]["tinystories_val/top1_agreement"]
+
+
+def test_wandb_follows_a_run_offline(cli, tiny, tmp_path):
+    done = cli("method=gptq", *tiny, "tracking=wandb", "tracking.mode=offline", f"out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb"))

@@ -17,7 +17,7 @@ from gptq_awq.models.linear import matrix
 from gptq_awq.models.topology import observe_sites, relative_error
 from gptq_awq.moments import Moments, MomentsSum
 from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.quantize import Settings, quantize
+from gptq_awq.pipeline.quantize import Settings, needs_calibration, quantize
 from gptq_awq.pipeline.size import Footprint
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN
@@ -188,11 +188,10 @@ def test_full_precision_changes_nothing():
     assert Footprint().bits_per_weight == 16
 
 
-def test_rtn_never_asks_for_calibration_data():
-    def never():
-        raise AssertionError("RTN asked for calibration data")
-
-    blocks = list(quantize(tiny_model("llama"), never, Method("rtn", RTN()), GRID))
+def test_rtn_needs_no_calibration_data():
+    method = Method("rtn", RTN())
+    assert not needs_calibration(method, GRID)
+    blocks = list(quantize(tiny_model("llama"), None, method, GRID))
     assert sum(len(block.weights) for block in blocks) == 14
 
 

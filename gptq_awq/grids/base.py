@@ -6,16 +6,17 @@ what the neighbours are. A new number format is one file with one frozen datacla
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-Params = tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]
-"""Scale and zero of one group of columns, one pair per row."""
+Params = tuple[Float[Tensor, "rows #cols"], Float[Tensor, "rows #cols"]]
+"""Scale and zero: (rows, 1) for one group of columns, (rows, cols) where each column has its own."""
 
 
+@runtime_checkable
 class Grid(Protocol):
     """A family of quantization grids, one member per (row, group)."""
 
@@ -35,7 +36,7 @@ class Grid(Protocol):
         ...
 
     @property
-    def overhead_bits(self) -> float:
+    def overhead_bits(self) -> int:
         """Stored bits per (row, group) besides the codes: scales, zeros."""
         ...
 

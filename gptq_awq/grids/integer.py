@@ -63,7 +63,7 @@ class IntGrid:
         return 2**self.bits - 1
 
     @property
-    def overhead_bits(self) -> float:
+    def overhead_bits(self) -> int:
         """A 16-bit scale (32 if so asked) and, when asymmetric, a zero of `bits` bits."""
         scale_bits = 32 if self.scale_dtype == "float32" else 16
         return scale_bits + (0 if self.sym else self.bits)

@@ -14,7 +14,7 @@ Weights change in the model that was passed in; forwards run in `compute_dtype` 
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +70,7 @@ class BlockResult:
 
 def quantize(
     model: nn.Module,
-    tokens: Callable[[], TokenSet] | TokenSet | None,
+    tokens: TokenSet | None,
     method: Method,
     grid: Grid,
     settings: Settings = Settings(),
@@ -82,7 +82,7 @@ def quantize(
 
     Args:
         model: a causal LM in eval mode.
-        tokens: calibration data; not asked for where the method needs none.
+        tokens: calibration data; may be None where the method needs none (`needs_calibration`).
         method: transforms and solver.
         grid: where weights may land.
         settings: how to compute.
@@ -98,10 +98,9 @@ def quantize(
         return
     streams = None
     if needs_calibration(method, grid):
-        data = tokens() if callable(tokens) else tokens
-        if data is None:
+        if tokens is None:
             raise UserError(f"method={method.name} calibrates: give it tokens (data=…)")
-        streams = open_streams(model, blocks, data, settings.tokens_per_batch, dtype, track)
+        streams = open_streams(model, blocks, tokens, settings.tokens_per_batch, dtype, track)
     heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
     for index, block in enumerate(track(blocks, f"quantize ({method.name})", len(blocks))):
         step = _BlockStep(block, index, f"{name}.{index}", method, grid, streams, dtype, heads)

@@ -4,7 +4,7 @@ A solver lands one linear's weight on a grid: a frozen dataclass with `name`, `n
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -30,6 +30,7 @@ class Solution:
     fallback: str | None = None
 
 
+@runtime_checkable
 class Solver(Protocol):
     """How one linear's weight lands on the grid."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -27,6 +27,7 @@ class Scaling:
     details: dict[str, Any]
 
 
+@runtime_checkable
 class Transform(Protocol):
     """A change of basis. `apply` rewrites the block in place and says what it did, site by site."""
 
