@@ -163,13 +163,13 @@ class _BlockStep:
             return
         hidden, call = self.streams.probe_input(), self.streams.probe.calls[self.index]
         sites = observe_sites(self.block, hidden, call, bool(self.method.transforms), self.heads)
-        restage = self.method.error_propagation and self.method.solver.needs_hessian
-        if not restage or self.method.transforms:
-            moments = self._observe_and_transform(sites)
-        if restage:
+        _check_coverage(self.block, sites, self.name)
+        if self.method.error_propagation and self.method.solver.needs_hessian:
+            if self.method.transforms:
+                self._observe_and_transform(sites)
             staged_forward(self.runner, self.index, sites, self.streams, self._solve)
             return
-        for site, stats in zip(sites, moments, strict=True):  # pyright: ignore[reportPossiblyUnbound]
+        for site, stats in zip(sites, self._observe_and_transform(sites), strict=True):
             self._solve(site, stats)
         if self.method.error_propagation:
             self.streams.advance(self.runner, self.index)
@@ -234,6 +234,22 @@ class _BlockStep:
             target.copy_(dequantized)
             if self.runner is not self.block:
                 matrix(self.runner.get_submodule(name)).copy_(dequantized)
+
+
+def _check_coverage(block: nn.Module, sites: list[Site], name: str) -> None:
+    """Refuse a block with linears that no token reaches: they would stay unquantized without a word.
+
+    Raises:
+        UserError: such as in a mixture of experts, where the probe's tokens reach few of them.
+    """
+    reached = {linear for site in sites for linear in site.linears}
+    missed = [site.linears[0] for site in _each_linear(block) if site.linears[0] not in reached]
+    fused = [n for n, p in block.named_parameters() if p.dim() > 2]
+    if missed or fused:
+        raise UserError(
+            f"model: {name}.{(missed + fused)[0]} is not a linear that every token passes; "
+            "mixtures of experts are not supported yet (method=rtn leaves fused experts alone)"
+        )
 
 
 def _each_linear(block: nn.Module) -> Iterator[Site]:
