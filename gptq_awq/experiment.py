@@ -40,6 +40,7 @@ from gptq_awq.tracking import Tracker, Tracking
 
 log = logging.getLogger(__name__)
 LEDGER = "ledger.jsonl"
+UNFINISHED = "ledger.partial.jsonl"
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,11 @@ def run(cfg: DictConfig) -> Result:
     plan = preflight(cfg)
     _remove_unused_hydra_folder(plan.out)
     with _logging_to(plan.out, console), rich_track(console) as track:
-        (plan.out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(dict(plan.config))))
         try:
             result = execute(plan, track)
         except UserError as error:
-            # Nothing half-written: the log says what happened, and no row or ledger pretends otherwise.
-            (plan.out / LEDGER).unlink(missing_ok=True)
+            # Nothing half-written, and what an earlier run left in this folder stays: only the log is new.
+            (plan.out / UNFINISHED).unlink(missing_ok=True)
             log.debug("stopped: %s", error)
             raise
     Console().print(final_table(result))
@@ -135,7 +135,7 @@ def execute(plan: Plan, track: Track) -> Result:
     clock, code = Clock(), code_sha256()  # now: the files may change while the run goes on
     memory.reset_peak(plan.device)
     tracker = plan.tracking.start(plan.config, _run_name(plan))
-    ledger = Ledger.create(plan.out / LEDGER)
+    ledger = Ledger.create(plan.out / UNFINISHED)
     with clock.phase("load"):
         loaded = plan.model.load(dtype=plan.dtype, device=str(plan.device))
         windows = plan.evaluation.token_sets(loaded.tokenizer)
@@ -151,6 +151,8 @@ def execute(plan: Plan, track: Track) -> Result:
         metrics = score(loaded.model, loaded.tokenizer, baseline, plan.seed, track)
     manifest = _manifest(plan, loaded, tokens, baseline, code)
     result = _result(plan, loaded, footprint, metrics, clock, manifest)
+    ledger.path.replace(plan.out / LEDGER)
+    (plan.out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(dict(plan.config))))
     result.write(plan.out)
     tracker.finish(result)
     return result

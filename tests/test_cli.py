@@ -231,6 +231,15 @@ def test_too_little_memory_is_said_before_calibration_starts(tiny_folder, tiny_t
     assert not (tmp_path / "out" / "results.json").exists()
 
 
+def test_a_failed_run_leaves_an_earlier_runs_results_alone(cli, tiny, tmp_path):
+    out = tmp_path / "out"
+    assert cli("method=rtn", "bits=4", *tiny, f"out={out}").returncode == 0
+    before = {name: (out / name).read_bytes() for name in ("results.json", "ledger.jsonl", "config.yaml")}
+    assert cli("method=gptq", "bits=4", *tiny, "data.samples=100000", f"out={out}").returncode == 2
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert not (out / "ledger.partial.jsonl").exists()
+
+
 def test_a_real_model_loses_less_with_calibrated_methods_than_with_rtn(cli, shared, stories15m, tmp_path):
     stories = shared / "data" / "tinystories"
     rows = {}
