@@ -19,6 +19,15 @@ COMMON = {
 GROUPED = COMMON | {"num_key_value_heads": 2}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
+OPT = SPECIAL | {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "ffn_dim": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+
 CONFIGS = {
     "llama": lambda: T.LlamaConfig(**GROUPED),
     "mistral": lambda: T.MistralConfig(**GROUPED),
@@ -27,27 +36,8 @@ CONFIGS = {
     "gemma3": lambda: T.Gemma3TextConfig(
         **GROUPED, head_dim=16, layer_types=["sliding_attention", "full_attention"], sliding_window=8
     ),
-    "opt": lambda: T.OPTConfig(
-        vocab_size=64,
-        hidden_size=64,
-        ffn_dim=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        word_embed_proj_dim=64,
-        **SPECIAL,
-    ),
-    "opt-post-norm": lambda: T.OPTConfig(
-        vocab_size=64,
-        hidden_size=64,
-        ffn_dim=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        word_embed_proj_dim=32,
-        do_layer_norm_before=False,
-        **SPECIAL,
-    ),
+    "opt": lambda: T.OPTConfig(**OPT, word_embed_proj_dim=64),
+    "opt-post-norm": lambda: T.OPTConfig(**OPT, word_embed_proj_dim=32, do_layer_norm_before=False),
     "gpt2": lambda: T.GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=128, **SPECIAL),
     "gpt-neox": lambda: T.GPTNeoXConfig(**COMMON),
     "phi3": lambda: T.Phi3Config(**GROUPED),

@@ -108,12 +108,3 @@ class QuantizedWeight:
         order_bits = 32 * columns if out_of_order else 0
         stored = self.codes.numel() * self.grid.bits + self.scales.numel() * self.grid.overhead_bits + order_bits
         return stored / self.codes.numel()
-
-
-def decode_groups(
-    codes: Float[Tensor, "out in"], params: list[Params], starts: range, grid: Grid
-) -> Float[Tensor, "out in"]:
-    """Decode consecutive groups of columns, each with its own parameters."""
-    stops = [*starts[1:], codes.shape[1]]
-    groups = zip(starts, stops, params, strict=True)
-    return torch.cat([grid.decode(codes[:, a:b], p) for a, b, p in groups], dim=1)

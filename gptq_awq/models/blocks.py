@@ -5,7 +5,7 @@ are called with (positions, masks, per-layer attention kinds) is recorded from a
 every block replaced by a stub that passes the hidden states through.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,6 +61,17 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 @contextmanager
+def hooks(handles: Iterable[Any]) -> Iterator[None]:
+    """Within: the forward hooks that `handles` sets; afterwards they are gone."""
+    held = list(handles)
+    try:
+        yield
+    finally:
+        for handle in held:
+            handle.remove()
+
+
+@contextmanager
 def _stubbed(blocks: nn.ModuleList, outputs: list[Any], record: list[Any]) -> Iterator[None]:
     """Replace every block's forward by one that records its arguments and returns its hidden states.
 
@@ -102,13 +113,9 @@ class BlockCalls:
 
             return hook
 
-        handles = [block.register_forward_hook(keep(i)) for i, block in enumerate(self._blocks)]
-        try:
-            with torch.no_grad():
-                self._model(torch.zeros(1, 2, dtype=torch.long, device=self._device), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+        handles = (block.register_forward_hook(keep(i)) for i, block in enumerate(self._blocks))
+        with hooks(handles), torch.no_grad():
+            self._model(torch.zeros(1, 2, dtype=torch.long, device=self._device), use_cache=False)
 
     @torch.no_grad()
     def record(

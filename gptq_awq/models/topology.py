@@ -16,15 +16,13 @@ No table of architectures, and no wrong guess that passes silently.
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gptq_awq.models.blocks import Call
+from gptq_awq.models.blocks import Call, hooks
 from gptq_awq.models.linear import Absorber, Site, channels, is_linear, matrix
 
 LEVELS = 64  # distinct factors in one trace: 2.2% apart, far above rounding errors
@@ -84,19 +82,10 @@ def _watch(probe: _Probe) -> tuple[list[str], list[Site]]:
         return watch
 
     leaves = [(n, m) for n, m in probe.block.named_modules() if not any(m.children())]
-    with _hooks([m.register_forward_hook(hook(n)) for n, m in leaves]):
+    with hooks([m.register_forward_hook(hook(n)) for n, m in leaves]):
         probe.run()
     widths = {name: matrix(probe.block.get_submodule(name)).shape[1] for names in readers.values() for name in names}
     return order, [Site(tuple(names), widths[names[0]]) for names in readers.values()]
-
-
-@contextmanager
-def _hooks(handles: list) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _find_absorber(probe: _Probe, site: Site, order: list[str], heads: int | None) -> Absorber | None:
@@ -182,7 +171,7 @@ def _site_input(probe: _Probe, site: Site, handle) -> Float[Tensor, "tokens in"]
     """The tensor that enters the site in one run, under one temporary hook."""
     seen: list[Tensor] = []
     first = probe.block.get_submodule(site.linears[0])
-    with _hooks([handle, first.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))]):
+    with hooks([handle, first.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))]):
         probe.run()
     return seen[0].reshape(-1, site.width)
 

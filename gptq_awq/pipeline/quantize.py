@@ -25,13 +25,13 @@ from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.linalg import NotPositiveDefiniteError
-from gptq_awq.models.blocks import find_blocks
+from gptq_awq.models.blocks import find_blocks, hooks
 from gptq_awq.models.linear import Site, is_linear, matrix
 from gptq_awq.models.topology import observe_sites
 from gptq_awq.moments import Moments
 from gptq_awq.pipeline.ledger import LinearReport
 from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.staged import hooks, observe_forward, staged_forward
+from gptq_awq.pipeline.staged import observe_forward, staged_forward
 from gptq_awq.pipeline.streams import Streams, open_streams
 from gptq_awq.progress import Track, no_track
 from gptq_awq.transforms.base import Scaling
@@ -204,7 +204,7 @@ class _BlockStep:
             keep = block.get_submodule(submodule).register_forward_pre_hook(
                 lambda _module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
             )
-            with hooks(iter([keep])):
+            with hooks([keep]):
                 call.run(block, hidden.to(next(block.parameters()).dtype))
             return calls
 

@@ -8,13 +8,14 @@ repeated forwards (one per site) that it usually costs.
 Each batch's forward runs in its own greenlet: an ordinary call of the block that can be left and re-entered.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from gptq_awq.errors import UserError
+from gptq_awq.models.blocks import hooks
 from gptq_awq.models.linear import Site
 from gptq_awq.moments import Moments, MomentsSum
 from gptq_awq.pipeline.streams import Stream, Streams
@@ -94,20 +95,6 @@ class _Stage:
             waiting_room.switch(site)
 
         return hook
-
-
-class hooks:  # noqa: N801 (reads as a verb: `with hooks(...)`)
-    """Hold forward hooks for the time of a `with`."""
-
-    def __init__(self, handles: Iterator) -> None:
-        self._handles = list(handles)
-
-    def __enter__(self) -> None:
-        """Hooks are already set."""
-
-    def __exit__(self, *_error) -> None:
-        for handle in self._handles:
-            handle.remove()
 
 
 @torch.no_grad()
