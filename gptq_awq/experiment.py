@@ -29,7 +29,7 @@ from gptq_awq.grids.base import Grid
 from gptq_awq.manifest import code_sha256, config_sha256, environment
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import is_linear, matrix
-from gptq_awq.models.load import LoadedModel
+from gptq_awq.models.load import LoadedModel, checked_device
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.quantize import Settings, needs_calibration, quantize, resolve_compute_dtype
 from gptq_awq.pipeline.size import PLAIN_BITS, Footprint
@@ -242,12 +242,7 @@ def resolve_device(name: str) -> torch.device:
     """The device, "auto" being a GPU where there is one. Raises UserError for one that isn't there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
+    return checked_device(name)
 
 
 def _build(node: Any) -> Any:

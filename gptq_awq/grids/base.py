@@ -62,9 +62,10 @@ class Grid(Protocol):
         ...
 
 
-def group_starts(columns: int, group_size: int) -> range:
-    """First column of every group; the last group is shorter where `group_size` doesn't divide `columns`."""
-    return range(0, columns, columns if group_size == -1 else group_size)
+def group_spans(columns: int, group_size: int) -> list[tuple[int, int]]:
+    """First column of every group and one past its last; the last group is shorter where sizes don't divide."""
+    size = columns if group_size == -1 else group_size
+    return [(start, min(start + size, columns)) for start in range(0, columns, size)]
 
 
 def group_of_columns(columns: int, group_size: int) -> Int[Tensor, "in"]:

@@ -203,10 +203,15 @@ def folder_sha256(folder: Path) -> str:
 def _check(dtype: str, device: str) -> None:
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype}: choose one of {', '.join(DTYPES)}")
+    checked_device(device)
+
+
+def checked_device(name: str) -> torch.device:
+    """The device of that name. Raises UserError where it can't be used."""
     try:
-        torch.empty(0, device=device)
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # unknown, or not built in, or not there
-        raise UserError(f"device={device} cannot be used here: {_one_line(error)}") from error
+        raise UserError(f"device={name} cannot be used here: {_one_line(error)}") from error
 
 
 def _check_causal(model: PreTrainedModel, option: str) -> None:

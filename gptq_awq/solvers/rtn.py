@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gptq_awq.grids.base import Grid, QuantizedWeight, group_of_columns, group_starts
+from gptq_awq.grids.base import Grid, QuantizedWeight, group_of_columns, group_spans
 from gptq_awq.linalg import quadratic
 from gptq_awq.moments import Moments
 from gptq_awq.solvers.base import Solution
@@ -22,9 +22,8 @@ class RTN:
     def solve(self, weight: Float[Tensor, "out in"], moments: Moments | None, grid: Grid) -> Solution:
         """Fit and round each group by itself; moments serve the grid's range search and the loss only."""
         columns = weight.shape[1]
-        starts = group_starts(columns, grid.group_size)
         codes, values, scales, zeros = [], [], [], []
-        for a, b in zip(starts, [*starts[1:], columns], strict=True):
+        for a, b in group_spans(columns, grid.group_size):
             group = weight[:, a:b]
             params = grid.fit(group, moments.hessian[a:b, a:b] if moments and grid.needs_hessian else None)
             codes.append(grid.encode(group, params))

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gptq_awq.errors import UserError
-from gptq_awq.grids.base import Grid, group_starts
+from gptq_awq.grids.base import Grid, group_spans
 from gptq_awq.linalg import quadratic
 from gptq_awq.models.linear import Site, matrix
 from gptq_awq.models.topology import absorb
@@ -73,8 +73,10 @@ class AWQ:
         linear = self.objective == "linear"
         loss = _linear_loss(W, stats, grid) if linear else _module_loss(block, site, grid, inputs)
 
+        magnitude = relative_magnitude(W, grid)
+
         def scales(duo: bool, step: int) -> Tensor:
-            return tie(candidate_scales(W, stats, grid, step / self.ratio_steps, duo))
+            return tie(candidate_scales(stats.mean_abs, magnitude if duo else None, step / self.ratio_steps))
 
         best, alpha, duo = torch.ones_like(stats.mean_abs), 0.0, False
         unscaled = least = loss(best)
@@ -110,32 +112,28 @@ def search(loss: Callable[[int], float], steps: int, stride: int = 4) -> tuple[i
 
 
 def candidate_scales(
-    W: Float[Tensor, "out in"], stats: Moments, grid: Grid, alpha: float, duo: bool
+    mean_abs: Float[Tensor, "in"], magnitude: Float[Tensor, "in"] | None, alpha: float
 ) -> Float[Tensor, "in"]:
-    """s(α), normalized so that its extremes are reciprocal."""
-    s = stats.mean_abs.clamp(min=MIN_SCALE).pow(alpha)
-    if duo:
-        s = s / relative_magnitude(W, grid).clamp(min=MIN_SCALE).pow(1 - alpha)
+    """s(α), with duo scaling where the weights' `magnitude` is given, its extremes reciprocal."""
+    s = mean_abs.clamp(min=MIN_SCALE).pow(alpha)
+    if magnitude is not None:
+        s = s / magnitude.clamp(min=MIN_SCALE).pow(1 - alpha)
     s = s.clamp(min=MIN_SCALE)
     return s / (s.max() * s.min()).sqrt()
 
 
 def relative_magnitude(W: Float[Tensor, "out in"], grid: Grid) -> Float[Tensor, "in"]:
     """Mean over rows of |w| / max |w| of its group: how much of the group's range a column uses."""
-    starts = group_starts(W.shape[1], grid.group_size)
-    stops = [*starts[1:], W.shape[1]]
     magnitude = W.abs()
-    groups = [magnitude[:, a:b] for a, b in zip(starts, stops, strict=True)]
+    groups = [magnitude[:, a:b] for a, b in group_spans(W.shape[1], grid.group_size)]
     return torch.cat([(g / g.amax(1, keepdim=True).clamp(min=1e-12)).mean(0) for g in groups])
 
 
 def quantize(W: Float[Tensor, "out in"], grid: Grid) -> Float[Tensor, "out in"]:
     """Round to nearest on a grid fitted without range search: the Q of the search for scales."""
     grid = grid.without_search()
-    starts = group_starts(W.shape[1], grid.group_size)
-    stops = [*starts[1:], W.shape[1]]
     parts = []
-    for a, b in zip(starts, stops, strict=True):
+    for a, b in group_spans(W.shape[1], grid.group_size):
         params = grid.fit(W[:, a:b])
         parts.append(grid.decode(grid.encode(W[:, a:b], params), params))
     return torch.cat(parts, 1)
