@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gptq_awq.data import TokenSet, make_token_set
 from gptq_awq.errors import UserError
-from gptq_awq.grids.base import Grid, QuantizedWeight
+from gptq_awq.grids.base import GridChoice, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.moments import Moments
 from gptq_awq.pipeline.method import Method
@@ -103,7 +103,7 @@ def quantize_model(
     group_size: int = 64,
     sym: bool = False,
     *,
-    grid: Grid | None = None,
+    grid: GridChoice | None = None,
     settings: Settings = Settings(),  # noqa: B008 (frozen)
     track: Track = no_track,
 ) -> QuantizedModel:
@@ -116,7 +116,7 @@ def quantize_model(
         bits: 2 to 8.
         group_size: columns that share a scale; -1 for per channel.
         sym: symmetric grid.
-        grid: instead of bits, group_size and sym: any grid.
+        grid: instead of bits, group_size and sym: any grid, or mix of them.
         settings: how calibration computes.
         track: reports progress, see `gptq_awq.progress`.
 

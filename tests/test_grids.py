@@ -1,12 +1,27 @@
 """Laws of grids."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gptq_awq.solvers.gptq as gptq_module
 from gptq_awq.errors import UserError
+from gptq_awq.grids import search
+from gptq_awq.grids.affine import AffineGrid
+from gptq_awq.grids.arithmetic import Arithmetic
+from gptq_awq.grids.base import Place, fit_all, group_of_columns
 from gptq_awq.grids.integer import IntGrid
+from gptq_awq.grids.kquant import TYPES, KGrid
+from gptq_awq.grids.mix import LlamaMix
+from gptq_awq.grids.signed import SignedGrid
+from gptq_awq.grids.table import TableGrid, dynamic_levels
+from gptq_awq.grids.ternary import TernaryGrid
+from gptq_awq.linalg import quadratic
+from gptq_awq.moments import Moments
+from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN
 
 grids = st.builds(
@@ -23,14 +38,20 @@ def weights(seed, rows=8, columns=48, scale=1.0):
     return scale * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
+def one_group(grid, w, H=None):
+    """Scale and zero of a weight that is one group."""
+    fitted = grid.fit(w, H)
+    return fitted.scales, fitted.zeros
+
+
 @settings(max_examples=60, deadline=None)
 @given(grid=grids, seed=st.integers(0, 10**6), scale=st.sampled_from([1e-6, 1.0, 1e3]))
 def test_codes_round_trip(grid, seed, scale):
     w = weights(seed, scale=scale)
-    params = grid.fit(w)
+    params = one_group(grid, w)
     codes = grid.encode(w, params)
     assert codes.min() >= 0
-    assert codes.max() <= grid.max_code
+    assert codes.max() <= grid.arithmetic.max_code
     assert torch.equal(codes, codes.round())
     assert torch.equal(grid.encode(grid.decode(codes, params), params), codes)
 
@@ -39,7 +60,7 @@ def test_codes_round_trip(grid, seed, scale):
 @given(bits=st.integers(2, 8), sym=st.booleans(), seed=st.integers(0, 10**6))
 def test_minmax_error_is_within_one_step(bits, sym, seed):
     grid, w = IntGrid(bits, -1, sym), weights(seed)
-    params = grid.fit(w)
+    params = one_group(grid, w)
     # Half a step inside the range; the symmetric grid clips its largest positive value, by half a step more.
     assert ((grid.decode(grid.encode(w, params), params) - w).abs() <= 1.001 * params[0]).all()
 
@@ -60,7 +81,7 @@ def test_range_searches_lower_what_they_minimise(sym):
 
     def error(search):
         grid = IntGrid(3, -1, sym, search)
-        params = grid.fit(w, H)
+        params = one_group(grid, w, H)
         delta = grid.decode(grid.encode(w, params), params) - w
         return delta.abs().pow(2.4).sum(), ((delta @ H) * delta).sum()
 
@@ -71,7 +92,7 @@ def test_range_searches_lower_what_they_minimise(sym):
 def test_an_all_positive_row_uses_the_whole_symmetric_range():
     w = torch.linspace(0.1, 1, 32)[None]
     grid = IntGrid(4, -1, sym=True)
-    params = grid.fit(w)
+    params = one_group(grid, w)
     assert (grid.decode(grid.encode(w, params), params) - w).abs().max() <= params[0].max()
 
 
@@ -79,7 +100,7 @@ def test_a_zero_group_stays_zero():
     for sym in (False, True):
         w = torch.zeros(3, 16)
         grid = IntGrid(4, 16, sym, scale_dtype="float16")
-        params = grid.fit(w)
+        params = one_group(grid, w)
         assert torch.equal(grid.decode(grid.encode(w, params), params), w)
 
 
@@ -108,14 +129,145 @@ def test_what_a_grid_cannot_do_is_refused_by_name(options):
         IntGrid(**options)
 
 
-@pytest.mark.parametrize("sym", [False, True])
-def test_compiled_range_search_finds_what_the_plain_loop_finds(sym):
+ARITHMETICS = [
+    Arithmetic("affine", 7),
+    Arithmetic("minimum", 7),
+    Arithmetic("table", 15, TableGrid("nf4").arithmetic.levels),
+]
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS, ids=lambda a: a.kind)
+def test_compiled_range_search_finds_what_the_plain_loop_finds(arithmetic):
     w, x = weights(4, rows=200), torch.randn(200, 48) * torch.linspace(0.1, 3, 48)
     H = x.T @ x / 200
-    grid = IntGrid(3, -1, sym, "hessian", "float16")
-    low, high = grid._range(w)
-    shrinks = [1 - i / 20 for i in range(11)]
-    plain = grid._least(w, low, high, shrinks, lambda e: ((e @ H) * e).sum(1, keepdim=True))
-    compiled = grid._least_compiled(w, low, high, shrinks, H)
-    for ours, theirs in zip(compiled, plain, strict=True):
-        assert (ours == theirs).float().mean() > 0.98  # near ties may fall either way
+    scales = w.abs().amax(1, keepdim=True) / 3 * torch.linspace(0.2, 1.2, 11)
+    zeros = torch.full_like(scales, 4) if arithmetic.kind == "affine" else w.amin(1, keepdim=True) * torch.ones(11)
+    plain = search._by(lambda e: ((e @ H) * e).sum(1), w, scales, zeros, arithmetic)
+    compiled = search._by_output_error(w, scales, zeros, arithmetic, H)
+    assert (compiled == plain).float().mean() > 0.98  # near ties may fall either way
+
+
+EVERY = [
+    IntGrid(3, 64),
+    IntGrid(8, -1, sym=True, scale_dtype="float16"),
+    AffineGrid(4, 32),
+    SignedGrid(4, 32),
+    *(KGrid(kind) for kind in TYPES),
+    TableGrid("nf4", 64),
+    TableGrid("nf4", 64, double_quant=True),
+    TableGrid("fp4", 64),
+    TableGrid("iq4_nl", 32),
+    TernaryGrid(256),
+]
+
+
+def name(grid):
+    kind = getattr(grid, "type", getattr(grid, "table", ""))
+    return f"{type(grid).__name__}{kind}{'-double' if getattr(grid, 'double_quant', False) else ''}"
+
+
+def problem(seed=5, rows=24, columns=512):
+    x = torch.randn(800, columns, generator=torch.Generator().manual_seed(seed)) * torch.linspace(0.2, 2, columns)
+    H = x.T @ x / 800
+    return weights(seed, rows, columns), Moments(H, x.abs().mean(0), 800)
+
+
+@pytest.mark.parametrize("grid", EVERY, ids=name)
+def test_every_grid_rounds_to_the_nearest_neighbour(grid):
+    W, _ = problem()
+    fitted = fit_all(grid, W, None)
+    params = fitted.per_column(group_of_columns(512, grid.group_size))
+    chosen = (grid.decode(grid.encode(W, params), params) - W).abs()
+    for code in range(grid.arithmetic.max_code + 1):
+        assert (chosen <= (grid.decode(torch.full_like(W, code), params) - W).abs() + 1e-6).all()
+
+
+@pytest.mark.parametrize("grid", EVERY, ids=name)
+def test_gptq_beats_rounding_on_every_grid(grid):
+    W, stats = problem()
+    grid = replace(grid, search="hessian")
+
+    def error(solver):
+        return quadratic(solver.solve(W, stats, grid).quantized.dequantize() - W, stats.hessian)
+
+    assert error(GPTQ(act_order=True, static_groups=True)) < 0.9 * error(RTN())
+
+
+@pytest.mark.parametrize("grid", EVERY, ids=name)
+def test_compiled_sweep_equals_the_plain_loop_on_every_grid(grid, monkeypatch):
+    W, stats = problem()
+    compiled = GPTQ().solve(W, stats, grid).quantized
+    monkeypatch.setattr(gptq_module, "_round_compiled", gptq_module._round_plain)
+    plain = GPTQ().solve(W, stats, grid).quantized
+    assert torch.equal(compiled.codes, plain.codes)
+    assert torch.equal(compiled.scales, plain.scales)
+
+
+@pytest.mark.parametrize("grid", EVERY, ids=name)
+def test_range_search_never_raises_the_output_error(grid):
+    W, stats = problem()
+
+    def error(grid):
+        return quadratic(RTN().solve(W, stats, grid).quantized.dequantize() - W, stats.hessian)
+
+    assert error(replace(grid, search="hessian")) <= error(grid.without_search())
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("how", ["minmax", "mse", "hessian"])
+def test_scales_of_k_quants_are_what_the_block_stores(kind, how):
+    W, stats = problem()
+    quantized = RTN().solve(W, stats, KGrid(kind, how)).quantized
+    store, repeat = quantized.store, 256 // TYPES[kind].sub_block
+    d = store["d"].repeat_interleave(repeat, 1)
+    assert torch.equal(store["d"], store["d"].half().float())
+    assert torch.equal(quantized.scales, d * store["scale_codes"])
+    low, high = (0, 2 ** TYPES[kind].scale_bits - 1)
+    if not TYPES[kind].minimum:
+        low, high = -(2 ** (TYPES[kind].scale_bits - 1)), 2 ** (TYPES[kind].scale_bits - 1) - 1
+    codes = [store[key] for key in ("scale_codes", "min_codes") if key in store]
+    assert all(torch.equal(c, c.round()) and c.min() >= low and c.max() <= high for c in codes)
+
+
+def test_k_quants_refuse_widths_that_are_not_whole_blocks():
+    with pytest.raises(UserError, match="576 columns, not a multiple of 256"):
+        KGrid("q4_k").check_columns(576, "q_proj")
+
+
+def test_double_quantization_stores_what_it_says():
+    W, _ = problem()
+    quantized = RTN().solve(W, None, TableGrid("nf4", 64, double_quant=True)).quantized
+    store = quantized.store
+    nested = store["nested_scales"].flatten().repeat_interleave(256)[: quantized.scales.numel()]
+    scales = dynamic_levels()[store["absmax_codes"].flatten()] * nested + store["offset"]
+    assert torch.equal(scales.reshape(quantized.scales.shape), quantized.scales)
+    plain = RTN().solve(W, None, TableGrid("nf4", 64)).quantized.scales
+    assert (quantized.scales / plain - 1).abs().max() < 0.02
+
+
+def test_ternary_has_three_levels_and_absmean_is_the_mean():
+    W, _ = problem()
+    quantized = RTN().solve(W, None, TernaryGrid(256)).quantized
+    assert quantized.codes.max() == 2
+    assert torch.equal(quantized.scales[:, 0], W[:, :256].abs().mean(1).half().float())
+
+
+def test_mixes_follow_llama_cpp():
+    """Types that llama-quantize printed for a Llama of 32 blocks, 4096 wide, with 8 key-value heads of 32."""
+
+    def kind(file_type, name, block, columns=4096, **where):
+        grid = LlamaMix(file_type).at(Place(name, columns, block, 32, 4, **where))
+        return getattr(grid, "type", None) or f"{type(grid).__name__}{grid.bits}"
+
+    down, value, query = "mlp.down_proj", "self_attn.v_proj", "self_attn.q_proj"
+    longer = [i for i in range(32) if kind("q4_k_m", down, i) == "q6_k"]
+    assert longer == [0, 1, 2, 3, *range(6, 28, 3), 28, 29, 30, 31]
+    assert kind("q4_k_m", query, 0) == "q4_k"
+    assert kind("q4_k_m", query, 0, 576) == "SignedGrid5"
+    assert kind("q4_k_m", value, 0, 576) == "SignedGrid8"
+    assert kind("q2_k", value, 9) == "q4_k"
+    assert kind("q3_k_m", down, 1) == "q5_k"
+    assert kind("q4_k_m", "lm_head", -1) == "q6_k"
+    assert kind("q4_k_m", "model.embed_tokens", -1) == "q4_k"
+    assert kind("q4_k_m", "model.embed_tokens", -1, tied=True) == "q6_k"
+    assert kind("q8_0", "lm_head", -1) == "SignedGrid8"

@@ -155,8 +155,12 @@ def test_padding_changes_no_statistic():
 def test_the_batch_size_changes_nothing_but_rounding_errors():
     method = Method("gptq", GPTQ())
     small, large = (run("qwen3", method, settings=Settings("float32", n)) for n in (32, 1000))
-    for name, weight in small.weights.items():
-        assert (large.weights[name].codes == weight.codes).float().mean() > 0.97
+    for few, many in zip(small.ledger, large.ledger, strict=True):
+        assert few["tokens"] == many["tokens"]
+        # A near tie that falls the other way changes what later layers see: codes differ there, errors don't.
+        assert few["error_after"] == pytest.approx(many["error_after"], rel=0.1)
+    first = next(iter(small.weights))
+    assert (large.weights[first].codes == small.weights[first].codes).float().mean() > 0.99
 
 
 def test_two_runs_are_bit_identical():

@@ -1,65 +1,139 @@
 """Grid: where weights may land, and QuantizedWeight: weights that have landed.
 
-A grid sees one group of columns at a time: `fit` chooses a scale and a zero per row, `encode` rounds to
+A grid sees one span of columns at a time: `fit` chooses a scale and a zero per row and group, `encode` rounds to
 integer codes, `decode` maps codes back. Solvers decide *which* neighbour a weight lands on; grids only say
-what the neighbours are. A new number format is one file with one frozen dataclass that has these members.
+what the neighbours are. A new number format is one file with one frozen dataclass that derives from `Grid`.
 """
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-Params = tuple[Float[Tensor, "rows #cols"], Float[Tensor, "rows #cols"]]
-"""Scale and zero: (rows, 1) for one group of columns, (rows, cols) where each column has its own."""
+from gptq_awq.grids.arithmetic import Arithmetic, Params
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Scales and zeros of some groups of columns.
+
+    Attributes:
+        scales: (rows, groups), in weight units.
+        zeros: (rows, groups); what they mean is the grid's arithmetic's business.
+        store: what the format stores to make these, where it doesn't store them as they are: the second level
+            of k-quants or of double quantization. Tensors of any width; spans are joined along dimension 1.
+    """
+
+    scales: Float[Tensor, "rows groups"]
+    zeros: Float[Tensor, "rows groups"]
+    store: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def per_column(self, group_of_column: Int[Tensor, "cols"]) -> Params:
+        """Scale and zero of each column."""
+        index = group_of_column.to(self.scales.device)
+        return self.scales[:, index], self.zeros[:, index]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a model a weight is: what a mix of grids goes by.
+
+    Attributes:
+        name: of the module in the model.
+        columns: of its weight.
+        block: index of its block, -1 outside of them.
+        blocks: how many there are.
+        shared_kv: query heads per key-value head.
+        tied: of the embedding: whether it is the output head too.
+    """
+
+    name: str
+    columns: int
+    block: int = -1
+    blocks: int = 0
+    shared_kv: int = 1
+    tied: bool = False
 
 
 @runtime_checkable
-class Grid(Protocol):
-    """A family of quantization grids, one member per (row, group)."""
+class GridChoice(Protocol):
+    """Which grid each weight lands on: one for all (`Grid`), or a mix."""
 
     @property
-    def bits(self) -> int:
-        """Bits of one code."""
+    def bits(self) -> float:
+        """Of most weights' codes, for tables."""
         ...
 
     @property
     def group_size(self) -> int:
-        """Columns that share a scale; -1 means all of them."""
-        ...
-
-    @property
-    def max_code(self) -> int | None:
-        """Largest code of an affine grid (scale * (code - zero)); None where the grid isn't affine."""
-        ...
-
-    @property
-    def overhead_bits(self) -> int:
-        """Stored bits per (row, group) besides the codes: scales, zeros."""
+        """Of most weights."""
         ...
 
     @property
     def needs_hessian(self) -> bool:
-        """Whether `fit` wants the group's diagonal block of the Hessian."""
+        """Whether any of its grids' `fit` wants a Hessian."""
         ...
 
+    def at(self, place: Place) -> "Grid | None":
+        """The grid of one weight; None leaves it as it is."""
+        ...
+
+
+class Grid(ABC):
+    """A family of quantization grids, one member per (row, group)."""
+
+    group_size: int
+    """Columns that share a scale; -1 means all of them."""
+
+    bits: float
+    """Stored bits of one code."""
+
+    @property
+    @abstractmethod
+    def arithmetic(self) -> Arithmetic:
+        """What a code means."""
+
+    @property
+    @abstractmethod
+    def overhead_bits(self) -> float:
+        """Stored bits per (row, group) besides the codes: scales, zeros."""
+
+    @property
+    @abstractmethod
+    def needs_hessian(self) -> bool:
+        """Whether `fit` wants the span's diagonal block of the Hessian."""
+
+    @abstractmethod
     def without_search(self) -> "Grid":
         """The same grid with the cheapest fit, which needs no Hessian."""
-        ...
 
-    def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"] | None = None) -> Params:
-        """Choose scale and zero for every row of one group."""
-        ...
+    @abstractmethod
+    def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"] | None = None) -> Fitted:
+        """Choose scale and zero for every row and group of one span."""
+
+    def at(self, place: Place) -> "Grid | None":
+        """The grid itself inside of blocks; None for embeddings and the output head."""
+        return self if place.block >= 0 else None
+
+    @property
+    def span(self) -> int:
+        """Columns that are fitted together, a multiple of `group_size`: a super-block; -1 means all of them."""
+        return self.group_size
+
+    def check_columns(self, columns: int, where: str) -> None:  # noqa: B027 (most grids take any width)
+        """Raise UserError where the format has no room for a weight of that many columns."""
 
     def encode(self, w: Float[Tensor, "rows cols"], params: Params) -> Float[Tensor, "rows cols"]:
-        """Round to codes (integers 0..2^bits-1, in a float tensor)."""
-        ...
+        """Round to codes (integers from 0, in a float tensor)."""
+        return self.arithmetic.encode(w, params)
 
     def decode(self, codes: Float[Tensor, "rows cols"], params: Params) -> Float[Tensor, "rows cols"]:
         """Map codes to weights."""
-        ...
+        return self.arithmetic.decode(codes, params)
 
 
 def group_spans(columns: int, group_size: int) -> list[tuple[int, int]]:
@@ -73,6 +147,23 @@ def group_of_columns(columns: int, group_size: int) -> Int[Tensor, "in"]:
     return torch.arange(columns) // (columns if group_size == -1 else group_size)
 
 
+def fit_all(grid: Grid, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"] | None) -> Fitted:
+    """Fit every span of a weight in natural column order; `hessian` is read only where the grid wants it."""
+    parts = []
+    for a, b in group_spans(w.shape[1], grid.span):
+        parts.append(grid.fit(w[:, a:b], hessian[a:b, a:b] if grid.needs_hessian and hessian is not None else None))
+    return Fitted(
+        torch.cat([part.scales for part in parts], 1),
+        torch.cat([part.zeros for part in parts], 1),
+        joined([part.store for part in parts]),
+    )
+
+
+def joined(stores: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The stores of neighbouring spans as one."""
+    return {name: torch.cat([store[name] for store in stores], 1) for name in stores[0]}
+
+
 @dataclass(frozen=True)
 class QuantizedWeight:
     """One linear's weight on its grid: exactly what a checkpoint stores.
@@ -80,10 +171,11 @@ class QuantizedWeight:
     Attributes:
         codes: integer codes, (out, in), columns in the layer's own order.
         scales: (out, groups), in weight units.
-        zeros: (out, groups), in code units.
+        zeros: (out, groups), see `Grid.arithmetic`: in code units (affine) or weight units (minimum).
         group_of_column: (in,), the group of each column (`g_idx`); natural order unless act_order permuted it.
         grid: the format.
         loss: the solver's own objective ½ tr(ΔHΔᵀ) (H damped, as GPTQ sums it), None where no H was given.
+        store: see `Fitted.store`.
     """
 
     codes: UInt8[Tensor, "out in"]
@@ -92,20 +184,22 @@ class QuantizedWeight:
     group_of_column: Int[Tensor, "in"]
     grid: Grid
     loss: float | None = None
+    store: Mapping[str, Tensor] = field(default_factory=dict)
 
     def dequantize(self) -> Float[Tensor, "out in"]:
         """The weight that an engine computes with."""
-        return self.grid.decode(self.codes.to(self.scales.dtype), self._per_column_params())
+        params = Fitted(self.scales, self.zeros).per_column(self.group_of_column)
+        return self.grid.decode(self.codes.to(self.scales.dtype), params)
 
-    def _per_column_params(self) -> Params:
-        index = self.group_of_column.to(self.scales.device)
-        return self.scales[:, index], self.zeros[:, index]
+    @property
+    def natural_order(self) -> bool:
+        """Whether groups are made of neighbouring columns (no g_idx needed)."""
+        columns = self.codes.shape[1]
+        return bool((self.group_of_column.cpu() == group_of_columns(columns, self.grid.group_size)).all())
 
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight: codes, scales, zeros, and the column order where it isn't natural."""
-        columns = self.codes.shape[1]
-        out_of_order = bool((self.group_of_column.diff() < 0).any())
-        order_bits = 32 * columns if out_of_order else 0
+        order_bits = 0 if self.natural_order else 32 * self.codes.shape[1]
         stored = self.codes.numel() * self.grid.bits + self.scales.numel() * self.grid.overhead_bits + order_bits
         return stored / self.codes.numel()

@@ -14,7 +14,7 @@ Weights change in the model that was passed in; forwards run in `compute_dtype` 
 import copy
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import nn
 
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
-from gptq_awq.grids.base import Grid, QuantizedWeight
+from gptq_awq.grids.base import Grid, GridChoice, QuantizedWeight
 from gptq_awq.linalg import NotPositiveDefiniteError
 from gptq_awq.models.blocks import find_blocks, hooks
 from gptq_awq.models.linear import Site, is_linear, matrix
@@ -31,9 +31,11 @@ from gptq_awq.models.topology import observe_sites
 from gptq_awq.moments import Moments
 from gptq_awq.pipeline.ledger import LinearReport
 from gptq_awq.pipeline.method import Method
+from gptq_awq.pipeline.places import landing
 from gptq_awq.pipeline.staged import observe_forward, staged_forward
 from gptq_awq.pipeline.streams import Streams, open_streams
 from gptq_awq.progress import Track, no_track
+from gptq_awq.solvers.rtn import RTN
 from gptq_awq.transforms.base import Scaling
 
 log = logging.getLogger(__name__)
@@ -72,11 +74,13 @@ def quantize(
     model: nn.Module,
     tokens: TokenSet | None,
     method: Method,
-    grid: Grid,
+    grid: GridChoice,
     settings: Settings = Settings(),
     track: Track = no_track,
 ) -> Iterator[BlockResult]:
     """Quantize every linear in the model's blocks, in place, one block per step of the iterator.
+
+    A mix of grids may round the embedding and the output head too; they come first, as block -1.
 
     Nothing is kept of a block that was handed out, so a caller that needs no codes pays no memory for them.
 
@@ -89,13 +93,18 @@ def quantize(
         track: wraps the loop over blocks, to report progress.
 
     Raises:
-        UserError: no calibration data where the method needs some; non-finite values; H that won't factor.
+        UserError: no calibration data where the method needs some; non-finite values; H that won't factor; a width
+            that a grid has no room for.
     """
     name, blocks = find_blocks(model)
     device = next(model.parameters()).device
     dtype = resolve_compute_dtype(settings.compute_dtype, device)
     if method.solver is None:
         return
+    grids = landing(model, grid)
+    ends = _round_ends(model, grids, name, method)
+    if ends.weights:
+        yield ends
     streams = None
     if needs_calibration(method, grid):
         if tokens is None:
@@ -103,13 +112,13 @@ def quantize(
         streams = open_streams(model, blocks, tokens, settings.tokens_per_batch, dtype, track)
     heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
     for index, block in enumerate(track(blocks, f"quantize ({method.name})", len(blocks))):
-        step = _BlockStep(block, index, f"{name}.{index}", method, grid, streams, dtype, heads)
+        step = _BlockStep(block, index, f"{name}.{index}", method, grids, streams, dtype, heads)
         with torch.no_grad():
             step.run()
         yield BlockResult(index, step.weights, step.rows)
 
 
-def needs_calibration(method: Method, grid: Grid) -> bool:
+def needs_calibration(method: Method, grid: GridChoice) -> bool:
     """Whether any part of the method looks at calibration data."""
     solver = method.solver
     return solver is not None and (bool(method.transforms) or solver.needs_hessian or grid.needs_hessian)
@@ -141,13 +150,14 @@ class _BlockStep:
         index: int,
         name: str,
         method: Method,
-        grid: Grid,
+        grids: Mapping[str, Grid],
         streams: Streams | None,
         compute_dtype: torch.dtype,
         heads: int | None,
     ) -> None:
         self.block, self.index, self.name = block, index, name
-        self.method, self.grid, self.streams = method, grid, streams
+        self.method, self.streams = method, streams
+        self.grids = {n.removeprefix(f"{name}."): grid for n, grid in grids.items() if n.startswith(f"{name}.")}
         self.heads = heads
         same = next(block.parameters()).dtype == compute_dtype
         self.runner = block if same or streams is None else copy.deepcopy(block).to(compute_dtype)
@@ -181,7 +191,7 @@ class _BlockStep:
         inputs = self._sampled_inputs()
         moments = observe_forward(self.runner, self.index, sites, self.streams, advance)
         for transform in self.method.transforms.values():
-            scalings = transform.apply(self.block, sites, moments, self.grid, inputs)
+            scalings = transform.apply(self.block, sites, moments, self.grids, inputs)
             for site, scaling in zip(sites, scalings, strict=True):
                 self._scalings.setdefault(site.name, {})[transform.name] = scaling
             moments = [
@@ -221,7 +231,7 @@ class _BlockStep:
             if not torch.isfinite(weight).all():
                 raise UserError(f"model: {full_name} has non-finite weights")
             try:
-                solution = self.method.solver.solve(weight, moments, self.grid)
+                solution = self.method.solver.solve(weight, moments, self.grids[name])
             except NotPositiveDefiniteError as error:
                 raise UserError(
                     f"{full_name}: {error}; raise method.solver.damping, give more calibration text "
@@ -234,6 +244,25 @@ class _BlockStep:
             target.copy_(dequantized)
             if self.runner is not self.block:
                 matrix(self.runner.get_submodule(name)).copy_(dequantized)
+
+
+@torch.no_grad()
+def _round_ends(model: nn.Module, grids: Mapping[str, Grid], blocks: str, method: Method) -> BlockResult:
+    """Round to nearest, in place, what lies outside of the blocks and has a grid: the embedding, the output head."""
+    ends = BlockResult(-1, {}, [])
+    for name, grid in grids.items():
+        if name.startswith(f"{blocks}."):
+            continue
+        started = time.perf_counter()
+        target = model.get_submodule(name).get_parameter("weight").data
+        weight = target.float()
+        solution = RTN().solve(weight, None, grid)
+        dequantized = solution.quantized.dequantize()
+        target.copy_(dequantized)
+        report = LinearReport(name, -1, Site((name,), weight.shape[1]), method, None, {})
+        ends.rows.append(report.row(weight, dequantized, solution, time.perf_counter() - started))
+        ends.weights[name] = solution.quantized
+    return ends
 
 
 def _check_coverage(block: nn.Module, sites: list[Site], name: str) -> None:

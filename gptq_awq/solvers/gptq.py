@@ -11,6 +11,7 @@ Updates inside a block of `block_size` columns are immediate, those beyond it ar
 the last lazy update left them: the original code's choice, so that results equal its own.
 """
 
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gptq_awq.errors import UserError
-from gptq_awq.grids.base import Grid, Params, QuantizedWeight, group_of_columns
-from gptq_awq.kernels import sweep_affine
+from gptq_awq.grids.arithmetic import KINDS, Params
+from gptq_awq.grids.base import Fitted, Grid, QuantizedWeight, group_of_columns, joined
+from gptq_awq.kernels import sweep_columns
 from gptq_awq.linalg import NotPositiveDefiniteError
 from gptq_awq.moments import Moments
 from gptq_awq.solvers.base import Solution
@@ -77,10 +79,10 @@ class GPTQ:
         # 3. Fit all groups now, in natural order, or leave each to be fitted when its turn comes.
         hessian = moments.hessian if grid.needs_hessian else None
         group_of_column = group_of_columns(W.shape[1], grid.group_size)
-        fitted = _Groups.empty(W, int(group_of_column[-1]) + 1)
+        fitted = _Groups.empty(W, group_of_column, grid)
         if self.static_groups:
-            for group in range(fitted.count):
-                fitted.fit(group, W, group_of_column, hessian, grid)
+            for span in range(fitted.spans):
+                fitted.fit(span, W, group_of_column, hessian)
         # 4. Round, column by column.
         if order is not None:
             W = W[:, order]
@@ -91,39 +93,49 @@ class GPTQ:
         if order is not None:
             inverse = torch.argsort(order)
             codes, group_of_column = codes[:, inverse], group_of_column[inverse.cpu()]
-        quantized = QuantizedWeight(codes.to(torch.uint8), fitted.scales, fitted.zeros, group_of_column, grid, loss)
+        scales, zeros, store = fitted.scales, fitted.zeros, fitted.store()
+        quantized = QuantizedWeight(codes.to(torch.uint8), scales, zeros, group_of_column, grid, loss, store)
         raised = f"damping raised from {self.damping:g} to {damping:g}" if damping != self.damping else None
         return Solution(quantized, self.name, damping, raised)
 
 
 @dataclass
 class _Groups:
-    """Scales and zeros of all groups, filled in as they are fitted."""
+    """Scales and zeros of all groups, filled in span by span as they are fitted."""
 
+    grid: Grid
     scales: Float[Tensor, "out groups"]
     zeros: Float[Tensor, "out groups"]
-    done: set[int]
+    span_of_group: Int[Tensor, "groups"]
+    stores: dict[int, Mapping[str, Tensor]]
 
     @classmethod
-    def empty(cls, W: Tensor, count: int) -> "_Groups":
-        return cls(W.new_empty(len(W), count), W.new_empty(len(W), count), set())
+    def empty(cls, W: Tensor, group_of_column: Tensor, grid: Grid) -> "_Groups":
+        """None fitted yet."""
+        columns, count = W.shape[1], int(group_of_column[-1]) + 1
+        span_of_group = torch.zeros(count, dtype=torch.int64)
+        span_of_group[group_of_column] = group_of_columns(columns, grid.span)
+        return cls(grid, W.new_empty(len(W), count), W.new_empty(len(W), count), span_of_group, {})
 
     @property
-    def count(self) -> int:
-        return self.scales.shape[1]
+    def spans(self) -> int:
+        return int(self.span_of_group[-1]) + 1
 
-    def fit(self, group: int, W: Tensor, group_of_column: Tensor, hessian: Tensor | None, grid: Grid) -> None:
-        """Fit one group, whose columns are neighbours in W, to the weights as they are."""
-        members = (group_of_column == group).nonzero().flatten()
+    def store(self) -> dict[str, Tensor]:
+        return joined([self.stores[span] for span in range(self.spans)])
+
+    def fit(self, span: int, W: Tensor, group_of_column: Tensor, hessian: Tensor | None) -> None:
+        """Fit one span, whose columns are neighbours in W, to the weights as they are."""
+        members = (self.span_of_group[group_of_column] == span).nonzero().flatten()
         a, b = int(members[0]), int(members[-1]) + 1
-        scale, zero = grid.fit(W[:, a:b], None if hessian is None else hessian[a:b, a:b])
-        self.scales[:, group], self.zeros[:, group] = scale[:, 0], zero[:, 0]
-        self.done.add(group)
+        fitted = self.grid.fit(W[:, a:b], None if hessian is None else hessian[a:b, a:b])
+        groups = self.span_of_group == span
+        self.scales[:, groups], self.zeros[:, groups] = fitted.scales, fitted.zeros
+        self.stores[span] = fitted.store
 
     def of(self, columns: Tensor) -> Params:
         """Scale and zero of each of these columns' groups: (out, columns) each."""
-        columns = columns.to(self.scales.device)
-        return self.scales[:, columns], self.zeros[:, columns]
+        return Fitted(self.scales, self.zeros).per_column(columns)
 
 
 def sweep(
@@ -140,17 +152,16 @@ def sweep(
     Returns:
         Codes, and the loss ½ Σ (w_i - q_i)² / U_ii².
     """
-    columns, group_list = W.shape[1], group_of_column.tolist()
+    columns, span_list = W.shape[1], groups.span_of_group[group_of_column].tolist()
     codes, loss = torch.empty_like(W), 0.0
-    compiled = grid.max_code is not None and W.device.type == "cpu"
-    round_columns = _round_compiled if compiled else _round_plain
+    round_columns = _round_compiled if W.device.type == "cpu" else _round_plain
     for i1 in range(0, columns, block_size):
         i2 = min(i1 + block_size, columns)
         W1, U1 = W[:, i1:i2].clone(memory_format=torch.contiguous_format), U[i1:i2, i1:i2].contiguous()
         Q1, E1 = torch.empty_like(W1), torch.empty_like(W1)
-        for a, b in _runs(group_list, groups.done, i1, i2):
-            if group_list[a] not in groups.done:
-                groups.fit(group_list[a], W, group_of_column, hessian, grid)
+        for a, b in _runs(span_list, groups.stores, i1, i2):
+            if span_list[a] not in groups.stores:
+                groups.fit(span_list[a], W, group_of_column, hessian)
             round_columns(W1, U1, grid, groups.of(group_of_column[a:b]), a - i1, Q1, E1)
         codes[:, i1:i2] = Q1
         loss += float(E1.square().sum(dtype=torch.float64)) / 2
@@ -160,7 +171,7 @@ def sweep(
 
 
 def _round_plain(W1: Tensor, U1: Tensor, grid: Grid, params: Params, first: int, Q1: Tensor, E1: Tensor) -> None:
-    """Round neighbouring columns of a block: any grid, any device. The equations, one line each."""
+    """Round neighbouring columns of a block: any device. The equations, one line each."""
     scales, zeros = params
     for k in range(scales.shape[1]):
         i, group = first + k, (scales[:, k : k + 1], zeros[:, k : k + 1])
@@ -172,13 +183,15 @@ def _round_plain(W1: Tensor, U1: Tensor, grid: Grid, params: Params, first: int,
 
 
 def _round_compiled(W1: Tensor, U1: Tensor, grid: Grid, params: Params, first: int, Q1: Tensor, E1: Tensor) -> None:
-    """The same for affine grids on a CPU (see kernels.py)."""
+    """The same, compiled for a CPU (see kernels.py)."""
     scale, zero = (p.contiguous().numpy() for p in params)
-    max_code = scale.dtype.type(grid.max_code)
-    sweep_affine(W1.numpy(), U1.numpy(), scale, zero, max_code, first, Q1.numpy(), E1.numpy())
+    arithmetic = grid.arithmetic
+    kind, max_code = KINDS.index(arithmetic.kind), scale.dtype.type(arithmetic.max_code)
+    levels = W1.new_tensor(arithmetic.levels).numpy()
+    sweep_columns(W1.numpy(), U1.numpy(), scale, zero, max_code, kind, levels, first, Q1.numpy(), E1.numpy())
 
 
-def _runs(groups: list[int], done: set[int], start: int, stop: int) -> list[tuple[int, int]]:
-    """Cut start..stop-1 where a group begins that is yet to be fitted."""
-    cuts = [i for i in range(start + 1, stop) if groups[i] != groups[i - 1] and groups[i] not in done]
+def _runs(spans: list[int], done: Container[int], start: int, stop: int) -> list[tuple[int, int]]:
+    """Cut start..stop-1 where a span begins that is yet to be fitted."""
+    cuts = [i for i in range(start + 1, stop) if spans[i] != spans[i - 1] and spans[i] not in done]
     return list(zip([start, *cuts], [*cuts, stop], strict=True))

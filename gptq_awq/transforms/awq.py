@@ -14,7 +14,7 @@ The paper's weight clipping is a range search of the grid: `grid.search=hessian`
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gptq_awq.errors import UserError
-from gptq_awq.grids.base import Grid, group_spans
+from gptq_awq.grids.base import Grid, fit_all, group_of_columns, group_spans
 from gptq_awq.linalg import quadratic
 from gptq_awq.models.linear import Site, matrix
 from gptq_awq.models.topology import absorb
@@ -60,20 +60,26 @@ class AWQ:
 
     @torch.no_grad()
     def apply(
-        self, block: nn.Module, sites: list[Site], moments: list[Moments], grid: Grid, inputs: ModuleInputs
+        self,
+        block: nn.Module,
+        sites: list[Site],
+        moments: list[Moments],
+        grids: Mapping[str, Grid],
+        inputs: ModuleInputs,
     ) -> list[Scaling]:
         """Scale every site that has an absorber; the others are left alone, and say so."""
-        return [self._scale(block, site, stats, grid, inputs) for site, stats in zip(sites, moments, strict=True)]
+        return [self._scale(block, site, stats, grids, inputs) for site, stats in zip(sites, moments, strict=True)]
 
-    def _scale(self, block: nn.Module, site: Site, stats: Moments, grid: Grid, inputs: ModuleInputs) -> Scaling:
+    def _scale(
+        self, block: nn.Module, site: Site, stats: Moments, grids: Mapping[str, Grid], inputs: ModuleInputs
+    ) -> Scaling:
         if site.absorber is None:
             return Scaling(None, {"skipped": "no preceding op can absorb a scale"})
         tie = site.absorber.tie
-        W = torch.cat([matrix(block.get_submodule(name)) for name in site.linears]).float()
+        weights = _on_one_grid(block, site, grids)
         linear = self.objective == "linear"
-        loss = _linear_loss(W, stats, grid) if linear else _module_loss(block, site, grid, inputs)
-
-        magnitude = relative_magnitude(W, grid)
+        loss = _linear_loss(weights, stats) if linear else _module_loss(block, site, grids, inputs)
+        magnitude = relative_magnitude(weights)
 
         def scales(duo: bool, step: int) -> Tensor:
             return tie(candidate_scales(stats.mean_abs, magnitude if duo else None, step / self.ratio_steps))
@@ -122,35 +128,44 @@ def candidate_scales(
     return s / (s.max() * s.min()).sqrt()
 
 
-def relative_magnitude(W: Float[Tensor, "out in"], grid: Grid) -> Float[Tensor, "in"]:
+def _on_one_grid(block: nn.Module, site: Site, grids: Mapping[str, Grid]) -> list[tuple[Tensor, Grid]]:
+    """The site's weights in float32, those that land on one grid stacked; nearly always all of them."""
+    named: dict[Grid, list[Tensor]] = {}
+    for name in site.linears:
+        named.setdefault(grids[name], []).append(matrix(block.get_submodule(name)).float())
+    return [(torch.cat(weights), grid) for grid, weights in named.items()]
+
+
+def relative_magnitude(weights: list[tuple[Float[Tensor, "out in"], Grid]]) -> Float[Tensor, "in"]:
     """Mean over rows of |w| / max |w| of its group: how much of the group's range a column uses."""
-    magnitude = W.abs()
-    groups = [magnitude[:, a:b] for a, b in group_spans(W.shape[1], grid.group_size)]
-    return torch.cat([(g / g.amax(1, keepdim=True).clamp(min=1e-12)).mean(0) for g in groups])
+    total = sum(_relative(W.abs(), grid) for W, grid in weights)
+    return total / sum(len(W) for W, _ in weights)
+
+
+def _relative(magnitude: Float[Tensor, "out in"], grid: Grid) -> Float[Tensor, "in"]:
+    groups = [magnitude[:, a:b] for a, b in group_spans(magnitude.shape[1], grid.group_size)]
+    return torch.cat([(g / g.amax(1, keepdim=True).clamp(min=1e-12)).sum(0) for g in groups])
 
 
 def quantize(W: Float[Tensor, "out in"], grid: Grid) -> Float[Tensor, "out in"]:
     """Round to nearest on a grid fitted without range search: the Q of the search for scales."""
     grid = grid.without_search()
-    parts = []
-    for a, b in group_spans(W.shape[1], grid.group_size):
-        params = grid.fit(W[:, a:b])
-        parts.append(grid.decode(grid.encode(W[:, a:b], params), params))
-    return torch.cat(parts, 1)
+    params = fit_all(grid, W, None).per_column(group_of_columns(W.shape[1], grid.group_size))
+    return grid.decode(grid.encode(W, params), params)
 
 
-def _linear_loss(W: Float[Tensor, "out in"], stats: Moments, grid: Grid) -> Loss:
+def _linear_loss(weights: list[tuple[Float[Tensor, "out in"], Grid]], stats: Moments) -> Loss:
     """s → tr(ΔHΔᵀ), Δ = Q(W s)/s - W."""
-    return lambda s: quadratic(quantize(W * s, grid) / s - W, stats.hessian)
+    return lambda s: sum(quadratic(quantize(W * s, grid) / s - W, stats.hessian) for W, grid in weights)
 
 
-def _module_loss(block: nn.Module, site: Site, grid: Grid, inputs: ModuleInputs) -> Loss:
+def _module_loss(block: nn.Module, site: Site, grids: Mapping[str, Grid], inputs: ModuleInputs) -> Loss:
     """s → Σ ‖module(x; Q(W s)/s) - module(x; W)‖² over sampled calls of the module that holds the site."""
     name = common_module(site)
     module = copy.deepcopy(block.get_submodule(name))
     calls = inputs(name)
     linears = [module.get_submodule(n.removeprefix(name).removeprefix(".")) for n in site.linears]
-    originals = [matrix(linear).clone() for linear in linears]
+    originals = [(matrix(linear).clone(), grids[name]) for linear, name in zip(linears, site.linears, strict=True)]
 
     def run() -> list[Tensor]:
         outs = [module(*args, **kwargs) for args, kwargs in calls]
@@ -159,7 +174,7 @@ def _module_loss(block: nn.Module, site: Site, grid: Grid, inputs: ModuleInputs)
     expected = run()
 
     def loss(s: Tensor) -> float:
-        for linear, W in zip(linears, originals, strict=True):
+        for linear, (W, grid) in zip(linears, originals, strict=True):
             matrix(linear).copy_(quantize(W.float() * s, grid) / s)
         return sum(float((a - b).float().square().sum()) for a, b in zip(run(), expected, strict=True))
 

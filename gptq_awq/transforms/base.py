@@ -1,6 +1,6 @@
 """What a transform is: a function-preserving change of basis, applied to a block before it is rounded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -37,7 +37,15 @@ class Transform(Protocol):
         ...
 
     def apply(
-        self, block: nn.Module, sites: list[Site], moments: list[Moments], grid: Grid, inputs: ModuleInputs
+        self,
+        block: nn.Module,
+        sites: list[Site],
+        moments: list[Moments],
+        grids: Mapping[str, Grid],
+        inputs: ModuleInputs,
     ) -> list[Scaling]:
-        """Transform one block (float32 or the model's dtype), one `Scaling` per site."""
+        """Transform one block (float32 or the model's dtype), one `Scaling` per site.
+
+        `grids` says where each of the block's linears will land, by name within the block.
+        """
         ...

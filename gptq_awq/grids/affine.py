@@ -1,0 +1,78 @@
+"""Uniform levels above a stored minimum: ŵ = s c + m, both s and m floating-point numbers.
+
+MLX's affine format (any bits, groups of 32, 64 or 128) and llama.cpp's Q4_1 and Q5_1 (groups of 32, float16). An
+integer zero point needs fewer bits; a minimum fits ranges that don't hold zero.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gptq_awq.grids.arithmetic import Arithmetic
+from gptq_awq.grids.base import Fitted, Grid
+from gptq_awq.grids.integer import check_sizes, scale_bits
+from gptq_awq.grids.search import best, check_search, shrinks
+
+
+@dataclass(frozen=True)
+class AffineGrid(Grid):
+    """Codes of 2 to 8 bits, a scale and a minimum per group.
+
+    Attributes:
+        bits: 2 to 8.
+        group_size: columns that share a scale; -1 for the whole row.
+        search: how a group's range is chosen: minmax, mse or hessian (search.py).
+        scale_dtype: precision that scales and minimums are stored in.
+
+    Raises:
+        UserError: bits, group_size or search that there isn't.
+    """
+
+    bits: int = 4
+    group_size: int = 32
+    search: Literal["minmax", "mse", "hessian"] = "minmax"
+    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+
+    def __post_init__(self) -> None:
+        check_sizes(self.bits, self.group_size)
+        check_search(self.search)
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """Codes from a minimum upward."""
+        return Arithmetic("minimum", 2**self.bits - 1)
+
+    @property
+    def overhead_bits(self) -> float:
+        """A scale and a minimum."""
+        return 2 * scale_bits(self.scale_dtype)
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Only the `hessian` range search does."""
+        return self.search == "hessian"
+
+    def without_search(self) -> "AffineGrid":
+        """The same grid, fitted to the extremes."""
+        return replace(self, search="minmax")
+
+    def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"] | None = None) -> Fitted:
+        """Scale and minimum of every row. Raises ValueError when `search=hessian` gets no Hessian block."""
+        low, high = (v.reshape(-1, 1) for v in torch.aminmax(w, dim=1))
+        if self.search == "minmax":
+            return Fitted(*self._params(low, high))
+        # Shrunk towards its middle: the range need not hold zero.
+        middle, half = (low + high) / 2, (high - low) / 2
+        p = shrinks(self.search, w)
+        params = self._params(middle - half * p, middle + half * p)
+        return Fitted(*best(w, *params, self.arithmetic, self.search, hessian))
+
+    def _params(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        # A scale may be zero here: then the group holds its minimum only.
+        dtype = getattr(torch, self.scale_dtype)
+        most = torch.finfo(dtype).max
+        scale = (high - low) / self.arithmetic.max_code
+        return scale.clamp(max=most).to(dtype).to(low.dtype), low.clamp(-most, most).to(dtype).to(low.dtype)

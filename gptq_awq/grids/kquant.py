@@ -1,0 +1,189 @@
+"""llama.cpp's k-quants, Q2_K to Q6_K: blocks of 256 columns, whose sub-blocks' scales are themselves quantized.
+
+  with a minimum (Q2_K, Q4_K, Q5_K)    ŵ = d σ c - d' μ      σ, μ unsigned integers per sub-block
+  symmetric      (Q3_K, Q6_K)          ŵ = d σ (c - 2^(b-1)) σ a signed integer per sub-block
+
+d and d' are float16, one each per block. Fitting goes top down: every sub-block's own range; d and d' so that the
+largest scale and minimum just fit; then σ and μ anew, among the neighbours of what they round to, whichever rounds
+the sub-block's weights best. So a solver that rounds onto this grid sees the scales that the file will hold.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gptq_awq.errors import UserError
+from gptq_awq.grids.arithmetic import Arithmetic
+from gptq_awq.grids.base import Fitted, Grid, group_spans
+from gptq_awq.grids.search import best, check_search, shrinks
+from gptq_awq.grids.signed import signed_scales
+
+BLOCK = 256
+
+
+@dataclass(frozen=True)
+class KType:
+    """One of llama.cpp's k-quants.
+
+    Attributes:
+        bits: of a code.
+        sub_block: columns that share σ.
+        scale_bits: of σ and of μ.
+        minimum: whether there is μ.
+    """
+
+    bits: int
+    sub_block: int
+    scale_bits: int
+    minimum: bool
+
+
+TYPES = {
+    "q2_k": KType(2, 16, 4, minimum=True),
+    "q3_k": KType(3, 16, 6, minimum=False),
+    "q4_k": KType(4, 32, 6, minimum=True),
+    "q5_k": KType(5, 32, 6, minimum=True),
+    "q6_k": KType(6, 16, 8, minimum=False),
+}
+
+
+@dataclass(frozen=True)
+class KGrid(Grid):
+    """A k-quant.
+
+    Attributes:
+        type: q2_k, q3_k, q4_k, q5_k or q6_k.
+        search: how sub-blocks' ranges are chosen: minmax, mse or hessian (search.py).
+
+    Raises:
+        UserError: a type or search that there isn't.
+    """
+
+    type: str = "q4_k"
+    search: Literal["minmax", "mse", "hessian"] = "minmax"
+
+    def __post_init__(self) -> None:
+        if self.type not in TYPES:
+            raise UserError(f"grid.type={self.type}: choose one of {', '.join(TYPES)}")
+        check_search(self.search)
+
+    @property
+    def _type(self) -> KType:
+        return TYPES[self.type]
+
+    @property
+    def bits(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Of a code."""
+        return self._type.bits
+
+    @property
+    def group_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Columns of a sub-block."""
+        return self._type.sub_block
+
+    @property
+    def span(self) -> int:
+        """Columns of a block."""
+        return BLOCK
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """Codes above a minimum, or around the middle code."""
+        return Arithmetic("minimum" if self._type.minimum else "affine", 2**self.bits - 1)
+
+    @property
+    def overhead_bits(self) -> float:
+        """σ and μ, and the sub-block's share of d and d'."""
+        return (2 if self._type.minimum else 1) * (self._type.scale_bits + 16 * self.group_size / BLOCK)
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Only the `hessian` search does."""
+        return self.search == "hessian"
+
+    def without_search(self) -> "KGrid":
+        """The same grid, fitted to the extremes."""
+        return replace(self, search="minmax")
+
+    def check_columns(self, columns: int, where: str) -> None:
+        """Raise UserError for a width that isn't whole blocks."""
+        if columns % BLOCK:
+            raise UserError(
+                f"grid={self.type}: {where} has {columns} columns, not a multiple of {BLOCK}; grid={self.type}_m takes "
+                "other types for such widths, as llama.cpp does, and grid=q4_0 needs multiples of 32 only"
+            )
+
+    def fit(self, w: Float[Tensor, "rows 256"], hessian: Float[Tensor, "256 256"] | None = None) -> Fitted:
+        """Scales of one block. Raises ValueError when `search=hessian` gets no Hessian block."""
+        spans = group_spans(w.shape[1], self.group_size)
+        blocks = [(w[:, a:b], None if hessian is None else hessian[a:b, a:b]) for a, b in spans]
+        return self._with_minimum(blocks) if self._type.minimum else self._symmetric(blocks)
+
+    def _with_minimum(self, blocks: list) -> Fitted:
+        most = 2**self._type.scale_bits - 1
+        # 1. Every sub-block's own range; it holds zero, as μ has no sign.
+        own = [self._own_range(w, h) for w, h in blocks]
+        scales, minimums = (torch.cat(parts, 1) for parts in zip(*own, strict=True))
+        # 2. The block's two scales.
+        d, dmin = (_half(x.amax(1, keepdim=True) / most) for x in (scales, -minimums))
+        sigma, mu = _units(scales, d).clamp(0, most), _units(-minimums, dmin).clamp(0, most)
+        # 3. The nearest codes of the scales, or their best neighbours.
+        if self.search != "minmax":
+            for i, (w, h) in enumerate(blocks):
+                s = (sigma[:, i, None] + _NEIGHBOURS.to(w)[:, 0]).clamp(0, most)
+                m = (mu[:, i, None] + _NEIGHBOURS.to(w)[:, 1]).clamp(0, most)
+                scale, minimum = best(w, d * s, -dmin * m, self.arithmetic, self.search, h)
+                sigma[:, i], mu[:, i] = _units(scale, d)[:, 0], _units(-minimum, dmin)[:, 0]
+        store = {"d": d, "dmin": dmin, "scale_codes": sigma, "min_codes": mu}
+        return Fitted(d * sigma, -dmin * mu, store)
+
+    def _own_range(self, w: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        low, high = (v.reshape(-1, 1) for v in torch.aminmax(w, dim=1))
+        low, max_code = low.clamp(max=0), self.arithmetic.max_code
+        high = torch.maximum(high, low)
+        if self.search == "minmax":
+            return (high - low) / max_code, low
+        p = shrinks(self.search, w)
+        # Both ends, and the upper one alone: with few levels the two tails differ.
+        lows, highs = torch.cat([low * p, low.expand(-1, len(p))], 1), torch.cat([high * p, high * p], 1)
+        return best(w, (highs - lows) / max_code, lows, self.arithmetic, self.search, h)
+
+    def _symmetric(self, blocks: list) -> Fitted:
+        reach = 2 ** (self._type.scale_bits - 1)
+        middle = 2 ** (self.bits - 1)
+        # 1. Every sub-block's own scale, of either sign.
+        own = []
+        for w, h in blocks:
+            scales = signed_scales(w, self.bits, self.search)
+            if self.search != "minmax":
+                scales, _ = best(w, scales, torch.full_like(scales, middle), self.arithmetic, self.search, h)
+            own.append(scales)
+        scales = torch.cat(own, 1)
+        # 2. The block's scale: the largest sub-block gets the code that reaches furthest.
+        d = _half(-scales.gather(1, scales.abs().argmax(1, keepdim=True)) / reach)
+        sigma = _units(scales, d).clamp(-reach, reach - 1)
+        # 3. The nearest codes of the scales, or their best neighbours.
+        if self.search != "minmax":
+            for i, (w, h) in enumerate(blocks):
+                s = (sigma[:, i, None] + torch.arange(-2, 3).to(w)).clamp(-reach, reach - 1)
+                scale, _ = best(w, d * s, torch.full_like(s, middle), self.arithmetic, self.search, h)
+                sigma[:, i] = _units(scale, d)[:, 0]
+        return Fitted(d * sigma, torch.full_like(sigma, middle), {"d": d, "scale_codes": sigma})
+
+
+# The code itself first, so that it wins a tie.
+_NEIGHBOURS = torch.tensor(sorted(((i, j) for i in (-1, 0, 1) for j in (-2, -1, 0, 1, 2)), key=lambda n: n != (0, 0)))
+
+
+def _half(x: Tensor) -> Tensor:
+    """As float16 holds it."""
+    most = torch.finfo(torch.float16).max
+    return x.clamp(-most, most).half().to(x.dtype)
+
+
+def _units(x: Tensor, unit: Tensor) -> Tensor:
+    """⌊x / unit⌉, 0 where the unit is 0."""
+    return torch.where(unit == 0, 0.0, torch.round(x / unit))

@@ -1,0 +1,81 @@
+"""Choosing among candidate ranges of a group: the search behind `grid.search=mse` and `hessian`.
+
+mse      least Σ|ŵ - w|^2.4, as the GPTQ code does (IST-DASLab/gptq quant.py; arXiv 2210.17323);
+hessian  least output error (ŵ - w) H_gg (ŵ - w)ᵀ, H_gg the group's diagonal block of the Hessian: AWQ's clip
+         search (arXiv 2306.00978, sec. 3.2) without touching an activation.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gptq_awq.errors import UserError
+from gptq_awq.grids.arithmetic import KINDS, Arithmetic
+from gptq_awq.kernels import best_range
+
+MSE_NORM, MSE_STEPS, MSE_MAX_SHRINK = 2.4, 100, 0.8
+HESSIAN_STEPS, HESSIAN_MAX_SHRINK = 20, 0.5
+
+Error = Callable[[Tensor], Tensor]
+"""ŵ - w, (rows, cols) → what it costs, (rows,)."""
+
+
+def check_search(search: str, cheapest: str = "minmax") -> None:
+    """Raise UserError for a search that there isn't."""
+    if search not in (cheapest, "mse", "hessian"):
+        raise UserError(f"grid.search={search}: choose {cheapest}, mse or hessian")
+
+
+def shrinks(search: str, like: Tensor) -> Float[Tensor, "steps"]:
+    """The factors by which a group's range is shrunk, the widest first."""
+    steps, most = (MSE_STEPS, MSE_MAX_SHRINK) if search == "mse" else (HESSIAN_STEPS, HESSIAN_MAX_SHRINK)
+    count = int(most * steps) + (search != "mse")
+    return torch.tensor([1 - i / steps for i in range(count)], dtype=like.dtype, device=like.device)
+
+
+def best(
+    w: Float[Tensor, "rows cols"],
+    scales: Float[Tensor, "rows n"],
+    zeros: Float[Tensor, "rows n"],
+    arithmetic: Arithmetic,
+    search: str,
+    hessian: Float[Tensor, "cols cols"] | None,
+) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
+    """Per row, the candidate scale and zero that round one group with the least error; the first on a tie.
+
+    Raises:
+        ValueError: `search` is "hessian" and no Hessian block is given.
+    """
+    if search == "hessian":
+        if hessian is None:
+            raise ValueError("grid.search=hessian needs the group's diagonal block of the Hessian")
+        chosen = _by_output_error(w, scales, zeros, arithmetic, hessian.to(w))
+    else:
+        chosen = _by(lambda e: e.abs().pow(MSE_NORM).sum(1), w, scales, zeros, arithmetic)
+    return scales.gather(1, chosen[:, None]), zeros.gather(1, chosen[:, None])
+
+
+def _by_output_error(w: Tensor, scales: Tensor, zeros: Tensor, arithmetic: Arithmetic, h: Tensor) -> Tensor:
+    if w.device.type != "cpu":
+        return _by(lambda e: ((e @ h) * e).sum(1), w, scales, zeros, arithmetic)
+    # All candidates in one pass over the weights.
+    chosen = torch.empty(len(w), dtype=torch.int64)
+    weights, scale, zero, hessian = (x.contiguous().numpy() for x in (w, scales, zeros, h))
+    levels = w.new_tensor(arithmetic.levels).numpy()
+    kind = KINDS.index(arithmetic.kind)
+    best_range(weights, scale, zero, scale.dtype.type(arithmetic.max_code), kind, levels, hessian, chosen.numpy())
+    return chosen
+
+
+def _by(error: Error, w: Tensor, scales: Tensor, zeros: Tensor, arithmetic: Arithmetic) -> Tensor:
+    least = w.new_full((len(w),), torch.inf)
+    chosen = torch.zeros(len(w), dtype=torch.int64, device=w.device)
+    for i in range(scales.shape[1]):
+        params = scales[:, i : i + 1], zeros[:, i : i + 1]
+        e = error(arithmetic.decode(arithmetic.encode(w, params), params) - w)
+        better = e < least
+        least = torch.where(better, e, least)
+        chosen = torch.where(better, i, chosen)
+    return chosen

@@ -1,0 +1,73 @@
+"""Ternary, -s 0 s: the 1.58-bit grid of BitNet b1.58 (arXiv 2402.17764), s = mean |w| (eq. 3, "absmean").
+
+BitNet trains with one s per matrix; rounding after training wants more: llama.cpp's TQ1_0 and TQ2_0 hold one float16 s
+per 256 columns. `search` tries fractions and multiples of mean |w|.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gptq_awq.grids.arithmetic import Arithmetic
+from gptq_awq.grids.base import Fitted, Grid
+from gptq_awq.grids.integer import check_sizes, stored
+from gptq_awq.grids.search import best, check_search
+
+
+@dataclass(frozen=True)
+class TernaryGrid(Grid):
+    """Three levels, one scale per group.
+
+    Attributes:
+        group_size: columns that share a scale; -1 for the whole row; 256 in llama.cpp's files.
+        search: absmean, mse or hessian (search.py).
+        scale_dtype: precision that scales are stored in.
+
+    Raises:
+        UserError: a group_size or search that there isn't.
+    """
+
+    group_size: int = 256
+    search: Literal["absmean", "mse", "hessian"] = "absmean"
+    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    bits: float = 1.625
+    """log2(3) = 1.585; packed as TQ1_0 does, five codes in a byte where 256 columns allow it."""
+
+    def __post_init__(self) -> None:
+        check_sizes(2, self.group_size)
+        check_search(self.search, "absmean")
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """Codes 0, 1, 2 stand for -s, 0, s."""
+        return Arithmetic("affine", 2)
+
+    @property
+    def overhead_bits(self) -> float:
+        """A scale."""
+        return 32 if self.scale_dtype == "float32" else 16
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Only the `hessian` search does."""
+        return self.search == "hessian"
+
+    def without_search(self) -> "TernaryGrid":
+        """The same grid, s = mean |w|."""
+        return replace(self, search="absmean")
+
+    def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"] | None = None) -> Fitted:
+        """Scale of every row. Raises ValueError when `search=hessian` gets no Hessian block."""
+        scale = w.abs().mean(1, keepdim=True)
+        if self.search != "absmean":
+            scale = scale * torch.linspace(0.5, 2.5, 41).to(w)
+        scale = stored(scale, self.scale_dtype)
+        ones = torch.ones_like(scale)
+        return (
+            Fitted(scale, ones)
+            if self.search == "absmean"
+            else Fitted(*best(w, scale, ones, self.arithmetic, self.search, hessian))
+        )

@@ -1,0 +1,51 @@
+"""Which weights of a model land where: every linear in its blocks, and the embedding and output head if asked for."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from gptq_awq.grids.base import Grid, GridChoice, Place
+from gptq_awq.models.blocks import find_blocks
+from gptq_awq.models.linear import is_linear, matrix
+
+
+def landing(model: nn.Module, choice: GridChoice) -> dict[str, Grid]:
+    """Module name → the grid its weight will land on, in the order they are quantized.
+
+    Raises:
+        UserError: a grid that has no room for a weight of that width.
+    """
+    grids: dict[str, Grid] = {}
+    for place in [*_ends(model), *_inner(model)]:
+        grid = choice.at(place)
+        if grid is not None:
+            grid.check_columns(place.columns, place.name)
+            grids[place.name] = grid
+    return grids
+
+
+def _inner(model: nn.Module) -> Iterator[Place]:
+    """The blocks' linears."""
+    prefix, blocks = find_blocks(model)
+    shared_kv = _shared_kv(model)
+    for index, block in enumerate(blocks):
+        for name, module in block.named_modules():
+            if is_linear(module):
+                columns = matrix(module).shape[1]
+                yield Place(f"{prefix}.{index}.{name}", columns, index, len(blocks), shared_kv)
+
+
+def _ends(model: nn.Module) -> Iterator[Place]:
+    """The input embedding, and the output head where it is a matrix of its own."""
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    tied = head is not None and head.weight is embedding.weight
+    yield Place(names[id(embedding)], embedding.weight.shape[1], tied=tied)
+    if head is not None and not tied:
+        yield Place(names[id(head)], head.weight.shape[1])
+
+
+def _shared_kv(model: nn.Module) -> int:
+    config = getattr(model, "config", None)
+    heads = getattr(config, "num_attention_heads", None) or 1
+    return heads // (getattr(config, "num_key_value_heads", None) or heads)
