@@ -1,12 +1,13 @@
-"""One run: preflight → load → baseline → quantize → evaluate → results row.
+"""One run: preflight → load → baseline → quantize → export → evaluate → results row.
 
 Whatever can be known to be wrong is found before anything slow starts: options when they are instantiated, data
 and model when they are loaded, memory by a forecast. A mistake is a `UserError`, and leaves no results behind.
 """
 
+import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from torch import nn
+from transformers import PreTrainedModel
 
 from gptq_awq import memory
 from gptq_awq.assets import cache_dir
@@ -25,12 +28,16 @@ from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.evaluate import Baseline, full_precision, score
 from gptq_awq.evaluation.protocol import Evaluation
-from gptq_awq.grids.base import Grid
+from gptq_awq.export.base import LinearSpec, Source
+from gptq_awq.export.verify import Probe
+from gptq_awq.export.write import Exported, Exports, write_card
+from gptq_awq.grids.base import Grid, GridChoice, QuantizedWeight
 from gptq_awq.manifest import code_sha256, config_sha256, environment
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.load import LoadedModel, checked_device
 from gptq_awq.pipeline.method import Method
+from gptq_awq.pipeline.places import changes_output, landing
 from gptq_awq.pipeline.quantize import Settings, needs_calibration, quantize, resolve_compute_dtype
 from gptq_awq.pipeline.size import PLAIN_BITS, Footprint
 from gptq_awq.progress import Track, rich_track
@@ -41,6 +48,7 @@ from gptq_awq.tracking import Tracker, Tracking
 log = logging.getLogger(__name__)
 LEDGER = "ledger.jsonl"
 UNFINISHED = "ledger.partial.jsonl"
+PROBE_WINDOWS, PROBE_SEQLEN = 2, 256
 
 
 @dataclass(frozen=True)
@@ -49,12 +57,13 @@ class Plan:
 
     config: Mapping[str, Any]
     method: Method
-    grid: Grid
+    grid: GridChoice
     settings: Settings
     model: Any
     data: Any
     evaluation: Evaluation
     tracking: Tracking
+    exports: Exports
     device: torch.device
     dtype: str
     seed: int
@@ -116,6 +125,7 @@ def preflight(cfg: DictConfig) -> Plan:
             data=_build(cfg.data),
             evaluation=_build(cfg.eval),
             tracking=_build(cfg.tracking),
+            exports=_build(cfg.export),
             device=device,
             dtype=cfg.dtype,
             seed=cfg.seed,
@@ -123,6 +133,7 @@ def preflight(cfg: DictConfig) -> Plan:
         )
     except OmegaConfBaseException as error:
         raise UserError(str(error).splitlines()[0]) from error
+    _check_meant(plan)
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -142,35 +153,105 @@ def execute(plan: Plan, track: Track) -> Result:
         tasks = plan.evaluation.load_tasks(plan.seed)
         calibrates = needs_calibration(plan.method, plan.grid)
         tokens = plan.data.tokens(loaded.tokenizer, seed=plan.seed) if calibrates else None
+        grids = landing(loaded.model, plan.grid) if plan.method.solver is not None else {}
+        plan.exports.check(_specs(loaded.model, grids, plan.method), loaded.model, loaded.tokenizer)
         _forecast(loaded, tokens, plan)
     with clock.phase("baseline"):
-        baseline = full_precision(loaded.model, loaded.tokenizer, loaded.sha256, windows, tasks, cache_dir(), track)
+        baseline = full_precision(
+            *(loaded.model, loaded.tokenizer, loaded.sha256, windows, tasks, cache_dir(), track),
+            keep_output=plan.method.cast is not None or changes_output(loaded.model, grids),
+        )
     with clock.phase("quantize"):
-        footprint = _quantize(plan, loaded, tokens, ledger, tracker, track)
+        footprint, weights = _quantize(plan, loaded, tokens, ledger, tracker, track)
+    checkpoints: list[Exported] = []
+    if plan.exports.formats:
+        with clock.phase("export"):
+            checkpoints = _export(plan, loaded, weights, windows, tokens, code, track)
+            weights.clear()
     with clock.phase("evaluate"):
         metrics = score(loaded.model, loaded.tokenizer, baseline, plan.seed, track)
-    manifest = _manifest(plan, loaded, tokens, baseline, code)
+    manifest = _manifest(plan, loaded, tokens, baseline, code, checkpoints)
     result = _result(plan, loaded, footprint, metrics, clock, manifest)
     ledger.path.replace(plan.out / LEDGER)
     (plan.out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(dict(plan.config))))
-    result.write(plan.out)
+    path = result.write(plan.out)
+    for checkpoint in checkpoints:
+        write_card(checkpoint.path, json.loads(path.read_text()), [checkpoint.verified])
     tracker.finish(result)
     return result
 
 
 def _quantize(
     plan: Plan, loaded: LoadedModel, tokens: TokenSet | None, ledger: Ledger, tracker: Tracker, track: Track
-) -> Footprint:
-    """Quantize the model in place, block by block; each block's rows are on disk before the next begins."""
-    footprint = Footprint()
+) -> tuple[Footprint, dict[str, QuantizedWeight]]:
+    """Quantize the model in place, block by block; each block's rows are on disk before the next begins.
+
+    Codes are kept only where a checkpoint will want them.
+    """
+    footprint, weights = Footprint(), {}
     for block in quantize(loaded.model, tokens, plan.method, plan.grid, plan.settings, track):
         footprint.add(block.weights)
+        if plan.exports.formats:
+            weights.update(block.weights)
         ledger.append(block.rows)
         tracker.ledger(block.rows)
         errors = [row["error_after"] for row in block.rows if "error_after" in row]
         if errors:
             tracker.log({"quantize/relative_error": sum(errors) / len(errors)}, step=block.index)
-    return footprint
+    return footprint, weights
+
+
+def _specs(model: PreTrainedModel, grids: Mapping[str, Grid], method: Method) -> list[LinearSpec]:
+    """What will be quantized, as export formats want to know it."""
+    natural = getattr(method.solver, "natural_groups", True)
+    shapes = {name: _shape(model.get_submodule(name)) for name in grids}
+    return [LinearSpec(name, *shapes[name], grid, natural) for name, grid in grids.items()]
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    rows, columns = matrix(module).shape if is_linear(module) else module.get_parameter("weight").shape
+    return rows, columns
+
+
+def _export(
+    plan: Plan,
+    loaded: LoadedModel,
+    weights: Mapping[str, QuantizedWeight],
+    windows: Sequence[TokenSet],
+    tokens: TokenSet | None,
+    code: str,
+    track: Track,
+) -> list[Exported]:
+    """Write and verify the checkpoints that were asked for."""
+    known = next((t for t in (*windows, tokens) if t is not None), None)
+    ids = torch.arange(64)[None] if known is None else known.ids[:PROBE_WINDOWS, :PROBE_SEQLEN]
+    probe = Probe.of(loaded.model, ids, "token ids 0 to 63" if known is None else known.source)
+    facts = {
+        "model": {"source": loaded.source, "sha256": loaded.sha256},
+        "method": plan.method.name,
+        "grid": str(plan.grid),
+        "calibration": None if tokens is None else {"source": tokens.source, "sha256": tokens.sha256},
+        "code": code,
+    }
+    source = Source(loaded.model, loaded.tokenizer, loaded.name, weights)
+    return plan.exports.write(source, plan.out, probe, facts, track)
+
+
+def _check_meant(plan: Plan) -> None:
+    """Refuse bits=… and the like beside a grid that has its own: the user would get something else.
+
+    Raises:
+        UserError: naming both options.
+    """
+    if not HydraConfig.initialized() or plan.method.solver is None:
+        return
+    for override in HydraConfig.get().overrides.task:
+        key, _, value = override.partition("=")
+        if key not in ("bits", "group_size", "sym"):
+            continue
+        own = getattr(plan.grid, key, None)
+        if own != plan.config[key]:
+            raise UserError(f"{key}={value}: grid={plan.grid.label} has its own ({key}={own}); leave {key} out")
 
 
 def _forecast(loaded: LoadedModel, tokens: TokenSet | None, plan: Plan) -> None:
@@ -210,11 +291,17 @@ def _result(
         ledger=LEDGER,
         manifest=manifest,
         config=plan.config,
+        grid=None if full else plan.grid.label,
     )
 
 
 def _manifest(
-    plan: Plan, loaded: LoadedModel, tokens: TokenSet | None, baseline: Baseline, code: str
+    plan: Plan,
+    loaded: LoadedModel,
+    tokens: TokenSet | None,
+    baseline: Baseline,
+    code: str,
+    checkpoints: Sequence[Exported],
 ) -> dict[str, Any]:
     return {
         "model": {"source": loaded.source, "sha256": loaded.sha256, "dtype": plan.dtype},
@@ -225,6 +312,10 @@ def _manifest(
         "sources": {
             "calibration": None if tokens is None else tokens.source,
             "eval": _evaluation_sources(baseline),
+        },
+        "checkpoints": {
+            c.format: {"path": str(c.path.relative_to(plan.out)), "size_bytes": c.size_bytes, "seconds": c.seconds}
+            for c in checkpoints
         },
         "config": config_sha256(plan.config),
         "code": code,
@@ -269,7 +360,8 @@ def _run_name(plan: Plan) -> str:
     model = getattr(plan.model, "name", None) or "model"
     if plan.method.solver is None:
         return f"{model} {plan.method.name}"
-    return f"{model} {plan.method.name} {plan.grid.bits}bit g{plan.grid.group_size}"
+    label = "" if plan.grid.label == "int" else f"{plan.grid.label} "
+    return f"{model} {plan.method.name} {label}{plan.grid.bits:g}bit g{plan.grid.group_size}"
 
 
 @contextmanager

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 NOT_DISTINGUISHABLE = "not distinguishable"
 Row = Mapping[str, Any]
-SHOWN = ("method", "bits", "group_size", "sym", "model", "out")
+SHOWN = ("method", "grid", "bits", "group_size", "sym", "model", "out")
 
 
 # One run
@@ -79,6 +79,8 @@ def distinguishable(metrics: Mapping[str, Any], name: str) -> bool:
 
 def _title(result: Result) -> str:
     parts = [f"{result.model}: {result.method}"]
+    if result.grid not in (None, "int"):
+        parts.append(result.grid)
     if result.bits is not None:
         parts.append(f"{result.bits:g} bits")
     if result.group_size is not None:
@@ -165,6 +167,7 @@ def _cells(runs: list[Row]) -> "pd.DataFrame":
 def _row_cells(run: Row, names: Iterable[str], varied: Iterable[str]) -> dict[str, str]:
     cells = {
         "method": run["method"],
+        "grid": "" if run["grid"] in (None, "int") else run["grid"],
         "bits": _number(run["bits"], digits="g"),
         "group": "" if run["group_size"] is None else _group(run["group_size"]).removeprefix("group "),
         "sym": "" if run["sym"] is None else str(run["sym"]).lower(),

@@ -34,7 +34,8 @@ class Result:
     name what belongs to it: `.../baseline` (full precision), `.../delta`, `.../delta_ci95` ([low, high]).
     `seconds` maps phases to wall time; `ledger` is a path relative to the run's folder. `manifest` holds
     hashes and versions; its `tokens.eval` maps each evaluated text ("wikitext2", "lm_eval/TASK") to the hash
-    of its tokens.
+    of its tokens. `grid` is the number format ("int", "nf4", "q4_k_m"); rows of before there was a choice
+    have none.
     """
 
     method: str
@@ -53,6 +54,7 @@ class Result:
     manifest: Mapping[str, Any]
     config: Mapping[str, Any]
     error: str | None = None
+    grid: str | None = None
 
     def write(self, out_dir: Path | str) -> Path:
         """Write `out_dir/results.json` whole or not at all; returns its path. Raises OSError (disk full)."""
@@ -70,6 +72,7 @@ class Result:
 
 
 KEYS = tuple(field.name for field in fields(Result))
+OPTIONAL = ("error", "grid")
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def _read_row(path: Path | str) -> dict[str, Any]:
         row = json.loads(file.read())
     if not isinstance(row, dict):
         raise ValueError("not a results row")
-    missing = [key for key in KEYS if key not in row and key != "error"]
+    missing = [key for key in KEYS if key not in row and key not in OPTIONAL]
     if missing:
         raise ValueError(f"not a results row: no {missing[0]!r}")
     if not (isinstance(row["metrics"], dict) and isinstance(row["seconds"], dict)):

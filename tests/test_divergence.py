@@ -1,8 +1,9 @@
 import pytest
 import torch
 from test_perplexity import ARCHITECTURES, windows
-from tiny_models import tiny_model
+from tiny_models import tiny_model, tiny_tokens
 
+from gptq_awq.data import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation import head as head_module
 from gptq_awq.evaluation.divergence import divergence, token_kl
@@ -82,3 +83,17 @@ def test_a_broken_quantized_model_is_refused():
     model.model.layers[1].mlp.down_proj.weight.fill_(float("inf"))
     with pytest.raises(UserError, match="window 0, token 0"):
         divergence(model, tokens, baseline)
+
+
+def test_a_rounded_output_layer_is_compared_with_the_full_precision_one():
+    from gptq_awq.evaluation.evaluate import full_precision, score
+
+    model = tiny_model("llama")
+    tokens = make_token_set("text", tiny_tokens(2, 16), None, "test")
+    baseline = full_precision(model, None, "", [tokens], keep_output=True)
+    with torch.no_grad():
+        expected = model(input_ids=tokens.ids).logits[:, :-1].log_softmax(-1)
+        model.get_output_embeddings().weight.mul_(1.1)
+        found = model(input_ids=tokens.ids).logits[:, :-1].log_softmax(-1)
+    kl = (expected.exp() * (expected - found)).sum(-1).mean()
+    assert score(model, None, baseline)["text/kl"] == pytest.approx(float(kl), rel=1e-3)

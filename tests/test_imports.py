@@ -16,6 +16,7 @@ LAYERS = [
     {"transforms"},
     {"pipeline"},
     {"evaluation"},
+    {"export"},
     {"api", "experiment"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

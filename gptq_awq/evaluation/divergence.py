@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gptq_awq.data import TokenSet
-from gptq_awq.evaluation.head import Head
+from gptq_awq.evaluation.head import Head, Parameters
 from gptq_awq.evaluation.perplexity import (
     TokenScores,
     check_finite,
@@ -34,23 +34,32 @@ class Divergence:
     agree: Bool[Tensor, "windows scored"]
 
 
-def divergence(model: PreTrainedModel, tokens: TokenSet, baseline: TokenScores, track: Track = no_track) -> Divergence:
+def divergence(
+    model: PreTrainedModel,
+    tokens: TokenSet,
+    baseline: TokenScores,
+    track: Track = no_track,
+    output: Parameters | None = None,
+) -> Divergence:
     """Score every window with the quantized `model` and compare with `baseline`, its full-precision scores.
 
-    `model`'s head must be the full-precision one, as it turns both models' hidden states into logits. Each
+    `output` holds the full-precision output layer's parameters where the model's own were changed. Each
     token costs one forward of the quantized model and two rows of head matmul. Raises UserError where a logit
-    is not finite, ValueError where the head is not the baseline's.
+    is not finite, ValueError where the full-precision output layer is not the baseline's.
     """
     head = Head.of(model)
-    if head.sha256() != baseline.head_sha256:
-        raise ValueError("the model's output layer is not the full-precision one: KL would compare two heads")
+    with head.with_output(output):
+        if head.sha256() != baseline.head_sha256:
+            raise ValueError("the output layer is not the full-precision one: KL would compare two heads")
     windows = checked_windows(model, tokens)
     nll, kl = torch.empty_like(baseline.nll), torch.empty_like(baseline.nll)
     agree = torch.empty_like(baseline.nll, dtype=torch.bool)
     for index, window in enumerate(track(windows, f"{tokens.name}: quantized", len(windows))):
         states = window_states(head, window)
         for part in head.chunks(len(states)):
-            p, q = head(baseline.hidden[index, part]), head(states[part])
+            with head.with_output(output):
+                p = head(baseline.hidden[index, part])
+            q = head(states[part])
             agree[index, part] = (p.argmax(-1) == q.argmax(-1)).cpu()
             log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
             nll[index, part] = token_nll(log_q, window[1:][part]).cpu()

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from gptq_awq.data import TokenSet
 from gptq_awq.evaluation.baseline import baseline_scores, read_answers, write_answers
 from gptq_awq.evaluation.divergence import Divergence, divergence
+from gptq_awq.evaluation.head import Parameters
 from gptq_awq.evaluation.perplexity import TokenScores, perplexity
 from gptq_awq.evaluation.statistics import interval, paired_test, resampled_means
 from gptq_awq.progress import Track, no_track
@@ -34,12 +35,13 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the full-precision model scored, and on what."""
+    """What the full-precision model scored, and on what; `output` is a copy of its output layer, if one was kept."""
 
     tokens: tuple[TokenSet, ...]
     scores: tuple[TokenScores, ...]
     tasks: "Tasks | None" = None
     results: "TaskResults | None" = None
+    output: Parameters | None = None
 
     @property
     def sha256(self) -> dict[str, str]:
@@ -56,19 +58,23 @@ def full_precision(
     tasks: "Tasks | None" = None,
     cache_dir: Path | None = None,
     track: Track = no_track,
+    keep_output: bool = False,
 ) -> Baseline:
     """Score the full-precision model, or read its scores from `cache_dir`/baselines.
 
-    `model_sha256` stands for the weights in the cache's keys; `cache_dir=None` caches nothing. Raises
-    UserError where a window exceeds the model's context, its logits are not finite, or it has no separable
+    `model_sha256` stands for the weights in the cache's keys; `cache_dir=None` caches nothing; `keep_output`
+    copies the output layer, for a model whose own will be rounded too. Raises UserError where a window exceeds the model's context, its logits are not finite, or it has no separable
     head.
     """
     if len({t.name for t in tokens}) < len(tokens):
         raise ValueError("token sets share a name: their metrics would overwrite each other")
     folder = None if cache_dir is None else cache_dir / "baselines"
     scores = tuple(baseline_scores(model, model_sha256, t, folder, track) for t in tokens)
+    output = None
+    if keep_output and tokens:
+        output = {name: p.data.clone() for name, p in model.get_output_embeddings().named_parameters()}
     if tasks is None:
-        return Baseline(tuple(tokens), scores)
+        return Baseline(tuple(tokens), scores, output=output)
     from gptq_awq.evaluation.harness import run_tasks
 
     answers = {} if folder is None else read_answers(model, model_sha256, folder)
@@ -76,7 +82,7 @@ def full_precision(
     results = run_tasks(model, tokenizer, tasks, answers, track)
     if folder is not None and len(answers) > known:
         write_answers(model, model_sha256, folder, answers)
-    return Baseline(tuple(tokens), scores, tasks, results)
+    return Baseline(tuple(tokens), scores, tasks, results, output)
 
 
 def score(
@@ -88,7 +94,7 @@ def score(
     """
     metrics: Metrics = {}
     for tokens, scores in zip(baseline.tokens, baseline.scores, strict=True):
-        metrics |= token_metrics(tokens, scores, divergence(model, tokens, scores, track), seed)
+        metrics |= token_metrics(tokens, scores, divergence(model, tokens, scores, track, baseline.output), seed)
     if baseline.tasks is not None and baseline.results is not None:
         from gptq_awq.evaluation.harness import run_tasks
 

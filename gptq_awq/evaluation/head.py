@@ -8,7 +8,7 @@ states, and is believed only after it has reproduced the model's logits on a pro
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,6 +25,9 @@ CHUNK_LOGITS = 2**23
 PROBE_TOKENS = 8
 TOLERANCE = 1e-3
 """Largest difference allowed on the probe, relative to the largest logit."""
+
+Parameters = Mapping[str, Tensor]
+"""Of a module, by name."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,19 @@ class Head:
         placeholder = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         with self._decoder_returning(hidden):
             return self.model(input_ids=placeholder, use_cache=False).logits[0].float()
+
+    @contextmanager
+    def with_output(self, parameters: Parameters | None) -> Iterator[None]:
+        """Within: the output layer has these parameters; None: its own."""
+        own = dict(self.output.named_parameters())
+        kept = {name: own[name].data for name in parameters or {}}
+        for name, value in (parameters or {}).items():
+            own[name].data = value
+        try:
+            yield
+        finally:
+            for name, value in kept.items():
+                own[name].data = value
 
     def chunks(self, tokens: int) -> Iterator[slice]:
         """Cut `tokens` positions into runs whose logits fit the memory set aside for them."""

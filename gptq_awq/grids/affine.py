@@ -66,7 +66,7 @@ class AffineGrid(Grid):
             return Fitted(*self._params(low, high))
         # Shrunk towards its middle: the range need not hold zero.
         middle, half = (low + high) / 2, (high - low) / 2
-        p = shrinks(self.search, w)
+        p = shrinks(w)
         params = self._params(middle - half * p, middle + half * p)
         return Fitted(*best(w, *params, self.arithmetic, self.search, hessian))
 

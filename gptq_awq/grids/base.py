@@ -78,6 +78,11 @@ class GridChoice(Protocol):
         """Whether any of its grids' `fit` wants a Hessian."""
         ...
 
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        ...
+
     def at(self, place: Place) -> "Grid | None":
         """The grid of one weight; None leaves it as it is."""
         ...
@@ -114,6 +119,11 @@ class Grid(ABC):
     @abstractmethod
     def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"] | None = None) -> Fitted:
         """Choose scale and zero for every row and group of one span."""
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return type(self).__name__.removesuffix("Grid").lower()
 
     def at(self, place: Place) -> "Grid | None":
         """The grid itself inside of blocks; None for embeddings and the output head."""
@@ -185,6 +195,18 @@ class QuantizedWeight:
     grid: Grid
     loss: float | None = None
     store: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        grid: Grid,
+        codes: Float[Tensor, "out in"],
+        fitted: Fitted,
+        group_of_column: Int[Tensor, "in"],
+        loss: float | None = None,
+    ) -> "QuantizedWeight":
+        """From the codes a solver chose and the groups it fitted."""
+        return cls(codes.to(torch.uint8), fitted.scales, fitted.zeros, group_of_column, grid, loss, fitted.store)
 
     def dequantize(self) -> Float[Tensor, "out in"]:
         """The weight that an engine computes with."""

@@ -16,6 +16,9 @@ from gptq_awq.grids.arithmetic import Arithmetic
 from gptq_awq.grids.base import Fitted, Grid
 from gptq_awq.grids.search import best, check_search, shrinks
 
+MSE_STEPS = 100, 0.79
+"""As the GPTQ code has it: 1, .99, … .21."""
+
 
 @dataclass(frozen=True)
 class IntGrid(Grid):
@@ -69,7 +72,7 @@ class IntGrid(Grid):
         low, high = self._range(w)
         if self.search == "minmax":
             return Fitted(*self._params(low, high))
-        p = shrinks(self.search, w)
+        p = shrinks(w, *MSE_STEPS) if self.search == "mse" else shrinks(w)
         return Fitted(*best(w, *self._params(low * p, high * p), self.arithmetic, self.search, hessian))
 
     def _range(self, w: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,6 +85,11 @@ class KGrid(Grid):
         return self._type.sub_block
 
     @property
+    def label(self) -> str:
+        """Its llama.cpp name."""
+        return self.type
+
+    @property
     def span(self) -> int:
         """Columns of a block."""
         return BLOCK
@@ -146,7 +151,7 @@ class KGrid(Grid):
         high = torch.maximum(high, low)
         if self.search == "minmax":
             return (high - low) / max_code, low
-        p = shrinks(self.search, w)
+        p = shrinks(w)
         # Both ends, and the upper one alone: with few levels the two tails differ.
         lows, highs = torch.cat([low * p, low.expand(-1, len(p))], 1), torch.cat([high * p, high * p], 1)
         return best(w, (highs - lows) / max_code, lows, self.arithmetic, self.search, h)

@@ -73,6 +73,11 @@ class LlamaMix:
         return llama_grid(BASE[self.type]).group_size
 
     @property
+    def label(self) -> str:
+        """Its llama.cpp name."""
+        return self.type
+
+    @property
     def needs_hessian(self) -> bool:
         """Only the `hessian` search does."""
         return self.search == "hessian"
@@ -113,7 +118,8 @@ def llama_grid(kind: str, search: str = "minmax") -> Grid:
     if kind in TYPES:
         return KGrid(kind, search)  # pyright: ignore[reportArgumentType]
     if kind.startswith("tq"):
-        return TernaryGrid(BLOCK, "absmean" if search == "minmax" else search)  # pyright: ignore[reportArgumentType]
+        how, bits = "absmean" if search == "minmax" else search, {"tq1_0": 1.625, "tq2_0": 2.0}[kind]
+        return TernaryGrid(BLOCK, how, bits=bits)  # pyright: ignore[reportArgumentType]
     if kind == "iq4_nl":
         return TableGrid("iq4_nl", 32, search)  # pyright: ignore[reportArgumentType]
     bits, minimum = int(kind[1]), kind.endswith("_1")

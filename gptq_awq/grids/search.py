@@ -15,8 +15,8 @@ from gptq_awq.errors import UserError
 from gptq_awq.grids.arithmetic import KINDS, Arithmetic
 from gptq_awq.kernels import best_range
 
-MSE_NORM, MSE_STEPS, MSE_MAX_SHRINK = 2.4, 100, 0.8
-HESSIAN_STEPS, HESSIAN_MAX_SHRINK = 20, 0.5
+MSE_NORM = 2.4
+STEPS, MAX_SHRINK = 20, 0.5
 
 Error = Callable[[Tensor], Tensor]
 """ŵ - w, (rows, cols) → what it costs, (rows,)."""
@@ -28,10 +28,9 @@ def check_search(search: str, cheapest: str = "minmax") -> None:
         raise UserError(f"grid.search={search}: choose {cheapest}, mse or hessian")
 
 
-def shrinks(search: str, like: Tensor) -> Float[Tensor, "steps"]:
-    """The factors by which a group's range is shrunk, the widest first."""
-    steps, most = (MSE_STEPS, MSE_MAX_SHRINK) if search == "mse" else (HESSIAN_STEPS, HESSIAN_MAX_SHRINK)
-    count = int(most * steps) + (search != "mse")
+def shrinks(like: Tensor, steps: int = STEPS, most: float = MAX_SHRINK) -> Float[Tensor, "steps"]:
+    """1, 1 - 1/steps, … 1 - most: the factors by which a group's range is shrunk, the widest first."""
+    count = int(most * steps) + 1
     return torch.tensor([1 - i / steps for i in range(count)], dtype=like.dtype, device=like.device)
 
 

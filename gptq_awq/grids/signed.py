@@ -78,5 +78,5 @@ def signed_scales(w: Float[Tensor, "rows cols"], bits: int, search: str) -> Floa
     scale = -extreme / reach
     if search == "minmax":
         return scale
-    p = shrinks(search, w)
+    p = shrinks(w)
     return torch.cat([scale * p, -scale * p * reach / (reach - 1)], 1)

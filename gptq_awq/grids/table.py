@@ -64,6 +64,11 @@ class TableGrid(Grid):
             raise UserError("grid.double_quant=true: iq4_nl has no room for it, nf4 and fp4 do")
 
     @property
+    def label(self) -> str:
+        """The table, and whether its scales are quantized."""
+        return f"{self.table}{'+dq' if self.double_quant else ''}"
+
+    @property
     def span(self) -> int:
         """All columns where scales are quantized: they share a mean."""
         return -1 if self.double_quant else self.group_size
@@ -108,7 +113,7 @@ class TableGrid(Grid):
         extreme = w.gather(1, w.abs().argmax(1, keepdim=True))
         scale = extreme / LEVELS[self.table][0] if self._signed else extreme.abs()
         if self.search != "minmax":
-            scale = scale * shrinks(self.search, w)
+            scale = scale * shrinks(w)
             scale = torch.cat([scale, -scale * 127 / 113], 1) if self._signed else scale
         if self._signed:
             scale = scale.clamp(-65504, 65504).half().to(w.dtype)

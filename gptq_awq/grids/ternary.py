@@ -25,6 +25,7 @@ class TernaryGrid(Grid):
         group_size: columns that share a scale; -1 for the whole row; 256 in llama.cpp's files.
         search: absmean, mse or hessian (search.py).
         scale_dtype: precision that scales are stored in.
+        bits: log2(3) = 1.585 at best; 1.625 as TQ1_0 packs codes, 2 as TQ2_0 does.
 
     Raises:
         UserError: a group_size or search that there isn't.
@@ -34,7 +35,6 @@ class TernaryGrid(Grid):
     search: Literal["absmean", "mse", "hessian"] = "absmean"
     scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     bits: float = 1.625
-    """log2(3) = 1.585; packed as TQ1_0 does, five codes in a byte where 256 columns allow it."""
 
     def __post_init__(self) -> None:
         check_sizes(2, self.group_size)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from gptq_awq.errors import UserError
 from gptq_awq.solvers.base import Solver
 from gptq_awq.transforms.base import Transform
 
@@ -17,9 +18,18 @@ class Method:
         transforms: applied in order, before the solver.
         error_propagation: calibrate every layer on the inputs it will see, those of the model quantized so
             far (GPTQ). False calibrates on full-precision inputs everywhere (AWQ's own code).
+        cast: without a solver: the 16-bit type that all parameters are rounded to; None: none.
+
+    Raises:
+        UserError: a type there isn't.
     """
 
     name: str
     solver: Solver | None
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     error_propagation: bool = True
+    cast: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.cast not in (None, "bfloat16", "float16"):
+            raise UserError(f"method.cast={self.cast}: choose bfloat16, float16 or null")

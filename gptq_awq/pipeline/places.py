@@ -1,6 +1,6 @@
 """Which weights of a model land where: every linear in its blocks, and the embedding and output head if asked for."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
@@ -22,6 +22,12 @@ def landing(model: nn.Module, choice: GridChoice) -> dict[str, Grid]:
             grid.check_columns(place.columns, place.name)
             grids[place.name] = grid
     return grids
+
+
+def changes_output(model: nn.Module, grids: Mapping[str, Grid]) -> bool:
+    """Whether the output layer's own weight, or the embedding it is tied to, will land on a grid."""
+    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    return head is not None and any(model.get_submodule(name).weight is head.weight for name in grids)
 
 
 def _inner(model: nn.Module) -> Iterator[Place]:

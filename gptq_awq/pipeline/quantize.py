@@ -100,6 +100,8 @@ def quantize(
     device = next(model.parameters()).device
     dtype = resolve_compute_dtype(settings.compute_dtype, device)
     if method.solver is None:
+        if method.cast is not None:
+            _cast(model, getattr(torch, method.cast))
         return
     grids = landing(model, grid)
     ends = _round_ends(model, grids, name, method)
@@ -244,6 +246,15 @@ class _BlockStep:
             target.copy_(dequantized)
             if self.runner is not self.block:
                 matrix(self.runner.get_submodule(name)).copy_(dequantized)
+
+
+@torch.no_grad()
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round every parameter to what a 16-bit checkpoint holds, in place; computation stays as it was."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(parameter.to(dtype))
+        if not torch.isfinite(parameter).all():
+            raise UserError(f"method.cast: {name} overflows {dtype}; bfloat16 has float32's range")
 
 
 @torch.no_grad()

@@ -58,6 +58,11 @@ class GPTQ:
         if self.fallback not in ("none", "rtn"):
             raise UserError(f"method.solver.fallback={self.fallback}: choose none or rtn")
 
+    @property
+    def natural_groups(self) -> bool:
+        """Whether groups are made of neighbouring columns, which every checkpoint format can store."""
+        return self.static_groups or not self.act_order
+
     def solve(self, weight: Float[Tensor, "out in"], moments: Moments | None, grid: Grid) -> Solution:
         """Quantize one weight.
 
@@ -93,8 +98,7 @@ class GPTQ:
         if order is not None:
             inverse = torch.argsort(order)
             codes, group_of_column = codes[:, inverse], group_of_column[inverse.cpu()]
-        scales, zeros, store = fitted.scales, fitted.zeros, fitted.store()
-        quantized = QuantizedWeight(codes.to(torch.uint8), scales, zeros, group_of_column, grid, loss, store)
+        quantized = QuantizedWeight.of(grid, codes, fitted.all(), group_of_column, loss)
         raised = f"damping raised from {self.damping:g} to {damping:g}" if damping != self.damping else None
         return Solution(quantized, self.name, damping, raised)
 
@@ -121,8 +125,9 @@ class _Groups:
     def spans(self) -> int:
         return int(self.span_of_group[-1]) + 1
 
-    def store(self) -> dict[str, Tensor]:
-        return joined([self.stores[span] for span in range(self.spans)])
+    def all(self) -> Fitted:
+        """All groups, once every span is fitted."""
+        return Fitted(self.scales, self.zeros, joined([self.stores[span] for span in range(self.spans)]))
 
     def fit(self, span: int, W: Tensor, group_of_column: Tensor, hessian: Tensor | None) -> None:
         """Fit one span, whose columns are neighbours in W, to the weights as they are."""

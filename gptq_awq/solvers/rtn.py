@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -26,7 +25,4 @@ class RTN:
         params = fitted.per_column(groups)
         codes = grid.encode(weight, params)
         loss = quadratic(weight - grid.decode(codes, params), moments.hessian) / 2 if moments else None
-        quantized = QuantizedWeight(
-            codes.to(torch.uint8), fitted.scales, fitted.zeros, groups, grid, loss, store=fitted.store
-        )
-        return Solution(quantized, algorithm=self.name)
+        return Solution(QuantizedWeight.of(grid, codes, fitted, groups, loss), algorithm=self.name)

@@ -1,0 +1,1 @@
+"""Checkpoints that engines load: one file per format, and the verifier."""

@@ -1,0 +1,133 @@
+"""AWQ checkpoints: AutoAWQ's GEMM layout, 4 bits.
+
+A linear of `out` rows and `in` columns, G groups of neighbouring columns:
+
+    qweight (in, out/8)  int32   eight neighbouring output channels in a word
+    qzeros  (G, out/8)   int32   likewise
+    scales  (G, out)
+
+The nibbles of a word, lowest first, hold the channels 0 2 4 6 1 3 5 7: its kernels unpack two at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int32, UInt8
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from gptq_awq.errors import UserError
+from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
+from gptq_awq.export.folder import read_config, read_tensors, write_folder
+from gptq_awq.export.packing import (
+    PRODUCER,
+    exactly,
+    one_int_grid,
+    pack_words,
+    require_linear_modules,
+    require_multiple,
+    require_natural_order,
+    unpack_words,
+    unquantized,
+)
+from gptq_awq.grids.base import QuantizedWeight
+from gptq_awq.grids.integer import IntGrid
+
+BITS = 4
+CHANNEL_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
+NIBBLE_OF_CHANNEL = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+@dataclass(frozen=True)
+class AWQFormat:
+    """An AWQ folder. Symmetric grids are held with zero point 8 everywhere.
+
+    Attributes:
+        dtype: of scales and of what isn't quantized; float16 or bfloat16.
+        shard: largest file.
+    """
+
+    dtype: str = "float16"
+    shard: str = "4GB"
+    name: str = "awq"
+
+    def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:
+        """Raise UserError for grids, bits, orders or widths that the layout has no room for."""
+        grid = one_int_grid(linears, self.name, self.dtype, ("float16", "bfloat16"))
+        if grid.bits != BITS:
+            raise UserError(
+                f"bits={grid.bits}: awq packs 4 bits; choose bits=4, or export.formats=[gptq] or [compressed_tensors]"
+            )
+        require_natural_order(linears, self.name, ", or export.formats=[gptq]")
+        require_linear_modules(config, self.name)
+        require_multiple(linears, "rows", len(CHANNEL_OF_NIBBLE), self.name)
+
+    def write(self, source: Source, folder: Path) -> None:
+        """Write the folder. Raises UserError where a parameter that isn't quantized overflows the dtype."""
+        dtype = torch_dtype(self.dtype, "export.awq.dtype")
+        packed = {
+            f"{name}.{part}": tensor
+            for name, weight in source.weights.items()
+            for part, tensor in pack(weight, dtype).items()
+        }
+        grid = next(iter(source.weights.values())).grid
+        assert isinstance(grid, IntGrid)
+        config = quantization_config(grid, unquantized(source))
+        write_folder(source, folder, packed, dtype, config, self.shard)
+
+    def decoder(self) -> str:
+        """Our own reader: no library reads this layout on a CPU without patching others."""
+        return PRODUCER
+
+    def decode(self, folder: Path) -> Iterator[Decoded]:
+        """Every quantized weight, from the bits of the words' bytes."""
+        group_size = read_config(folder)["quantization_config"]["group_size"]
+        tensors = read_tensors(folder)
+        for key in [key for key in tensors if key.endswith(".qweight")]:
+            name = key.removesuffix(".qweight")
+            scales = tensors[f"{name}.scales"].float()
+            codes, zeros = (channels(tensors[f"{name}.{part}"]) for part in ("qweight", "qzeros"))
+            size = len(codes) if group_size == -1 else group_size
+            scale, zero = (values.repeat_interleave(size, 0) for values in (scales, zeros.float()))
+            yield Decoded(name, codes.T.contiguous(), (scale * (codes.float() - zero)).T)
+
+
+def pack(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The three tensors of one linear, see the module's docstring.
+
+    Raises:
+        ValueError: scales that the dtype can't hold, which `AWQFormat.check` refuses beforehand.
+    """
+    return {
+        "qweight": words(weight.codes.cpu().T),
+        "qzeros": words(weight.zeros.cpu().T.to(torch.uint8)),
+        "scales": exactly(weight.scales.T, dtype, "scales"),
+    }
+
+
+def words(codes: UInt8[Tensor, "n out"]) -> Int32[Tensor, "n words"]:
+    """Eight neighbouring channels in a word, in the kernels' order."""
+    blocks = codes.reshape(len(codes), -1, 8)
+    return pack_words(blocks[..., list(CHANNEL_OF_NIBBLE)].reshape(codes.shape), BITS)
+
+
+def channels(packed: Int32[Tensor, "n words"]) -> UInt8[Tensor, "n out"]:
+    """Channels in their own order, from words."""
+    nibbles = unpack_words(packed, BITS, 8 * packed.shape[1]).reshape(len(packed), -1, 8)
+    return nibbles[..., list(NIBBLE_OF_CHANNEL)].reshape(len(packed), -1)
+
+
+def quantization_config(grid: IntGrid, skipped: Sequence[str]) -> dict[str, Any]:
+    """As config.json holds it; `skipped` names the linears that stay as they are."""
+    return {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": BITS,
+        "group_size": grid.group_size,
+        "zero_point": True,
+        "modules_to_not_convert": list(skipped) or None,
+        "meta": {"quantizer": [PRODUCER]},
+    }

@@ -1,0 +1,176 @@
+"""README.md of a checkpoint: what it is, how it was made, what it scored, how to load it, what to beware of."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+import gptq_awq
+from gptq_awq.report import measured
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How an engine loads a format.
+
+    Attributes:
+        library: as the hub calls it.
+        install: what it takes.
+        code: Python that was run; FOLDER stands for the checkpoint's.
+        caveat: what to know.
+    """
+
+    library: str
+    install: str
+    code: str
+    caveat: str = ""
+
+
+_TRANSFORMERS = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = AutoModelForCausalLM.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
+tokens = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**tokens, max_new_tokens=32)[0]))"""
+
+_VLLM = """\
+from vllm import LLM
+print(LLM("FOLDER", dtype="float16").generate("Once upon a time")[0].outputs[0].text)"""
+
+USAGE: Mapping[str, Usage] = {
+    "gptq": Usage(
+        "transformers",
+        "gptqmodel",
+        """\
+from gptqmodel import GPTQModel
+model = GPTQModel.load("FOLDER")
+print(model.tokenizer.decode(model.generate("Once upon a time", max_new_tokens=32)[0]))""",
+        "vLLM on a CPU takes 4 bits, symmetric, without act_order only.",
+    ),
+    "awq": Usage("transformers", "vllm", _VLLM),
+    "compressed_tensors": Usage("transformers", "transformers compressed-tensors", _TRANSFORMERS),
+    "gguf": Usage(
+        "gguf",
+        "xllamacpp",
+        """\
+import xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path = "FOLDER/model.gguf"
+answer = xllamacpp.Server(params).handle_completions({"prompt": "Once upon a time", "max_tokens": 32})
+print(answer["choices"][0]["text"])""",
+        "llama.cpp rounds activations too, so its logits differ from those of the same weights elsewhere.",
+    ),
+    "mlx": Usage(
+        "mlx",
+        "mlx-lm (on Linux: 'mlx[cpu]' mlx-lm)",
+        """\
+from mlx_lm import generate, load
+model, tokenizer = load("FOLDER")
+print(generate(model, tokenizer, prompt="Once upon a time", max_tokens=32))""",
+    ),
+    "bnb": Usage("transformers", "transformers accelerate bitsandbytes", _TRANSFORMERS),
+    "hf": Usage("transformers", "transformers", _TRANSFORMERS, "The weights are dequantized: no smaller than before."),
+}
+
+
+def model_card(
+    row: Mapping[str, Any] | None, format_name: str, notes: Sequence[str], facts: Mapping[str, Any] | None = None
+) -> str:
+    """README.md with the hub's front matter.
+
+    Args:
+        row: the results row, as results.json holds it; None before scoring.
+        format_name: a key of USAGE.
+        notes: sentences: how the checkpoint was verified, what to beware of.
+        facts: of the run: `model` and `calibration` (source, sha256), `method`, `grid`, `code`.
+    """
+    row, facts, usage = row or {}, facts or {}, USAGE[format_name]
+    parts = [
+        f"---\n{_front_matter(row, format_name, usage).to_yaml()}\n---",
+        f"# {_title(row, facts)}, {format_name}",
+        _made(row, facts),
+        "## Results",
+        _results(row) if row.get("metrics") else "Not scored.",
+        "## Loading",
+        f"    pip install {usage.install}",
+        f"```python\n{usage.code}\n```",
+    ]
+    caveats = [*notes, *([usage.caveat] if usage.caveat else [])]
+    if caveats:
+        parts += ["## Notes", "\n".join(f"- {note}" for note in caveats)]
+    if row:
+        parts += ["## The results row", f"```json\n{json.dumps(row, indent=1, default=str)}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(row: Mapping[str, Any], format_name: str, usage: Usage) -> ModelCardData:
+    method = row.get("method")
+    tags = ["gptq_awq", "quantized", format_name.replace("_", "-"), *([method] if method else [])]
+    base = ((row.get("config") or {}).get("model") or {}).get("id") or row.get("model")
+    relation = {"base_model": base, "base_model_relation": "quantized"} if base else {}
+    return ModelCardData(
+        library_name=usage.library, pipeline_tag="text-generation", tags=list(dict.fromkeys(tags)), **relation
+    )
+
+
+def _title(row: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    method = row.get("method") or facts.get("method") or "quantized"
+    model = row.get("model") or (facts.get("model") or {}).get("source") or "model"
+    grid = row.get("grid") if row.get("grid") not in (None, "int") else None
+    bits = f"{row['bits']:g} bits" if row.get("bits") is not None else None
+    return f"{model}: " + ", ".join(part for part in (method, grid, bits) if part)
+
+
+def _made(row: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """How the weights came about, as a table of what is known."""
+    model, tokens = facts.get("model") or {}, facts.get("calibration") or {}
+    group = {None: None, -1: "per channel"}.get(row.get("group_size"), f"{row.get('group_size')} columns")
+    known = {
+        "made from": _with_hash(model),
+        "method": row.get("method") or facts.get("method"),
+        "grid": f"`{facts['grid']}`" if facts.get("grid") else row.get("grid"),
+        "bits per weight": _number(row.get("bits_per_weight")) and f"{_number(row['bits_per_weight'])}, all included",
+        "scales shared by": group,
+        "calibration": _with_hash(tokens) or ("none" if "calibration" in facts else None),
+        "made by": f"gptq_awq {gptq_awq.__version__}, code {str(facts.get('code', 'unknown'))[:12]}",
+    }
+    lines = [f"| {what} | {_cell(value)} |" for what, value in known.items() if value]
+    return "\n".join(["| | |", "| :--- | :--- |", *lines])
+
+
+def _with_hash(thing: Mapping[str, Any]) -> str | None:
+    return f"{thing.get('source')} (sha256 `{str(thing.get('sha256'))[:12]}`)" if thing else None
+
+
+def _results(row: Mapping[str, Any]) -> str:
+    """Every metric beside full precision's, the difference and its 95% interval."""
+    metrics = row["metrics"]
+    lines = ["| metric | full precision | this checkpoint | difference [95%] |", "| :--- | ---: | ---: | ---: |"]
+    for name in measured(metrics):
+        full, value = _number(metrics.get(f"{name}/baseline")), _number(metrics[name])
+        value += _interval(metrics.get(f"{name}/ci95"))
+        lines.append(f"| {_cell(name)} | {full} | {value} | {_difference(metrics, name)} |")
+    if row.get("size_bytes") and row.get("baseline_size_bytes"):
+        size, full = (row[key] / 1e6 for key in ("size_bytes", "baseline_size_bytes"))
+        lines.append(f"| size, MB | {full:.1f} | {size:.1f} | {size / full - 1:+.1%} |")
+    return "\n".join(lines)
+
+
+def _difference(metrics: Mapping[str, Any], name: str) -> str:
+    return _number(metrics.get(f"{name}/delta"), "+") + _interval(metrics.get(f"{name}/delta_ci95"), "+")
+
+
+def _interval(limits: Sequence[float] | None, sign: str = "") -> str:
+    return f" [{_number(limits[0], sign)}, {_number(limits[1], sign)}]" if limits else ""
+
+
+def _number(value: float | str | None, sign: str = "") -> str:
+    """Four significant digits; JSON's stand-ins for what it cannot hold ("inf") as they are."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:{sign}.4g}"
+
+
+def _cell(text: str) -> str:
+    return str(text).replace("|", r"\|").replace("\n", " ")

@@ -1,0 +1,245 @@
+"""What an engine computes from a checkpoint, beside what we compute from the weights in memory.
+
+Engines clash in their dependencies, so each runs in an interpreter of its own (scripts/install_engine.py), as
+`python -I programs/ENGINE.py MODEL FOLDER DTYPE`: it reads FOLDER/tokens.npy, int32 (windows, seqlen), and
+writes FOLDER/logits.npy, float32 (windows, seqlen, vocabulary), and FOLDER/version.txt. -I keeps the folder of
+programs, which bear their engines' names, off the module path; so programs import nothing of this package.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gptq_awq.assets import cache_dir
+from gptq_awq.errors import UserError
+
+RECORD = "engine.json"
+"""The file that marks a complete environment; scripts/install_engine.py writes it last."""
+
+PROGRAMS = Path(__file__).parent / "programs"
+TIMEOUT = 1800.0
+POSITIONS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Runs:
+    """How an engine runs one format.
+
+    Attributes:
+        modules: what its interpreter must be able to import.
+        dtype: what it computes in, unless told otherwise.
+        max_kl: the largest KL of a token, in nats, that rounding in that dtype explains (measured on trained
+            models of 15M and 135M parameters whose file was right).
+    """
+
+    modules: tuple[str, ...]
+    dtype: str = "float32"
+    max_kl: float = 1e-4
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine and the formats it takes.
+
+    Attributes:
+        formats: export format → how it is run.
+        standalone: it is more than Python modules, so only an environment of its own will do.
+        note: what else to know.
+    """
+
+    formats: Mapping[str, Runs]
+    standalone: bool = False
+    note: str = ""
+
+
+ENGINES: Mapping[str, Engine] = {
+    "transformers": Engine(
+        formats={
+            "hf": Runs(("transformers",)),
+            "gguf": Runs(("transformers", "gguf", "accelerate")),
+            "compressed_tensors": Runs(("transformers", "compressed_tensors")),
+            "bnb": Runs(("transformers", "bitsandbytes", "accelerate")),
+        },
+    ),
+    "gptqmodel": Engine(
+        formats={"gptq": Runs(("gptqmodel",), "float16", 1e-3), "awq": Runs(("gptqmodel",), "float16", 1e-3)},
+    ),
+    "vllm": Engine(
+        formats={
+            "hf": Runs(("vllm",)),
+            "gptq": Runs(("vllm",), "float16", 1e-3),
+            "awq": Runs(("vllm",), "float16", 1e-3),
+            "compressed_tensors": Runs(("vllm",), "float16", 1e-3),
+        },
+    ),
+    "mlx": Engine(formats={"hf": Runs(("mlx_lm",)), "mlx": Runs(("mlx_lm",))}),
+    "llamacpp": Engine(formats={"gguf": Runs(())}, standalone=True),
+    "xllamacpp": Engine(formats={"gguf": Runs(("xllamacpp",), max_kl=0.1)}),
+}
+
+
+@dataclass(frozen=True)
+class EngineAnswer:
+    """What an engine computed, and how long all of it took, the start included."""
+
+    logits: Float[Tensor, "windows seqlen vocab"] = field(repr=False)
+    engine: str
+    version: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Our next-token distributions p beside an engine's q.
+
+    Attributes:
+        max_abs: largest difference of a logit, up to a constant per position, which no softmax sees (engines
+            that tell log probabilities have lost it).
+        mean_kl, max_kl: KL(p‖q) of a position, nats.
+        ppl_ours, ppl_engine: perplexities.
+    """
+
+    max_abs: float
+    mean_kl: float
+    max_kl: float
+    ppl_ours: float
+    ppl_engine: float
+
+
+def engines_folder() -> Path:
+    """Where engines' environments lie: $GPTQ_AWQ_ENGINES, or `engines` in the cache folder."""
+    return Path(os.environ.get("GPTQ_AWQ_ENGINES") or cache_dir() / "engines")
+
+
+def find(name: str, format_name: str | None = None) -> Path | None:
+    """The interpreter that runs an engine: its environment's, else this one where it has the modules.
+
+    With `format_name`, this interpreter needs what that format takes, else what all of them take. None where
+    the engine is not installed. Raises UserError for an engine or a format of it that doesn't exist.
+    """
+    runs = list(_engine(name).formats.values()) if format_name is None else [_runs(name, format_name)]
+    env = engines_folder() / name
+    if (env / RECORD).is_file():
+        return env / "bin" / "python"
+    if _engine(name).standalone:
+        return None
+    modules = {module for run in runs for module in run.modules}
+    return Path(sys.executable) if all(importlib.util.find_spec(module) for module in modules) else None
+
+
+def answer(
+    name: str,
+    path: Path,
+    tokens: Int[Tensor, "windows seqlen"],
+    format_name: str,
+    dtype: str | None = None,
+    vocab: int | None = None,
+    timeout: float = TIMEOUT,
+) -> EngineAnswer:
+    """An engine's logits at every position of every window.
+
+    Args:
+        name: one of ENGINES.
+        path: the checkpoint: a folder, or a GGUF file.
+        tokens: windows of token ids.
+        format_name: the checkpoint's format.
+        dtype: what to compute in, "float32", "float16" or "bfloat16"; default: what ENGINES says.
+        vocab: tokens of the model; what an engine pads its logits with beyond is cut off.
+        timeout: seconds.
+
+    Raises:
+        UserError: the engine is not installed, takes too long, refuses the checkpoint, or computes NaN.
+    """
+    python = find(name, format_name)
+    if python is None:
+        raise UserError(f"engine {name} is not installed: python scripts/install_engine.py {name}")
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix=f"{name}-") as scratch:
+        folder = Path(scratch)
+        np.save(folder / "tokens.npy", tokens.to(torch.int32).cpu().numpy())
+        program = PROGRAMS / f"{name}.py"
+        command = [python, "-I", program, path.resolve(), folder, dtype or _runs(name, format_name).dtype]
+        _run(name, path, [str(part) for part in command], timeout)
+        logits = torch.from_numpy(np.load(folder / "logits.npy"))[..., :vocab]
+        version = (folder / "version.txt").read_text()
+    if not logits.isfinite().all():
+        raise UserError(f"{name} {version} computes NaN or infinite logits from {path}: try another dtype")
+    return EngineAnswer(logits, name, version, time.monotonic() - started)
+
+
+def compare(
+    ours: Float[Tensor, "windows seqlen vocab"],
+    theirs: Float[Tensor, "windows seqlen vocab"],
+    tokens: Int[Tensor, "windows seqlen"],
+) -> Comparison:
+    """Compare two models' logits on the same windows, in float64.
+
+    Differences and KL run over all positions, perplexities over those whose next token is in the window.
+    Raises ValueError where the shapes differ: of the vocabulary, say.
+    """
+    if ours.shape != theirs.shape or ours.shape[:2] != tokens.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (ours, theirs, tokens))
+        raise ValueError(f"ours, the engine's logits and tokens don't match: {shapes}")
+    max_abs, kl, nll_ours, nll_theirs = 0.0, [], [], []
+    targets = tokens.long().roll(-1, dims=1)  # the last column has no successor, and is dropped below
+    spans = [slice(i, i + POSITIONS_AT_ONCE) for i in range(0, tokens.shape[1], POSITIONS_AT_ONCE)]
+    for span in spans:
+        a, b, target = ours[:, span].double(), theirs[:, span].double(), targets[:, span, None]
+        difference = a - b
+        max_abs = max(max_abs, (difference - difference.mean(-1, keepdim=True)).abs().max().item())
+        log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
+        kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        nll_ours.append(-log_p.gather(-1, target)[..., 0])
+        nll_theirs.append(-log_q.gather(-1, target)[..., 0])
+    each = torch.cat(kl, 1).clamp(min=0)  # rounding can leave -1e-17
+    ppl_ours, ppl_theirs = (torch.cat(nll, 1)[:, :-1].mean().exp().item() for nll in (nll_ours, nll_theirs))
+    return Comparison(max_abs, each.mean().item(), each.max().item(), ppl_ours, ppl_theirs)
+
+
+def _engine(name: str) -> Engine:
+    if name not in ENGINES:
+        raise UserError(f"engine {name}: choose from {', '.join(ENGINES)}")
+    return ENGINES[name]
+
+
+def _runs(name: str, format_name: str) -> Runs:
+    formats = _engine(name).formats
+    if format_name not in formats:
+        raise UserError(f"engine {name} does not take {format_name}: it takes {', '.join(formats)}")
+    return formats[format_name]
+
+
+def _run(name: str, path: Path, command: list[str], timeout: float) -> None:
+    """Run a program; raises UserError with what it said."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{name} did not answer for {path} within {timeout:.0f} s: give it fewer windows") from error
+    if done.returncode:
+        raise UserError(f"{name} refuses {path}: {_reason(done.stderr, done.returncode)}")
+
+
+def _reason(stderr: str, code: int) -> str:
+    """The exception that a program died of, on one line; else the last line it wrote."""
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    raised = [i for i, line in enumerate(lines) if re.match(r"(\[rank0\]: )?[\w.]*(Error|Exception)\b", line)]
+    if raised:
+        message = " ".join(line.strip() for line in lines[raised[-1] :])
+        return textwrap.shorten(re.sub(r"\[type=.*", "", message), 400)  # pydantic says there what it was given
+    if code < 0:
+        return f"killed by signal {-code}"
+    return textwrap.shorten(lines[-1], 400) if lines else f"exit code {code}"

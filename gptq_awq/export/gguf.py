@@ -1,0 +1,129 @@
+"""GGUF, llama.cpp's single file: ggml blocks, tokenizer and metadata, and an Ollama Modelfile beside it.
+
+Each grid has at most one block type that holds it bit for bit; what has none is refused before calibration.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from gptq_awq.errors import UserError
+from gptq_awq.export.base import Decoded, LinearSpec, Source
+from gptq_awq.export.folder import write_config
+from gptq_awq.export.gguf_blocks import BLOCK_TYPES, pack, unpack_codes
+from gptq_awq.export.gguf_file import check_architecture, modelfile, read_gguf, vocabulary, write_gguf
+from gptq_awq.grids.affine import AffineGrid
+from gptq_awq.grids.base import Grid, QuantizedWeight
+from gptq_awq.grids.integer import IntGrid
+from gptq_awq.grids.kquant import KGrid
+from gptq_awq.grids.signed import SignedGrid
+from gptq_awq.grids.table import TableGrid
+from gptq_awq.grids.ternary import TernaryGrid
+
+FITS = "grid=q4_0, q8_0, q4_k_m and their kin (configs/grid) fit; so does sym=true group_size=32 with bits 4, 5 or 8"
+
+
+@dataclass(frozen=True)
+class GGUFFormat:
+    """One file `model.gguf`.
+
+    Attributes:
+        plain_dtype: of the matrices that are not quantized: F16, BF16 or F32.
+        pre: llama.cpp's name of the pre-tokenizer, where it isn't recognized; None: by its content.
+    """
+
+    plain_dtype: str = "F16"
+    pre: str | None = None
+    name: str = "gguf"
+
+    def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:
+        """Raise UserError for an architecture, a grid or a width that llama.cpp doesn't have."""
+        check_architecture(config)
+        if self.plain_dtype not in ("F16", "BF16", "F32"):
+            raise UserError(f"export.gguf.plain_dtype={self.plain_dtype}: choose F16, BF16 or F32")
+        for linear in linears:
+            kind = ggml_type(linear.grid)
+            if kind is None:
+                raise UserError(f"export.formats=gguf: llama.cpp has no block type for {linear.grid}; {FITS}")
+            if not linear.natural_order:
+                raise UserError(
+                    "export.formats=gguf: groups must be neighbouring columns; set method.solver.static_groups=true "
+                    "or method.solver.act_order=false"
+                )
+            block = BLOCK_TYPES[kind].block
+            if linear.columns % block:
+                raise UserError(
+                    f"export.formats=gguf: {kind} takes multiples of {block} columns and {linear.name} has "
+                    f"{linear.columns}; grid=q4_0 needs multiples of 32, grid=q4_k_m falls back as llama.cpp does"
+                )
+
+    def check_tokenizer(self, tokenizer: Any, rows: int) -> None:
+        """Raise UserError for a tokenizer that llama.cpp doesn't have; `rows` is the embedding's."""
+        vocabulary(tokenizer, rows, self.pre)
+
+    def write(self, source: Source, folder: Path) -> None:
+        """Write model.gguf, its Modelfile and config.json (of the model, for the verifier)."""
+        # numpy lets go of the lock in large copies, so matrices are packed side by side.
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            blocks = pool.map(pack_weight, source.weights.values())
+            packed = dict(zip(source.weights, blocks, strict=True))
+        path = folder / "model.gguf"
+        write_gguf(path, source.model, source.tokenizer, packed, self.plain_dtype, {"name": source.name}, self.pre)
+        (folder / "Modelfile").write_text(modelfile(path.name, source.tokenizer))
+        write_config(source, folder, torch.float16, None)
+
+    def decoder(self) -> str:
+        """The gguf library for weights, table-driven bit fields for codes."""
+        return f"gguf {version('gguf')}"
+
+    def decode(self, folder: Path) -> Iterator[Decoded]:
+        """Every packed weight, rows in transformers' order."""
+        for tensor in read_gguf(folder / "model.gguf"):
+            if tensor.ggml_type in BLOCK_TYPES:
+                codes = torch.from_numpy(unpack_codes(tensor.ggml_type, tensor.data))
+                yield Decoded(tensor.name, codes, torch.from_numpy(tensor.weight))
+
+    def plain(self, folder: Path) -> dict[str, Tensor]:
+        """What is not quantized, by its name in transformers."""
+        tensors = {}
+        for tensor in read_gguf(folder / "model.gguf"):
+            if tensor.ggml_type not in BLOCK_TYPES:
+                name = tensor.name if tensor.name.endswith(".bias") else f"{tensor.name}.weight"
+                tensors[name] = torch.from_numpy(tensor.weight)
+        return tensors
+
+
+def ggml_type(grid: Grid) -> str | None:
+    """The block type that holds a grid's codes and scales exactly; None where there is none."""
+    if isinstance(grid, KGrid):
+        return grid.type.upper()
+    if isinstance(grid, TableGrid):
+        return "IQ4_NL" if (grid.table, grid.group_size) == ("iq4_nl", 32) else None
+    if getattr(grid, "scale_dtype", "float16") != "float16":
+        return None
+    if isinstance(grid, TernaryGrid):
+        return {1.625: "TQ1_0", 2.0: "TQ2_0"}[grid.bits] if grid.group_size == 256 else None
+    if grid.group_size != 32:
+        return None
+    if isinstance(grid, AffineGrid):
+        return {4: "Q4_1", 5: "Q5_1"}.get(grid.bits)
+    if isinstance(grid, SignedGrid) or (isinstance(grid, IntGrid) and grid.sym):
+        return {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}.get(grid.bits)
+    return None
+
+
+def pack_weight(weight: QuantizedWeight) -> tuple[str, np.ndarray]:
+    """ggml type and blocks of one weight."""
+    kind = ggml_type(weight.grid)
+    if kind is None or not weight.natural_order:
+        raise ValueError(f"{weight.grid} has no ggml block type")
+    return kind, pack(kind, weight.codes, weight.scales, weight.zeros, weight.store)

@@ -1,0 +1,152 @@
+"""GPTQ checkpoints: the layout of AutoGPTQ, GPTQModel and vLLM's `gptq`.
+
+A linear of `out` rows and `in` columns, codes of b bits, G groups:
+
+    qweight (in·b/32, out)   int32   each output channel's codes as a stream of bits down its column
+    qzeros  (G, out·b/32)    int32   each group's zero points, z - 1 in v1, z in v2
+    scales  (G, out)
+    g_idx   (in,)            int32   the group of each column
+
+v1 ("gptq") is what the first code wrote, and it has no room for z = 0; v2 ("gptq_v2") stores zeros as they are. The
+config says which, engines that don't know v2 would read every zero one too high.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from gptq_awq.errors import UserError
+from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
+from gptq_awq.export.folder import read_config, read_tensors, write_folder
+from gptq_awq.export.packing import PRODUCER, WORD, exactly, one_int_grid, pack_words, require_multiple, unpack_words
+from gptq_awq.grids.base import QuantizedWeight
+from gptq_awq.grids.integer import IntGrid
+
+BITS = (2, 3, 4, 8)
+CHECKPOINT_FORMAT = {"v1": "gptq", "v2": "gptq_v2"}
+
+
+@dataclass(frozen=True)
+class GPTQFormat:
+    """A GPTQ folder.
+
+    Attributes:
+        dtype: of scales and of what isn't quantized; float16 or bfloat16.
+        zero_point: v1 (stored less one), v2 (stored as it is), or auto: v1 for symmetric grids, which every
+            engine reads, v2 for asymmetric ones, whose zeros may be 0 and which GPTQModel takes from others
+            than itself in v2 only.
+        shard: largest file.
+
+    Raises:
+        UserError: a zero_point that there isn't.
+    """
+
+    dtype: str = "float16"
+    zero_point: Literal["auto", "v1", "v2"] = "auto"
+    shard: str = "4GB"
+    name: str = "gptq"
+
+    def __post_init__(self) -> None:
+        if self.zero_point not in ("auto", *CHECKPOINT_FORMAT):
+            raise UserError(f"export.gptq.zero_point={self.zero_point}: choose auto, v1 or v2")
+
+    def version(self, grid: IntGrid) -> str:
+        """The convention for zeros: v1 or v2."""
+        return self.zero_point if self.zero_point != "auto" else "v1" if grid.sym else "v2"
+
+    def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:  # noqa: ARG002 (any model)
+        """Raise UserError for grids, bits, widths or zeros that the packing has no room for."""
+        grid = one_int_grid(linears, self.name, self.dtype, ("float16", "bfloat16"))
+        if grid.bits not in BITS:
+            raise UserError(
+                f"bits={grid.bits}: gptq packs 2, 3, 4 or 8 bits; choose bits=4, or export.formats=[compressed_tensors]"
+            )
+        if self.version(grid) == "v1" and not grid.sym and grid.min_zero < 1:
+            raise UserError(
+                "export.gptq.zero_point=v1: it stores zero points less one, and this grid's may be 0; choose "
+                "grid.min_zero=1 or export.gptq.zero_point=v2"
+            )
+        codes = WORD if grid.bits == 3 else WORD // grid.bits
+        require_multiple(linears, "columns", codes, self.name)
+        require_multiple(linears, "rows", codes, self.name)
+
+    def write(self, source: Source, folder: Path) -> None:
+        """Write the folder. Raises UserError where a parameter that isn't quantized overflows the dtype."""
+        dtype, weights = torch_dtype(self.dtype, "export.gptq.dtype"), source.weights
+        grid = next(iter(weights.values())).grid
+        assert isinstance(grid, IntGrid)
+        version = self.version(grid)
+        packed = {
+            f"{name}.{part}": tensor
+            for name, weight in weights.items()
+            for part, tensor in pack(weight, version, dtype).items()
+        }
+        natural = all(weight.natural_order for weight in weights.values())
+        config = quantization_config(grid, version, desc_act=not natural)
+        write_folder(source, folder, packed, dtype, config, self.shard)
+        # Readers that came before transformers' own support look for it here.
+        (folder / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def decoder(self) -> str:
+        """Our own reader: GPTQModel's would patch torch, transformers and safetensors in this process."""
+        return PRODUCER
+
+    def decode(self, folder: Path) -> Iterator[Decoded]:
+        """Every quantized weight, from the bits of the words' bytes."""
+        config, tensors = read_config(folder)["quantization_config"], read_tensors(folder)
+        bits, offset = config["bits"], 0 if config["checkpoint_format"] == "gptq_v2" else 1
+        for key in [key for key in tensors if key.endswith(".qweight")]:
+            name = key.removesuffix(".qweight")
+            qweight, qzeros, scales, g_idx = (tensors[f"{name}.{part}"] for part in PARTS)
+            codes = unpack_words(qweight.T, bits, len(g_idx))
+            zeros = unpack_words(qzeros, bits, qweight.shape[1]).float() + offset
+            group = g_idx.long()
+            yield Decoded(name, codes, (scales.float()[group] * (codes.T.float() - zeros[group])).T)
+
+
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def pack(weight: QuantizedWeight, version: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The four tensors of one linear, see the module's docstring.
+
+    Raises:
+        ValueError: zeros or scales that these can't hold, which `GPTQFormat.check` refuses beforehand.
+    """
+    bits = int(weight.grid.bits)
+    zeros = weight.zeros.cpu() - (1 if version == "v1" else 0)
+    if zeros.min() < 0:
+        raise ValueError("v1 stores zero points less one: 0 has no room")
+    return {
+        "qweight": pack_words(weight.codes.cpu(), bits).T.contiguous(),
+        "qzeros": pack_words(zeros.T.to(torch.uint8), bits),
+        "scales": exactly(weight.scales.T, dtype, "scales"),
+        "g_idx": weight.group_of_column.to("cpu", torch.int32),
+    }
+
+
+def quantization_config(grid: IntGrid, version: str, desc_act: bool) -> dict[str, Any]:
+    """As config.json and quantize_config.json hold it.
+
+    Args:
+        grid: of all weights.
+        version: convention for zeros.
+        desc_act: whether any g_idx is out of natural order; engines take False to mean that none is.
+    """
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": CHECKPOINT_FORMAT[version],
+        "bits": grid.bits,
+        "group_size": grid.group_size,
+        "sym": grid.sym,
+        "desc_act": desc_act,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "meta": {"quantizer": [PRODUCER]},
+    }

@@ -1,0 +1,105 @@
+"""What engines will say to a checkpoint: warnings for the log and the model card, not errors.
+
+The rules are those of vLLM 0.32 and GPTQModel 7.7, which change faster than the formats do.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+
+from transformers import PreTrainedConfig
+
+from gptq_awq.export.base import LinearSpec
+from gptq_awq.grids.integer import IntGrid
+from gptq_awq.grids.mix import role_of
+
+FORMATS = ("gptq", "awq", "compressed_tensors")
+DEGREES = (1, 2, 4, 8)
+ROW_PARALLEL = ("attn_output", "ffn_down")
+"""Roles of the linears whose input is what gets split between devices; of all others it is the output."""
+
+
+def lint(linears: Sequence[LinearSpec], config: PreTrainedConfig, formats: Collection[str] = FORMATS) -> list[str]:
+    """Sentences on what engines would refuse, and on how many devices may share the model.
+
+    Args:
+        linears: that will be quantized; nothing is said of others than those on integer grids.
+        config: of the model.
+        formats: those that are asked for.
+    """
+    grids = {linear.grid for linear in linears}
+    if not linears or not all(isinstance(grid, IntGrid) for grid in grids):
+        return []
+    natural = all(linear.natural_order for linear in linears)
+    rules = [rule for grid in grids if isinstance(grid, IntGrid) for rule in engine_rules(grid, natural)]
+    lines = [f"{name}: {sentence}" for names, holds, sentence in rules for name in names if holds and name in formats]
+    return [*lines, tensor_parallel(linears, config)] if set(FORMATS) & set(formats) else lines
+
+
+def engine_rules(grid: IntGrid, natural: bool) -> list[tuple[Sequence[str], bool, str]]:
+    """Formats, whether an engine refuses such a checkpoint, and what to say then.
+
+    Args:
+        grid: of all weights.
+        natural: whether all groups are made of neighbouring columns.
+    """
+    bits, group = grid.bits, grid.group_size
+    return [
+        (("gptq",), not grid.sym, "vLLM refuses sym=false; awq and compressed_tensors hold it for vLLM"),
+        (("gptq",), bits not in (4, 8), f"vLLM refuses {bits} bits; it takes 4, and 8 on a GPU"),
+        (("gptq", "compressed_tensors"), bits == 8, "vLLM takes 8 bits on a GPU, not on a CPU"),
+        (
+            ("gptq",),
+            not natural,
+            "vLLM refuses act_order where groups aren't fitted beforehand; method.solver.static_groups=true fits",
+        ),
+        (
+            ("gptq",),
+            group not in (-1, 32, 64, 128),
+            f"vLLM refuses group_size={group}; it takes -1, 32, 64 and 128",
+        ),
+        (
+            ("gptq", "awq"),
+            group not in (-1, 16, 32, 64, 128),
+            f"GPTQModel, and so transformers, refuses group_size={group}; it takes -1, 16, 32, 64 and 128",
+        ),
+        (
+            ("compressed_tensors",),
+            bits not in (4, 8),
+            f"vLLM takes {bits} bits on a GPU with its humming kernels only; it takes 4 everywhere",
+        ),
+        (
+            ("compressed_tensors",),
+            bits in (3, 5, 6, 7),
+            f"libraries before compressed-tensors 0.18 lay out {bits} bits in another way, and can't read these",
+        ),
+    ]
+
+
+def tensor_parallel(linears: Sequence[LinearSpec], config: PreTrainedConfig) -> str:
+    """The numbers of devices that can share the model as vLLM splits it, and what is in the way of others."""
+    obstacles = {degree: obstacle(linears, config, degree) for degree in DEGREES}
+    fit = [str(degree) for degree, reason in obstacles.items() if reason is None]
+    wont = [f"{degree} won't ({reason})" for degree, reason in obstacles.items() if reason is not None]
+    return "; ".join([f"tensor parallel: {', '.join(fit) or 'no number of'} devices fit", *wont])
+
+
+def obstacle(linears: Sequence[LinearSpec], config: PreTrainedConfig, degree: int) -> str | None:
+    """Why a model can't be split between so many devices; None: it can."""
+    heads = config.num_attention_heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    if heads % degree:
+        return f"{heads} heads"
+    if shared % degree and degree % shared:
+        return f"{shared} key-value heads"
+    for linear in linears:
+        grid = linear.grid
+        assert isinstance(grid, IntGrid)
+        by_row = role_of(linear.name) in ROW_PARALLEL
+        # Key-value heads fewer than devices are copied, not split.
+        parts = min(degree, shared) if re.search(r"(k|v)_proj$", linear.name) else degree
+        size = linear.columns if by_row else linear.rows
+        if size % parts or size // parts * grid.bits % 32:
+            return f"{linear.name}: {size} {'columns' if by_row else 'rows'} in {parts} parts fill no whole words"
+        if by_row and grid.group_size != -1 and size // parts % grid.group_size:
+            return f"{linear.name}: {size} columns in {parts} parts are no whole groups of {grid.group_size}"
+    return None

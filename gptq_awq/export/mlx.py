@@ -1,0 +1,273 @@
+"""MLX's affine format, for mlx-lm: ŵ = s c + b, codes of 2, 3, 4, 5, 6 or 8 bits, groups of 32, 64 or 128 columns.
+
+A linear of `out` rows and `in` columns, codes of `bits` bits, G groups:
+
+    weight (out, in·bits/32)  uint32   each row's codes as a stream of bits, lowest bit first
+    scales (out, G)                    s
+    biases (out, G)                    b: a grid's minimum, or -s z where the grid has a zero point z
+
+A minimum is stored as it is. -s z is exact in the dtype of s where z is a power of two (symmetric grids), and in
+float32 for any z, as s has 11 significant bits and z at most 8. Then s c + b is s (c - z) to the last bit, too.
+"""
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from gptq_awq.errors import UserError
+from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
+from gptq_awq.export.folder import read_config, read_tensors, write_folder
+from gptq_awq.export.packing import PRODUCER, exactly, pack_words, require_natural_order, unpack_words
+from gptq_awq.grids.affine import AffineGrid
+from gptq_awq.grids.base import Grid, QuantizedWeight
+from gptq_awq.grids.integer import IntGrid
+from gptq_awq.grids.signed import SignedGrid
+from gptq_awq.grids.ternary import TernaryGrid
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUPS = (32, 64, 128)
+DTYPES = ("float16", "bfloat16", "float32")
+UNKNOWN_MODELS = ("opt",)
+"""Model types that mlx-lm 0.32 doesn't have."""
+
+NAMES: Mapping[str, tuple[str, str]] = {
+    "gpt2": ("transformer.", "model."),  # under the hub's own names mlx-lm would transpose packed weights
+    "gpt_neox": ("lm_head.", "embed_out."),
+}
+"""By model type: how names begin in transformers, and how where mlx-lm looks for them."""
+
+
+@dataclass(frozen=True)
+class MLXFormat:
+    """An MLX folder.
+
+    Attributes:
+        dtype: of scales, biases and what isn't quantized: float16, bfloat16, float32; auto: the shortest that
+            holds the grid exactly.
+        shard: largest file.
+
+    Raises:
+        UserError: a dtype that there isn't.
+    """
+
+    dtype: str = "auto"
+    shard: str = "4GB"
+    name: str = "mlx"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", *DTYPES):
+            raise UserError(f"export.mlx.dtype={self.dtype}: choose auto, {', '.join(DTYPES)}")
+
+    def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:
+        """Raise UserError for grids, bits, groups, widths or a dtype that can't hold the codes exactly."""
+        require_natural_order(linears, self.name, " or method.solver.act_order=false")
+        for linear in linears:
+            _check_grid(linear.grid)
+            _check_width(linear)
+            self._check_dtype(linear.grid)
+        _check_loader(config)
+
+    def _check_dtype(self, grid: Grid) -> None:
+        """A dtype that was asked for must hold the grid's own numbers, and -s z."""
+        needed = exact_dtype(grid)
+        if self.dtype not in ("auto", "float32", needed):
+            raise UserError(
+                f"export.mlx.dtype={self.dtype}: {_why(grid, needed)}; choose export.mlx.dtype={needed}"
+                + (" or grid=affine" if isinstance(grid, IntGrid) and not grid.sym else "")
+            )
+
+    def write(self, source: Source, folder: Path) -> None:
+        """Write the folder. Raises UserError where a number overflows the dtype."""
+        grids = [weight.grid for weight in source.weights.values()]
+        dtype = torch_dtype(common_dtype(grids) if self.dtype == "auto" else self.dtype, "export.mlx.dtype")
+        packed = {
+            f"{name}.{part}": tensor
+            for name, weight in source.weights.items()
+            for part, tensor in pack(weight, dtype).items()
+        }
+        there, here = NAMES.get(source.model.config.model_type, ("", ""))
+        write_folder(source, folder, packed, dtype, None, self.shard, lambda name: _renamed(name, there, here))
+        grids = {_renamed(name, there, here): weight.grid for name, weight in source.weights.items()}
+        quantization = quantization_config(grids)
+        # mlx-lm reads the first, the hub shows the second.
+        config = read_config(folder) | {"quantization": quantization, "quantization_config": quantization}
+        (folder / "config.json").write_text(json.dumps(legacy_config(config), indent=2) + "\n")
+
+    def decoder(self) -> str:
+        """MLX where it is installed, else our own reader."""
+        return f"mlx {version('mlx')}" if _has_mlx() else PRODUCER
+
+    def decode(self, folder: Path) -> Iterator[Decoded]:
+        """Every quantized weight, in float32."""
+        config, tensors = read_config(folder), read_tensors(folder)
+        there, here = NAMES.get(config["model_type"], ("", ""))
+        read = _decode_with_mlx if _has_mlx() else _decode
+        for name in [key.removesuffix(".scales") for key in tensors if key.endswith(".scales")]:
+            sizes = config["quantization"] | config["quantization"].get(name, {})
+            parts = {part: tensors[f"{name}.{part}"] for part in ("weight", "scales", "biases")}
+            codes, weight = read(parts, sizes["bits"], sizes["group_size"])
+            yield Decoded(_renamed(name, here, there), codes, weight)
+
+    def plain(self, folder: Path) -> dict[str, Tensor]:
+        """What is not quantized, by its name in transformers."""
+        there, here = NAMES.get(read_config(folder)["model_type"], ("", ""))
+        tensors = read_tensors(folder)
+        quantized = {key.removesuffix(".scales") for key in tensors if key.endswith(".scales")}
+        return {
+            _renamed(name, here, there): tensor
+            for name, tensor in tensors.items()
+            if name.rpartition(".")[0] not in quantized or name.endswith(".bias")
+        }
+
+
+def pack(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The three tensors of one linear, see the module's docstring.
+
+    Raises:
+        UserError: scales or biases that `dtype` can't hold, as their numbers overflow.
+    """
+    scales, zeros = weight.scales.float(), weight.zeros.float()
+    biases = zeros if weight.grid.arithmetic.kind == "minimum" else -scales * zeros
+    try:
+        return {
+            "weight": pack_words(weight.codes.cpu(), stored_bits(weight.grid)).view(torch.uint32),
+            "scales": exactly(scales, dtype, "scales"),
+            "biases": exactly(biases, dtype, "biases"),
+        }
+    except ValueError as error:
+        raise UserError(f"mlx: {error}; choose export.mlx.dtype=float32") from error
+
+
+def stored_bits(grid: Grid) -> int:
+    """Bits that hold the grid's codes: 2 for ternary ones."""
+    return grid.arithmetic.max_code.bit_length()
+
+
+def exact_dtype(grid: Grid) -> str:
+    """The shortest dtype that holds a grid's scales and biases."""
+    kept = getattr(grid, "scale_dtype", "float16")
+    return "float32" if isinstance(grid, IntGrid) and not grid.sym else kept
+
+
+def common_dtype(grids: Sequence[Grid]) -> str:
+    """The shortest dtype that holds all of them."""
+    needed = {exact_dtype(grid) for grid in grids}
+    return needed.pop() if len(needed) == 1 else "float32"
+
+
+def quantization_config(grids: Mapping[str, Grid]) -> dict[str, Any]:
+    """As config.json holds it: what most modules have, and under its name what another one has.
+
+    A module without scales in the file stays as it is, whatever this says.
+    """
+    sizes = {name: (grid.group_size, stored_bits(grid)) for name, grid in grids.items()}
+    usual = max(set(sizes.values()), key=lambda size: (list(sizes.values()).count(size), size))
+    others = {name: _entry(size) for name, size in sizes.items() if size != usual}
+    return _entry(usual) | others
+
+
+def _entry(size: tuple[int, int]) -> dict[str, Any]:
+    return {"group_size": size[0], "bits": size[1], "mode": "affine"}
+
+
+def legacy_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with options where mlx-lm's models look for them: at the top, as before transformers 5.
+
+    Most ignore `rope_parameters` in silence, and take another base or no scaling.
+    """
+    rope: dict[str, Any] = config.get("rope_parameters") or {}
+    found: dict[str, Any] = {}
+    if "sliding_attention" in rope:
+        found["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
+    rope = rope.get("full_attention", rope)
+    found |= {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    if rope.get("rope_type", "default") != "default":
+        found["rope_scaling"] = rope | {"type": rope["rope_type"]}
+    if config.get("model_type") == "gpt_neox":
+        found |= {"rotary_emb_base": rope.get("rope_theta"), "rotary_pct": rope.get("partial_rotary_factor")}
+    if config.get("model_type") == "gpt2":
+        found["n_ctx"] = config.get("n_positions")
+    layers = config.get("layer_types") or []
+    if {"sliding_attention", "full_attention"} <= set(layers):
+        found["sliding_window_pattern"] = layers.index("full_attention") + 1
+    missing = {key: value for key, value in found.items() if value is not None and config.get(key) is None}
+    return dict(config) | missing
+
+
+def _renamed(name: str, old: str, new: str) -> str:
+    """A name that begins with `old` begins with `new` instead."""
+    return new + name.removeprefix(old) if old and name.startswith(old) else name
+
+
+def _decode(parts: Mapping[str, Tensor], bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Codes from the bits of the words' bytes; s c + b, the product rounded before the sum."""
+    words, scales, biases = parts["weight"].view(torch.int32), parts["scales"].float(), parts["biases"].float()
+    codes = unpack_words(words, bits, scales.shape[1] * group)
+    weight = codes.reshape(*scales.shape, group) * scales[..., None] + biases[..., None]
+    return codes, weight.reshape(codes.shape)
+
+
+def _decode_with_mlx(parts: Mapping[str, Tensor], bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """MLX's own dequantization in float32; with scale 1 and bias 0 it gives the codes."""
+    import mlx.core as mx  # pyright: ignore[reportMissingImports]
+
+    words = mx.array(parts["weight"].numpy())
+    scales, biases = (mx.array(parts[part].float().numpy()) for part in ("scales", "biases"))
+
+    def expand(s: Any, b: Any) -> Tensor:
+        dequantized = mx.dequantize(words, s, b, group_size=group, bits=bits, stream=mx.cpu)
+        return torch.from_numpy(np.array(dequantized))
+
+    return expand(mx.ones_like(scales), mx.zeros_like(biases)).to(torch.uint8), expand(scales, biases)
+
+
+def _has_mlx() -> bool:
+    return importlib.util.find_spec("mlx") is not None
+
+
+def _check_grid(grid: Grid) -> None:
+    if not isinstance(grid, AffineGrid | IntGrid | SignedGrid | TernaryGrid):
+        raise UserError(
+            f"grid={grid.label}: mlx holds a scale and a bias per group; choose grid=affine, or grid=int with "
+            "group_size=32, 64 or 128"
+        )
+    if stored_bits(grid) not in BITS:
+        raise UserError(f"bits={grid.bits}: mlx packs {', '.join(map(str, BITS))} bits; choose bits=6 or bits=8")
+    if isinstance(grid, IntGrid) and grid.scale_dtype == "float32":
+        raise UserError("grid.scale_dtype=float32: -scale · zero would be rounded; choose grid.scale_dtype=float16")
+
+
+def _check_width(linear: LinearSpec) -> None:
+    fitting = [str(group) for group in GROUPS if linear.columns % group == 0]
+    if not fitting:
+        raise UserError(
+            f"export.formats=mlx: groups are of 32, 64 or 128 columns, and {linear.name} has {linear.columns}; "
+            "leave mlx out, export.formats=[hf] takes any width"
+        )
+    if linear.grid.group_size not in GROUPS:
+        raise UserError(f"group_size={linear.grid.group_size}: mlx has groups of 32, 64 or 128; choose {fitting[-1]}")
+    if linear.columns % linear.grid.group_size:
+        raise UserError(
+            f"group_size={linear.grid.group_size}: does not divide the {linear.columns} columns of {linear.name}, and "
+            f"mlx has no shorter last group; choose group_size={' or '.join(fitting)}"
+        )
+
+
+def _check_loader(config: PreTrainedConfig) -> None:
+    if config.model_type in UNKNOWN_MODELS:
+        raise UserError(f"export.formats=mlx: mlx-lm has no {config.model_type}; export.formats=[hf] takes any model")
+
+
+def _why(grid: Grid, needed: str) -> str:
+    if isinstance(grid, IntGrid) and not grid.sym:
+        return "-scale · zero of an asymmetric grid is exact in float32 only"
+    return f"the grid's scales are {needed}"

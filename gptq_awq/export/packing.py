@@ -1,0 +1,133 @@
+"""Integer codes in 32-bit words, and what the formats that pack them ask of a model.
+
+GPTQ and compressed-tensors lay codes of b bits end to end, lowest bit first: 32 codes fill b words, and a code of
+3, 5, 6 or 7 bits may straddle two. Packing shifts codes into integers; unpacking reads a stream of single bits, so that
+the one doesn't repeat a mistake of the other.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int32, UInt8
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+import gptq_awq
+from gptq_awq.errors import UserError
+from gptq_awq.export.base import LinearSpec, Source, require_dtype
+from gptq_awq.grids.integer import IntGrid
+
+WORD = 32
+CONV1D_MODELS = ("gpt2", "openai-gpt")
+
+PRODUCER = f"gptq_awq:{gptq_awq.__version__}"
+"""Who quantized the model, as configs of checkpoints say it."""
+
+
+def pack_words(codes: UInt8[Tensor, "rows n"], bits: int) -> Int32[Tensor, "rows words"]:
+    """Each row's codes as one stream of bits, ⌈n · bits / 32⌉ words; the last word's free bits are 0."""
+    rows, n = codes.shape
+    octets = torch.nn.functional.pad(codes, (0, -n % WORD)).contiguous().numpy()
+    # Eight codes are a 64-bit integer; joining neighbours, pairs and fours closes the gaps between them.
+    eights = octets.view("<u8")
+    for lane in (8, 16, 32):
+        low = np.uint64(sum((1 << lane) - 1 << at for at in range(0, 64, 2 * lane)))
+        eights = (eights & low) | ((eights >> np.uint64(lane)) & low) << np.uint64(lane * bits // 8)
+    stream = eights.view(np.uint8).reshape(rows, -1, 8)[..., :bits]
+    words = np.ascontiguousarray(stream).reshape(rows, -1).view("<i4")[:, : -(-n * bits // WORD)]
+    return torch.from_numpy(np.ascontiguousarray(words, dtype=np.int32))
+
+
+def unpack_words(words: Int32[Tensor, "rows words"], bits: int, n: int) -> UInt8[Tensor, "rows n"]:
+    """The first n codes of each row's stream of bits."""
+    octets = np.ascontiguousarray(words.numpy(), dtype="<i4").view(np.uint8)
+    stream = np.unpackbits(octets, axis=1, count=n * bits, bitorder="little").reshape(len(words), n, bits)
+    codes = np.zeros((len(words), n), dtype=np.uint8)
+    for bit in range(bits):
+        codes |= stream[..., bit] << bit
+    return torch.from_numpy(codes)
+
+
+def exactly(values: Float[Tensor, "..."], dtype: torch.dtype, what: str) -> Tensor:
+    """The values in a dtype that holds them. Raises ValueError where it would change them."""
+    stored = values.cpu().to(dtype)
+    if not torch.equal(stored.to(values.dtype), values.cpu()):
+        raise ValueError(f"{what} are not all {str(dtype).removeprefix('torch.')} numbers")
+    return stored.contiguous()
+
+
+def one_int_grid(linears: Sequence[LinearSpec], name: str, dtype: str, dtypes: Sequence[str]) -> IntGrid:
+    """The integer grid that all of a model's linears are on, in groups that divide their widths.
+
+    Args:
+        linears: of the model.
+        name: of the format.
+        dtype: of the checkpoint.
+        dtypes: those that the format's engines take.
+
+    Raises:
+        UserError: another grid, or several; a dtype that would round the scales; a group that doesn't divide.
+    """
+    grid = linears[0].grid
+    for linear in linears:
+        if not isinstance(linear.grid, IntGrid):
+            kind = type(linear.grid).__name__
+            raise UserError(f"export.formats={name}: holds integer grids, not {kind}; choose grid=int")
+        if linear.grid != grid:
+            raise UserError(
+                f"export.formats={name}: holds one grid for all layers, {linear.name} has its own; choose grid=int"
+            )
+    assert isinstance(grid, IntGrid)
+    if dtype not in dtypes:
+        raise UserError(f"export.{name}.dtype={dtype}: choose one of {', '.join(dtypes)}")
+    require_dtype(grid, dtype, name)
+    for linear in linears:
+        if grid.group_size != -1 and linear.columns % grid.group_size:
+            raise UserError(
+                f"group_size={grid.group_size}: {name} has no room for the shorter last group of {linear.name} "
+                f"({linear.columns} columns); choose {' or '.join(map(str, fitting_groups(linears)))}"
+            )
+    return grid
+
+
+def fitting_groups(linears: Sequence[LinearSpec]) -> list[int]:
+    """Group sizes that engines take and that divide all widths; -1 always does."""
+    width = math.gcd(*(linear.columns for linear in linears))
+    return [size for size in (16, 32, 64, 128) if width % size == 0] + [-1]
+
+
+def require_multiple(linears: Sequence[LinearSpec], dimension: str, multiple: int, name: str) -> None:
+    """Raise UserError where a layer's `rows` or `columns` don't fill whole words."""
+    for linear in linears:
+        size = getattr(linear, dimension)
+        if size % multiple:
+            raise UserError(
+                f"bits={linear.grid.bits}: {name} packs {dimension} in multiples of {multiple}, {linear.name} has "
+                f"{size}; choose export.formats=[compressed_tensors]"
+            )
+
+
+def require_natural_order(linears: Sequence[LinearSpec], name: str, others: str) -> None:
+    """Raise UserError where groups are made of columns that are no neighbours."""
+    if not all(linear.natural_order for linear in linears):
+        raise UserError(
+            f"method.solver.act_order=true: {name} holds groups of neighbouring columns only; choose "
+            f"method.solver.static_groups=true{others}"
+        )
+
+
+def require_linear_modules(config: PreTrainedConfig, name: str) -> None:
+    """Raise UserError for models whose linears are Conv1D, which readers would take for something else."""
+    if config.model_type in CONV1D_MODELS:
+        raise UserError(
+            f"export.formats={name}: its readers know torch's Linear only, and {config.model_type} has Conv1D; "
+            "choose export.formats=[gptq] or [hf]"
+        )
+
+
+def unquantized(source: Source) -> list[str]:
+    """Names of the linears that stay as they are, the output head among them."""
+    linears = (name for name, module in source.model.named_modules() if isinstance(module, nn.Linear))
+    return [name for name in linears if name not in source.weights]

@@ -1,0 +1,217 @@
+"""Proving that a checkpoint holds what was scored.
+
+Beside the weights lies verification.json: for every quantized weight the hash of its codes and of its dequantized
+values as they were in memory when the model was scored, the hash of every file, and a few windows of tokens with the
+losses that the model in memory had on them. `verify` decodes the checkpoint with an independent decoder and compares;
+`compare_engine` lets a real engine run it, and compares next-token distributions.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import get_class
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from gptq_awq.assets import file_sha256
+from gptq_awq.errors import UserError
+from gptq_awq.export.base import Decoded, Format, Source
+from gptq_awq.export.engines import Comparison, answer, compare
+from gptq_awq.export.folder import read_config, read_tensors
+
+RECORD = "verification.json"
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Fixed tokens, and the losses of the model in memory on them.
+
+    Attributes:
+        tokens: (windows, seqlen).
+        nll: (windows, seqlen - 1), nats, of each window's second to last token.
+        source: where the tokens are from.
+    """
+
+    tokens: Int[Tensor, "windows seqlen"]
+    nll: Float[Tensor, "windows seqlen-1"]
+    source: str
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: PreTrainedModel, tokens: Int[Tensor, "windows seqlen"], source: str) -> "Probe":
+        """Score the tokens, one window at a time."""
+        losses = [token_losses(model(input_ids=row[None].to(model.device)).logits[0], row) for row in tokens]
+        return cls(tokens, torch.stack(losses), source)
+
+
+@dataclass(frozen=True)
+class Record:
+    """verification.json.
+
+    Attributes:
+        format: its name.
+        target, options: the class that wrote it and its fields.
+        weights: module name → hashes of `codes` (absent where the format keeps none) and `weight`.
+        files: file name → sha256.
+        tokens, nll, tokens_source: a `Probe`.
+        facts: of the run.
+        notes: for the card.
+    """
+
+    format: str
+    target: str
+    options: Mapping[str, Any]
+    weights: Mapping[str, Mapping[str, str]] = field(repr=False)
+    files: Mapping[str, str] = field(repr=False)
+    tokens: list[list[int]] = field(repr=False)
+    nll: list[list[float]] = field(repr=False)
+    tokens_source: str
+    facts: Mapping[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, format_: Format, source: Source, folder: Path, probe: Probe, facts: Mapping[str, Any]) -> "Record":
+        """Of a checkpoint just written to `folder`, from the model in memory alone."""
+        rounded = getattr(format_, "rounded", None)
+        weights = {}
+        for name, weight in source.weights.items():
+            dequantized = weight.dequantize()
+            if rounded is not None:
+                weights[name] = {"weight": tensor_sha256(rounded(dequantized))}
+            else:
+                weights[name] = {"codes": tensor_sha256(weight.codes), "weight": tensor_sha256(dequantized)}
+        return cls(
+            format=format_.name,
+            target=f"{type(format_).__module__}.{type(format_).__qualname__}",
+            options=asdict(format_) if is_dataclass(format_) else {},  # pyright: ignore[reportArgumentType]
+            weights=weights,
+            files={path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name not in (RECORD, CARD)},
+            tokens=probe.tokens.tolist(),
+            nll=[[round(x, 6) for x in row] for row in probe.nll.tolist()],
+            tokens_source=probe.source,
+            facts=facts,
+        )
+
+    def write(self, folder: Path) -> None:
+        """Into `folder`."""
+        (folder / RECORD).write_text(json.dumps(asdict(self), indent=1, default=str) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Record":
+        """From `folder`. Raises UserError where there is none, or none that this version can read."""
+        path = folder / RECORD
+        try:
+            return cls(**json.loads(path.read_text()))
+        except FileNotFoundError as error:
+            raise UserError(f"{folder}: holds no {RECORD}; name a folder that export.formats wrote") from error
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}: cannot be read ({error})") from error
+
+    def make_format(self) -> Format:
+        """The format object that wrote the checkpoint. Raises UserError for a class that isn't one of ours."""
+        if not self.target.startswith("gptq_awq.export."):
+            raise UserError(f"{RECORD}: unknown format {self.target}")
+        return get_class(self.target)(**self.options)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found equal."""
+
+    weights: int
+    files: int
+    decoder: str
+    with_codes: bool
+
+    def __str__(self) -> str:
+        what = "codes and dequantized weights" if self.with_codes else "weights"
+        return (
+            f"{what} of {self.weights} layers decoded with {self.decoder} equal those in memory bit for bit; "
+            f"{self.files} files unaltered"
+        )
+
+
+def verify(folder: Path) -> Verified:
+    """Decode a checkpoint and compare it with what was in memory when it was written.
+
+    Raises:
+        UserError: an altered or missing file; a layer that decodes to something else, named.
+    """
+    record = Record.read(folder)
+    for name, sha256 in record.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{folder}: {name} is missing")
+        if file_sha256(path) != sha256:
+            raise UserError(f"{folder}: {name} is not the file that was written (sha256 differs)")
+    format_, left = record.make_format(), dict(record.weights)
+    for decoded in format_.decode(folder):
+        expected = left.pop(decoded.name, None)
+        if expected is None:
+            raise UserError(f"{folder}: {decoded.name} is quantized, but was not in memory")
+        _check_equal(decoded, expected, folder)
+    if left:
+        raise UserError(f"{folder}: {next(iter(left))} is not there ({len(left)} layers missing)")
+    with_codes = any("codes" in hashes for hashes in record.weights.values())
+    return Verified(len(record.weights), len(record.files), format_.decoder(), with_codes)
+
+
+def _check_equal(decoded: Decoded, expected: Mapping[str, str], folder: Path) -> None:
+    if "codes" in expected and (decoded.codes is None or tensor_sha256(decoded.codes) != expected["codes"]):
+        raise UserError(f"{folder}: the codes of {decoded.name} are not those that were scored")
+    if tensor_sha256(decoded.weight) != expected["weight"]:
+        raise UserError(f"{folder}: the weights of {decoded.name} are not those that were scored")
+
+
+def compare_engine(folder: Path, engine: str) -> Comparison:
+    """Let an engine run a checkpoint on its record's tokens; beside it, transformers in float32 on decoded weights.
+
+    Raises:
+        UserError: the engine isn't installed, or refuses the checkpoint.
+    """
+    record = Record.read(folder)
+    tokens = torch.tensor(record.tokens)
+    model = reference_model(folder)
+    with torch.no_grad():
+        ours = torch.stack([model(input_ids=row[None]).logits[0] for row in tokens])
+    path = next(folder.glob("*.gguf"), folder) if record.format == "gguf" else folder
+    theirs = answer(engine, path, tokens, record.format, vocab=ours.shape[-1])
+    return compare(ours, theirs.logits, tokens)
+
+
+def reference_model(folder: Path) -> PreTrainedModel:
+    """A transformers model in float32 with a checkpoint's weights, decoded. Raises UserError if some are missing."""
+    format_ = Record.read(folder).make_format()
+    config = read_config(folder)
+    for key in ("quantization_config", "quantization"):
+        config.pop(key, None)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32).eval()
+    read = getattr(format_, "plain", read_tensors)
+    own = {name: parameter for name, parameter in model.state_dict().items()}
+    state = {name: t.float() for name, t in read(folder).items() if name in own and t.shape == own[name].shape}
+    state |= {f"{decoded.name}.weight": decoded.weight for decoded in format_.decode(folder)}
+    missing, _ = model.load_state_dict(state, strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    if lost := [name for name in missing if name not in tied]:
+        raise UserError(f"{folder}: holds no {lost[0]}")
+    model.tie_weights()
+    return model
+
+
+def token_losses(logits: Float[Tensor, "tokens vocab"], tokens: Int[Tensor, "tokens"]) -> Float[Tensor, "tokens-1"]:
+    """-log p of each token but the first, in nats."""
+    return torch.nn.functional.cross_entropy(logits[:-1].float(), tokens[1:].to(logits.device), reduction="none").cpu()
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """Hash of a tensor's values: codes as bytes, weights as float32, -0 counted as 0."""
+    tensor = tensor.detach().cpu()
+    tensor = tensor.float() + 0.0 if tensor.is_floating_point() else tensor.to(torch.uint8)
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()

@@ -1,0 +1,90 @@
+"""Fill in the table that everyone asks for: bits, name, size reduction, accuracy loss, all on one model and text.
+
+    python scripts/seed_table.py ROOT [--only NAME …] [run.py options …]
+
+runs `python run.py` once per row (a row that ROOT holds already is not run again) and prints Markdown. Options are
+passed on to every run: `model=local model.path=DIR eval=full`.
+"""
+
+import argparse
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptq_awq.report import distinguishable
+from gptq_awq.results import Result
+
+RUN = Path(__file__).resolve().parent.parent / "run.py"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: its name, and the options of the run that measures it."""
+
+    name: str
+    options: tuple[str, ...]
+    note: str = ""
+
+
+ROWS = (
+    Row("FP32", ("method=fp",)),
+    Row("BF16", ("method=bf16",)),
+    Row("FP16", ("method=fp16",)),
+    Row("INT8", ("method=rtn", "bits=8", "group_size=-1", "sym=true"), "per channel, symmetric"),
+    Row("Q8_0", ("method=rtn", "grid=q8_0"), "llama.cpp"),
+    Row("Q5_K_M", ("method=rtn", "grid=q5_k_m", "grid.search=mse"), "llama.cpp"),
+    Row("Q4_K_M", ("method=rtn", "grid=q4_k_m", "grid.search=mse"), "llama.cpp"),
+    Row("Q4_K_M, GPTQ", ("method=gptq", "grid=q4_k_m"), "same file size"),
+    Row("NF4", ("method=rtn", "grid=nf4"), "groups of 64, float32 scales"),
+    Row("AWQ-4", ("method=awq", "bits=4"), "groups of 64"),
+    Row("GPTQ-4", ("method=gptq", "bits=4"), "groups of 64"),
+    Row("Q3", ("method=gptq", "bits=3"), "GPTQ, groups of 64"),
+    Row("Q2", ("method=gptq", "bits=2"), "GPTQ, groups of 64"),
+    Row("Ternary", ("method=gptq", "grid=ternary"), "GPTQ, groups of 64"),
+)
+
+
+def main() -> int:
+    """Run what is missing, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of {', '.join(row.name for row in ROWS)}")
+    options, passed_on = parser.parse_known_args()
+    rows = [row for row in ROWS if options.only is None or row.name in options.only]
+    for row in rows:
+        out = options.root / row.name.replace(", ", "-")
+        if not (out / "results.json").is_file():
+            command = [sys.executable, str(RUN), *row.options, *passed_on, f"out={out}"]
+            if code := subprocess.run(command, check=False).returncode:
+                return code
+    print(table([(row, Result.read(options.root / row.name.replace(", ", "-") / "results.json")) for row in rows]))
+    return 0
+
+
+def table(rows: list[tuple[Row, Result]]) -> str:
+    """Markdown, from FP32 down. Sizes are of all parameters, what isn't quantized counted in 16 bits."""
+    metric = next(name for name in rows[0][1].metrics if "/ppl@" in name and name.count("/") == 1)
+    text = metric.partition("/")[0]
+    lines = [
+        f"| bits | name | size | reduction | bits/weight | {metric} | loss [95%] | KL | same top word | |",
+        "| ---: | :--- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | :--- |",
+    ]
+    for row, result in rows:
+        full = 2 * (result.baseline_size_bytes or 0)  # the baseline's size is that of 16-bit weights
+        size, bits = (full, 32.0) if row.name == "FP32" else (result.size_bytes or 0, result.bits or 0)
+        m = result.metrics
+        low, high = m.get(f"{metric}/delta_ci95") or (0.0, 0.0)
+        loss = f"{m[f'{metric}/delta']:+.3g} [{low:+.3g}, {high:+.3g}]" if low or high else "0"
+        if (low or high) and not distinguishable(m, metric):
+            loss += " not distinguishable"
+        per_weight = 32.0 if row.name == "FP32" else result.bits_per_weight
+        lines.append(
+            f"| {bits:g} | {row.name} | {size / 1e6:.1f} MB | {full / size:.2f}× | {per_weight:.2f} | {m[metric]:.2f} "
+            f"| {loss} | {m[f'{text}/kl']:.4f} | {100 * m[f'{text}/top1_agreement']:.1f}% | {row.note} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
