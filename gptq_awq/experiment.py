@@ -19,8 +19,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from torch import nn
-from transformers import PreTrainedModel
 
 from gptq_awq import memory
 from gptq_awq.assets import cache_dir
@@ -28,10 +26,10 @@ from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.evaluate import Baseline, full_precision, score
 from gptq_awq.evaluation.protocol import Evaluation
-from gptq_awq.export.base import LinearSpec, Source
+from gptq_awq.export.base import Source, linear_specs
 from gptq_awq.export.verify import Probe
 from gptq_awq.export.write import Exported, Exports, write_card
-from gptq_awq.grids.base import Grid, GridChoice, QuantizedWeight
+from gptq_awq.grids.base import GridChoice, QuantizedWeight
 from gptq_awq.manifest import code_sha256, config_sha256, environment
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import is_linear, matrix
@@ -154,7 +152,8 @@ def execute(plan: Plan, track: Track) -> Result:
         calibrates = needs_calibration(plan.method, plan.grid)
         tokens = plan.data.tokens(loaded.tokenizer, seed=plan.seed) if calibrates else None
         grids = landing(loaded.model, plan.grid) if plan.method.solver is not None else {}
-        plan.exports.check(_specs(loaded.model, grids, plan.method), loaded.model, loaded.tokenizer)
+        natural = getattr(plan.method.solver, "natural_groups", True)
+        plan.exports.check(linear_specs(loaded.model, grids, natural), loaded.model, loaded.tokenizer)
         _forecast(loaded, tokens, plan)
     with clock.phase("baseline"):
         baseline = full_precision(
@@ -199,18 +198,6 @@ def _quantize(
         if errors:
             tracker.log({"quantize/relative_error": sum(errors) / len(errors)}, step=block.index)
     return footprint, weights
-
-
-def _specs(model: PreTrainedModel, grids: Mapping[str, Grid], method: Method) -> list[LinearSpec]:
-    """What will be quantized, as export formats want to know it."""
-    natural = getattr(method.solver, "natural_groups", True)
-    shapes = {name: _shape(model.get_submodule(name)) for name in grids}
-    return [LinearSpec(name, *shapes[name], grid, natural) for name, grid in grids.items()]
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    rows, columns = matrix(module).shape if is_linear(module) else module.get_parameter("weight").shape
-    return rows, columns
 
 
 def _export(

@@ -138,7 +138,14 @@ def _write_project(env: Path, source: Path, folder: Path) -> None:
         f"set(BLAS_INCLUDE_DIRS {blas / 'include'})\n"
     )
     # GGML_CPU_REPACK would move weights of some types out of BLAS's reach.
-    off = ("GGML_CPU_REPACK", "BUILD_SHARED_LIBS", "LLAMA_CURL", "LLAMA_OPENSSL", "LLAMA_BUILD_SERVER", "LLAMA_BUILD_TESTS")
+    off = (
+        "GGML_CPU_REPACK",
+        "BUILD_SHARED_LIBS",
+        "LLAMA_CURL",
+        "LLAMA_OPENSSL",
+        "LLAMA_BUILD_SERVER",
+        "LLAMA_BUILD_TESTS",
+    )
     options = "".join(f'set({name} OFF CACHE BOOL "")\n' for name in off)
     (folder / "CMakeLists.txt").write_text(
         "cmake_minimum_required(VERSION 3.14)\n"
@@ -243,7 +250,7 @@ def _write_record(env: Path, key: str, seconds: float) -> None:
     """Last of all, so that an environment without a record is one that was not finished."""
     frozen = subprocess.run([python_of(env), "-m", "pip", "freeze"], capture_output=True, text=True, check=True)
     size = size_of(env)
-    record = {"recipe": key, "seconds": round(seconds, 1), "bytes": size, "packages": frozen.stdout.split()}
+    record = {"recipe": key, "seconds": round(seconds, 1), "bytes": size, "packages": frozen.stdout.splitlines()}
     (env / RECORD).write_text(json.dumps(record, indent=1))
     print(f"  done in {seconds:.0f} s, {size / 1e9:.2f} GB", flush=True)
 

@@ -47,7 +47,7 @@ def save_packed(folder, tensors, config) -> None:
     (folder / "config.json").write_text(json.dumps({"quantization_config": config}))
 
 
-def specs(grid, natural_order=True, **shapes) -> list[LinearSpec]:
+def specs(grid, natural_order=True, /, **shapes) -> list[LinearSpec]:
     """Linears as formats check them: name=(rows, columns)."""
     return [LinearSpec(name, *shape, grid, natural_order) for name, shape in (shapes or {"lin": (64, 64)}).items()]
 

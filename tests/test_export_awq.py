@@ -5,13 +5,13 @@ import subprocess
 
 import pytest
 import torch
+from quantized_weights import assert_same, from_codes, int_grid, quantized, save_packed, specs, tiny_source
 from transformers import GPT2Config, LlamaConfig
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.awq import AWQFormat, pack, quantization_config
 from gptq_awq.export.engines import find
 from gptq_awq.export.folder import read_tensors
-from quantized_weights import assert_same, from_codes, int_grid, quantized, save_packed, specs, tiny_source
 
 LLAMA = LlamaConfig()
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from quantized_weights import assert_same, from_codes, int_grid, quantized, save_packed, specs, tiny_source
 from transformers import GPT2Config, LlamaConfig
 
 from gptq_awq.errors import UserError
@@ -16,7 +17,6 @@ from gptq_awq.export.compressed_tensors import (
     quantization_config,
 )
 from gptq_awq.export.folder import read_tensors
-from quantized_weights import assert_same, from_codes, int_grid, quantized, save_packed, specs, tiny_source
 
 LLAMA = LlamaConfig()
 READERS = ("library", "own")
@@ -116,9 +116,8 @@ def test_an_unknown_layout_is_refused():
 )
 def test_transformers_computes_the_very_same_logits(layout, options, tmp_path, tiny_folder):
     pytest.importorskip("compressed_tensors")
-    from transformers import AutoModelForCausalLM
-
     from tiny_models import tiny_tokens
+    from transformers import AutoModelForCausalLM
 
     source = tiny_source(dtype="float32", **options)
     CompressedTensorsFormat("float32", layout).write(source, tmp_path)

@@ -5,13 +5,13 @@ import subprocess
 
 import pytest
 import torch
+from quantized_weights import ORDERS, assert_same, from_codes, int_grid, quantized, save_packed, specs, tiny_source
 from transformers import LlamaConfig
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.engines import find
 from gptq_awq.export.folder import read_tensors
 from gptq_awq.export.gptq import GPTQFormat, pack, quantization_config
-from quantized_weights import ORDERS, assert_same, from_codes, int_grid, quantized, save_packed, specs, tiny_source
 
 LLAMA = LlamaConfig()
 

@@ -1,11 +1,11 @@
 """Warnings: what engines refuse, and how many devices can share a model."""
 
 import pytest
+from quantized_weights import int_grid, specs
 from transformers import LlamaConfig
 
 from gptq_awq.export.lint import lint, tensor_parallel
 from gptq_awq.grids.ternary import TernaryGrid
-from quantized_weights import int_grid, specs
 
 CONFIG = LlamaConfig(hidden_size=256, num_attention_heads=8, num_key_value_heads=2, intermediate_size=768)
 SHAPES = {
@@ -50,8 +50,11 @@ def test_only_formats_that_are_asked_for_are_spoken_of():
 @pytest.mark.parametrize(
     ("grid", "line"),
     [
-        (int_grid(4, 64), r"tensor parallel: 1, 2, 4 devices fit; 8 won't (model.layers.0.self_attn.o_proj: 256 columns "
-                          r"in 8 parts are no whole groups of 64)"),
+        (
+            int_grid(4, 64),
+            r"tensor parallel: 1, 2, 4 devices fit; 8 won't (model.layers.0.self_attn.o_proj: 256 columns "
+            r"in 8 parts are no whole groups of 64)",
+        ),
         (int_grid(4, -1), "tensor parallel: 1, 2, 4, 8 devices fit"),
     ],
 )

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from quantized_weights import int_grid, specs
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.packing import exactly, one_int_grid, pack_words, unpack_words
 from gptq_awq.grids.ternary import TernaryGrid
-from quantized_weights import int_grid, specs
 
 
 @given(st.integers(2, 8), st.integers(1, 5), st.integers(1, 130), st.integers(0, 2**32 - 1))
@@ -49,7 +49,11 @@ def test_scales_that_a_dtype_would_round_are_not_stored():
         (specs(int_grid()), "float64", r"export\.x\.dtype=float64: choose one of float16"),
         (specs(int_grid(dtype="bfloat16")), "float16", r"grid\.scale_dtype=float16"),
         (specs(int_grid(dtype="float32")), "float16", r"grid\.scale_dtype=float16"),
-        (specs(int_grid(group_size=48), a=(64, 96), b=(64, 160)), "float16", r"group_size=48.* b .*choose 16 or 32 or -1"),
+        (
+            specs(int_grid(group_size=48), a=(64, 96), b=(64, 160)),
+            "float16",
+            r"group_size=48.* b .*choose 16 or 32 or -1",
+        ),
         (specs(int_grid(group_size=128), a=(64, 64)), "float16", "group_size=128.*choose 16 or 32 or 64 or -1"),
     ],
 )

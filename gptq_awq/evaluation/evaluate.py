@@ -63,8 +63,8 @@ def full_precision(
     """Score the full-precision model, or read its scores from `cache_dir`/baselines.
 
     `model_sha256` stands for the weights in the cache's keys; `cache_dir=None` caches nothing; `keep_output`
-    copies the output layer, for a model whose own will be rounded too. Raises UserError where a window exceeds the model's context, its logits are not finite, or it has no separable
-    head.
+    copies the output layer, for a model whose own will be rounded too. Raises UserError where a window exceeds
+    the model's context, its logits are not finite, or it has no separable head.
     """
     if len({t.name for t in tokens}) < len(tokens):
         raise ValueError("token sets share a name: their metrics would overwrite each other")

@@ -30,6 +30,7 @@ from gptq_awq.export.packing import (
     require_linear_modules,
     require_multiple,
     require_natural_order,
+    require_whole_groups,
     unpack_words,
     unquantized,
 )
@@ -61,6 +62,7 @@ class AWQFormat:
             raise UserError(
                 f"bits={grid.bits}: awq packs 4 bits; choose bits=4, or export.formats=[gptq] or [compressed_tensors]"
             )
+        require_whole_groups(linears, self.name)
         require_natural_order(linears, self.name, ", or export.formats=[gptq]")
         require_linear_modules(config, self.name)
         require_multiple(linears, "rows", len(CHANNEL_OF_NIBBLE), self.name)

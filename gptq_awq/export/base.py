@@ -12,11 +12,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight
+from gptq_awq.models.linear import is_linear, matrix
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,16 @@ class LinearSpec:
     columns: int
     grid: Grid
     natural_order: bool = True
+
+
+def linear_specs(model: nn.Module, grids: Mapping[str, Grid], natural_order: bool) -> list[LinearSpec]:
+    """What will be quantized, as formats want to know it, from the grids that weights will land on."""
+    specs = []
+    for name, grid in grids.items():
+        module = model.get_submodule(name)
+        rows, columns = (matrix(module) if is_linear(module) else module.get_parameter("weight")).shape
+        specs.append(LinearSpec(name, rows, columns, grid, natural_order))
+    return specs
 
 
 @dataclass(frozen=True)

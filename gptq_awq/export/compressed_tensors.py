@@ -34,6 +34,7 @@ from gptq_awq.export.packing import (
     pack_words,
     require_linear_modules,
     require_natural_order,
+    require_whole_groups,
     unpack_words,
     unquantized,
 )
@@ -71,6 +72,7 @@ class CompressedTensorsFormat:
     def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:
         """Raise UserError for grids, bits, orders or architectures that the format has no room for."""
         grid = one_int_grid(linears, self.name, self.dtype, ("float16", "bfloat16", "float32"))
+        require_whole_groups(linears, self.name)
         require_natural_order(linears, self.name, " (g_idx left it in 0.19), or export.formats=[gptq]")
         if self.layout == "int8" and grid.bits != 8:
             raise UserError(

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from transformers import PreTrainedConfig
 
 from gptq_awq.export.base import LinearSpec
+from gptq_awq.export.packing import ragged
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.mix import role_of
 
@@ -30,17 +31,19 @@ def lint(linears: Sequence[LinearSpec], config: PreTrainedConfig, formats: Colle
     if not linears or not all(isinstance(grid, IntGrid) for grid in grids):
         return []
     natural = all(linear.natural_order for linear in linears)
-    rules = [rule for grid in grids if isinstance(grid, IntGrid) for rule in engine_rules(grid, natural)]
+    whole = not any(ragged(linear) for linear in linears)
+    rules = [rule for grid in grids if isinstance(grid, IntGrid) for rule in engine_rules(grid, natural, whole)]
     lines = [f"{name}: {sentence}" for names, holds, sentence in rules for name in names if holds and name in formats]
     return [*lines, tensor_parallel(linears, config)] if set(FORMATS) & set(formats) else lines
 
 
-def engine_rules(grid: IntGrid, natural: bool) -> list[tuple[Sequence[str], bool, str]]:
+def engine_rules(grid: IntGrid, natural: bool, whole: bool) -> list[tuple[Sequence[str], bool, str]]:
     """Formats, whether an engine refuses such a checkpoint, and what to say then.
 
     Args:
         grid: of all weights.
         natural: whether all groups are made of neighbouring columns.
+        whole: whether groups divide all widths.
     """
     bits, group = grid.bits, grid.group_size
     return [
@@ -57,6 +60,7 @@ def engine_rules(grid: IntGrid, natural: bool) -> list[tuple[Sequence[str], bool
             group not in (-1, 32, 64, 128),
             f"vLLM refuses group_size={group}; it takes -1, 32, 64 and 128",
         ),
+        (("gptq",), not whole, f"vLLM refuses a last group shorter than group_size={group}"),
         (
             ("gptq", "awq"),
             group not in (-1, 16, 32, 64, 128),

@@ -59,7 +59,7 @@ def exactly(values: Float[Tensor, "..."], dtype: torch.dtype, what: str) -> Tens
 
 
 def one_int_grid(linears: Sequence[LinearSpec], name: str, dtype: str, dtypes: Sequence[str]) -> IntGrid:
-    """The integer grid that all of a model's linears are on, in groups that divide their widths.
+    """The integer grid that all of a model's linears are on.
 
     Args:
         linears: of the model.
@@ -68,7 +68,7 @@ def one_int_grid(linears: Sequence[LinearSpec], name: str, dtype: str, dtypes: S
         dtypes: those that the format's engines take.
 
     Raises:
-        UserError: another grid, or several; a dtype that would round the scales; a group that doesn't divide.
+        UserError: another grid, or several; a dtype that would round the scales.
     """
     grid = linears[0].grid
     for linear in linears:
@@ -83,13 +83,22 @@ def one_int_grid(linears: Sequence[LinearSpec], name: str, dtype: str, dtypes: S
     if dtype not in dtypes:
         raise UserError(f"export.{name}.dtype={dtype}: choose one of {', '.join(dtypes)}")
     require_dtype(grid, dtype, name)
+    return grid
+
+
+def require_whole_groups(linears: Sequence[LinearSpec], name: str) -> None:
+    """Raise UserError where a layer's last group is shorter than the others."""
     for linear in linears:
-        if grid.group_size != -1 and linear.columns % grid.group_size:
+        if ragged(linear):
             raise UserError(
-                f"group_size={grid.group_size}: {name} has no room for the shorter last group of {linear.name} "
+                f"group_size={linear.grid.group_size}: {name} has no room for the shorter last group of {linear.name} "
                 f"({linear.columns} columns); choose {' or '.join(map(str, fitting_groups(linears)))}"
             )
-    return grid
+
+
+def ragged(linear: LinearSpec) -> bool:
+    """Whether groups don't divide the columns."""
+    return linear.grid.group_size != -1 and linear.columns % linear.grid.group_size != 0
 
 
 def fitting_groups(linears: Sequence[LinearSpec]) -> list[int]:

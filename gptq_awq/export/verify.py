@@ -80,6 +80,7 @@ class Record:
     def of(cls, format_: Format, source: Source, folder: Path, probe: Probe, facts: Mapping[str, Any]) -> "Record":
         """Of a checkpoint just written to `folder`, from the model in memory alone."""
         rounded = getattr(format_, "rounded", None)
+        files = [path for path in sorted(folder.iterdir()) if path.name not in (RECORD, CARD)]
         weights = {}
         for name, weight in source.weights.items():
             dequantized = weight.dequantize()
@@ -92,7 +93,7 @@ class Record:
             target=f"{type(format_).__module__}.{type(format_).__qualname__}",
             options=asdict(format_) if is_dataclass(format_) else {},  # pyright: ignore[reportArgumentType]
             weights=weights,
-            files={path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name not in (RECORD, CARD)},
+            files={path.name: file_sha256(path) for path in files},
             tokens=probe.tokens.tolist(),
             nll=[[round(x, 6) for x in row] for row in probe.nll.tolist()],
             tokens_source=probe.source,

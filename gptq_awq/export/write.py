@@ -85,9 +85,7 @@ class Exports:
         formats = track(self.formats, "export", len(self.formats)) if self.formats else ()
         return [self._write(format_, source, out / "checkpoints", probe, facts) for format_ in formats]
 
-    def _write(
-        self, format_: Format, source: Source, parent: Path, probe: Probe, facts: Mapping[str, Any]
-    ) -> Exported:
+    def _write(self, format_: Format, source: Source, parent: Path, probe: Probe, facts: Mapping[str, Any]) -> Exported:
         scratch = parent / f".{format_.name}.{uuid.uuid4().hex[:8]}"
         try:
             scratch.mkdir(parents=True)

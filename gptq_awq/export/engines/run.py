@@ -73,9 +73,11 @@ ENGINES: Mapping[str, Engine] = {
             "compressed_tensors": Runs(("transformers", "compressed_tensors")),
             "bnb": Runs(("transformers", "bitsandbytes", "accelerate")),
         },
+        note="expands all weights; bitsandbytes' own kernels, which round activations, run in dtypes but float32",
     ),
     "gptqmodel": Engine(
-        formats={"gptq": Runs(("gptqmodel",), "float16", 1e-3), "awq": Runs(("gptqmodel",), "float16", 1e-3)},
+        formats={"gptq": Runs(("gptqmodel",)), "awq": Runs(("gptqmodel",), "float16")},
+        note="2 to 8 bits; groups of 16, 32, 64, 128 or whole rows; awq in float16 whatever the dtype",
     ),
     "vllm": Engine(
         formats={
@@ -84,10 +86,18 @@ ENGINES: Mapping[str, Engine] = {
             "awq": Runs(("vllm",), "float16", 1e-3),
             "compressed_tensors": Runs(("vllm",), "float16", 1e-3),
         },
+        note="on a CPU 4 bits only; gptq symmetric, in natural order, groups of 32, 64, 128 or whole rows",
     ),
     "mlx": Engine(formats={"hf": Runs(("mlx_lm",)), "mlx": Runs(("mlx_lm",))}),
-    "llamacpp": Engine(formats={"gguf": Runs(())}, standalone=True),
-    "xllamacpp": Engine(formats={"gguf": Runs(("xllamacpp",), max_kl=0.1)}),
+    "llamacpp": Engine(
+        formats={"gguf": Runs(())},
+        standalone=True,
+        note="weights expanded to float32 by its BLAS backend; its own kernels would round activations to 8 bits",
+    ),
+    "xllamacpp": Engine(
+        formats={"gguf": Runs(("xllamacpp",), max_kl=0.1)},
+        note="wants no compiler; rounds activations to 8 bits; one call per position, so a few tokens only",
+    ),
 }
 
 

@@ -11,14 +11,22 @@ import numpy as np
 import torch
 import transformers
 
+BNB = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit")
 
-def load(model: Path, dtype: torch.dtype):
-    """The model of a folder, or of a GGUF file, whose weights transformers expands."""
-    if model.suffix == ".gguf":
-        found = transformers.AutoModelForCausalLM.from_pretrained(model.parent, gguf_file=model.name, dtype=dtype)
-    else:
-        found = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    return found.eval()
+
+def load(path: Path, dtype: torch.dtype):
+    """The model of a folder, or of a GGUF file, whose weights transformers expands.
+
+    In float32 bitsandbytes, too, is asked to expand its weights: its own kernels round activations, to 8 bits
+    where weights are INT8, and to bfloat16 for NF4 and FP4 on CPUs that know it.
+    """
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    if path.suffix == ".gguf":
+        return read(path.parent, gguf_file=path.name, dtype=dtype).eval()
+    model = read(path, dtype=dtype).eval()
+    if dtype == torch.float32 and model.config.to_dict().get("quantization_config", {}).get("quant_method") in BNB:
+        model = model.dequantize(dtype)
+    return model
 
 
 def main(model_path: str, folder_path: str, dtype: str) -> None:
