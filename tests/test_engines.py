@@ -241,12 +241,14 @@ def cases():
 
 
 @pytest.mark.parametrize(("name", "format_name"), cases())
-def test_an_engine_computes_what_the_decoded_weights_compute_in_float32(name, format_name, checkpoint, shared):
+def test_an_engine_computes_what_the_decoded_weights_compute_in_float32(
+    name, format_name, checkpoint, stories15m, shared
+):
     folder = checkpoint(format_name)
     text = (shared / "data" / "tinystories" / "tinystories_val.txt").read_text()[:2000]
-    tokens = torch.tensor(AutoTokenizer.from_pretrained(folder)(text).input_ids[: 4 if name == "xllamacpp" else 64])[
-        None
-    ]
+    tokens = torch.tensor(
+        AutoTokenizer.from_pretrained(stories15m)(text).input_ids[: 4 if name == "xllamacpp" else 64]
+    )[None]
     with torch.no_grad():
         ours = reference_model(folder)(tokens).logits
     path = next(folder.glob("*.gguf"), folder)

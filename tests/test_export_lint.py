@@ -34,6 +34,7 @@ def test_nothing_but_devices_is_said_of_what_every_engine_takes():
         (int_grid(8, 32, sym=True), True, "compressed_tensors: vLLM takes 8 bits on a GPU"),
         (int_grid(4, 32, sym=True), False, "gptq: vLLM refuses act_order"),
         (int_grid(4, 16, sym=True), True, "gptq: vLLM refuses group_size=16"),
+        (int_grid(4, 160, sym=True), True, "gptq: vLLM refuses a last group shorter"),
         (int_grid(4, 256, sym=True), True, "awq: GPTQModel, and so transformers, refuses group_size=256"),
     ],
 )
