@@ -127,9 +127,8 @@ def main() -> None:
     text = LocalText(path=options.text).text("--text") if options.text else WikiText2(split="test").text("--text")
     windows = evaluation_windows(text, loaded.tokenizer, 256, 16, "--text")
     installed = [name for name in options.engines if find(name)]
-    print(
-        f"torch {torch.__version__}; engines: {', '.join(installed)}; missing: {set(options.engines) - set(installed)}\n"
-    )
+    missing = ", ".join(set(options.engines) - set(installed)) or "none"
+    print(f"torch {torch.__version__}; engines: {', '.join(installed)}; missing: {missing}\n")
     print("| format | what | MB | pack, s | engine | max abs d | KL mean | KL max | perplexity | from memory's |")
     print("|:---|:---|---:|---:|:---|---:|---:|---:|---:|---:|")
     for case in cases(options.group):

@@ -91,7 +91,9 @@ def main() -> None:
     tokens = calibration.tokens(loaded.tokenizer, seed=0)
     text = WikiText2(split="test").text("data")
     test = evaluation_windows(text, loaded.tokenizer, 2048, options.windows, "windows")
-    baseline = full_precision(loaded.model, loaded.tokenizer, loaded.sha256, [test], cache_dir=cache_dir())
+    baseline = full_precision(
+        loaded.model, loaded.tokenizer, loaded.sha256, [test], cache_dir=cache_dir(), keep_output=True
+    )
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)

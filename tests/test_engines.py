@@ -1,6 +1,6 @@
 """Laws of comparing with engines; and, where an engine is installed, that it computes what transformers computes."""
 
-import subprocess
+import runpy
 import sys
 from functools import cache
 from math import exp, log
@@ -183,19 +183,35 @@ def test_an_engine_that_hangs_is_stopped(engine):
 # The installer
 
 
-def installer(*arguments, folder):
-    command = [sys.executable, "scripts/install_engine.py", *arguments]
-    root = Path(__file__).resolve().parent.parent
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(root), "GPTQ_AWQ_ENGINES": str(folder)}
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+@pytest.fixture
+def install(tmp_path, monkeypatch, capsys):
+    """scripts/install_engine.py, called as from the command line: exit code, what it printed."""
+    path = Path(__file__).resolve().parent.parent / "scripts" / "install_engine.py"
+    monkeypatch.setenv("GPTQ_AWQ_ENGINES", str(tmp_path))
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(path), run_name="__main__")
+        return ended.value.code, "".join(capsys.readouterr())
+
+    return call
 
 
-def test_the_installer_lists_every_engine_and_refuses_others(tmp_path):
-    listed = installer("--list", folder=tmp_path)
-    assert [line.split()[0] for line in listed.stdout.splitlines()] == list(ENGINES)
-    refused = installer("ollama", folder=tmp_path)
-    assert refused.returncode == 2
-    assert "choose from transformers" in refused.stderr
+def test_the_installer_knows_every_engine_and_no_other(install):
+    code, printed = install("--list")
+    assert code == 0
+    assert [line.split() for line in printed.splitlines()] == [[name, "-"] for name in ENGINES]
+    assert install("ollama") == (2, f"error: NAME=ollama: choose from {', '.join(ENGINES)}, or all\n")
+
+
+def test_a_failing_install_says_why_and_leaves_no_engine_behind(install, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    code, printed = install("mlx")
+    assert code == 2
+    assert "this command failed: /bin/false -m venv" in printed
+    assert find("llamacpp") is None
 
 
 # Engines

@@ -3,7 +3,7 @@
 python -I mlx.py MODEL FOLDER DTYPE; see ../run.py for what FOLDER holds.
 """
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 import sys
 from importlib.metadata import version
 from pathlib import Path

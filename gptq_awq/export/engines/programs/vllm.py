@@ -3,7 +3,7 @@
 python -I vllm.py MODEL FOLDER DTYPE; see ../run.py for what FOLDER holds.
 """
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 import os
 import sys
 from pathlib import Path

@@ -5,7 +5,7 @@ the next token only; they serve as logits, which a softmax doesn't mind. llama.c
 they round activations to 8 bits where weights are quantized.
 """
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 import sys
 from importlib.metadata import version
 from pathlib import Path
