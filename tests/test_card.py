@@ -33,8 +33,8 @@ ROW = {
         "wikitext2/kl/ci95": [0.1251, 0.1388],
         "broken|text/ppl@64": "inf",
     },
-    "size_bytes": 120_000_000,
     "baseline_size_bytes": 270_000_000,
+    "manifest": {"checkpoints": {"gptq": {"size_bytes": 120_000_000}}},
     "config": {"model": {"id": "HuggingFaceTB/SmolLM2-135M-Instruct"}},
 }
 
@@ -67,7 +67,8 @@ def test_metrics_stand_beside_full_precision_with_their_intervals():
     assert "| wikitext2/ppl@2048 | 19.23 | 22.15 | +2.922 [+2.711, +3.12] |" in card
     assert "| wikitext2/kl |  | 0.1312 [0.1251, 0.1388] |  |" in card
     assert r"| broken\|text/ppl@64 |  | inf |  |" in card
-    assert "| size, MB | 270.0 | 120.0 | -55.6% |" in card
+    assert "| size, MB (16 bits; all files) | 270.0 | 120.0 | -55.6% |" in card
+    assert "size, MB" not in model_card(ROW, "mlx", [], FACTS)
 
 
 def test_the_row_is_there_in_full():

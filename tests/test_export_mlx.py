@@ -16,6 +16,7 @@ from gptq_awq.export.mlx import BITS, GROUPS, MLXFormat, legacy_config, pack, qu
 from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.kquant import KGrid
+from gptq_awq.grids.mix import LlamaMix
 from gptq_awq.grids.signed import SignedGrid
 from gptq_awq.grids.table import TableGrid
 from gptq_awq.grids.ternary import TernaryGrid
@@ -181,6 +182,16 @@ def test_mlx_lm_computes_the_logits_of_the_model_in_memory(name, tmp_path):
         model = type(model)(type(model.config)(**model.config.to_dict() | {"intermediate_size": 256})).eval()
     source = rounded_source(model.requires_grad_(False), AffineGrid(4, 32))
     MLXFormat("float32").write(source, tmp_path)
+    tokens = tiny_tokens(2, 24)
+    torch.testing.assert_close(mlx_logits(tmp_path, tokens), source.model(tokens).logits, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])  # a head of its own, and a tied one
+def test_mlx_lm_takes_embeddings_and_heads_that_are_quantized(name, tmp_path):
+    pytest.importorskip("mlx_lm")
+    source = rounded_source(tiny_model(name), LlamaMix("q8_0"))
+    assert any("embed" in module for module in source.weights)
+    assert_decodes(MLXFormat("float32"), source, tmp_path)
     tokens = tiny_tokens(2, 24)
     torch.testing.assert_close(mlx_logits(tmp_path, tokens), source.model(tokens).logits, atol=2e-5, rtol=0)
 

@@ -72,7 +72,8 @@ def full_precision(
     scores = tuple(baseline_scores(model, model_sha256, t, folder, track) for t in tokens)
     output = None
     if keep_output and tokens:
-        output = {name: p.data.clone() for name, p in model.get_output_embeddings().named_parameters()}
+        layer = model.get_output_embeddings()
+        output = {name: p.data.clone() for name, p in layer.named_parameters()} if layer is not None else None
     if tasks is None:
         return Baseline(tuple(tokens), scores, output=output)
     from gptq_awq.evaluation.harness import run_tasks

@@ -48,7 +48,9 @@ model = GPTQModel.load("FOLDER")
 print(model.tokenizer.decode(model.generate("Once upon a time", max_new_tokens=32)[0]))""",
         "vLLM on a CPU takes 4 bits, symmetric, without act_order only.",
     ),
-    "awq": Usage("transformers", "vllm", _VLLM),
+    "awq": Usage(
+        "transformers", "vllm", _VLLM, 'In a script, vLLM wants to be called below `if __name__ == "__main__":`.'
+    ),
     "compressed_tensors": Usage("transformers", "transformers compressed-tensors", _TRANSFORMERS),
     "gguf": Usage(
         "gguf",
@@ -91,7 +93,7 @@ def model_card(
         f"# {_title(row, facts)}, {format_name}",
         _made(row, facts),
         "## Results",
-        _results(row) if row.get("metrics") else "Not scored.",
+        _results(row, format_name) if row.get("metrics") else "Not scored.",
         "## Loading",
         f"    pip install {usage.install}",
         f"```python\n{usage.code}\n```",
@@ -143,7 +145,7 @@ def _with_hash(thing: Mapping[str, Any]) -> str | None:
     return f"{thing.get('source')} (sha256 `{str(thing.get('sha256'))[:12]}`)" if thing else None
 
 
-def _results(row: Mapping[str, Any]) -> str:
+def _results(row: Mapping[str, Any], format_name: str) -> str:
     """Every metric beside full precision's, the difference and its 95% interval."""
     metrics = row["metrics"]
     lines = ["| metric | full precision | this checkpoint | difference [95%] |", "| :--- | ---: | ---: | ---: |"]
@@ -151,9 +153,12 @@ def _results(row: Mapping[str, Any]) -> str:
         full, value = _number(metrics.get(f"{name}/baseline")), _number(metrics[name])
         value += _interval(metrics.get(f"{name}/ci95"))
         lines.append(f"| {_cell(name)} | {full} | {value} | {_difference(metrics, name)} |")
-    if row.get("size_bytes") and row.get("baseline_size_bytes"):
-        size, full = (row[key] / 1e6 for key in ("size_bytes", "baseline_size_bytes"))
-        lines.append(f"| size, MB | {full:.1f} | {size:.1f} | {size / full - 1:+.1%} |")
+    size = ((row.get("manifest") or {}).get("checkpoints") or {}).get(format_name, {}).get("size_bytes")
+    if size and row.get("baseline_size_bytes"):
+        full = row["baseline_size_bytes"]
+        lines.append(
+            f"| size, MB (16 bits; all files) | {full / 1e6:.1f} | {size / 1e6:.1f} | {size / full - 1:+.1%} |"
+        )
     return "\n".join(lines)
 
 

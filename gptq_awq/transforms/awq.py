@@ -138,8 +138,8 @@ def _on_one_grid(block: nn.Module, site: Site, grids: Mapping[str, Grid]) -> lis
 
 def relative_magnitude(weights: list[tuple[Float[Tensor, "out in"], Grid]]) -> Float[Tensor, "in"]:
     """Mean over rows of |w| / max |w| of its group: how much of the group's range a column uses."""
-    total = sum(_relative(W.abs(), grid) for W, grid in weights)
-    return total / sum(len(W) for W, _ in weights)
+    totals = torch.stack([_relative(W.abs(), grid) for W, grid in weights])
+    return totals.sum(0) / sum(len(W) for W, _ in weights)
 
 
 def _relative(magnitude: Float[Tensor, "out in"], grid: Grid) -> Float[Tensor, "in"]:

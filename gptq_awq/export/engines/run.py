@@ -76,8 +76,8 @@ ENGINES: Mapping[str, Engine] = {
         note="expands all weights; bitsandbytes' own kernels, which round activations, run in dtypes but float32",
     ),
     "gptqmodel": Engine(
-        formats={"gptq": Runs(("gptqmodel",)), "awq": Runs(("gptqmodel",), "float16")},
-        note="2 to 8 bits; groups of 16, 32, 64, 128 or whole rows; awq in float16 whatever the dtype",
+        formats={"gptq": Runs(("gptqmodel",)), "awq": Runs(("gptqmodel",))},
+        note="2 to 8 bits; groups of 16, 32, 64, 128 or whole rows; awq computes in float16 whatever the dtype",
     ),
     "vllm": Engine(
         formats={

@@ -25,7 +25,8 @@ def load(path: Path, dtype: torch.dtype):
         return read(path.parent, gguf_file=path.name, dtype=dtype).eval()
     model = read(path, dtype=dtype).eval()
     if dtype == torch.float32 and model.config.to_dict().get("quantization_config", {}).get("quant_method") in BNB:
-        model = model.dequantize(dtype)
+        # Some versions leave in 16 bits what was so computed, and PreTrainedModel.to refuses such a model.
+        model = torch.nn.Module.to(model.dequantize(dtype), dtype)
     return model
 
 
