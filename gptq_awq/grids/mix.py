@@ -26,8 +26,8 @@ ROLES = {
     "output": r"lm_head|embed_out",
 }
 FALLBACK = {
-    "q2_k": "iq4_nl",
-    "q3_k": "iq4_nl",
+    "q2_k": "q4_0",
+    "q3_k": "q4_0",
     "q4_k": "q5_0",
     "q5_k": "q5_1",
     "q6_k": "q8_0",
@@ -131,6 +131,8 @@ def _inner(file_type: str, role: str, place: Place) -> str:
     base, i, n = BASE[file_type], place.block, place.blocks
     rules: Mapping[tuple[str, str], str] = {
         ("q2_k", "attn_v"): "q4_k" if place.shared_kv >= 4 else "q3_k",
+        ("iq4_nl", "attn_v"): "q5_k" if place.shared_kv >= 4 else base,
+        ("iq4_nl", "ffn_down"): "q5_k" if i < n // 8 else base,
         ("q2_k", "ffn_down"): "q3_k",
         ("q2_k", "attn_output"): "q3_k",
         ("q3_k_m", "attn_v"): "q5_k" if i < 2 else "q4_k",
