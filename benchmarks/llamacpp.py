@@ -72,7 +72,7 @@ def scored(loaded: LoadedModel, baseline: Baseline, file: Path) -> dict[str, flo
     for tensor in read_gguf(file):
         name = tensor.name if tensor.name.endswith(".bias") else f"{tensor.name}.weight"
         own[name].data.copy_(torch.from_numpy(tensor.weight))
-    return score(model, loaded.tokenizer, baseline, seed=0)
+    return score(model, loaded.tokenizer, baseline, seed=0).metrics
 
 
 def main() -> None:

@@ -168,7 +168,7 @@ def execute(plan: Plan, track: Track) -> Result:
             checkpoints = _export(plan, loaded, weights, windows, tokens, code, track)
             weights.clear()
     with clock.phase("evaluate"):
-        metrics = score(loaded.model, loaded.tokenizer, baseline, plan.seed, track)
+        metrics = score(loaded.model, loaded.tokenizer, baseline, plan.seed, track).metrics
     manifest = _manifest(plan, loaded, tokens, baseline, code, checkpoints)
     result = _result(plan, loaded, footprint, metrics, clock, manifest)
     ledger.path.replace(plan.out / LEDGER)

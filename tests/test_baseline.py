@@ -112,7 +112,7 @@ def test_metrics_are_those_of_an_independent_computation(tmp_path):
     log_p = model(tokens.ids).logits[:, :-1].log_softmax(-1)
     baseline = full_precision(model, None, "weights", [tokens], cache_dir=tmp_path)
     disturb(model)
-    metrics = score(model, None, baseline)
+    metrics = score(model, None, baseline).metrics
     quantized, log_q = plain_losses(model, tokens.ids), model(tokens.ids).logits[:, :-1].log_softmax(-1)
 
     expected = {
@@ -137,7 +137,7 @@ def test_metrics_are_those_of_an_independent_computation(tmp_path):
 
 def test_full_precision_loses_nothing_against_itself():
     model, tokens = tiny_model("llama"), windows(8, 128)
-    metrics = score(model, None, full_precision(model, None, "weights", [tokens]))
+    metrics = score(model, None, full_precision(model, None, "weights", [tokens])).metrics
     assert metrics["text/ppl@128/delta"] == metrics["text/dnll"] == 0
     assert metrics["text/ppl@128/delta_ci95"] == [0, 0]
     assert metrics["text/top1_agreement"] == 1
@@ -146,7 +146,7 @@ def test_full_precision_loses_nothing_against_itself():
 
 def test_too_few_tokens_give_no_interval(caplog):
     model, tokens = tiny_model("llama"), windows(2, 32)
-    metrics = score(model, None, full_precision(model, None, "weights", [tokens]))
+    metrics = score(model, None, full_precision(model, None, "weights", [tokens])).metrics
     assert not any("ci95" in name for name in metrics)
     assert "eval.perplexity.windows" in caplog.text
 

@@ -96,4 +96,4 @@ def test_a_rounded_output_layer_is_compared_with_the_full_precision_one():
         model.get_output_embeddings().weight.mul_(1.1)
         found = model(input_ids=tokens.ids).logits[:, :-1].log_softmax(-1)
     kl = (expected.exp() * (expected - found)).sum(-1).mean()
-    assert score(model, None, baseline)["text/kl"] == pytest.approx(float(kl), rel=1e-3)
+    assert score(model, None, baseline).metrics["text/kl"] == pytest.approx(float(kl), rel=1e-3)

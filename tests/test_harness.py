@@ -230,7 +230,7 @@ def test_models_are_paired_item_by_item(choices, tmp_path):
     tasks = load_tasks(["lambada_openai", "letters"], include_path=choices, lambada=rows)
     baseline = full_precision(model, tokenizer, "weights", [], tasks)
     disturb(model, by=1.0)
-    metrics, after = score(model, tokenizer, baseline), run_tasks(model, tokenizer, tasks)
+    metrics, after = score(model, tokenizer, baseline).metrics, run_tasks(model, tokenizer, tasks)
     before, name = baseline.results.scores["letters/acc"].items, "lm_eval/letters/acc"
     items = after.scores["letters/acc"].items
     assert metrics[name] == items.mean()

@@ -8,8 +8,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "gptq_awq"
 # Lowest first. What stands on one line may not import each other.
 LAYERS = [
-    {"errors", "progress", "__init__"},
-    {"assets", "linalg", "kernels", "results", "memory", "manifest"},
+    {"errors", "progress", "files", "__init__"},
+    {"sealed"},
+    {"journal"},
+    {"assets", "linalg", "kernels", "results", "memory", "manifest", "statistics", "scores"},
     {"moments", "tracking", "report"},
     {"grids", "data"},
     {"models", "solvers"},

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, ttest_rel
 
-from gptq_awq.evaluation.statistics import interval, mcnemar, paired_test, resampled_means
+from gptq_awq.statistics import interval, mcnemar, paired_test, resampled_means
 
 
 def correlated(rng, windows, length, memory=0.9):

@@ -2,11 +2,11 @@
 
     baseline = full_precision(model, ...)   # before: computed once per model, then read from the cache
     ...                                     # the model is quantized in place
-    metrics = score(model, baseline, ...)   # after
+    scored = score(model, baseline, ...)    # after
 
-`metrics` is flat. Below a metric's name lies what belongs to it: `wikitext2/ppl@2048` (the quantized
+`scored.metrics` is flat. Below a metric's name lies what belongs to it: `wikitext2/ppl@2048` (the quantized
 model's), `…/baseline` (full precision), `…/delta` (quantized minus full precision), `…/delta_ci95` ([low,
-high]).
+high]). `scored.scores` is what a later comparison with other runs needs.
 """
 
 import logging
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float
 from transformers import PreTrainedModel
 
 from gptq_awq.data import TokenSet
@@ -23,8 +24,9 @@ from gptq_awq.evaluation.baseline import baseline_scores, read_answers, write_an
 from gptq_awq.evaluation.divergence import Divergence, divergence
 from gptq_awq.evaluation.head import Parameters
 from gptq_awq.evaluation.perplexity import TokenScores, perplexity
-from gptq_awq.evaluation.statistics import interval, paired_test, resampled_means
 from gptq_awq.progress import Track, no_track
+from gptq_awq.scores import Scores
+from gptq_awq.statistics import block_sums, interval, paired_test, resampled_means
 
 if TYPE_CHECKING:  # lm-eval takes seconds to import, which runs without it need not spend
     from gptq_awq.evaluation.harness import TaskResults, Tasks, TaskScore
@@ -48,6 +50,14 @@ class Baseline:
         """For the manifest: the hash of the tokens of each text ("wikitext2") and task ("lm_eval/TASK")."""
         tasks = self.results.sha256 if self.results else {}
         return {t.name: t.sha256 for t in self.tokens} | {f"lm_eval/{k}": v for k, v in tasks.items()}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the quantized model scored: the metrics map, and the sums and items that they are made of."""
+
+    metrics: Metrics
+    scores: Scores
 
 
 def full_precision(
@@ -86,22 +96,24 @@ def full_precision(
     return Baseline(tuple(tokens), scores, tasks, results, output)
 
 
-def score(
-    model: PreTrainedModel, tokenizer: Any, baseline: Baseline, seed: int = 0, track: Track = no_track
-) -> Metrics:
+def score(model: PreTrainedModel, tokenizer: Any, baseline: Baseline, seed: int = 0, track: Track = no_track) -> Scored:
     """Score the quantized model on what `baseline` was scored on; `seed` draws the bootstrap's resamples.
 
     Raises UserError where logits are not finite.
     """
     metrics: Metrics = {}
+    arrays: dict[str, np.ndarray] = {}
     for tokens, scores in zip(baseline.tokens, baseline.scores, strict=True):
-        metrics |= token_metrics(tokens, scores, divergence(model, tokens, scores, track, baseline.output), seed)
+        found = divergence(model, tokens, scores, track, baseline.output)
+        metrics |= token_metrics(tokens, scores, found, seed)
+        arrays |= token_sums(tokens.name, scores, found)
     if baseline.tasks is not None and baseline.results is not None:
         from gptq_awq.evaluation.harness import run_tasks
 
         results = run_tasks(model, tokenizer, baseline.tasks, track=track)
         metrics |= task_metrics(baseline.results, results, seed)
-    return metrics
+        arrays |= task_items(baseline.results, results)
+    return Scored(metrics, Scores(arrays))
 
 
 def token_metrics(tokens: TokenSet, baseline: TokenScores, quantized: Divergence, seed: int = 0) -> Metrics:
@@ -111,7 +123,6 @@ def token_metrics(tokens: TokenSet, baseline: TokenScores, quantized: Divergence
     """
     name, ppl = tokens.name, f"{tokens.name}/ppl@{tokens.ids.shape[1]}"
     full, value = perplexity(baseline.nll), perplexity(quantized.nll)
-    series = (baseline.nll, quantized.nll, quantized.kl, quantized.agree.float())
     metrics: Metrics = {
         ppl: value,
         f"{ppl}/baseline": full,
@@ -121,7 +132,7 @@ def token_metrics(tokens: TokenSet, baseline: TokenScores, quantized: Divergence
         f"{name}/top1_agreement": float(quantized.agree.double().mean()),
     }
     try:
-        nll, q_nll, kl, agree = resampled_means(np.stack([x.numpy() for x in series]), seed=seed)
+        nll, q_nll, kl, agree = resampled_means(_series(baseline, quantized), seed=seed)
     except ValueError as error:
         log.warning("%s: no intervals (%s); more eval.perplexity.windows would give them", name, error)
         return metrics
@@ -131,6 +142,17 @@ def token_metrics(tokens: TokenSet, baseline: TokenScores, quantized: Divergence
         f"{name}/kl/ci95": list(interval(kl)),
         f"{name}/top1_agreement/ci95": list(interval(agree)),
     }
+
+
+def token_sums(name: str, baseline: TokenScores, quantized: Divergence) -> dict[str, np.ndarray]:
+    """Losses, KL and agreement of one text, summed over the bootstrap's blocks."""
+    (nll, q_nll, kl, agree), lengths = block_sums(_series(baseline, quantized))
+    sums = {"tokens": lengths.astype(np.float64), "nll": q_nll, "nll/baseline": nll, "kl": kl, "agree": agree}
+    return {f"{name}/{key}": values for key, values in sums.items()}
+
+
+def _series(baseline: TokenScores, quantized: Divergence) -> Float[np.ndarray, "4 windows scored"]:
+    return np.stack([x.numpy() for x in (baseline.nll, quantized.nll, quantized.kl, quantized.agree.float())])
 
 
 def task_metrics(baseline: "TaskResults", quantized: "TaskResults", seed: int = 0) -> Metrics:
@@ -144,6 +166,16 @@ def task_metrics(baseline: "TaskResults", quantized: "TaskResults", seed: int = 
     for key, full in baseline.scores.items():
         metrics |= _paired(f"lm_eval/{key}", full, quantized.scores[key], seed)
     return metrics
+
+
+def task_items(baseline: "TaskResults", quantized: "TaskResults") -> dict[str, np.ndarray]:
+    """The values of every item, for every metric that has them."""
+    arrays: dict[str, np.ndarray] = {}
+    for key, full in baseline.scores.items():
+        items, value = full.items, quantized.scores[key].items
+        if items is not None and value is not None:
+            arrays |= {f"lm_eval/{key}": value.astype(np.float64), f"lm_eval/{key}/baseline": items.astype(np.float64)}
+    return arrays
 
 
 def _paired(name: str, full: "TaskScore", value: "TaskScore", seed: int) -> Metrics:

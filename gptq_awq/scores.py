@@ -1,0 +1,59 @@
+"""What paired tests between runs need: sums over blocks of tokens and values of items, in `OUT/scores.npz`.
+
+Two runs that scored the same tokens (`manifest.tokens.eval`) can be compared block by block, long after both are
+over. Per text NAME, float64 sums over the blocks of `statistics.BLOCK` tokens:
+
+    NAME/tokens         tokens of each block
+    NAME/nll            loss of the quantized model, nats
+    NAME/nll/baseline   loss of full precision
+    NAME/kl             KL of the quantized model from full precision, nats
+    NAME/agree          tokens for which both would say the same word
+
+and per lm-eval metric with a number for each item, in the order of items:
+
+    lm_eval/TASK/METRIC, lm_eval/TASK/METRIC/baseline
+"""
+
+import os
+import uuid
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from jaxtyping import Float
+
+FILE_NAME = "scores.npz"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Arrays by name, each of one dimension."""
+
+    arrays: Mapping[str, Float[np.ndarray, "values"]]
+
+    def write(self, folder: Path | str) -> Path:
+        """Write `folder/scores.npz` whole or not at all; the same scores give the same bytes. Raises OSError."""
+        path = Path(folder) / FILE_NAME
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # two nodes may share a process id
+        try:
+            with temporary.open("wb") as file:
+                np.savez_compressed(file, allow_pickle=False, **dict(sorted(self.arrays.items())))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def read(cls, folder: Path | str) -> Self:
+        """The scores of the run in `folder`. Raises OSError where it has none, ValueError where they are damaged."""
+        path = Path(folder) / FILE_NAME
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                return cls({name: archive[name] for name in archive.files})
+        except (zipfile.BadZipFile, EOFError, KeyError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
