@@ -101,3 +101,19 @@ class MomentsSum:
         upper = self._xx.triu() / self._tokens
         hessian = upper + upper.triu(1).T
         return Moments(hessian, self._abs / self._tokens, self._tokens)
+
+
+def pack_symmetric(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "packed"]:
+    """A symmetric matrix as its blocks on and above the diagonal, for storing."""
+    return torch.cat([matrix[a : a + BLOCK, a:].flatten() for a in range(0, len(matrix), BLOCK)])
+
+
+def unpack_symmetric(packed: Float[Tensor, "packed"], n: int) -> Float[Tensor, "n n"]:
+    """The inverse of `pack_symmetric`, bit for bit."""
+    matrix, start = packed.new_empty(n, n), 0
+    for a in range(0, n, BLOCK):
+        rows, columns = min(BLOCK, n - a), n - a
+        block = packed[start : start + rows * columns].view(rows, columns)
+        matrix[a : a + rows, a:], matrix[a:, a : a + rows] = block, block.T
+        start += rows * columns
+    return matrix

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from gptq_awq.errors import UserError
+from gptq_awq.sealed import tensor_bytes
 
 CHUNK_LOGITS = 2**23
 """Logits computed at a time: 32 MB in fp32."""
@@ -119,11 +120,6 @@ class Head:
             del self.decoder.forward
             if before is not None:  # some libraries (accelerate) set an instance's forward too
                 self.decoder.forward = before
-
-
-def tensor_bytes(x: Tensor) -> memoryview:
-    """The tensor's bytes, in row-major order, for hashing."""
-    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _unsupported(model: PreTrainedModel) -> UserError:

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from gptq_awq.grids.arithmetic import Arithmetic, Params
+from gptq_awq.sealed import Sealed
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,13 @@ class QuantizedWeight:
         """The weight that an engine computes with."""
         params = Fitted(self.scales, self.zeros).per_column(self.group_of_column)
         return self.grid.decode(self.codes.to(self.scales.dtype), params)
+
+    def sha256(self) -> str:
+        """Hash of all that a checkpoint stores: codes, scales, zeros, column order, and the grid's own store."""
+        stored = {"codes": self.codes, "scales": self.scales, "zeros": self.zeros, "groups": self.group_of_column}
+        return Sealed(
+            stored | {f"store/{name}": x for name, x in self.store.items()}, {"grid": str(self.grid)}
+        ).sha256()
 
     @property
     def natural_order(self) -> bool:

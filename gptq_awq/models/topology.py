@@ -16,6 +16,7 @@ No table of architectures, and no wrong guess that passes silently.
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,6 +49,7 @@ def observe_sites(
     call: Call,
     absorbers: bool,
     heads: int | None = None,
+    like: Sequence[Site] = (),
 ) -> list[Site]:
     """The block's sites in the order they run.
 
@@ -57,13 +59,21 @@ def observe_sites(
         call: the block's other arguments for that input.
         absorbers: also look for each site's absorber (a dozen tiny forwards per site).
         heads: attention heads, to recognise the values in a fused, per-head interleaved projection.
+        like: the sites of another block, most likely of the same make: its absorbers are proposed, and verified,
+            before any is searched for; where it has none, none is.
     """
     probe = _Probe(copy.deepcopy(block).float(), hidden.float(), call)
+    known = {site.linears: site.absorber for site in like}
+
+    def absorber(site: Site) -> Absorber | None:
+        guess = known.get(site.linears)
+        if site.linears in known and (guess is None or _verify(probe, site, guess)):
+            return guess
+        return _find_absorber(probe, site, order, heads)
+
     with torch.no_grad():
         order, sites = _watch(probe)
-        if not absorbers:
-            return sites
-        return [replace(site, absorber=_find_absorber(probe, site, order, heads)) for site in sites]
+        return [replace(site, absorber=absorber(site)) for site in sites] if absorbers else sites
 
 
 def _watch(probe: _Probe) -> tuple[list[str], list[Site]]:

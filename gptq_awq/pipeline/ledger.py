@@ -69,6 +69,7 @@ class LinearReport:
             "damping": solution.damping,
             "tokens": moments.tokens if moments else None,
             "loss": solution.quantized.loss,
+            "codes_sha256": solution.quantized.sha256(),
             "weight_error": float((dequantized - weight).square().sum() / weight.square().sum().clamp(min=1e-30)),
             "seconds": round(seconds, 4),
         }

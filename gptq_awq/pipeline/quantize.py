@@ -11,11 +11,8 @@
 Weights change in the model that was passed in; forwards run in `compute_dtype` on a copy of one block.
 """
 
-import copy
-import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,50 +21,21 @@ from torch import nn
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, GridChoice, QuantizedWeight
+from gptq_awq.journal import Journal
 from gptq_awq.linalg import NotPositiveDefiniteError
 from gptq_awq.models.blocks import find_blocks, hooks
 from gptq_awq.models.linear import Site, is_linear, matrix
-from gptq_awq.models.topology import observe_sites
 from gptq_awq.moments import Moments
+from gptq_awq.pipeline.inputs import Inputs, Settings
 from gptq_awq.pipeline.ledger import LinearReport
 from gptq_awq.pipeline.method import Method
+from gptq_awq.pipeline.observe import Observation, Record
 from gptq_awq.pipeline.places import landing
-from gptq_awq.pipeline.staged import observe_forward, staged_forward
-from gptq_awq.pipeline.streams import Streams, open_streams
+from gptq_awq.pipeline.progress import BlockResult, Progress, Row, restore
+from gptq_awq.pipeline.staged import staged_forward
 from gptq_awq.progress import Track, no_track
 from gptq_awq.solvers.rtn import RTN
-from gptq_awq.transforms.base import Scaling
-
-log = logging.getLogger(__name__)
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How calibration computes; none of it changes what is minimised.
-
-    Attributes:
-        compute_dtype: precision of calibration forwards ("auto": bfloat16 where the hardware has it).
-        tokens_per_batch: calibration tokens per forward.
-    """
-
-    compute_dtype: str = "auto"
-    tokens_per_batch: int = 2048
-
-
-@dataclass(frozen=True)
-class BlockResult:
-    """One finished block.
-
-    Attributes:
-        index: its number.
-        weights: module name → codes, scales, zeros.
-        rows: its part of the ledger, one row per linear.
-    """
-
-    index: int
-    weights: dict[str, QuantizedWeight] = field(repr=False)
-    rows: list[Row] = field(repr=False)
+from gptq_awq.transforms.base import ModuleInputs, Scaling
 
 
 def quantize(
@@ -75,14 +43,16 @@ def quantize(
     tokens: TokenSet | None,
     method: Method,
     grid: GridChoice,
-    settings: Settings = Settings(),
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
     track: Track = no_track,
+    record: Record | None = None,
+    progress: Journal | None = None,
 ) -> Iterator[BlockResult]:
     """Quantize every linear in the model's blocks, in place, one block per step of the iterator.
 
     A mix of grids may round the embedding and the output head too; they come first, as block -1.
 
-    Nothing is kept of a block that was handed out, so a caller that needs no codes pays no memory for them.
+    Nothing is kept in memory of a block that was handed out, so a caller that needs no codes pays no memory for them.
 
     Args:
         model: a causal LM in eval mode.
@@ -91,33 +61,42 @@ def quantize(
         grid: where weights may land.
         settings: how to compute.
         track: wraps the loop over blocks, to report progress.
+        record: keeps what methods without error propagation look at, for other runs on the same model and tokens.
+        progress: keeps finished blocks; those it holds are restored, not computed.
 
     Raises:
         UserError: no calibration data where the method needs some; non-finite values; H that won't factor; a width
             that a grid has no room for.
     """
-    name, blocks = find_blocks(model)
-    device = next(model.parameters()).device
-    dtype = resolve_compute_dtype(settings.compute_dtype, device)
+    prefix, blocks = find_blocks(model)
     if method.solver is None:
         if method.cast is not None:
             _cast(model, getattr(torch, method.cast))
         return
     grids = landing(model, grid)
-    ends = _round_ends(model, grids, name, method)
+    ends = _round_ends(model, grids, prefix, method)
     if ends.weights:
         yield ends
-    streams = None
+    kept = Progress(progress)
+    inputs = None
     if needs_calibration(method, grid):
         if tokens is None:
             raise UserError(f"method={method.name} calibrates: give it tokens (data=…)")
-        streams = open_streams(model, blocks, tokens, settings.tokens_per_batch, dtype, track)
-    heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
-    for index, block in enumerate(track(blocks, f"quantize ({method.name})", len(blocks))):
-        step = _BlockStep(block, index, f"{name}.{index}", method, grids, streams, dtype, heads)
+        inputs = Inputs(
+            *(model, blocks, tokens, settings, method.error_propagation, bool(method.transforms)),
+            record=record,
+            track=track,
+        )
+    finished = kept.finished(blocks, inputs.streams if inputs else None)
+    yield from restore(finished, prefix, blocks, grids)
+    rest = range(len(finished), len(blocks))
+    for index in track(rest, f"quantize ({method.name})", len(rest)):
+        step = _BlockStep(blocks[index], index, f"{prefix}.{index}", method, grids)
         with torch.no_grad():
-            step.run()
-        yield BlockResult(index, step.weights, step.rows)
+            step.run(inputs)
+        done = BlockResult(index, step.weights, step.rows)
+        kept.save(f"{prefix}.{index}", blocks[index], done, inputs.streams if inputs else None)
+        yield done
 
 
 def needs_calibration(method: Method, grid: GridChoice) -> bool:
@@ -126,75 +105,55 @@ def needs_calibration(method: Method, grid: GridChoice) -> bool:
     return solver is not None and (bool(method.transforms) or solver.needs_hessian or grid.needs_hessian)
 
 
-def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of calibration forwards; "auto" is bfloat16 where matrix units multiply it natively.
-
-    Raises:
-        UserError: unknown name.
-    """
-    if name == "auto":
-        if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        native = torch.cpu.get_capabilities()
-        has_bf16 = device.type == "cpu" and (native.get("avx512_bf16") or native.get("amx_bf16"))
-        return torch.bfloat16 if has_bf16 else torch.float32
-    if name not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"compute_dtype={name}: choose auto, float32, bfloat16 or float16")
-    return getattr(torch, name)
-
-
 class _BlockStep:
     """One turn of the loop: everything that happens to one block."""
 
-    def __init__(
-        self,
-        block: nn.Module,
-        index: int,
-        name: str,
-        method: Method,
-        grids: Mapping[str, Grid],
-        streams: Streams | None,
-        compute_dtype: torch.dtype,
-        heads: int | None,
-    ) -> None:
-        self.block, self.index, self.name = block, index, name
-        self.method, self.streams = method, streams
+    def __init__(self, block: nn.Module, index: int, name: str, method: Method, grids: Mapping[str, Grid]) -> None:
+        self.block, self.runner, self.index, self.name, self.method = block, block, index, name, method
         self.grids = {n.removeprefix(f"{name}."): grid for n, grid in grids.items() if n.startswith(f"{name}.")}
-        self.heads = heads
-        same = next(block.parameters()).dtype == compute_dtype
-        self.runner = block if same or streams is None else copy.deepcopy(block).to(compute_dtype)
         self.weights: dict[str, QuantizedWeight] = {}
         self.rows: list[Row] = []
         self._scalings: dict[str, dict[str, Scaling]] = {}
 
-    def run(self) -> None:
+    def run(self, inputs: Inputs | None) -> None:
         assert self.method.solver is not None
-        if self.streams is None:
+        if inputs is None:
             for site in _each_linear(self.block):
                 self._solve(site, None)
             return
-        hidden, call = self.streams.probe_input(), self.streams.probe.calls[self.index]
-        sites = observe_sites(self.block, hidden, call, bool(self.method.transforms), self.heads)
-        _check_coverage(self.block, sites, self.name)
+        if inputs.streams is not None:
+            self.runner = inputs.runner(self.block)
         if self.method.error_propagation and self.method.solver.needs_hessian:
-            if self.method.transforms:
-                self._observe_and_transform(sites)
-            staged_forward(self.runner, self.index, sites, self.streams, self._solve)
-            return
-        for site, stats in zip(sites, self._observe_and_transform(sites), strict=True):
-            self._solve(site, stats)
-        if self.method.error_propagation:
-            self.streams.advance(self.runner, self.index)
+            self._run_staged(inputs)
+        else:
+            seen = self._observe(inputs)
+            for site, moments in zip(seen.sites, self._transform(seen), strict=True):
+                self._solve(site, moments)
+            if self.method.error_propagation and inputs.streams is not None:
+                inputs.streams.advance(self.runner, self.index)
 
-    def _observe_and_transform(self, sites: list[Site]) -> list[Moments]:
+    def _run_staged(self, inputs: Inputs) -> None:
+        assert inputs.streams is not None
+        if self.method.transforms:
+            seen = self._observe(inputs)
+            self._transform(seen)
+            sites = seen.sites
+        else:
+            sites = inputs.sites(self.block, self.index)
+            _check_coverage(self.block, sites, self.name)
+        staged_forward(self.runner, self.index, sites, inputs.streams, self._solve)
+
+    def _observe(self, inputs: Inputs) -> Observation:
+        seen = inputs.observe(self.block, self.runner, self.index)
+        _check_coverage(self.block, seen.sites, self.name)
+        return seen
+
+    def _transform(self, seen: Observation) -> list[Moments]:
         """Moments of all sites' inputs, as they are after the transforms."""
-        assert self.streams is not None
-        advance = not self.method.error_propagation
-        inputs = self._sampled_inputs()
-        moments = observe_forward(self.runner, self.index, sites, self.streams, advance)
+        moments = seen.moments
         for transform in self.method.transforms.values():
-            scalings = transform.apply(self.block, sites, moments, self.grids, inputs)
-            for site, scaling in zip(sites, scalings, strict=True):
+            scalings = transform.apply(self.block, seen.sites, moments, self.grids, self._inputs_of(seen))
+            for site, scaling in zip(seen.sites, scalings, strict=True):
                 self._scalings.setdefault(site.name, {})[transform.name] = scaling
             moments = [
                 m if scaling.scales is None else m.rescaled(scaling.scales)
@@ -204,11 +163,8 @@ class _BlockStep:
             self.runner.load_state_dict(self.block.state_dict())
         return moments
 
-    def _sampled_inputs(self):
+    def _inputs_of(self, seen: Observation) -> ModuleInputs:
         """A function that shows a submodule's calls on the first batch, with the untransformed weights."""
-        assert self.streams is not None
-        first, index = self.streams.batches[0], self.index
-        hidden, call = first.hidden, first.calls[index]
 
         def inputs(submodule: str) -> list[tuple[tuple, dict[str, Any]]]:
             block = self.block
@@ -217,7 +173,7 @@ class _BlockStep:
                 lambda _module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
             )
             with hooks([keep]):
-                call.run(block, hidden.to(next(block.parameters()).dtype))
+                seen.call.run(block, seen.hidden.to(next(block.parameters()).dtype))
             return calls
 
         return inputs

@@ -4,6 +4,7 @@ A stream is one batch of calibration windows as hidden states, with the argument
 them. The states live in the compute dtype; blocks rewrite them in place of the old ones.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,17 @@ class Streams:
         """Pass every batch through `block`."""
         for stream in self.batches:
             stream.hidden = stream.calls[index].run(block, stream.hidden)
+
+    def hidden(self) -> list[Float[Tensor, "batch tokens width"]]:
+        """What enters the next block, batch by batch."""
+        return [stream.hidden for stream in self.batches]
+
+    def restore(self, hidden: Sequence[Float[Tensor, "batch tokens width"]]) -> None:
+        """Go on from hidden states that were kept. Raises ValueError where they are not of these batches."""
+        for stream, kept in zip(self.batches, hidden, strict=True):
+            if kept.shape != stream.hidden.shape or kept.dtype != stream.hidden.dtype:
+                raise ValueError(f"a stream of shape {tuple(kept.shape)} for one of {tuple(stream.hidden.shape)}")
+            stream.hidden = kept.to(stream.hidden.device)
 
     def probe_input(self) -> Float[Tensor, "1 tokens width"]:
         """The first real tokens that enter the next block."""

@@ -1,0 +1,110 @@
+"""What enters each block during calibration: streams on their way through the model, or a record of full precision."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from gptq_awq.data import TokenSet
+from gptq_awq.errors import UserError
+from gptq_awq.models.linear import Site
+from gptq_awq.pipeline.observe import Observation, Observer, Record, in_dtype, read, recorded
+from gptq_awq.pipeline.streams import Streams, open_streams
+from gptq_awq.progress import Track, no_track
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How calibration computes; none of it changes what is minimised.
+
+    Attributes:
+        compute_dtype: precision of calibration forwards ("auto": bfloat16 where the hardware has it).
+        tokens_per_batch: calibration tokens per forward.
+    """
+
+    compute_dtype: str = "auto"
+    tokens_per_batch: int = 2048
+
+
+class Inputs:
+    """The inputs of a model's blocks, asked for from the first block to the last.
+
+    Args:
+        error_propagation: see `Method`. Without it, `observe` advances the streams, on the block as it is then.
+        absorbers: whether sites shall know theirs.
+        record: where what full precision shows is read from; it is completed first, for all later runs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: nn.ModuleList,
+        tokens: TokenSet,
+        settings: Settings,
+        error_propagation: bool,
+        absorbers: bool,
+        record: Record | None = None,
+        track: Track = no_track,
+    ) -> None:
+        self.dtype = resolve_compute_dtype(settings.compute_dtype, next(model.parameters()).device)
+        self._advance = not error_propagation
+        self._sites: list[Site] = []
+        heads: int | None = getattr(getattr(model, "config", None), "num_attention_heads", None)
+
+        def observer(tokens: TokenSet, absorbers: bool) -> Observer:
+            streams = open_streams(model, blocks, tokens, settings.tokens_per_batch, self.dtype, track)
+            return Observer(streams, absorbers, heads)
+
+        # A record serves all methods, so it knows absorbers whether this one wants them or not.
+        if record and self._advance and recorded(record, blocks, lambda: observer(tokens, True), self.dtype, track):
+            self._record, self._observer = record, None
+            first = _first_batch(tokens, settings.tokens_per_batch)
+            self._calls = open_streams(model, blocks, first, settings.tokens_per_batch, self.dtype).batches[0].calls
+        else:
+            self._record, self._observer = None, observer(tokens, absorbers)
+
+    @property
+    def streams(self) -> Streams | None:
+        """What enters the next block; None where inputs are read from a record."""
+        return self._observer.streams if self._observer else None
+
+    def runner(self, block: nn.Module) -> nn.Module:
+        """The block as forwards compute with it."""
+        return in_dtype(block, self.dtype)
+
+    def sites(self, block: nn.Module, index: int) -> list[Site]:
+        """The block's sites, without their moments."""
+        assert self._observer is not None
+        self._sites = self._observer.sites(block, index, self._sites)
+        return self._sites
+
+    def observe(self, block: nn.Module, runner: nn.Module, index: int) -> Observation:
+        """The block's sites and the moments of their inputs."""
+        if self._record is not None:
+            device = next(block.parameters()).device
+            return read(self._record, index, self._calls[index], device)
+        assert self._observer is not None
+        return self._observer.observe(runner, index, self.sites(block, index), self._advance)
+
+
+def _first_batch(tokens: TokenSet, tokens_per_batch: int) -> TokenSet:
+    """The rows that make the first batch."""
+    rows = max(1, tokens_per_batch // tokens.ids.shape[1])
+    return replace(tokens, ids=tokens.ids[:rows], mask=None if tokens.mask is None else tokens.mask[:rows])
+
+
+def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of calibration forwards; "auto" is bfloat16 where matrix units multiply it natively.
+
+    Raises:
+        UserError: unknown name.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        native = torch.cpu.get_capabilities()
+        has_bf16 = device.type == "cpu" and (native.get("avx512_bf16") or native.get("amx_bf16"))
+        return torch.bfloat16 if has_bf16 else torch.float32
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"compute_dtype={name}: choose auto, float32, bfloat16 or float16")
+    return getattr(torch, name)

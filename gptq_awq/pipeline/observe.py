@@ -1,0 +1,223 @@
+"""Observation: what the calibration data look like at every site of a block, in one forward of the block.
+
+Without error propagation all methods see the same thing, the full-precision model, whatever their bits, grid and
+solver. So it is recorded once, in a journal, and every later run of a sweep reads it instead of calibrating.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gptq_awq.data import TokenSet
+from gptq_awq.errors import UserError
+from gptq_awq.files import locked
+from gptq_awq.journal import Journal
+from gptq_awq.models.blocks import Call
+from gptq_awq.models.linear import Absorber, Site
+from gptq_awq.models.topology import observe_sites
+from gptq_awq.moments import Moments, pack_symmetric, unpack_symmetric
+from gptq_awq.pipeline.staged import observe_forward
+from gptq_awq.pipeline.streams import Streams
+from gptq_awq.progress import Track
+from gptq_awq.sealed import DamagedError, Sealed, lock_path
+
+log = logging.getLogger(__name__)
+SCHEMA = 1
+"""Raised whenever the meaning of what is recorded changes."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One block and its inputs.
+
+    Attributes:
+        sites: the block's sites in the order they run.
+        moments: of each site's input.
+        hidden: what enters the block, of the first batch.
+        call: the block's other arguments, for that batch.
+    """
+
+    sites: list[Site]
+    moments: list[Moments]
+    hidden: Float[Tensor, "batch tokens width"]
+    call: Call
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where observations of full precision are kept: a journal, and how many bytes it may take."""
+
+    journal: Journal
+    room: int
+
+
+def observations_sha256(
+    model: nn.Module, model_sha256: str, tokens: TokenSet, dtype: torch.dtype, tokens_per_batch: int
+) -> str:
+    """Hash of all that observations of the full-precision model depend on; forwards compute in `dtype`."""
+    config: Any = model.config
+    depends_on = {
+        "schema": SCHEMA,
+        "model": model_sha256,
+        "tokens": tokens.sha256,
+        "tokens_per_batch": tokens_per_batch,
+        "dtypes": [str(next(model.parameters()).dtype), str(dtype)],
+        "device": next(model.parameters()).device.type,
+        "attention": config._attn_implementation,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+
+
+def in_dtype(block: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The block as forwards compute with it: itself, or a copy in another precision."""
+    return block if next(block.parameters()).dtype == dtype else copy.deepcopy(block).to(dtype)
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Observes blocks on the streams' inputs.
+
+    Attributes:
+        streams: hold what enters the block that is observed.
+        absorbers: look for each site's absorber too.
+        heads: attention heads, see `observe_sites`.
+    """
+
+    streams: Streams
+    absorbers: bool
+    heads: int | None
+
+    def sites(self, block: nn.Module, index: int, like: Sequence[Site] = ()) -> list[Site]:
+        """The block's sites; `like` are those of a block that may be of the same make."""
+        hidden, call = self.streams.probe_input(), self.streams.probe.calls[index]
+        return observe_sites(block, hidden, call, self.absorbers, self.heads, like)
+
+    def observe(self, runner: nn.Module, index: int, sites: list[Site], advance: bool) -> Observation:
+        """One forward of all batches; with `advance`, the streams go on to the next block."""
+        first = self.streams.batches[0]
+        hidden, call = first.hidden, first.calls[index]
+        return Observation(sites, observe_forward(runner, index, sites, self.streams, advance), hidden, call)
+
+
+def passing(observer: Observer, blocks: nn.ModuleList, dtype: torch.dtype, start: int = 0) -> Iterator[Observation]:
+    """Observe the blocks one after the other, each before the caller changes it; keeps nothing."""
+    sites: list[Site] = []
+    for index in range(start, len(blocks)):
+        with torch.no_grad():
+            sites = observer.sites(blocks[index], index, sites)
+            seen = observer.observe(in_dtype(blocks[index], dtype), index, sites, advance=True)
+        yield seen
+
+
+def recorded(
+    record: Record, blocks: nn.ModuleList, opened: Callable[[], Observer], dtype: torch.dtype, track: Track
+) -> bool:
+    """Complete the record: observe every block that isn't in it yet. False where it can't be kept on this disk.
+
+    Of several processes one observes, and the others wait. No block may have been changed yet; `opened` makes an
+    observer whose streams enter the first block.
+    """
+    journal, count = record.journal, len(blocks)
+    with locked(lock_path(journal.folder), lambda: log.warning("another process calibrates on these data: waiting")):
+        start = _whole(journal)
+        if start == count:
+            log.info("full-precision moments read from %s", journal.folder)
+            return True
+        observer = opened()
+        if start:
+            start = _restored(journal, observer.streams, start)
+        if not start and _forecast(observer, blocks) > record.room:
+            log.warning("the moments of all blocks don't fit into cache_gb: they are not shared with other runs")
+            return False
+        rest = track(passing(observer, blocks, dtype, start), "calibrate (full precision)", count - start)
+        try:
+            for index, seen in enumerate(rest, start):
+                stream = observer.streams.hidden() if index + 1 < count else ()
+                journal.append(index, *_packed(seen), stream=stream)
+        except OSError as error:
+            log.warning("the moments are not kept for later runs: %s", error)
+            journal.clear()
+            return False
+        journal.drop_streams()
+    return True
+
+
+def read(record: Record, index: int, call: Call, device: torch.device) -> Observation:
+    """The recorded observation of one block.
+
+    Raises:
+        UserError: it was complete when the run began, and isn't any more.
+    """
+    try:
+        return _unpacked(record.journal.block(index), call, device)
+    except (DamagedError, FileNotFoundError) as error:
+        raise UserError(
+            f"the recorded moments of block {index} are gone from the cache: run again ({error})"
+        ) from error
+
+
+def _whole(journal: Journal) -> int:
+    """How many leading blocks of the journal can be used. What is damaged is dropped, and all that follows it."""
+    there = journal.count()
+    try:
+        for index in range(there):
+            journal.block(index)
+    except (DamagedError, FileNotFoundError) as error:
+        log.warning("the recorded moments in %s are damaged (%s): calibrating anew", journal.folder, error)
+        journal.clear()
+        return 0
+    return there
+
+
+def _restored(journal: Journal, streams: Streams, start: int) -> int:
+    """Let the streams enter block `start`; where that can't be, begin at block 0."""
+    try:
+        streams.restore(journal.stream(start - 1))
+    except (DamagedError, FileNotFoundError) as error:
+        log.warning("the recorded stream in %s is damaged (%s): calibrating anew", journal.folder, error)
+        journal.clear()
+        return 0
+    return start
+
+
+def _forecast(observer: Observer, blocks: nn.ModuleList) -> int:
+    """Bytes of the moments of all blocks, if all are like the first."""
+    sites = observe_sites(blocks[0], observer.streams.probe_input(), observer.streams.probe.calls[0], absorbers=False)
+    return len(blocks) * sum(4 * site.width**2 for site in sites)
+
+
+def _packed(seen: Observation) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of an observation, for the journal."""
+    tensors: dict[str, Tensor] = {"hidden": seen.hidden}
+    facts = []
+    for i, (site, moments) in enumerate(zip(seen.sites, seen.moments, strict=True)):
+        tensors |= {f"{i}.hessian": pack_symmetric(moments.hessian), f"{i}.mean_abs": moments.mean_abs}
+        fact: dict[str, Any] = {"linears": site.linears, "width": site.width, "tokens": moments.tokens}
+        if site.absorber is not None:
+            tensors[f"{i}.rows"] = site.absorber.rows
+            fact |= {"producer": site.absorber.producer, "unit_offset": site.absorber.unit_offset}
+        facts.append(fact)
+    return tensors, {"sites": facts}
+
+
+def _unpacked(content: Sealed, call: Call, device: torch.device) -> Observation:
+    tensors, sites, moments = content.tensors, [], []
+    for i, fact in enumerate(content.facts["sites"]):
+        absorber = None
+        if "producer" in fact:
+            absorber = Absorber(fact["producer"], tensors[f"{i}.rows"], fact["unit_offset"])
+        sites.append(Site(tuple(fact["linears"]), fact["width"], absorber))
+        hessian = unpack_symmetric(tensors[f"{i}.hessian"], fact["width"]).to(device)
+        moments.append(Moments(hessian, tensors[f"{i}.mean_abs"].to(device), fact["tokens"]))
+    return Observation(sites, moments, tensors["hidden"].to(device), call)

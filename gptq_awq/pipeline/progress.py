@@ -1,0 +1,114 @@
+"""What is kept of a finished block, so that a run that was killed goes on after it, bit for bit.
+
+Codes, scales and zeros (a byte per weight and a little more, whatever the model's dtype), and those parameters of the
+block that are not on a grid, since transforms change them. The weights follow from the codes.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptq_awq.grids.base import Grid, QuantizedWeight, group_of_columns
+from gptq_awq.journal import Journal
+from gptq_awq.models.linear import matrix
+from gptq_awq.pipeline.streams import Streams
+from gptq_awq.sealed import DamagedError, Sealed
+
+log = logging.getLogger(__name__)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """One finished block.
+
+    Attributes:
+        index: its number; -1: what lies outside of the blocks.
+        weights: module name → codes, scales, zeros.
+        rows: its part of the ledger, one row per linear.
+        restored: an earlier attempt at this run had finished it.
+    """
+
+    index: int
+    weights: dict[str, QuantizedWeight] = field(repr=False)
+    rows: list[Row] = field(repr=False)
+    restored: bool = False
+
+
+@dataclass
+class Progress:
+    """A run's journal; None: nothing is kept. A disk that is full costs the progress, not the run."""
+
+    journal: Journal | None
+
+    def save(self, prefix: str, block: nn.Module, done: BlockResult, streams: Streams | None) -> None:
+        """Keep a finished block, and what enters the next one."""
+        if self.journal is None:
+            return
+        tensors, facts = _packed(prefix, block, done)
+        try:
+            self.journal.append(done.index, tensors, facts, streams.hidden() if streams else ())
+        except OSError as error:
+            log.warning("progress is not kept, a killed run would start again: %s", error)
+            self.journal.clear()
+            self.journal = None
+
+    def finished(self, blocks: nn.ModuleList, streams: Streams | None) -> list[Sealed]:
+        """What is kept of the leading blocks; `streams` then enter the block after them."""
+        if self.journal is None:
+            return []
+        contents: list[Sealed] = []
+        try:
+            for index in range(min(self.journal.count(), len(blocks))):
+                contents.append(self.journal.block(index))
+            if contents and streams is not None and len(contents) < len(blocks):
+                streams.restore(self.journal.stream(len(contents) - 1))
+        except (DamagedError, FileNotFoundError, ValueError) as error:
+            log.warning("the progress in %s is damaged (%s): starting again", self.journal.folder, error)
+            self.journal.clear()
+            return []
+        return contents
+
+
+def restore(
+    contents: list[Sealed], prefix: str, blocks: nn.ModuleList, grids: Mapping[str, Grid]
+) -> Iterator[BlockResult]:
+    """Put finished blocks back into the model, in place."""
+    for index, content in enumerate(contents):
+        block = blocks[index]
+        weights = dict(_weights(content, grids))
+        with torch.no_grad():
+            for name, weight in weights.items():
+                matrix(block.get_submodule(name.removeprefix(f"{prefix}.{index}."))).copy_(weight.dequantize())
+            block.load_state_dict(_under("plain/", content.tensors), strict=False)
+        yield BlockResult(index, weights, content.facts["rows"], restored=True)
+
+
+def _packed(prefix: str, block: nn.Module, done: BlockResult) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    on_grid = {f"{name.removeprefix(f'{prefix}.')}.weight" for name in done.weights}
+    state = block.state_dict().items()
+    tensors = {f"plain/{name}": value for name, value in state if name not in on_grid}
+    for name, weight in done.weights.items():
+        tensors |= {f"{name}/codes": weight.codes, f"{name}/scales": weight.scales, f"{name}/zeros": weight.zeros}
+        tensors |= {f"{name}/store/{key}": value for key, value in weight.store.items()}
+        if not weight.natural_order:
+            tensors[f"{name}/group_of_column"] = weight.group_of_column
+    return tensors, {"rows": done.rows, "losses": {name: weight.loss for name, weight in done.weights.items()}}
+
+
+def _weights(content: Sealed, grids: Mapping[str, Grid]) -> Iterator[tuple[str, QuantizedWeight]]:
+    for name, loss in content.facts["losses"].items():
+        kept, grid = _under(f"{name}/", content.tensors), grids[name]
+        groups = kept.get("group_of_column")
+        if groups is None:
+            groups = group_of_columns(kept["codes"].shape[1], grid.group_size)
+        store = _under("store/", kept)
+        yield name, QuantizedWeight(kept["codes"], kept["scales"], kept["zeros"], groups, grid, loss, store)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,132 @@
+"""Sealed files: tensors and facts in one safetensors file that carries its own checksum.
+
+What is read is what was written, or an error: a torn, flipped or foreign file is never used.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gptq_awq.files import locked, replacing
+
+log = logging.getLogger(__name__)
+
+
+class DamagedError(Exception):
+    """A file that is not what was written; the message says in what way."""
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """Named tensors and JSON facts."""
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def sha256(self) -> str:
+        """Hash of the whole content."""
+        digest = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode())
+        for name, x in sorted(self.tensors.items()):
+            digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+            digest.update(tensor_bytes(x))
+        return digest.hexdigest()
+
+    def write(self, path: Path) -> None:
+        """Write `path`, whole or not at all. Raises OSError (disk full, read-only)."""
+        tensors: dict[str, Tensor] = {}
+        for name, x in self.tensors.items():
+            x = x.detach().cpu().contiguous()
+            shared = any(x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr() for y in tensors.values())
+            tensors[name] = x.clone() if shared else x  # the format holds no tensor twice
+        metadata = {"facts": json.dumps(self.facts), "sha256": self.sha256()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as scratch:
+            try:
+                save_file(tensors, scratch, metadata)
+            except SafetensorError as error:  # its way to say that a disk is full
+                raise OSError(f"{path}: {error}") from error
+
+    @classmethod
+    def read(cls, path: Path) -> "Sealed":
+        """The content of `path`.
+
+        Raises:
+            FileNotFoundError: there is none.
+            DamagedError: it is not what was written.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            content = cls(tensors, json.loads(metadata["facts"]))
+            if metadata["sha256"] != content.sha256():
+                raise DamagedError("checksum mismatch")
+        except (FileNotFoundError, DamagedError):
+            raise
+        except Exception as error:  # safetensors raises its own types; whatever it is, the file is not to be used
+            raise DamagedError(str(error) or repr(error)) from error
+        return content
+
+
+def read(path: Path, what: str) -> Sealed | None:
+    """The content of `path`; None where there is none, or, with a warning that calls it `what`, where it is damaged.
+
+    Its time stamp is renewed: the cache drops what was not used for longest.
+    """
+    try:
+        content = Sealed.read(path)
+    except FileNotFoundError:
+        return None
+    except DamagedError as error:
+        log.warning("the cached %s %s is damaged (%s): computing it anew", what, path, error)
+        return None
+    with suppress(OSError):
+        path.touch()
+    return content
+
+
+def once(path: Path, what: str, compute: Callable[[], Sealed], valid: Callable[[Sealed], bool] | None = None) -> Sealed:
+    """The content of `path`, computed and kept there if it isn't yet; of several processes one computes.
+
+    A disk that is full costs the cache, not the result: it is computed and a warning says why it isn't kept.
+    """
+
+    def kept() -> Sealed | None:
+        content = read(path, what)
+        if content is not None and valid is not None and not valid(content):
+            log.warning("the cached %s %s is damaged (not of this shape): computing it anew", what, path)
+            return None
+        return content
+
+    content = kept()
+    if content is not None:
+        return content
+    with locked(lock_path(path), lambda: log.info("another process computes the %s: waiting for it", what)):
+        content = kept() if path.exists() else None
+        if content is None:
+            content = compute()
+            try:
+                content.write(path)
+            except OSError as error:
+                log.warning("the %s is not kept for later runs: %s", what, error)
+    return content
+
+
+def lock_path(path: Path) -> Path:
+    """The lock that goes with a file."""
+    return path.parent / ".locks" / path.name
+
+
+def tensor_bytes(x: Tensor) -> memoryview:
+    """The tensor's bytes, in row-major order, for hashing."""
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,136 @@
+"""Sealed files and journals: what is read is what was written, and no crash leaves anything between."""
+
+import logging
+import threading
+
+import pytest
+import torch
+
+from gptq_awq import sealed
+from gptq_awq.files import locked, replacing
+from gptq_awq.journal import Journal
+from gptq_awq.sealed import DamagedError, Sealed
+
+TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16), "codes": torch.arange(4).byte()}
+FACTS = {"rows": [{"loss": float("inf"), "shape": [2, 3]}], "name": "ü"}
+
+
+def flip(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_is_read_is_what_was_written(tmp_path):
+    Sealed(TENSORS, FACTS).write(tmp_path / "x")
+    read = Sealed.read(tmp_path / "x")
+    assert read.facts == FACTS
+    assert all(
+        torch.equal(read.tensors[name], x) and read.tensors[name].dtype == x.dtype for name, x in TENSORS.items()
+    )
+
+
+def test_tensors_that_share_memory_are_written_all_the_same(tmp_path):
+    x = torch.ones(4, 4)
+    Sealed({"x": x, "again": x, "part": x[:2]}).write(tmp_path / "x")
+    assert torch.equal(Sealed.read(tmp_path / "x").tensors["part"], x[:2])
+
+
+@pytest.mark.parametrize("at", [3, 40, -3])
+def test_a_flipped_bit_anywhere_is_seen(tmp_path, at):
+    Sealed(TENSORS, FACTS).write(tmp_path / "x")
+    flip(tmp_path / "x", at)
+    with pytest.raises(DamagedError):
+        Sealed.read(tmp_path / "x")
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("before")
+    with pytest.raises(ZeroDivisionError), replacing(path) as scratch:
+        scratch.write_text(f"half {1 / 0}")
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_once_computes_once_also_between_threads(tmp_path):
+    computed = []
+
+    def compute():
+        computed.append(1)
+        return Sealed(TENSORS)
+
+    threads = [
+        threading.Thread(target=lambda: sealed.once(tmp_path / "x", "thing", compute), daemon=True) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert computed == [1]
+
+
+def test_a_full_disk_costs_the_cache_and_not_the_result(tmp_path, monkeypatch, caplog):
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sealed, "save_file", full)
+    with caplog.at_level(logging.WARNING):
+        content = sealed.once(tmp_path / "x", "thing", lambda: Sealed(TENSORS, FACTS))
+    assert content.facts == FACTS
+    assert "No space left" in caplog.text
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_lock_is_waited_for_and_free_when_its_holder_is_gone(tmp_path):
+    waited = []
+    with locked(tmp_path / "lock"):
+        other = threading.Thread(target=lambda: _take(tmp_path / "lock", waited), daemon=True)
+        other.start()
+        other.join(0.3)
+        assert waited == ["waiting"]
+    other.join(5)
+    assert waited == ["waiting", "got it"]
+
+
+def _take(path, said):
+    with locked(path, lambda: said.append("waiting")):
+        said.append("got it")
+
+
+def journal(folder, blocks=3):
+    written = Journal(folder, "key")
+    for index in range(blocks):
+        written.append(index, TENSORS, {"index": index}, [torch.full((2, 2), float(index)), torch.ones(1)])
+    return written
+
+
+def test_a_journal_gives_back_its_blocks_and_the_last_stream_only(tmp_path):
+    written = journal(tmp_path / "j")
+    assert written.count() == 3
+    assert [written.block(i).facts["index"] for i in range(3)] == [0, 1, 2]
+    assert torch.equal(written.stream(2)[0], torch.full((2, 2), 2.0))
+    assert len(list((tmp_path / "j").glob("stream-*"))) == 1
+    written.drop_streams()
+    assert not list((tmp_path / "j").glob("stream-*"))
+    written.clear()
+    assert not (tmp_path / "j").exists()
+
+
+@pytest.mark.parametrize("killed_after", ["stream", "block"])
+def test_a_kill_between_two_files_leaves_a_consistent_state(tmp_path, killed_after):
+    written = journal(tmp_path / "j", 2)
+    kept = (tmp_path / "j" / "stream-0001.safetensors").read_bytes()
+    written.append(2, TENSORS, {}, [torch.ones(1)])
+    (tmp_path / "j" / "stream-0001.safetensors").write_bytes(kept)  # not yet deleted
+    if killed_after == "stream":
+        (tmp_path / "j" / "block-0002.safetensors").unlink()
+    assert len(written.stream(written.count() - 1)) == (2 if killed_after == "stream" else 1)
+
+
+def test_another_computations_files_are_foreign(tmp_path):
+    journal(tmp_path / "j")
+    with pytest.raises(DamagedError, match="another computation"):
+        Journal(tmp_path / "j", "other").block(0)
+    with pytest.raises(DamagedError, match="another computation"):
+        Journal(tmp_path / "j", "other").stream(2)
