@@ -100,6 +100,31 @@ def test_load_flattens_metrics_and_seconds_and_names_the_run_folder(tmp_path: Pa
     assert set(CONTRACT) <= set(df.columns)
 
 
+def test_copies_of_a_computation_are_one_row_and_a_finished_one_wins(tmp_path: Path) -> None:
+    same, other = {"run": "ab" * 32}, {"run": "cd" * 32}
+    failed = replace(RESULT, status="failed", error="killed", manifest=same)
+    runs = {"a": failed, "b": replace(RESULT, manifest=same), "c": replace(RESULT, manifest=same)}
+    runs |= {
+        "d": replace(RESULT, manifest=other),
+        "e": RESULT,
+        "f": RESULT,
+    }  # the last two: of before there were hashes
+    for name, run in runs.items():
+        (tmp_path / name).mkdir()
+        run.write(tmp_path / name)
+    assert [Path(path).name for path in load(tmp_path)["path"]] == ["b", "d", "e", "f"]
+    assert len(load(tmp_path, copies=True)) == 6
+
+
+def test_several_roots_are_one_table_and_may_overlap(tmp_path: Path) -> None:
+    for name in ("a", "b/c"):
+        (tmp_path / name).mkdir(parents=True)
+        RESULT.write(tmp_path / name)
+    assert len(load(tmp_path / "a", tmp_path / "b", tmp_path / "b" / "c")) == 2
+    with pytest.raises(UserError, match="typo"):
+        load(tmp_path / "a", tmp_path / "typo")
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", '{"method": "aw', "[1, 2]", '{"results": {"lambada": 0.3}}', '"\ud83d"', "null"]
 )
