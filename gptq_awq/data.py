@@ -19,13 +19,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from gptq_awq.assets import ASSETS, HubRows, fetch, hub_asset
+from gptq_awq.assets import ASSETS, HubRows, cache_dir, fetch, hub_asset
 from gptq_awq.errors import UserError
+from gptq_awq.sealed import Sealed, once
 
+LONG_TEXT = 200_000
+"""Characters from which on tokenizing takes longer than reading the ids from the cache."""
+TOKENS_SCHEMA = 1
+"""Raised whenever the meaning of what is kept changes."""
 Tokenizer = Any  # transformers' tokenizer classes share no useful static type
 
 
@@ -290,7 +296,7 @@ def evaluation_windows(
     `option` where the text holds fewer windows.
     """
     _positive(seqlen, f"{option}.seqlen")
-    tokens = _encode(text.joined, tokenizer)
+    tokens = _encode_long(text.joined, tokenizer)
     there = len(tokens) // seqlen
     wanted = max(there, 1) if windows is None else _positive(windows, f"{option}.windows")
     if there < wanted:
@@ -315,7 +321,7 @@ def make_token_set(
 def _random_windows(
     text: Text, tokenizer: Tokenizer, samples: int, length: int, generator: torch.Generator, option: str
 ) -> list[list[int]]:
-    ids = _encode(text.joined, tokenizer)
+    ids = _encode_long(text.joined, tokenizer)
     if len(ids) < samples * length:
         raise UserError(
             f"too little text for {option}.samples={samples} windows of {option}.seqlen={length} tokens: "
@@ -346,6 +352,21 @@ def _pad(
     ids = torch.tensor([row + [pad] * (seqlen - len(row)) for row in rows], dtype=torch.int64)
     mask = torch.arange(seqlen) < torch.tensor([[len(row)] for row in rows])
     return ids, None if mask.all() else mask
+
+
+def _encode_long(text: str, tokenizer: Tokenizer) -> list[int]:
+    """As `_encode`; the ids of a long text are kept in the cache."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if len(text) < LONG_TEXT or backend is None:
+        return _encode(text, tokenizer)
+    digest = hashlib.sha256(f"{TOKENS_SCHEMA} {tokenizers.__version__} {backend.to_str()}".encode())
+    digest.update(hashlib.sha256(text.encode()).digest())
+    kept = once(
+        cache_dir() / "tokens" / f"{digest.hexdigest()}.safetensors",
+        "tokens of a text",
+        lambda: Sealed({"ids": torch.tensor(_encode(text, tokenizer), dtype=torch.int32)}),
+    )
+    return kept.tensors["ids"].tolist()
 
 
 def _encode(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -1,5 +1,6 @@
 import json
 import logging
+import threading
 
 import pytest
 import torch
@@ -21,6 +22,10 @@ def forbidden(monkeypatch):
         raise AssertionError("the baseline was computed")
 
     return lambda: monkeypatch.setattr(baseline_module, "token_losses", fail)
+
+
+def files(folder):
+    return [path for path in folder.iterdir() if path.name != ".locks"]
 
 
 def same(a, b):
@@ -55,7 +60,7 @@ def test_half_precision_states_are_kept_bit_for_bit(tmp_path, forbidden):
 def test_another_model_dtype_or_text_has_another_baseline(tmp_path, weights, dtype, rows):
     baseline_scores(tiny_model("llama"), "weights", windows(), tmp_path)
     baseline_scores(getattr(tiny_model("llama"), dtype)(), weights, windows(rows), tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(files(tmp_path)) == 2
 
 
 def flip(path, at):
@@ -77,14 +82,14 @@ def flip(path, at):
 def test_a_damaged_baseline_is_never_used(tmp_path, damage, caplog, forbidden):
     model, tokens = tiny_model("llama"), windows()
     first = baseline_scores(model, "weights", tokens, tmp_path)
-    (path,) = tmp_path.iterdir()
+    (path,) = files(tmp_path)
     damage(path)
     with caplog.at_level(logging.WARNING):
         assert same(baseline_scores(model, "weights", tokens, tmp_path), first)
     assert "damaged" in caplog.text
     forbidden()  # and it was mended
     assert same(baseline_scores(model, "weights", tokens, tmp_path), first)
-    assert list(tmp_path.iterdir()) == [path]
+    assert files(tmp_path) == [path]
 
 
 def test_answers_are_kept_and_added_to(tmp_path):
@@ -96,11 +101,23 @@ def test_answers_are_kept_and_added_to(tmp_path):
     assert read_answers(model, "other", tmp_path) == {}
 
 
+def test_answers_of_two_writers_at_once_are_all_kept(tmp_path):
+    model = tiny_model("llama")
+    writers = [
+        threading.Thread(target=write_answers, args=(model, "weights", tmp_path, {str(i): float(i)})) for i in range(8)
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert len(read_answers(model, "weights", tmp_path)) == 8
+
+
 @pytest.mark.parametrize("text", ["", "[1]", '{"sha256": "0", "answers": {"a": 1}}', '{"answers": {}}'])
 def test_damaged_answers_are_never_used(tmp_path, caplog, text):
     model = tiny_model("llama")
     write_answers(model, "weights", tmp_path, {"a": 1.0})
-    (path,) = tmp_path.iterdir()
+    (path,) = files(tmp_path)
     path.write_text(text)
     assert read_answers(model, "weights", tmp_path) == {}
     assert "damaged" in caplog.text

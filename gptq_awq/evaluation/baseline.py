@@ -3,7 +3,7 @@
 A file's name is the hash of all that its content depends on: the model's weights, dtype, device type and
 attention code, the token ids, the versions of torch and transformers, and `SCHEMA`. Files are written whole
 or not at all, carry their own checksum, and one that is damaged is never used: it is computed anew, with a
-warning.
+warning. Of several processes that want the same scores, one computes them.
 """
 
 import hashlib
@@ -15,19 +15,17 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from gptq_awq.assets import scratch_folder
 from gptq_awq.data import TokenSet
-from gptq_awq.evaluation.head import tensor_bytes
 from gptq_awq.evaluation.perplexity import TokenScores, token_losses
+from gptq_awq.files import locked, replacing
 from gptq_awq.progress import Track, no_track
+from gptq_awq.sealed import Sealed, lock_path, once
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 """Raised whenever the meaning of a stored number changes."""
 Answers = dict[str, Any]
 """A model's answers to lm-eval's requests, by the hash of the request."""
@@ -49,11 +47,17 @@ def baseline_scores(
     if folder is None:
         return token_losses(model, tokens, track)
     path = folder / f"{_key(model, model_sha256, tokens.sha256)}.safetensors"
-    scores = _read_scores(path, tokens)
-    if scores is None:
+    windows, length = tokens.ids.shape
+
+    def compute() -> Sealed:
         scores = token_losses(model, tokens, track)
-        _write_scores(path, scores)
-    return scores
+        return Sealed({"nll": scores.nll, "hidden": scores.hidden}, {"head_sha256": scores.head_sha256})
+
+    def fits(kept: Sealed) -> bool:
+        return kept.tensors["nll"].shape == kept.tensors["hidden"].shape[:2] == (windows, length - 1)
+
+    kept = once(path, f"baseline of {tokens.name}", compute, fits)
+    return TokenScores(kept.tensors["nll"], kept.tensors["hidden"], kept.facts["head_sha256"])
 
 
 def read_answers(model: PreTrainedModel, model_sha256: str, folder: Path) -> Answers:
@@ -72,45 +76,13 @@ def read_answers(model: PreTrainedModel, model_sha256: str, folder: Path) -> Ans
 
 
 def write_answers(model: PreTrainedModel, model_sha256: str, folder: Path, answers: Answers) -> None:
-    """Add `answers` to those kept. Where two runs write at once, the later one's remain."""
-    answers = read_answers(model, model_sha256, folder) | answers
-    text = json.dumps({"sha256": _json_sha256(answers), "answers": answers})
-    with scratch_folder(folder) as scratch:
-        (scratch / "answers").write_text(text)
-        (scratch / "answers").replace(_answers_path(model, model_sha256, folder))
-
-
-def _read_scores(path: Path, tokens: TokenSet) -> TokenScores | None:
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            scores = TokenScores(file.get_tensor("nll"), file.get_tensor("hidden"), metadata["head_sha256"])
-        if metadata["sha256"] != _scores_sha256(scores):
-            raise ValueError("checksum mismatch")
-        windows, length = tokens.ids.shape
-        if scores.nll.shape != (windows, length - 1) or scores.hidden.shape[:2] != scores.nll.shape:
-            raise ValueError(f"scores of shape {tuple(scores.nll.shape)} for tokens {tuple(tokens.ids.shape)}")
-    except Exception as error:  # safetensors raises its own types; whatever it is, the file is not to be used
-        log.warning("the cached baseline %s is damaged (%s): computing it anew", path, error)
-        return None
-    log.info("%s: full-precision scores read from %s", tokens.name, path)
-    return scores
-
-
-def _write_scores(path: Path, scores: TokenScores) -> None:
-    metadata = {"head_sha256": scores.head_sha256, "sha256": _scores_sha256(scores)}
-    with scratch_folder(path.parent) as scratch:
-        save_file({"nll": scores.nll, "hidden": scores.hidden}, scratch / path.name, metadata)
-        (scratch / path.name).replace(path)
-
-
-def _scores_sha256(scores: TokenScores) -> str:
-    digest = hashlib.sha256(scores.head_sha256.encode())
-    for x in (scores.nll, scores.hidden):
-        digest.update(tensor_bytes(x))
-    return digest.hexdigest()
+    """Add `answers` to those kept, whoever else adds to them."""
+    path = _answers_path(model, model_sha256, folder)
+    with locked(lock_path(path)):
+        merged = read_answers(model, model_sha256, folder) | answers
+        text = json.dumps({"sha256": _json_sha256(merged), "answers": merged})
+        with replacing(path) as scratch:
+            scratch.write_text(text)
 
 
 def _answers_path(model: PreTrainedModel, model_sha256: str, folder: Path) -> Path:

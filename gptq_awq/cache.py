@@ -1,0 +1,148 @@
+"""The cache folder: what is in it, how large, and how to make room.
+
+    python -m gptq_awq.cache list
+    python -m gptq_awq.cache clear [KIND …] [--older DAYS]
+
+The folder is `gptq_awq.assets.cache_dir()`, or $GPTQ_AWQ_CACHE; runs, processes and nodes may share it. Everything in
+it is named by the hash of what it depends on, written whole, and checked when read; so deleting any of it costs
+time and nothing else. After a run, what was not used for longest is dropped until `cache_gb` suffices (downloads,
+models and the progress of unfinished runs don't count, and are only dropped by hand).
+"""
+
+import argparse
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from gptq_awq.assets import cache_dir
+from gptq_awq.errors import UserError
+
+log = logging.getLogger(__name__)
+SECONDS_PER_DAY = 86400
+KINDS = {
+    "tokens": "token ids of texts",
+    "baselines": "full-precision scores: losses, hidden states, lm-eval answers",
+    "moments": "second moments and factors of full-precision inputs",
+    "progress": "finished blocks of runs that were interrupted",
+    "runs": "where finished runs lie",
+    "assets": "downloads: models and texts, checked by sha256",
+    "models": "GGUF files as transformers folders",
+    "engines": "environments of inference engines",
+}
+DISPENSABLE = ("tokens", "baselines", "moments")
+"""What is dropped by itself where there is too much of it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file or folder of the cache: all of it, or nothing, can go."""
+
+    kind: str
+    path: Path
+    size_bytes: int
+    used: float
+    """When it was last read or written, in seconds since the epoch."""
+
+    def delete(self) -> None:
+        """Remove it; another process may be quicker."""
+        with suppress(OSError):
+            if self.path.is_dir():
+                shutil.rmtree(self.path)
+            else:
+                self.path.unlink()
+
+
+def entries(kinds: Iterable[str] = tuple(KINDS), folder: Path | None = None) -> Iterator[Entry]:
+    """What the cache holds."""
+    for kind in kinds:
+        parent = (folder or cache_dir()) / kind
+        if parent.is_dir():
+            yield from (_entry(kind, path) for path in sorted(parent.iterdir()) if not path.name.startswith("."))
+
+
+def prune(limit_bytes: float, folder: Path | None = None) -> list[Entry]:
+    """Drop what was not used for longest, until the dispensable kinds take no more than the limit."""
+    kept = sorted(entries(DISPENSABLE, folder), key=lambda entry: entry.used)
+    excess, dropped = sum(entry.size_bytes for entry in kept) - limit_bytes, []
+    for entry in kept:
+        if excess <= 0:
+            break
+        entry.delete()
+        excess -= entry.size_bytes
+        dropped.append(entry)
+    if dropped:
+        log.info("cache_gb: dropped %d entries, %.2f GB", len(dropped), sum(e.size_bytes for e in dropped) / 1e9)
+    return dropped
+
+
+def clear(kinds: Iterable[str], older_days: float = 0, folder: Path | None = None) -> list[Entry]:
+    """Drop all entries of some kinds that were not used for so many days. Raises UserError for an unknown kind."""
+    kinds = list(kinds)
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UserError(f"cache clear {kind}: choose among {', '.join(KINDS)}")
+    before = time.time() - older_days * SECONDS_PER_DAY
+    dropped = [entry for entry in entries(kinds, folder) if entry.used <= before]
+    for entry in dropped:
+        entry.delete()
+    return dropped
+
+
+def _entry(kind: str, path: Path) -> Entry:
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    size, used = 0, 0.0
+    for file in files:
+        with suppress(OSError):
+            status = file.stat()
+            size, used = size + status.st_size, max(used, status.st_mtime)
+    return Entry(kind, path, size, used)
+
+
+def _listed() -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=f"{cache_dir()}", title_justify="left")
+    for name in ("kind", "entries", "size", "last used", ""):
+        table.add_column(name, justify="right" if name in ("entries", "size") else "left")
+    for kind, meaning in KINDS.items():
+        found = list(entries([kind]))
+        used = max((entry.used for entry in found), default=0)
+        day = time.strftime("%Y-%m-%d %H:%M", time.localtime(used)) if found else ""
+        table.add_row(kind, str(len(found)), f"{sum(e.size_bytes for e in found) / 1e6:.1f} MB", day, meaning)
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: 0, or 2 with one line on stderr for a mistake the user can fix."""
+    parser = argparse.ArgumentParser(prog="python -m gptq_awq.cache", description="What runs share on disk.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="kinds, numbers, sizes")
+    clearing = commands.add_parser("clear", help="delete entries")
+    clearing.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)}; default: {_default()}")
+    clearing.add_argument("--older", type=float, default=0, metavar="DAYS", help="only what was not used for so long")
+    options = parser.parse_args(argv)
+    try:
+        if options.command == "list":
+            Console(width=None if sys.stdout.isatty() else 120).print(_listed())
+        else:
+            dropped = clear(options.kinds or _default().split(), options.older)
+            sys.stdout.write(f"deleted {len(dropped)} entries, {sum(e.size_bytes for e in dropped) / 1e6:.1f} MB\n")
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+def _default() -> str:
+    return " ".join([*DISPENSABLE, "progress", "runs"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
