@@ -2,19 +2,27 @@
 
 import json
 import logging
-from collections.abc import Iterator
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_wandb import FakeWandb, serving
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from gptq_awq.errors import UserError
 from gptq_awq.results import Result
-from gptq_awq.tracking import NoTracking, WandbTracking
+from gptq_awq.tracking import NoTracking, WandbTracking, error_profile, run_name
 
+RUN = "0123456789abcdef" * 4
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "tracking"
 RESULT = Result(
     method="awq",
@@ -40,27 +48,39 @@ RESULT = Result(
 
 
 @pytest.fixture
-def wandb_home(tmp_path: Path, monkeypatch) -> Path:
+def wandb_home(tmp_path: Path, monkeypatch) -> Iterator[Path]:
     """wandb without a network, an account, a console, or files outside of `tmp_path`."""
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    return tmp_path
+    yield tmp_path
+    if wandb := sys.modules.get("wandb"):
+        wandb.teardown()  # it reads these variables once
 
 
 def offline_records(folder: Path) -> Iterator[Any]:
-    """The records of the one offline run below `folder`.
+    """The records of the one offline run below `folder`."""
+    (records,) = offline_runs(folder)
+    yield from records
 
-    Its .wandb file is a LevelDB log after a header of 7 bytes: blocks of 32 KiB, in them chunks of
+
+def offline_runs(folder: Path) -> list[list[Any]]:
+    """The records of each offline run below `folder`, the oldest first.
+
+    A .wandb file is a LevelDB log after a header of 7 bytes: blocks of 32 KiB, in them chunks of
     crc32 (4 bytes), length (2), kind (1: whole, 2: first, 3: middle, 4: last), payload.
     """
     import wandb
-    from wandb.proto import wandb_internal_pb2
 
     wandb.teardown()  # its service closes the files after a run's finish() has returned
-    (path,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
-    data = path.read_bytes()
+    paths = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
+    return [list(read_records(path.read_bytes())) for path in paths]
+
+
+def read_records(data: bytes) -> Iterator[Any]:
+    from wandb.proto import wandb_internal_pb2
+
     assert data.startswith(b":W&B")
     position, record = 7, b""
     while position + 7 <= len(data):
@@ -80,6 +100,25 @@ def updates(items: Any) -> dict[str, Any]:
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
+def history(records: Sequence[Any]) -> list[dict[str, Any]]:
+    return [updates(record.history.item) for record in records if record.HasField("history")]
+
+
+def run_record(records: Sequence[Any]) -> Any:
+    (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
+    return run
+
+
+def block_rows(*blocks: int) -> list[dict[str, Any]]:
+    """Ledger rows of two linears of one site, and one of another, per block."""
+    sites = {"q": "q+k", "k": "q+k", "o": "o"}
+    return [
+        {"name": f"{block}.{name}", "block": block, "site": site, "error_after": 0.01 * (block + 1), "weight_error": 1}
+        for block in blocks
+        for name, site in sites.items()
+    ]
+
+
 def table(folder: Path, name: str) -> list[dict[str, Any]]:
     (path,) = (folder / "wandb").glob(f"offline-run-*/files/media/table/{name}_*.table.json")
     content = json.loads(path.read_text())
@@ -96,16 +135,15 @@ def test_an_offline_wandb_run_holds_config_metrics_ledger_and_results(wandb_home
     tracker.finish(RESULT)
 
     records = list(offline_records(wandb_home))
-    (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
+    run = run_record(records)
     assert (run.project, run.display_name, run.run_group) == ("sweeps", "awq-4bit-g64", "table-1")
     assert list(run.tags) == ["w4"]
     config = updates(run.config.update)
     assert config["seed"] == 7
     assert config["method"] == {"solver": {"damping": 0.01}}
 
-    history = [updates(record.history.item) for record in records if record.HasField("history")]
-    errors = {row["_step"]: row["quantize/error"] for row in history if "quantize/error" in row}
-    assert errors == {1: 0.5, 2: 0.25}
+    errors = [row for row in history(records) if "quantize/error" in row]
+    assert [(row["block"], row["quantize/error"]) for row in errors] == [(1, 0.5), (2, 0.25)]
     summary: dict[str, Any] = {}
     for record in records:
         if record.HasField("summary"):
@@ -174,8 +212,210 @@ def test_every_tracking_yaml_instantiates(name: str, kind: type) -> None:
 
 
 def test_wandb_is_not_imported_by_those_who_do_not_ask_for_it() -> None:
-    import subprocess
-    import sys
-
     code = "import sys, gptq_awq.tracking as t; t.NoTracking().start({}, 'x'); assert 'wandb' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Runs that are killed and started again
+
+
+def test_the_attempts_of_one_run_are_one_wandb_run_and_the_tables_have_every_block(wandb_home: Path) -> None:
+    """Offline: two folders of one id, which `wandb sync` makes one run of."""
+    import wandb
+
+    options = WandbTracking(dir=str(wandb_home))
+    first = options.start({}, name="run", group="sweep", run_id=RUN)
+    first.ledger(block_rows(0, 1))
+    for block in (0, 1):
+        first.log({"quantize/relative_error": 0.1}, step=block)
+    wandb.teardown()  # killed: it never finishes
+    second = options.start({}, name="run", group="sweep again", run_id=RUN)
+    second.ledger(block_rows(0, 1))  # restored
+    second.ledger(block_rows(1, 2))  # a block that was solved twice is in the table once
+    second.log({"quantize/relative_error": 0.1}, step=2)
+    second.finish(RESULT)
+
+    killed, resumed = offline_runs(wandb_home)
+    assert [run_record(records).run_id for records in (killed, resumed)] == [RUN[:16]] * 2
+    assert [run_record(records).run_group for records in (killed, resumed)] == ["sweep", "sweep again"]
+    assert [row["block"] for row in history(killed)] == [0, 1]  # on disk at once, not with the next one
+    assert [row["block"] for row in history(resumed) if "block" in row] == [2]
+    assert [row["name"] for row in table(wandb_home, "ledger")] == [row["name"] for row in block_rows(0, 1, 2)]
+
+
+@pytest.mark.parametrize("end", ["failed", pytest.param("killed", marks=pytest.mark.slow)])  # wandb sends every 15 s
+def test_a_run_goes_on_in_the_same_run_of_a_server(end: str, wandb_home: Path, monkeypatch) -> None:
+    fake = FakeWandb()
+    with serving(fake) as address:
+        for name, value in online(address).items():
+            monkeypatch.setenv(name, value)
+        attempt(wandb_home, end, lambda: len(fake.rows(RUN[:16])) >= 3)
+        tracker = WandbTracking(mode="online", dir=str(wandb_home)).start({}, "run", "sweep again", RUN)
+        for block in (2, 3):  # the third block was told before the end, but its progress not yet stored
+            tracker.log({"quantize/relative_error": block / 10}, step=block)
+        tracker.finish(RESULT)  # this server takes no tables: that loses them and nothing else
+    assert set(fake.runs) == {RUN[:16]}
+    assert fake.runs[RUN[:16]]["groupName"] == "sweep again"
+    rows = fake.rows(RUN[:16])
+    told = [(row["block"], row["quantize/relative_error"]) for row in rows if "block" in row]
+    assert told == [(0, 0), (1, 0.1), (2, 0.2), (2, 0.2), (3, 0.3)]
+    assert [row["_step"] for row in rows] == sorted({row["_step"] for row in rows})
+
+
+def attempt(home: Path, end: str, told: Callable[[], bool]) -> None:
+    """A process that tells three blocks, and then fails or is killed."""
+    code = """
+import sys, time
+from dataclasses import replace
+from test_tracking import RESULT
+from gptq_awq.tracking import WandbTracking
+tracker = WandbTracking(mode="online", dir=sys.argv[1]).start({}, "run", "sweep", sys.argv[2])
+for block in (0, 1, 2):
+    tracker.log({"quantize/relative_error": block / 10}, step=block)
+if sys.argv[3] == "killed":
+    time.sleep(600)
+tracker.finish(replace(RESULT, status="failed"))
+"""
+    command = [sys.executable, "-c", code, str(home), RUN, end]
+    process = subprocess.Popen(command, cwd=Path(__file__).parent, start_new_session=True)
+    try:
+        wait_for(lambda: told() and (end == "killed" or process.poll() is not None))
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_the_id_of_a_run_that_was_deleted_does_not_leave_its_successor_untracked(wandb_home: Path, monkeypatch) -> None:
+    fake = FakeWandb(deleted=RUN[:16])
+    with serving(fake) as address:
+        for name, value in online(address).items():
+            monkeypatch.setenv(name, value)
+        tracker = WandbTracking(mode="online", dir=str(wandb_home)).start({}, "run", run_id=RUN)
+        assert not isinstance(tracker, NoTracking)
+        tracker.finish(RESULT)
+    assert len(fake.runs) == 1
+    assert RUN[:16] not in fake.runs
+
+
+def online(address: str) -> dict[str, str]:
+    return {
+        "WANDB_BASE_URL": address,
+        "WANDB_API_KEY": "0" * 40,
+        "WANDB_MODE": "online",
+    }
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.05)
+
+
+# Plots and names
+
+
+def test_the_layer_plots_are_the_ledgers_errors_by_block_and_site(wandb_home: Path) -> None:
+    tracker = WandbTracking(dir=str(wandb_home)).start({}, name="run")
+    tracker.ledger(block_rows(0, 1))
+    tracker.finish(RESULT)
+    records = list(offline_records(wandb_home))
+    config = {}
+    for record in records:
+        if record.HasField("config"):
+            config |= updates(record.config.update)
+    chart = config["_wandb/visualize/layers/error_by_block"]["panel_config"]
+    assert chart["panelDefId"] == "wandb/line/v0"
+    assert chart["fieldSettings"] == {"x": "block", "y": "relative output error", "stroke": "site"}
+    profile = table(wandb_home, "layers/error_by_block_table")
+    assert [(row["block"], row["site"], row["relative output error"]) for row in profile] == [
+        (0, "o", 0.01),
+        (0, "q+k", 0.01),
+        (1, "o", 0.02),
+        (1, "q+k", 0.02),
+    ]
+    worst = table(wandb_home, "layers/worst_linears_table")
+    assert [row["relative output error"] for row in worst] == [0.02] * 3 + [0.01] * 3
+
+
+def test_an_error_profile_is_of_weights_where_nothing_was_calibrated_and_skips_what_is_not_finite() -> None:
+    rows = [
+        {"name": "a", "block": 10, "site": "s", "weight_error": 0.25},
+        {"name": "b", "block": 10, "site": "s", "weight_error": 0.75},
+        {"name": "c", "block": 9, "site": "s", "weight_error": float("inf")},
+        {"name": "d", "block": 2, "site": "s", "weight_error": 0.1},
+    ]
+    assert error_profile(rows) == {(2, "s"): 0.1, (10, "s"): 0.5}
+    assert list(error_profile(rows)) == [(2, "s"), (10, "s")]
+    assert error_profile([]) == {}
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        (("m", "gptq", "int", 3, 64, False), "m gptq 3bit g64"),
+        (("m", "gptq", "int", 4, -1, True), "m gptq 4bit per channel sym"),
+        (("m", "gptq", "q4_k_m", 4, 32, None), "m gptq q4_k_m"),
+        (("m", "fp"), "m fp"),
+    ],
+)
+def test_a_runs_name_says_what_it_is(fields: tuple, name: str) -> None:
+    assert run_name(*fields) == name
+
+
+def test_a_runs_name_says_what_tells_it_from_others_of_its_sweep() -> None:
+    typed = ["method=gptq", "bits=3", "seed=1", "data=c4", "+data.path=/some/where/text.jsonl"]
+    typed += [
+        "method.solver.act_order=true",
+        "out=x",
+        "tracking=wandb",
+        "eval.perplexity.seqlen=256",
+        "~a",
+        "resume=false",
+    ]
+    assert run_name("m", "gptq", "int", 3, 64, False, typed) == (
+        "m gptq 3bit g64 seed=1 data=c4 path=text.jsonl act_order=true"
+    )
+
+
+# Failures
+
+
+def test_a_server_that_never_answers_costs_seconds_and_no_run(wandb_home: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("gptq_awq.tracking.LIMITS", {"init_timeout": 1.0, "finish_timeout": 1.0})
+    with serving(FakeWandb(silent=True)) as address:
+        for name, value in online(address).items():
+            monkeypatch.setenv(name, value)
+        started = time.monotonic()
+        with caplog.at_level(logging.WARNING):
+            tracker = WandbTracking(mode="online", dir=str(wandb_home)).start({}, name="run", run_id=RUN)
+        assert time.monotonic() - started < 30  # wandb looks who the user is for ten seconds before
+    assert isinstance(tracker, NoTracking)
+    assert "tracking.mode=offline" in caplog.text
+    assert "\n" not in caplog.records[-1].getMessage()
+
+
+def test_a_wandb_that_cannot_be_imported_leaves_the_run_untracked(monkeypatch, caplog) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with caplog.at_level(logging.WARNING):
+        tracker = WandbTracking().start({}, name="run", run_id=RUN)
+    assert isinstance(tracker, NoTracking)
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
+
+
+def test_a_finish_that_fails_is_logged_once(wandb_home: Path, monkeypatch, caplog) -> None:
+    import wandb
+
+    tracker = WandbTracking(mode="offline", dir=str(wandb_home)).start({}, name="run")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(wandb, "Table", fail)
+    with caplog.at_level(logging.WARNING):
+        tracker.finish(RESULT)
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [record.getMessage() for record in warnings] == [
+        "tracking failed, the run goes on (OSError: [Errno 28] No space left on device)"
+    ]
