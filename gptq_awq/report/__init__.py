@@ -1,0 +1,39 @@
+"""Results for the reader: one run for the terminal; many runs as Markdown, LaTeX, CSV and one HTML page.
+
+    python -m gptq_awq.report ROOT [ROOT …] [--out FOLDER] [--metric NAME] [--model NAME] [--over seed]
+
+Every metric is shown under its full name, which carries its protocol; runs whose numbers come from different
+protocols (window length, token ids) are refused, not put side by side. Marks say what is more than chance
+(`verdicts`).
+"""
+
+from typing import TYPE_CHECKING
+
+from gptq_awq.report.command import main, make_report
+from gptq_awq.report.one import final_table
+from gptq_awq.report.rows import Row, check_protocols, distinguishable, measured, records, total_seconds
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "Row",
+    "check_protocols",
+    "comparison",
+    "distinguishable",
+    "final_table",
+    "main",
+    "make_report",
+    "measured",
+    "records",
+    "total_seconds",
+]
+
+
+def comparison(df: "pd.DataFrame") -> str:
+    """A Markdown table per model of the runs in `df` (rows of `results.load`).
+
+    Runs that did not finish are named in a warning above the tables. Raises UserError where runs of one model
+    were scored by different protocols.
+    """
+    return make_report(records(df)).markdown()

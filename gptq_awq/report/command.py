@@ -1,0 +1,130 @@
+"""The report of many runs, and its command line."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptq_awq.errors import UserError
+from gptq_awq.report import render
+from gptq_awq.report.rows import Row, check_protocols, measured, records, started_folders, unfinished
+from gptq_awq.report.settings import averaged, flat
+from gptq_awq.report.table import Table, make_table
+from gptq_awq.report.verdicts import Verdicts, read_scores, verdicts
+from gptq_awq.report.webpage import page
+from gptq_awq.results import load
+
+FORMATS = {"md": "report.md", "latex": "report.tex", "csv": "report.csv", "html": "report.html"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """A table per model, the verdicts in them, and the runs that are in none."""
+
+    tables: Sequence[Table]
+    verdicts: Verdicts
+    missing: Sequence[str]
+
+    def markdown(self) -> str:
+        """All tables as Markdown, without a line break at the end."""
+        return render.markdown(self.tables, self.missing)
+
+    def text(self, kind: str) -> str:
+        """The content of a file of one of `FORMATS`."""
+        if kind == "html":
+            return page(self.tables, self.verdicts, self.missing)
+        if kind == "csv":
+            return render.tidy(self.tables, self.verdicts)
+        return render.latex(self.tables, self.missing) if kind == "latex" else self.markdown() + "\n"
+
+
+def make_report(
+    rows: Sequence[Row], folders: Sequence[str] = (), metrics: Sequence[str] = (), over: str | None = None
+) -> Report:
+    """Test and tabulate `rows`, a table per model. `folders`: of runs without a row. `over`: see `averaged`.
+
+    Raises UserError where runs of one model were scored by different protocols, or none has a metric or setting
+    that was asked for.
+    """
+    done = [row for row in rows if row["status"] == "done"]
+    _check_asked(done, metrics, over)
+    tables: list[Table] = []
+    found: dict = {}
+    for model in dict.fromkeys(row["model"] for row in done):
+        runs = [row for row in done if row["model"] == model]
+        check_protocols(runs)
+        if over is not None:
+            runs = averaged(runs, over)
+        else:
+            found |= verdicts(runs, read_scores)
+        tables.append(make_table(model, runs, found, metrics))
+    return Report(tables, found, unfinished(rows, folders))
+
+
+def _check_asked(runs: Sequence[Row], metrics: Sequence[str], over: str | None) -> None:
+    known = {name for run in runs for name in measured(run["metrics"])}
+    for name in metrics:
+        if name not in known:
+            raise UserError(f"--metric {name}: no run has it; choose of {', '.join(sorted(known))}")
+    if over is not None and not any(k == over or k.endswith(f".{over}") for run in runs for k in flat(run["config"])):
+        raise UserError(f"--over {over}: no run has such a setting; seed is one")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    options = argparse.ArgumentParser(
+        prog="python -m gptq_awq.report", description="Tables of runs: Markdown on the terminal, files with --out."
+    )
+    options.add_argument("roots", nargs="+", metavar="ROOT", help="folders with runs (results.json) anywhere below")
+    options.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md, .tex, .csv and .html there")
+    options.add_argument(
+        "--format", default=",".join(FORMATS), metavar="LIST", help="which files: of md,latex,csv,html (default all)"
+    )
+    options.add_argument(
+        "--metric", action="append", default=[], metavar="NAME", help="show this metric only (may be repeated)"
+    )
+    options.add_argument("--model", action="append", default=[], metavar="NAME", help="show this model only")
+    options.add_argument("--over", metavar="SETTING", help="mean and deviation of runs that differ in it only: seed")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: 0, or 2 with one line on stderr for a mistake the user can fix."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        return _main(parser().parse_args(argv))
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+
+
+def _main(options: argparse.Namespace) -> int:
+    kinds = [kind for kind in options.format.split(",") if kind]
+    if wrong := [kind for kind in kinds if kind not in FORMATS]:
+        raise UserError(f"--format {wrong[0]}: choose of {', '.join(FORMATS)}")
+    df = load(*options.roots)
+    if df.empty:
+        raise UserError("no results.json below ROOT: did a run finish there?")
+    rows = records(df)
+    if options.model:
+        known = dict.fromkeys(row["model"] for row in rows)
+        if wrong := [model for model in options.model if model not in known]:
+            raise UserError(f"--model {wrong[0]}: no run has it; choose of {', '.join(known)}")
+        rows = [row for row in rows if row["model"] in options.model]
+    report = make_report(rows, started_folders(options.roots), options.metric, options.over)
+    sys.stdout.write(report.markdown() + "\n")
+    if options.out is not None:
+        _write(report, options.out, kinds)
+    return 0
+
+
+def _write(report: Report, folder: Path, kinds: Sequence[str]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind in kinds:
+            (folder / FORMATS[kind]).write_text(report.text(kind), encoding="utf-8")
+            sys.stderr.write(f"{folder / FORMATS[kind]}\n")
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from error

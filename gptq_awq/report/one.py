@@ -1,0 +1,50 @@
+"""The table that a run ends with."""
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from gptq_awq.report import text
+from gptq_awq.report.rows import measured, total_seconds
+from gptq_awq.results import Result
+
+
+def final_table(result: Result) -> Table:
+    """What a run ends with: size, every metric beside its full-precision value, time and memory."""
+    # Text, escape: names and errors may hold [brackets], which rich would take for its markup.
+    table = Table(title=Text(_title(result)), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table.add_column("", no_wrap=True)
+    table.add_column("full precision", justify="right")
+    table.add_column(result.method, justify="right")
+    table.add_column("difference")
+    table.add_row("bits per weight", "", text.number(result.bits_per_weight), "with scales and zeros")
+    reduction = text.reduction(result.size_bytes, result.baseline_size_bytes)
+    table.add_row(
+        "size",
+        text.size(result.baseline_size_bytes),
+        text.size(result.size_bytes),
+        reduction and f"{reduction} smaller",
+    )
+    for name in measured(result.metrics):
+        value, baseline = text.number(result.metrics[name]), text.number(result.metrics.get(f"{name}/baseline"))
+        table.add_row(escape(name), baseline, value, text.marked_difference(result.metrics, name))
+    phases = ", ".join(f"{phase} {value:.1f}" for phase, value in result.seconds.items() if phase != "total")
+    table.add_row("time", "", text.seconds(total_seconds(result.seconds)), phases)
+    table.add_row("peak memory", "", text.size(result.peak_memory_bytes))
+    if result.status != "done":
+        table.caption = Text(f"{result.status}: {result.error or 'no reason given'}")
+    return table
+
+
+def _title(result: Result) -> str:
+    parts = [f"{result.model}: {result.method}"]
+    if result.grid not in (None, "int"):
+        parts.append(result.grid)
+    if result.bits is not None:
+        parts.append(f"{result.bits:g} bits")
+    if result.group_size is not None:
+        parts.append(text.group(result.group_size))
+    if result.sym is not None:
+        parts.append("symmetric" if result.sym else "asymmetric")
+    return ", ".join(parts)

@@ -1,0 +1,123 @@
+"""Tables as Markdown, LaTeX and CSV."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from gptq_awq.report.rows import measured
+from gptq_awq.report.settings import flat
+from gptq_awq.report.table import Cell, Table
+from gptq_awq.report.text import NOT_DISTINGUISHABLE
+from gptq_awq.report.verdicts import Verdict, Verdicts
+
+PREAMBLE = r"""% Needs \usepackage{booktabs,graphicx}. \input it, or run pdflatex on it as it is.
+\expandafter\ifx\csname @nodocument\endcsname\relax\let\finish\relax\else
+\documentclass{article}\usepackage{booktabs,graphicx}\usepackage[margin=15mm,landscape]{geometry}
+\begin{document}\def\finish{\end{document}}\fi
+"""
+TEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{"Δ": r"$\Delta$", "±": r"$\pm$", "≈": r"$\approx$", "×": r"$\times$", "−": "$-$", "<": "$<$", ">": "$>$"},
+}
+
+
+def markdown(tables: Iterable[Table], unfinished: Sequence[str] = ()) -> str:
+    """A table per model, its notes below it; above all, a warning of what is missing."""
+    parts = [warning(unfinished, bold="**")]
+    for table in tables:
+        parts += [f"### {table.model}", _markdown_table(table), "  \n".join(table.notes)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def warning(unfinished: Sequence[str], bold: str = "", limit: int = 20) -> str:
+    """One paragraph that names runs which are not in the tables; nothing where there are none."""
+    more = [f"and {len(unfinished) - limit} more"] if len(unfinished) > limit else []
+    listed = ", ".join([*unfinished[:limit], *more])
+    return f"{bold}Warning:{bold} {len(unfinished)} unfinished run(s) left out: {listed}" if unfinished else ""
+
+
+def _markdown_table(table: Table) -> str:
+    lines = [[name for name, _ in table.columns], [":---"] + ["---:"] * (len(table.columns) - 1)]
+    lines += [[_markdown_cell(cell) for cell in row] for row in table.cells]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def _markdown_cell(cell: Cell) -> str:
+    text = f"**{cell.text}**" if cell.best else cell.text
+    return text + (" ≈" if cell.ties else "") + (f" {NOT_DISTINGUISHABLE}" if cell.same else "")
+
+
+def latex(tables: Iterable[Table], unfinished: Sequence[str] = ()) -> str:
+    """A `table` environment per model in booktabs' style; † stands for "not distinguishable"."""
+    said = warning(unfinished)
+    return PREAMBLE + (f"% {said}\n" if said else "") + "\n".join(map(_latex_table, tables)) + "\\finish\n"
+
+
+def _latex_table(table: Table) -> str:
+    kinds = ["l" if kind == "setting" and not _numeric(table, i) else "r" for i, (_, kind) in enumerate(table.columns)]
+    rows, before = [], None
+    for run, row in zip(table.runs, table.cells, strict=True):
+        if before is not None and run["bits"] != before:
+            rows.append(r"\addlinespace")
+        before = run["bits"]
+        rows.append(" & ".join(map(_latex_cell, row)) + r" \\")
+    notes = " ".join(map(tex, table.notes)).replace("Not distinguishable:", "$\\dagger$ not distinguishable:")
+    return "\n".join(
+        [
+            r"\begin{table}\centering\footnotesize",
+            rf"\caption{{{tex(table.model)}. {notes}}}",
+            rf"\resizebox{{\ifdim\width>\linewidth\linewidth\else\width\fi}}{{!}}{{\begin{{tabular}}{{{''.join(kinds)}}}",
+            r"\toprule",
+            " & ".join(tex(name) for name, _ in table.columns) + r" \\",
+            r"\midrule",
+            *rows,
+            r"\bottomrule",
+            r"\end{tabular}}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def _numeric(table: Table, index: int) -> bool:
+    return all(isinstance(row[index].value, (int, float)) for row in table.cells if row[index].text)
+
+
+def _latex_cell(cell: Cell) -> str:
+    text = tex(cell.text)
+    text = rf"\textbf{{{text}}}" if cell.best else text
+    return text + (r"\,$\approx$" if cell.ties else "") + (r"\,$^\dagger$" if cell.same else "")
+
+
+def tex(text: str) -> str:
+    """`text` with everything that TeX would take for its own escaped; minus signs before digits are signs."""
+    escaped = "".join(TEX.get(character, character) for character in text)
+    return "".join(character if character.isascii() else "?" for character in escaped)
+
+
+def tidy(tables: Iterable[Table], verdicts: Verdicts) -> str:
+    """CSV: one row per run, numbers as they are, p-values beside their metrics (`NAME/p`, `NAME/p_best_holm`)."""
+    rows = [_tidy_row(run, verdicts) for table in tables for run in table.runs]
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def _tidy_row(run: Mapping[str, Any], verdicts: Verdicts) -> dict[str, Any]:
+    plain = ("path", "model", "method", "grid", "bits", "group_size", "sym")
+    sizes = ("bits_per_weight", "size_bytes", "baseline_size_bytes", "peak_memory_bytes")
+    row = {key: run[key] for key in plain + sizes} | ({"runs": run["count"]} if "count" in run else {})
+    for name, value in run["metrics"].items():
+        pair = isinstance(value, (list, tuple)) and len(value) == 2
+        row |= {f"{name}/low": value[0], f"{name}/high": value[1]} if pair else {name: value}
+    row |= {f"{name}/sd": value for name, value in run.get("spread", {}).items()}
+    for name in measured(run["metrics"]):
+        verdict = verdicts.get((run["path"], name), Verdict())
+        for key in ("p", "p_holm", "best", "p_best", "p_best_holm"):
+            row[f"{name}/{key}"] = getattr(verdict, key)
+    row |= {f"seconds/{phase}": value for phase, value in run["seconds"].items()}
+    return row | {f"config/{key}": value for key, value in flat(run["config"]).items()}

@@ -1,0 +1,105 @@
+"""What runs were asked for: the settings that tell them apart, and which runs differ in a seed only."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from gptq_awq.report.rows import Row
+
+IDENTITY = ("method", "grid", "bits", "group_size", "sym")
+SHOWN = {"method.name", "model", "model.name", "grid", "method", *IDENTITY, *(f"grid.{key}" for key in IDENTITY)}
+ASIDE = ("out", "tracking", "export", "eval", "hydra", "resume")  # what changes no number, or is in its metric's name
+LATE = ("model", "device", "compute_dtype", "tokens_per_batch", "seed")
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config as one level, `data.samples`; lists are one value."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = tuple(map(str, value)) if isinstance(value, (list, tuple)) else value
+    return found
+
+
+def varied(runs: Sequence[Row]) -> dict[str, list[str]]:
+    """Settings without which rows of one table would look the same, by their short names: a value per run.
+
+    A setting that only follows from the others (GPTQ's damping, where only GPTQ has one; a file's name, where its
+    kind says it) is left out: tables stay narrow.
+    """
+    configs = [_relevant(run["config"]) for run in runs]
+    alike: list[Any] = [tuple(run[key] for key in IDENTITY) for run in runs]
+    kept: list[str] = []
+    for key in sorted({key for config in configs for key in config}, key=_order):
+        finer = [(before, config.get(key)) for before, config in zip(alike, configs, strict=True)]
+        if len(set(finer)) > len(set(alike)):
+            alike = list(map(hash, finer))
+            kept.append(key)
+    names = _short_names(kept)
+    return {names[key]: [_text(config, key) for config in configs] for key in kept}
+
+
+def averaged(runs: Sequence[Row], over: str) -> list[Row]:
+    """One row for all runs that differ in the setting `over` ("seed") only.
+
+    Its metrics, sizes and times are means over the runs; `spread` maps metrics to their standard deviation,
+    `count` is how many runs there are. Intervals, which are of one run, are left out.
+    """
+    groups: dict[Any, list[Row]] = {}
+    for run in runs:
+        settings = {k: v for k, v in flat(run["config"]).items() if k.partition(".")[0] not in ASIDE}
+        rest = sorted((k, str(v)) for k, v in settings.items() if k != over and not k.endswith(f".{over}"))
+        groups.setdefault((run["model"], *(run[key] for key in IDENTITY), tuple(rest)), []).append(run)
+    return [_mean(group, over) for group in groups.values()]
+
+
+def _mean(group: Sequence[Row], over: str) -> Row:
+    metrics, spread = _means([run["metrics"] for run in group])
+    seconds, _ = _means([run["seconds"] for run in group])
+    sizes = ("bits_per_weight", "size_bytes", "baseline_size_bytes", "peak_memory_bytes")
+    first = group[0]
+    config = {k: v for k, v in flat(first["config"]).items() if k != over and not k.endswith(f".{over}")}
+    scalars = {key: _average([run[key] for run in group]) for key in sizes}
+    more = {"metrics": metrics, "seconds": seconds, "config": config, "spread": spread, "count": len(group)}
+    return dict(first) | scalars | more
+
+
+def _means(maps: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Means and standard deviations of the numbers that all `maps` have."""
+    shared = [key for key in maps[0] if all(isinstance(each.get(key), (int, float)) for each in maps)]
+    means = {key: fmean(each[key] for each in maps) for key in shared}
+    return means, {key: stdev(each[key] for each in maps) for key in shared if len(maps) > 1}
+
+
+def _average(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
+    settings = flat(config)
+    return {k: v for k, v in settings.items() if k not in SHOWN and k.partition(".")[0] not in ASIDE}
+
+
+def _order(key: str) -> tuple[bool, bool, int, str]:
+    """What names a thing before its details, and last what is rarely what a table is about."""
+    return key.partition(".")[0] in LATE, not key.endswith("_target_"), key.count("."), key
+
+
+def _short_names(keys: Sequence[str]) -> dict[str, str]:
+    """The last part of each key, or all of it where two would share that; a class stands for its group."""
+    short = {key: key.removesuffix("._target_").rpartition(".")[2] for key in keys}
+    return {key: name if list(short.values()).count(name) == 1 else key for key, name in short.items()}
+
+
+def _text(config: Mapping[str, Any], key: str) -> str:
+    value = config.get(key, "")
+    if isinstance(value, tuple):
+        return " ".join(value)
+    if key.endswith("_target_"):
+        return str(value).rpartition(".")[2]
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value).rpartition("/")[2]

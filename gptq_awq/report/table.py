@@ -1,0 +1,145 @@
+"""A table of runs as a value: columns, cells with their numbers and marks, notes. `render` and the page draw it."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from gptq_awq.report import text
+from gptq_awq.report.rows import FULL_PRECISION, Row, is_perplexity, measured, total_seconds
+from gptq_awq.report.settings import varied
+from gptq_awq.report.verdicts import Verdict, Verdicts
+
+Kind = Literal["setting", "size", "metric", "difference", "cost"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Text, the number to sort by, and marks: `best` of its bits, `ties` with that, `same` as full precision."""
+
+    text: str = ""
+    value: float | str | None = None
+    best: bool = False
+    ties: bool = False
+    same: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """The finished runs of one model, the most bits first; `runs` are the rows that `cells` were made from."""
+
+    model: str
+    columns: Sequence[tuple[str, Kind]]
+    cells: Sequence[Sequence[Cell]]
+    runs: Sequence[Row]
+    notes: Sequence[str]
+
+
+def make_table(model: str, runs: Sequence[Row], verdicts: Verdicts, metrics: Sequence[str] = ()) -> Table:
+    """The table of `runs`, with the columns of `metrics` (all, if none are named) and without empty columns."""
+    runs = sorted(runs, key=lambda run: (-(run["bits_per_weight"] or math.inf), run["method"], run["path"]))
+    names = shown_metrics(runs, metrics)
+    settings = varied(runs)
+    columns: dict[tuple[str, Kind], list[Cell]] = defaultdict(list)
+    for index, run in enumerate(runs):
+        for column, cell in _row(run, names, {key: values[index] for key, values in settings.items()}, verdicts):
+            columns[column].append(cell)
+    shown = {column: cells for column, cells in columns.items() if any(cell.text for cell in cells)}
+    return Table(model, list(shown), list(zip(*shown.values(), strict=True)), runs, _notes(runs, names, verdicts))
+
+
+def shown_metrics(runs: Iterable[Row], chosen: Sequence[str] = ()) -> list[str]:
+    """The metrics that `runs` have, in order; the loss difference only where its text has no perplexity."""
+    names = dict.fromkeys(name for run in runs for name in measured(run["metrics"]))
+    if chosen:
+        return [name for name in names if name in chosen]
+    texts = {name.rpartition("/")[0] for name in names if is_perplexity(name)}
+    return [name for name in names if not (name.endswith("/dnll") and name.removesuffix("/dnll") in texts)]
+
+
+def _row(
+    run: Row, names: Iterable[str], settings: dict[str, str], verdicts: Verdicts
+) -> Iterable[tuple[tuple[str, Kind], Cell]]:
+    group = "" if run["group_size"] is None else text.group(run["group_size"]).removeprefix("group ")
+    yield ("method", "setting"), Cell(run["method"], run["method"])
+    yield ("grid", "setting"), _word("" if run["grid"] in (None, "int") else run["grid"])
+    yield ("bits", "setting"), Cell(text.number(run["bits"], digits="g"), run["bits"])
+    yield ("group", "setting"), Cell(group, run["group_size"])
+    yield ("sym", "setting"), _word("" if run["sym"] is None else str(run["sym"]).lower())
+    for key, value in settings.items():
+        yield (key, "setting"), _word(value)
+    if "count" in run:
+        yield ("runs", "setting"), Cell(str(run["count"]), run["count"])
+    yield ("bits/weight", "size"), Cell(text.number(run["bits_per_weight"]), run["bits_per_weight"])
+    yield ("size", "size"), Cell(text.size(run["size_bytes"]), run["size_bytes"])
+    reduction = text.reduction(run["size_bytes"], run["baseline_size_bytes"])
+    yield ("reduction", "size"), Cell(reduction, float(reduction[:-1]) if reduction else None)
+    for name in names:
+        yield from _metric(run, name, verdicts.get((run["path"], name), Verdict()))
+    total = total_seconds(run["seconds"])
+    yield ("quantize", "cost"), Cell(text.seconds(run["seconds"].get("quantize")), run["seconds"].get("quantize"))
+    yield ("total", "cost"), Cell(text.seconds(total), total)
+    yield ("peak memory", "cost"), Cell(text.size(run["peak_memory_bytes"]), run["peak_memory_bytes"])
+
+
+def _metric(run: Row, name: str, verdict: Verdict) -> Iterable[tuple[tuple[str, Kind], Cell]]:
+    metrics, deviations = run["metrics"], run.get("spread", {})
+    value, delta = metrics.get(name), metrics.get(f"{name}/delta")
+    number = text.spread(value, deviations.get(name))
+    yield (name, "metric"), Cell(number, value, best=verdict.best, ties=verdict.ties)
+    change = text.difference(metrics, name)
+    if deviations.get(f"{name}/delta"):
+        change = text.spread(delta, deviations[f"{name}/delta"], sign="+")
+    label = f"Δ {name}" if "count" in run else f"Δ {name} [95%]"
+    yield (label, "difference"), Cell(change, delta, same=verdict.same and change not in ("", "0"))
+
+
+def _word(value: str) -> Cell:
+    try:
+        return Cell(value, float(value))
+    except ValueError:
+        return Cell(value, value)
+
+
+def _notes(runs: Sequence[Row], names: Sequence[str], verdicts: Verdicts) -> list[str]:
+    """What full precision scored, and what the marks mean, as far as the table has them."""
+    found = [verdicts.get((run["path"], name), Verdict()) for run in runs for name in names]
+    notes = [_baselines(runs, names)]
+    if any("count" in run for run in runs):
+        notes.append("Mean ± standard deviation over the runs of a row; nothing is tested.")
+        return [note for note in notes if note]
+    tested, ranked = any(v.p is not None for v in found), any(v.p_best is not None for v in found)
+    if any(v.best for v in found):
+        ties = "; ≈: not distinguishable from it (paired tests, Holm over the table)" if ranked else ""
+        notes.append(f"Bold: best of as many bits{ties}.")
+    if tested:
+        notes.append(
+            "Not distinguishable: from full precision, by paired tests adjusted by Holm's method over the table; "
+            "intervals are each run's own, unadjusted."
+        )
+    untested = [run for run in runs if any(_by_interval(run, name, verdicts) for name in names)]
+    if untested:
+        notes.append(
+            f"{len(untested)} of {len(runs)} run(s) have no scores.npz to test: they are compared with full precision "
+            "by their own intervals, unadjusted, and with the best of their bits not at all."
+        )
+    return [note for note in notes if note]
+
+
+def _by_interval(run: Row, name: str, verdicts: Verdicts) -> bool:
+    """Whether only the run's own interval says if `name` differs from full precision."""
+    low, high = run["metrics"].get(f"{name}/delta_ci95") or (0, 0)
+    known = run["method"] != FULL_PRECISION and (low, high) != (0, 0)
+    return known and verdicts.get((run["path"], name), Verdict()).p is None
+
+
+def _baselines(runs: Iterable[Row], names: Sequence[str]) -> str:
+    """One line of the full-precision values that the differences are measured from."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for run in runs:
+        for name in names:
+            if f"{name}/baseline" in run["metrics"]:
+                found[name].add(text.number(run["metrics"][f"{name}/baseline"]))
+    values = ", ".join(f"{name} {' or '.join(sorted(numbers))}" for name, numbers in found.items())
+    return f"Full precision: {values}." if found else ""
