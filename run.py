@@ -1,23 +1,34 @@
 """The command line: `python run.py method=awq bits=4`. Everything else is configs/ and gptq_awq/experiment.py."""
 
+import math
 import sys
 
 import hydra
 from omegaconf import DictConfig
 
+from gptq_awq.errors import UserError
+from gptq_awq.plugins import check_plugins
+
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
-def main(cfg: DictConfig) -> None:
-    """Run one experiment; a mistake in its options is one line and exit code 2."""
-    from gptq_awq.errors import UserError
+def main(cfg: DictConfig) -> float:
+    """Run one experiment; a mistake in its options is one line and exit code 2. Returns what a search minimizes."""
     from gptq_awq.experiment import run
+    from gptq_awq.sweep import objective, sweep_folder
 
     try:
-        run(cfg)
+        return objective(run(cfg), cfg.objective)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+        if sweep_folder() is None:
+            sys.exit(2)
+        return math.inf  # the sweep's other runs go on; gptq_awq.sweep has the last word
 
 
 if __name__ == "__main__":
+    try:
+        check_plugins(sys.argv[1:])
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
     main()

@@ -7,7 +7,7 @@ and model when they are loaded, memory by a forecast. A mistake is a `UserError`
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,57 +15,42 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from gptq_awq import memory
 from gptq_awq.assets import cache_dir
+from gptq_awq.cache import prune
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.evaluate import Baseline, full_precision, score
-from gptq_awq.evaluation.protocol import Evaluation
 from gptq_awq.export.base import Source, linear_specs
 from gptq_awq.export.verify import Probe
-from gptq_awq.export.write import Exported, Exports, write_card
-from gptq_awq.grids.base import GridChoice, QuantizedWeight
-from gptq_awq.manifest import code_sha256, config_sha256, environment
+from gptq_awq.export.write import Exported, write_card
+from gptq_awq.files import replacing
+from gptq_awq.grids.base import Grid, QuantizedWeight
+from gptq_awq.journal import Journal
+from gptq_awq.manifest import code_sha256, config_sha256, environment, run_sha256
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import is_linear, matrix
-from gptq_awq.models.load import LoadedModel, checked_device
-from gptq_awq.pipeline.method import Method
+from gptq_awq.models.load import LoadedModel
+from gptq_awq.pipeline.inputs import resolve_compute_dtype
+from gptq_awq.pipeline.observe import Record, observations_sha256
 from gptq_awq.pipeline.places import changes_output, landing
-from gptq_awq.pipeline.quantize import Settings, needs_calibration, quantize, resolve_compute_dtype
+from gptq_awq.pipeline.quantize import needs_calibration, quantize
 from gptq_awq.pipeline.size import PLAIN_BITS, Footprint
+from gptq_awq.plan import Plan, preflight
 from gptq_awq.progress import Track, rich_track
 from gptq_awq.report import final_table
 from gptq_awq.results import Ledger, Result
-from gptq_awq.tracking import Tracker, Tracking
+from gptq_awq.runs import Run
+from gptq_awq.sweep import store_failure, sweep_folder
+from gptq_awq.tracking import Tracker
 
 log = logging.getLogger(__name__)
 LEDGER = "ledger.jsonl"
 UNFINISHED = "ledger.partial.jsonl"
 PROBE_WINDOWS, PROBE_SEQLEN = 2, 256
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that a run was asked for, checked as far as it can be without loading anything."""
-
-    config: Mapping[str, Any]
-    method: Method
-    grid: GridChoice
-    settings: Settings
-    model: Any
-    data: Any
-    evaluation: Evaluation
-    tracking: Tracking
-    exports: Exports
-    device: torch.device
-    dtype: str
-    seed: int
-    out: Path
 
 
 @dataclass
@@ -88,129 +73,202 @@ class Clock:
 
 
 def run(cfg: DictConfig) -> Result:
-    """Run one experiment and store its row in `cfg.out`.
+    """Run one experiment and store its row in `cfg.out`; one that is finished already is not run again.
+
+    In a sweep, a run that fails leaves a row that says so.
 
     Raises:
         UserError: something the user can fix; one line, naming the option.
     """
     console = Console(stderr=True)
-    plan = preflight(cfg)
-    _remove_unused_hydra_folder(plan.out)
-    with _logging_to(plan.out, console), rich_track(console) as track:
-        try:
-            result = execute(plan, track)
-        except UserError as error:
-            # Nothing half-written, and what an earlier run left in this folder stays: only the log is new.
-            (plan.out / UNFINISHED).unlink(missing_ok=True)
-            log.debug("stopped: %s", error)
-            raise
+    try:
+        plan = preflight(cfg)
+        _remove_unused_hydra_folder(plan.out)
+        with _logging_to(plan.out, console), rich_track(console) as track:
+            result = execute(plan, track, lambda line: console.print(line, soft_wrap=True, highlight=False))
+    except Exception as error:
+        # A kill leaves the ledger of what was done; an error leaves nothing, and what an earlier run left stays.
+        (Path(cfg.out) / UNFINISHED).unlink(missing_ok=True)
+        log.debug("stopped: %s", error)
+        if sweep_folder() is not None:
+            store_failure(cfg, error)
+        raise
     Console().print(final_table(result))
     console.print(f"results: {plan.out / 'results.json'}", highlight=False, soft_wrap=True)
     return result
 
 
-def preflight(cfg: DictConfig) -> Plan:
-    """Turn the config into objects, which refuse what they cannot do."""
-    torch.manual_seed(cfg.seed)
-    device = resolve_device(cfg.device)
-    try:
-        plan = Plan(
-            config=OmegaConf.to_container(cfg, resolve=True),  # pyright: ignore[reportArgumentType]
-            method=_build(cfg.method),
-            grid=_build(cfg.grid),
-            settings=Settings(cfg.compute_dtype, _positive(cfg, "tokens_per_batch")),
-            model=_build(cfg.model),
-            data=_build(cfg.data),
-            evaluation=_build(cfg.eval),
-            tracking=_build(cfg.tracking),
-            exports=_build(cfg.export),
-            device=device,
-            dtype=cfg.dtype,
-            seed=cfg.seed,
-            out=Path(cfg.out),
-        )
-    except OmegaConfBaseException as error:
-        raise UserError(str(error).splitlines()[0]) from error
-    _check_meant(plan)
-    try:
-        plan.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out={plan.out}: cannot be written ({error.strerror})") from error
-    return plan
+@dataclass(frozen=True)
+class Work:
+    """What a run needs, loaded: nothing has been computed yet, nothing is to be undone.
+
+    Attributes:
+        loaded: the model and its tokenizer.
+        windows: to score.
+        tasks: lm-eval's, None for none.
+        tokens: calibration data, None where the method looks at none.
+        grids: module name → where its weight will land.
+        code: hash of this program's source, as it was when the run began.
+        run: the run's content hash and folder.
+    """
+
+    loaded: LoadedModel
+    windows: tuple[TokenSet, ...]
+    tasks: Any
+    tokens: TokenSet | None
+    grids: Mapping[str, Grid]
+    code: str
+    run: Run
 
 
-def execute(plan: Plan, track: Track) -> Result:
-    """Everything slow."""
-    clock, code = Clock(), code_sha256()  # now: the files may change while the run goes on
+def execute(plan: Plan, track: Track, say: Callable[[str], None]) -> Result:
+    """Everything slow. `say` tells the user what a run waits for, or why there is nothing to do."""
+    clock = Clock()
     memory.reset_peak(plan.device)
-    tracker = plan.tracking.start(plan.config, _run_name(plan))
-    ledger = Ledger.create(plan.out / UNFINISHED)
     with clock.phase("load"):
-        loaded = plan.model.load(dtype=plan.dtype, device=str(plan.device))
-        windows = plan.evaluation.token_sets(loaded.tokenizer)
-        tasks = plan.evaluation.load_tasks(plan.seed)
-        calibrates = needs_calibration(plan.method, plan.grid)
-        tokens = plan.data.tokens(loaded.tokenizer, seed=plan.seed) if calibrates else None
-        grids = landing(loaded.model, plan.grid) if plan.method.solver is not None else {}
-        natural = getattr(plan.method.solver, "natural_groups", True)
-        plan.exports.check(linear_specs(loaded.model, grids, natural), loaded.model, loaded.tokenizer)
-        _forecast(loaded, tokens, plan)
+        work = load(plan)
+
+    def earlier() -> Result | None:
+        folder = work.run.finished() if plan.resume else None
+        if folder is None:
+            return None
+        say(f"done already, taken from {folder} (resume=false computes it anew)")
+        with _writing(plan.out):
+            return work.run.adopt(folder)
+
+    if result := earlier():
+        return result
+    with work.run.alone(lambda what: say(f"{what}: waiting for it")):
+        if result := earlier():  # while we waited
+            return result
+        result = compute(plan, work, clock, track)
+        work.run.journal.clear()
+        work.run.remember()
+    prune(plan.cache_bytes)
+    return result
+
+
+def load(plan: Plan) -> Work:
+    """Load model and data, and look at all that can be known to be wrong before anything is computed.
+
+    Raises:
+        UserError: naming the option.
+    """
+    code = code_sha256()  # now: the files may change while the run goes on
+    loaded = plan.model.load(dtype=plan.dtype, device=str(plan.device))
+    windows = plan.evaluation.token_sets(loaded.tokenizer)
+    tasks = plan.evaluation.load_tasks(plan.seed)
+    calibrates = needs_calibration(plan.method, plan.grid)
+    tokens = plan.data.tokens(loaded.tokenizer, seed=plan.seed) if calibrates else None
+    grids = landing(loaded.model, plan.grid) if plan.method.solver is not None else {}
+    natural = getattr(plan.method.solver, "natural_groups", True)
+    plan.exports.check(linear_specs(loaded.model, grids, natural), loaded.model, loaded.tokenizer)
+    _forecast(loaded, tokens, plan)
+    data = {
+        "model": loaded.sha256,
+        "calibration": tokens and tokens.sha256,
+        "eval": [t.sha256 for t in windows],
+        "tasks": tasks and tasks.sha256(),
+        "device": plan.device.type,
+        "compute_dtype": str(resolve_compute_dtype(plan.settings.compute_dtype, plan.device)),
+    }
+    run_ = Run(run_sha256(plan.config, data, code), plan.out)
+    return Work(loaded, windows, tasks, tokens, grids, code, run_)
+
+
+def compute(plan: Plan, work: Work, clock: Clock, track: Track) -> Result:
+    """Baseline, quantize, export, evaluate, store."""
+    loaded = work.loaded
+    folder = sweep_folder()
+    group = None if folder is None else "/".join(folder.parts[-2:])
+    tracker = plan.tracking.start(plan.config, _run_name(plan), group, work.run.sha256)
     with clock.phase("baseline"):
         baseline = full_precision(
-            *(loaded.model, loaded.tokenizer, loaded.sha256, windows, tasks, cache_dir(), track),
-            keep_output=plan.method.cast is not None or changes_output(loaded.model, grids),
+            *(loaded.model, loaded.tokenizer, loaded.sha256, work.windows, work.tasks, cache_dir(), track),
+            keep_output=plan.method.cast is not None or changes_output(loaded.model, work.grids),
         )
     with clock.phase("quantize"):
-        footprint, weights = _quantize(plan, loaded, tokens, ledger, tracker, track)
+        quantized = _quantize(plan, work, tracker, track)
     checkpoints: list[Exported] = []
     if plan.exports.formats:
         with clock.phase("export"):
-            checkpoints = _export(plan, loaded, weights, windows, tokens, code, track)
-            weights.clear()
+            checkpoints = _export(plan, work, quantized.weights, track)
+            quantized.weights.clear()
     with clock.phase("evaluate"):
-        metrics = score(loaded.model, loaded.tokenizer, baseline, plan.seed, track).metrics
-    manifest = _manifest(plan, loaded, tokens, baseline, code, checkpoints)
-    result = _result(plan, loaded, footprint, metrics, clock, manifest)
-    ledger.path.replace(plan.out / LEDGER)
-    (plan.out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(dict(plan.config))))
-    path = result.write(plan.out)
+        scored = score(loaded.model, loaded.tokenizer, baseline, plan.seed, track)
+    manifest = _manifest(plan, work, baseline, checkpoints) | {"resumed": quantized.resumed}
+    result = _result(plan, loaded, quantized.footprint, scored.metrics, clock, manifest)
+    with _writing(plan.out):
+        (plan.out / UNFINISHED).replace(plan.out / LEDGER)
+        scored.scores.write(plan.out)
+        with replacing(plan.out / "config.yaml") as scratch:
+            scratch.write_text(OmegaConf.to_yaml(OmegaConf.create(dict(plan.config))))
+        path = result.write(plan.out)
     for checkpoint in checkpoints:
         write_card(checkpoint.path, json.loads(path.read_text()), [checkpoint.verified])
     tracker.finish(result)
     return result
 
 
-def _quantize(
-    plan: Plan, loaded: LoadedModel, tokens: TokenSet | None, ledger: Ledger, tracker: Tracker, track: Track
-) -> tuple[Footprint, dict[str, QuantizedWeight]]:
-    """Quantize the model in place, block by block; each block's rows are on disk before the next begins.
+@dataclass(frozen=True)
+class Quantized:
+    """What quantizing left: sizes, codes where a checkpoint wants them, and the block it went on at after a kill."""
 
-    Codes are kept only where a checkpoint will want them.
-    """
-    footprint, weights = Footprint(), {}
-    for block in quantize(loaded.model, tokens, plan.method, plan.grid, plan.settings, track):
+    footprint: Footprint
+    weights: dict[str, QuantizedWeight]
+    resumed: list[int]
+
+
+def _quantize(plan: Plan, work: Work, tracker: Tracker, track: Track) -> Quantized:
+    """Quantize the model in place, block by block; each block's rows are on disk before the next begins."""
+    with _writing(plan.out):
+        ledger = Ledger.create(plan.out / UNFINISHED)
+    footprint, weights, restored = Footprint(), {}, 0
+    journal = work.run.journal if plan.resume else None
+    steps = quantize(
+        *(work.loaded.model, work.tokens, plan.method, plan.grid, plan.settings, track),
+        record=_record(plan, work),
+        progress=journal,
+    )
+    for block in steps:
         footprint.add(block.weights)
         if plan.exports.formats:
             weights.update(block.weights)
-        ledger.append(block.rows)
+        with _writing(plan.out):
+            ledger.append(block.rows)
         tracker.ledger(block.rows)
+        restored += block.restored
         errors = [row["error_after"] for row in block.rows if "error_after" in row]
-        if errors:
+        if errors and not block.restored:
             tracker.log({"quantize/relative_error": sum(errors) / len(errors)}, step=block.index)
-    return footprint, weights
+    if restored:
+        log.info("resumed after %d finished blocks", restored)
+    return Quantized(footprint, weights, [restored] if restored else [])
 
 
-def _export(
-    plan: Plan,
-    loaded: LoadedModel,
-    weights: Mapping[str, QuantizedWeight],
-    windows: Sequence[TokenSet],
-    tokens: TokenSet | None,
-    code: str,
-    track: Track,
-) -> list[Exported]:
+def _record(plan: Plan, work: Work) -> Record | None:
+    """Where this run's full-precision calibration is kept for others; None where it has none."""
+    if work.tokens is None or plan.method.error_propagation:
+        return None
+    settings = plan.settings
+    dtype = resolve_compute_dtype(settings.compute_dtype, plan.device)
+    key = observations_sha256(work.loaded.model, work.loaded.sha256, work.tokens, dtype, settings.tokens_per_batch)
+    return Record(Journal(cache_dir() / "moments" / key, key), plan.cache_bytes)
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Within: what the system says of a full or read-only disk is the user's to fix. Raises UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"out={out}: cannot be written ({error.strerror or error})") from error
+
+
+def _export(plan: Plan, work: Work, weights: Mapping[str, QuantizedWeight], track: Track) -> list[Exported]:
     """Write and verify the checkpoints that were asked for."""
-    known = next((t for t in (*windows, tokens) if t is not None), None)
+    loaded, tokens = work.loaded, work.tokens
+    known = next((t for t in (*work.windows, tokens) if t is not None), None)
     ids = torch.arange(64)[None] if known is None else known.ids[:PROBE_WINDOWS, :PROBE_SEQLEN]
     probe = Probe.of(loaded.model, ids, "token ids 0 to 63" if known is None else known.source)
     facts = {
@@ -218,27 +276,10 @@ def _export(
         "method": plan.method.name,
         "grid": str(plan.grid),
         "calibration": None if tokens is None else {"source": tokens.source, "sha256": tokens.sha256},
-        "code": code,
+        "code": work.code,
     }
     source = Source(loaded.model, loaded.tokenizer, loaded.name, weights)
     return plan.exports.write(source, plan.out, probe, facts, track)
-
-
-def _check_meant(plan: Plan) -> None:
-    """Refuse bits=… and the like beside a grid that has its own: the user would get something else.
-
-    Raises:
-        UserError: naming both options.
-    """
-    if not HydraConfig.initialized() or plan.method.solver is None:
-        return
-    for override in HydraConfig.get().overrides.task:
-        key, _, value = override.partition("=")
-        if key not in ("bits", "group_size", "sym"):
-            continue
-        own = getattr(plan.grid, key, None)
-        if own != plan.config[key]:
-            raise UserError(f"{key}={value}: grid={plan.grid.label} has its own ({key}={own}); leave {key} out")
 
 
 def _forecast(loaded: LoadedModel, tokens: TokenSet | None, plan: Plan) -> None:
@@ -282,15 +323,10 @@ def _result(
     )
 
 
-def _manifest(
-    plan: Plan,
-    loaded: LoadedModel,
-    tokens: TokenSet | None,
-    baseline: Baseline,
-    code: str,
-    checkpoints: Sequence[Exported],
-) -> dict[str, Any]:
+def _manifest(plan: Plan, work: Work, baseline: Baseline, checkpoints: Sequence[Exported]) -> dict[str, Any]:
+    loaded, tokens = work.loaded, work.tokens
     return {
+        "run": work.run.sha256,
         "model": {"source": loaded.source, "sha256": loaded.sha256, "dtype": plan.dtype},
         "tokens": {
             "calibration": None if tokens is None else tokens.sha256,
@@ -305,7 +341,7 @@ def _manifest(
             for c in checkpoints
         },
         "config": config_sha256(plan.config),
-        "code": code,
+        "code": work.code,
         "compute_dtype": str(resolve_compute_dtype(plan.settings.compute_dtype, plan.device)),
         "seed": plan.seed,
     } | environment()
@@ -314,41 +350,6 @@ def _manifest(
 def _evaluation_sources(baseline: Baseline) -> dict[str, str]:
     tasks = baseline.tasks.sources if baseline.tasks else {}
     return {t.name: t.source for t in baseline.tokens} | {f"lm_eval/{name}": s for name, s in tasks.items()}
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device, "auto" being a GPU where there is one. Raises UserError for one that isn't there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return checked_device(name)
-
-
-def _build(node: Any) -> Any:
-    """Instantiate a config node; a UserError raised inside comes out as itself."""
-    try:
-        return instantiate(node, _convert_="all")
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__
-        if cause is not None:
-            raise cause from None
-        raise UserError(str(error).splitlines()[0]) from error
-
-
-def _positive(cfg: DictConfig, key: str) -> int:
-    value = cfg[key]
-    if not isinstance(value, int) or value < 1:
-        raise UserError(f"{key}={value}: give a whole number, at least 1")
-    return value
-
-
-def _run_name(plan: Plan) -> str:
-    model = getattr(plan.model, "name", None) or "model"
-    if plan.method.solver is None:
-        return f"{model} {plan.method.name}"
-    label = "" if plan.grid.label == "int" else f"{plan.grid.label} "
-    return f"{model} {plan.method.name} {label}{plan.grid.bits:g}bit g{plan.grid.group_size}"
 
 
 @contextmanager
@@ -381,3 +382,11 @@ def _remove_unused_hydra_folder(out: Path) -> None:
             folder.rmdir()
             folder.parent.rmdir()
             folder.parent.parent.rmdir()
+
+
+def _run_name(plan: Plan) -> str:
+    model = getattr(plan.model, "name", None) or "model"
+    if plan.method.solver is None:
+        return f"{model} {plan.method.name}"
+    label = "" if plan.grid.label == "int" else f"{plan.grid.label} "
+    return f"{model} {plan.method.name} {label}{plan.grid.bits:g}bit g{plan.grid.group_size}"

@@ -51,8 +51,11 @@ class Sealed:
         metadata = {"facts": json.dumps(self.facts), "sha256": self.sha256()}
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as scratch:
+            scratch.touch()
+            mode = scratch.stat().st_mode  # as the umask has it; the format's library lets nobody else read
             try:
                 save_file(tensors, scratch, metadata)
+                scratch.chmod(mode)
             except SafetensorError as error:  # its way to say that a disk is full
                 raise OSError(f"{path}: {error}") from error
 

@@ -7,10 +7,13 @@ yaml files).
 
 import difflib
 import hashlib
+import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,16 @@ class Tasks:
     batch_size: int
     seed: int
     sources: dict[str, str]
+
+    def sha256(self) -> str:
+        """Hash of the tasks' configs and items: what changes an answer, before any is asked for."""
+        digest = hashlib.sha256()
+        for name, task in sorted(self.loaded["tasks"].items()):
+            config = json.dumps(task.dump_config(), sort_keys=True, default=str)
+            digest.update(re.sub(r" at 0x[0-9a-f]+", "", f"{name} {config}").encode())  # a function's address
+            for item in islice(task.eval_docs, self.limit):
+                digest.update(json.dumps(item, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,135 @@
+"""The plan of a run: its config turned into objects, which refuse what they cannot do. Nothing slow happens here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gptq_awq.errors import UserError
+from gptq_awq.evaluation.protocol import Evaluation
+from gptq_awq.export.write import Exports
+from gptq_awq.grids.base import GridChoice
+from gptq_awq.models.load import checked_device
+from gptq_awq.pipeline.inputs import Settings
+from gptq_awq.pipeline.method import Method
+from gptq_awq.tracking import Tracking
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a run was asked for, checked as far as it can be without loading anything."""
+
+    config: Mapping[str, Any]
+    method: Method
+    grid: GridChoice
+    settings: Settings
+    model: Any
+    data: Any
+    evaluation: Evaluation
+    tracking: Tracking
+    exports: Exports
+    device: torch.device
+    dtype: str
+    seed: int
+    resume: bool
+    cache_bytes: int
+    out: Path
+
+
+def preflight(cfg: DictConfig) -> Plan:
+    """Turn the config into objects, and make the output folder.
+
+    Raises:
+        UserError: naming the option.
+    """
+    torch.manual_seed(cfg.seed)
+    device = resolve_device(cfg.device)
+    try:
+        plan = Plan(
+            config=OmegaConf.to_container(cfg, resolve=True),  # pyright: ignore[reportArgumentType]
+            method=_build(cfg.method),
+            grid=_build(cfg.grid),
+            settings=Settings(cfg.compute_dtype, _positive(cfg, "tokens_per_batch")),
+            model=_build(cfg.model),
+            data=_build(cfg.data),
+            evaluation=_build(cfg.eval),
+            tracking=_build(cfg.tracking),
+            exports=_build(cfg.export),
+            device=device,
+            dtype=cfg.dtype,
+            seed=cfg.seed,
+            resume=_boolean(cfg, "resume"),
+            cache_bytes=_gigabytes(cfg, "cache_gb"),
+            out=Path(cfg.out),
+        )
+    except OmegaConfBaseException as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    _check_meant(plan)
+    try:
+        plan.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out={plan.out}: cannot be written ({error.strerror})") from error
+    return plan
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device, "auto" being a GPU where there is one. Raises UserError for one that isn't there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return checked_device(name)
+
+
+def _check_meant(plan: Plan) -> None:
+    """Refuse bits=… and the like beside a grid that has its own: the user would get something else.
+
+    Raises:
+        UserError: naming both options.
+    """
+    if not HydraConfig.initialized() or plan.method.solver is None:
+        return
+    for override in HydraConfig.get().overrides.task:
+        key, _, value = override.partition("=")
+        if key not in ("bits", "group_size", "sym"):
+            continue
+        own = getattr(plan.grid, key, None)
+        if own != plan.config[key]:
+            raise UserError(f"{key}={value}: grid={plan.grid.label} has its own ({key}={own}); leave {key} out")
+
+
+def _build(node: Any) -> Any:
+    """Instantiate a config node; a UserError raised inside comes out as itself."""
+    try:
+        return instantiate(node, _convert_="all")
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__
+        if cause is not None:
+            raise cause from None
+        raise UserError(str(error).splitlines()[0]) from error
+
+
+def _positive(cfg: DictConfig, key: str) -> int:
+    value = cfg[key]
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{key}={value}: give a whole number, at least 1")
+    return value
+
+
+def _boolean(cfg: DictConfig, key: str) -> bool:
+    if not isinstance(cfg[key], bool):
+        raise UserError(f"{key}={cfg[key]}: choose true or false")
+    return cfg[key]
+
+
+def _gigabytes(cfg: DictConfig, key: str) -> int:
+    value = cfg[key]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        raise UserError(f"{key}={value}: give a number of gigabytes, such as 20")
+    return int(value * 1e9)

@@ -1,0 +1,93 @@
+"""A run as part of a sweep: its folder, what it returns, the row it leaves when it fails, and the sweep's last word."""
+
+import math
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from gptq_awq.errors import UserError
+from gptq_awq.report import comparison
+from gptq_awq.results import FILE_NAME, Result, load
+
+SHOWN = 40
+"""Rows that still fit a screen."""
+
+
+class SweepEnd(Callback):
+    """Hydra calls it once, when every run of a sweep has ended."""
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Print the table; exit with code 2 where a run failed."""
+        root = Path(config.hydra.sweep.dir)
+        if not root.is_dir():
+            return
+        table = load(root)
+        failed = table[table["status"] != "done"]
+        if 0 < len(table) - len(failed) <= SHOWN:
+            try:
+                sys.stdout.write(f"\n{comparison(table)}\n\n")
+            except UserError as error:
+                sys.stderr.write(f"no table: {error}\n")
+        sys.stderr.write(f"{len(table)} runs in {root}: python -m gptq_awq.report {root}\n")
+        if len(failed):
+            sys.stderr.write(f"{len(failed)} of them failed; the same command runs them again\n")
+            sys.exit(2)
+
+
+def sweep_folder() -> Path | None:
+    """The folder of the sweep that this run is part of; None where it is by itself."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    return Path(HydraConfig.get().sweep.dir)
+
+
+def objective(result: Result, name: str | None) -> float:
+    """What a search minimizes: the metric of that name, by default the first KL, else the first perplexity.
+
+    Raises:
+        UserError: the run has no such metric.
+    """
+    numbers = {key: value for key, value in result.metrics.items() if isinstance(value, (int, float))}
+    found = (
+        [name] if name else [key for key in numbers if key.endswith("/kl")] + [key for key in numbers if "/ppl@" in key]
+    )
+    if name and name not in numbers:
+        raise UserError(f"objective={name}: choose one of {', '.join(numbers) or '(nothing was measured)'}")
+    return float(numbers[found[0]]) if found else math.nan
+
+
+def store_failure(cfg: DictConfig, error: Exception) -> None:
+    """Store a row that says why a run of a sweep has no results; an earlier row of a finished run stays."""
+    out = Path(cfg.out)
+    with suppress(OSError, ValueError):
+        if Result.read(out / FILE_NAME).status == "done":
+            return
+    reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    row = Result(
+        method=config["method"]["name"],
+        bits=config["bits"],
+        bits_per_weight=None,
+        group_size=config["group_size"],
+        sym=config["sym"],
+        model=config["model"].get("name") or Path(config["model"].get("path") or "model").stem,
+        status="failed",
+        metrics={},
+        size_bytes=None,
+        baseline_size_bytes=None,
+        seconds={},
+        peak_memory_bytes=None,
+        ledger=None,
+        manifest={},
+        config=config,
+        error=reason.splitlines()[0] if reason else type(error).__name__,
+    )
+    with suppress(OSError):
+        out.mkdir(parents=True, exist_ok=True)
+        row.write(out)
