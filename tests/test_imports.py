@@ -11,7 +11,7 @@ LAYERS = [
     {"errors", "progress", "files", "__init__"},
     {"sealed"},
     {"journal"},
-    {"assets", "linalg", "kernels", "results", "memory", "manifest", "statistics", "scores"},
+    {"assets", "linalg", "kernels", "results", "memory", "manifest", "plugins", "statistics", "scores"},
     {"moments", "tracking", "report"},
     {"grids", "data"},
     {"models", "solvers"},
