@@ -1,8 +1,127 @@
-"""Being written."""
+"""One HTML page that holds everything: tables to sort and filter, plots, provenance. Nothing is fetched.
 
+The page is `page/page.html` with its styles and scripts put in, and the data as JSON; the scripts draw it.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
 from typing import Any
 
+import orjson
 
-def page(*_: Any) -> str:
-    """Nothing yet."""
-    return ""
+from gptq_awq.report import render
+from gptq_awq.report.profile import profiles
+from gptq_awq.report.provenance import provenance
+from gptq_awq.report.rows import FULL_PRECISION, Row, measured
+from gptq_awq.report.table import Cell, Table
+from gptq_awq.report.verdicts import Verdict, Verdicts, higher_is_better
+
+SCRIPTS = ("base.js", "tables.js", "frontier.js", "layers.js", "costs.js", "main.js")
+BEST, TIES, SAME = 1, 2, 4
+
+
+def page(tables: Sequence[Table], verdicts: Verdicts, missing: Sequence[str] = ()) -> str:
+    """The page's HTML. The same runs give the same page."""
+    source = files("gptq_awq.report") / "page"
+    parts = {
+        "TITLE": _escaped(f"Quantization report: {', '.join(table.model for table in tables) or 'no finished run'}"),
+        "STYLE": (source / "page.css").read_text("utf-8"),
+        "SCRIPT": "\n".join((source / name).read_text("utf-8") for name in SCRIPTS),
+        "DATA": _json(_data(tables, verdicts, missing)),
+    }
+    html = (source / "page.html").read_text("utf-8")
+    for name, part in parts.items():  # the data comes last: nothing is looked for in it
+        html = html.replace(f"@{name}@", part, 1)
+    return html
+
+
+def _data(tables: Sequence[Table], verdicts: Verdicts, missing: Sequence[str]) -> dict[str, Any]:
+    runs = [run for table in tables for run in table.runs]
+    names = list(dict.fromkeys(name for run in runs for name in measured(run["metrics"])))
+    layers = profiles(runs)
+    labels = [label for table in tables for label in _labels(table)]
+    first, shown = 0, []
+    for table in tables:
+        cells = [[_cell(cell) for cell in row] for row in table.cells]
+        shown.append(
+            {"model": table.model, "columns": table.columns, "rows": cells, "first": first, "notes": table.notes}
+        )
+        first += len(table.runs)
+    return {
+        "missing": render.warning(missing),
+        "tables": shown,
+        "metrics": [{"name": name, "higher": higher_is_better(name)} for name in names],
+        "runs": [
+            _run(run, label, layer, verdicts, names) for run, label, layer in zip(runs, labels, layers, strict=True)
+        ],
+        "provenance": provenance(runs),
+    }
+
+
+def _cell(cell: Cell) -> list[Any]:
+    flags = BEST * cell.best + TIES * cell.ties + SAME * cell.same
+    value = cell.value if cell.value != cell.text else None
+    return (
+        [cell.text, _plain(value), flags] if flags else [cell.text, _plain(value)] if value is not None else [cell.text]
+    )
+
+
+def _run(run: Row, label: str, layers: Any, verdicts: Verdicts, names: Iterable[str]) -> dict[str, Any]:
+    metrics = run["metrics"]
+    return {
+        "path": run["path"],
+        "model": run["model"],
+        "method": run["method"],
+        "bits": run["bits"],
+        "label": label,
+        "full": run["method"] == FULL_PRECISION,
+        "bpw": run["bits_per_weight"],
+        "mb": None if run["size_bytes"] is None else run["size_bytes"] / 1e6,
+        "metrics": [_point(metrics, name, verdicts.get((run["path"], name), Verdict())) for name in names],
+        "seconds": {phase: round(value, 2) for phase, value in run["seconds"].items() if phase != "total"},
+        "memory": None if run["peak_memory_bytes"] is None else run["peak_memory_bytes"] / 1e6,
+        "layers": layers,
+    }
+
+
+def _point(metrics: Mapping[str, Any], name: str, verdict: Verdict) -> list[Any] | None:
+    """Value, difference, and the interval: of the difference where there is one, else of the value."""
+    if name not in metrics:
+        return None
+    delta = metrics.get(f"{name}/delta")
+    low, high = metrics.get(f"{name}/delta_ci95" if delta is not None else f"{name}/ci95") or (None, None)
+    return [*(_plain(number) for number in (metrics[name], delta, low, high)), int(verdict.same)]
+
+
+def _labels(table: Table) -> list[str]:
+    """What each run is called in plots: its method, bits, and whatever else tells it from others."""
+    varies = [
+        index
+        for index, (name, kind) in enumerate(table.columns)
+        if kind == "setting" and name not in ("method", "bits") and len({row[index].text for row in table.cells}) > 1
+    ]
+    labels = []
+    for run, row in zip(table.runs, table.cells, strict=True):
+        parts = [run["method"], "" if run["bits"] is None else f"{run['bits']:g} bits"]
+        for index in varies:
+            name, text = table.columns[index][0], row[index].text
+            parts.append(text and (text if name == "grid" else f"{name} {text}"))
+        labels.append(", ".join(part for part in parts if part))
+    return labels
+
+
+def _plain(value: Any) -> Any:
+    """Numbers with six digits, which no plot shows more of; JSON has no infinity, so that is a string."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+
+
+def _json(data: Any) -> str:
+    """JSON that no browser takes for the end of its script."""
+    return orjson.dumps(data).decode().replace("<", "\\u003c")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,0 +1,77 @@
+// Size against quality, one plot per model.
+function frontierChoices() {
+  const sizes = [["bpw", "bits per weight"], ["mb", "MB"]];
+  $("#frontier-x").append(...sizes.map(([key, text]) => element("option", { value: key }, text)));
+  data.metrics.forEach((metric, m) => {
+    const points = data.runs.map((run) => run.metrics[m]).filter(Boolean);
+    const delta = !metric.higher && points.some((point) => point[1] != null);
+    $("#frontier-y").append(element("option", { value: m }, delta ? `Δ ${metric.name}` : metric.name));
+  });
+  for (const id of ["#frontier-x", "#frontier-y"]) $(id).addEventListener("change", draw);
+}
+
+// Runs as points: what is lost where that is known, else the value; nothing for full precision, which is what is lost from.
+function frontierPoints(runs, size, m) {
+  const higher = data.metrics[m].higher;
+  return runs.flatMap((run) => {
+    const point = run.metrics[m];
+    if (!point || run.full || run[size] == null || Number.isNaN(point[0])) return [];
+    const [value, delta, low, high, same] = point;
+    if (higher && delta != null) return [{ run, x: run[size], y: value, low: value - delta + low, high: value - delta + high, same }];
+    return [{ run, x: run[size], y: delta ?? value, low, high, same }];
+  });
+}
+
+function paretoOptimal(points, higher) {
+  const better = (a, b) => (higher ? a.y >= b.y : a.y <= b.y);
+  return points
+    .filter((p) => Number.isFinite(p.y) && !points.some((q) => q !== p && q.x <= p.x && better(q, p) && (q.x < p.x || q.y !== p.y)))
+    .sort((a, b) => a.x - b.x);
+}
+
+function frontierPlot(model, points, size, metric) {
+  const box = { left: 64, right: 900, top: 28, bottom: 350 };
+  const plot = svg("svg", { viewBox: "0 0 920 390", role: "img", "aria-label": `${metric.name} over size, ${model}` });
+  const finite = points.filter((p) => Number.isFinite(p.y));
+  const positive = finite.map((p) => p.y).filter((v) => v > 0);
+  const log = !metric.higher && positive.length > 0;
+  const floor = log ? Math.min(...positive) / 2 : 0;
+  const place = (v) => (log ? Math.max(v, floor) : v);
+  const ends = finite.flatMap((p) => [p.y, p.low, p.high]).filter(Number.isFinite).map(place);
+  if (!ends.length) return element("p", { class: "muted" }, `${model}: nothing to draw`);
+  const xs = finite.map((p) => p.x), pad = (Math.max(...xs) - Math.min(...xs)) * 0.04 || Math.max(...xs) * 0.05;
+  const x = linear(Math.min(...xs) - pad, Math.max(...xs) + pad, box.left, box.right);
+  const [low, high] = [Math.min(...ends), Math.max(...ends)];
+  const y = log ? logarithmic(low / 1.15, high * 1.15, box.bottom, box.top + 8) : linear(low - (high - low) * 0.06, high + (high - low) * 0.06, box.bottom, box.top + 8);
+  const delta = points.some((p) => p.run.metrics[data.metrics.indexOf(metric)][1] != null) && !metric.higher;
+  axes(plot, x, y, box, { x: size === "mb" ? "MB" : "bits per weight, scales and zeros included", y: (delta ? "Δ " : "") + metric.name });
+  const best = paretoOptimal(points, metric.higher);
+  plot.append(svg("path", { class: "front", d: best.map((p, i) => `${i ? "L" : "M"}${x(p.x)},${y(place(p.y))}`).join("") }));
+  for (const p of finite) if (Number.isFinite(p.low) && Number.isFinite(p.high))
+    plot.append(svg("line", { x1: x(p.x), x2: x(p.x), y1: y(place(p.low)), y2: y(place(p.high)), stroke: colour(p.run.method), opacity: 0.6 }));
+  for (const p of finite) {
+    const move = `translate(${x(p.x)},${y(place(p.y))})`;
+    if (best.includes(p)) plot.append(svg("circle", { class: "ring", r: 8.5, transform: move }));
+    const fill = p.same ? "var(--paper)" : colour(p.run.method);
+    const mark = svg("path", { class: "mark", d: shape(p.run.method), transform: move, fill, stroke: colour(p.run.method), tabindex: 0 });
+    const bounds = Number.isFinite(p.low) ? ` [${figures(p.low)}, ${figures(p.high)}]` : "";
+    tip(mark, `${p.run.label}\n${metric.name}: ${figures(p.y)}${bounds}\n${figures(p.run.bpw)} bits per weight, ${figures(p.run.mb)} MB${best.includes(p) ? "\nPareto-optimal" : ""}`);
+    plot.append(mark);
+    if (log && p.y <= 0) plot.append(svg("text", { x: x(p.x) + 12, y: y(floor) + 4 }, "≤ 0"));
+  }
+  const keys = unique(finite.map((p) => p.run.method)).sort();
+  const key = legend(keys.map((m) => [m, svg("path", { d: shape(m), fill: colour(m), stroke: colour(m) })]));
+  return element("figure", {}, ...(data.tables.length > 1 ? [element("h3", {}, model)] : []), key, plot);
+}
+
+function drawFrontier(runs) {
+  const size = $("#frontier-x").value, m = +$("#frontier-y").value;
+  const section = $("#frontier");
+  section.hidden = !data.metrics.length;
+  if (section.hidden) return;
+  const plots = unique(runs.map((run) => run.model)).map((model) => {
+    const points = frontierPoints(runs.filter((run) => run.model === model), size, m);
+    return frontierPlot(model, points, size, data.metrics[m]);
+  });
+  section.querySelector(".plots").replaceChildren(...plots);
+}

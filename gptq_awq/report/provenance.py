@@ -1,0 +1,37 @@
+"""What the numbers come from: models, tokens, code and machines of all runs, each with how many runs it is of."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from gptq_awq.report.rows import Row
+
+
+def provenance(runs: Sequence[Row]) -> list[tuple[str, str, int]]:
+    """Rows of (what, which, number of runs), in the order of first appearance within each kind."""
+    found = Counter(fact for run in runs for fact in dict.fromkeys(_facts(run["manifest"])))
+    kinds = list(dict.fromkeys(kind for kind, _ in found))
+    return [(kind, which, found[kind, which]) for each in kinds for kind, which in found if kind == each]
+
+
+def _facts(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    model, tokens, sources = (manifest.get(key) or {} for key in ("model", "tokens", "sources"))
+    if model:
+        yield "model", _named(model.get("source"), model.get("sha256"), model.get("dtype"))
+    for text, sha256 in (tokens.get("eval") or {}).items():
+        yield "evaluated on", _named(text, sha256, (sources.get("eval") or {}).get(text))
+    if tokens.get("calibration"):
+        yield "calibrated on", _named(sources.get("calibration"), tokens["calibration"])
+    if "code" in manifest:
+        yield "code", str(manifest["code"])[:16]
+    packages = manifest.get("packages") or {}
+    if packages:
+        yield "packages", ", ".join(f"{name} {version}" for name, version in packages.items() if version)
+    machine = manifest.get("machine") or {}
+    if machine:
+        yield "machine", ", ".join(f"{key} {value}" for key, value in machine.items() if value is not None)
+
+
+def _named(name: Any, sha256: Any, more: Any = None) -> str:
+    """`stories15M · 3f373bc1aff47096 · float32`."""
+    return " · ".join(str(part) for part in (name, str(sha256 or "")[:16], more) if part)
