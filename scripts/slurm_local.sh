@@ -28,7 +28,9 @@ check() {
     [ "$(id -u)" = 0 ] || fail "slurmd starts jobs as their users and munged guards a key: run this as root"
 }
 
-alive() { [ -f "$folder/$1.pid" ] && kill -0 "$(cat "$folder/$1.pid")" 2> /dev/null; }
+pid() { cat "$folder/$1.pid" 2> /dev/null; }
+
+alive() { pid "$1" > /dev/null && kill -0 "$(pid "$1")" 2> /dev/null; }
 
 answers() { [ -f "$SLURM_CONF" ] && timeout 10 sinfo --noheader --format %T 2> /dev/null | grep -qE '^(idle|mixed|allocated|completing)$'; }
 
@@ -54,6 +56,7 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 JobRequeue=1
+SchedulerParameters=sched_interval=5,bf_interval=5,batch_sched_delay=1
 KillWait=5
 ReturnToService=2
 StateSaveLocation=$folder/state
@@ -97,12 +100,12 @@ stop() {
     answers && scancel --quiet --user "$(id -un)" || true
     for daemon in slurmd slurmctld munged; do
         alive "$daemon" || continue
-        kill "$(cat "$folder/$daemon.pid")"
+        kill "$(pid "$daemon")" || true
         for _ in $(seq 40); do
             alive "$daemon" || break
             sleep 0.25
         done
-        alive "$daemon" && kill -KILL "$(cat "$folder/$daemon.pid")" || true
+        alive "$daemon" && kill -KILL "$(pid "$daemon")" || true
     done
     echo "stopped"
 }

@@ -45,7 +45,7 @@ def sweep(shared, stories15m, tmp_path):
         *(sys.executable, ROOT / "run.py", "-m", "hydra/launcher=slurm", "method=rtn,gptq", "bits=3,4"),
         *("hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=2", "hydra.launcher.timeout_min=15"),
         *("hydra.launcher.array_parallelism=2", "group_size=32", "model=local", f"model.path={stories15m}"),
-        *("data=local", f"data.path={stories / 'tinystories_10k.txt'}", "data.samples=128", "data.seqlen=256"),
+        *("data=local", f"data.path={stories / 'tinystories_10k.txt'}", "data.samples=64", "data.seqlen=256"),
         *(f"eval.perplexity.path={stories / 'tinystories_val.txt'}", "eval.perplexity.seqlen=256"),
         *("eval.perplexity.windows=8",),
     ]
