@@ -14,7 +14,8 @@ Many tests: Holm's step-down adjustment (Holm 1979, Scandinavian Journal of Stat
 p-value is never below 1/(resamples + 1), which m tests with Holm could never get below 0.05/m. `bootstrap_tests`
 is therefore studentized (symmetric bootstrap-t: Hall 1988, JRSS B 50(1)), and where fewer than `COUNTED` resamples
 are as extreme as what was seen, the bootstrap's own tail is continued by Student's, joined at the last resamples
-that could be counted. It is also exact where percentiles are not: with 32 blocks percentile tests at 5% reject 6%.
+that could be counted. Measured on 64 blocks drawn anew from the centred differences of stories15M's 3-bit runs, false
+alarms are 5.0 to 5.4% of tests at 5%, 0.03 to 0.13% at 0.1%, and 3 to 6.5% of families of 40 tests with Holm.
 """
 
 import math

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
-from scipy.stats import binomtest, ttest_rel
+from scipy.stats import binomtest, ttest_1samp, ttest_rel
 
-from gptq_awq.statistics import interval, mcnemar, paired_test, resampled_means
+from gptq_awq.statistics import block_sums, bootstrap_tests, holm, interval, mcnemar, paired_test, resampled_means
 
 
 def correlated(rng, windows, length, memory=0.9):
@@ -105,3 +105,55 @@ def test_no_difference_is_rarely_called_one():
 def test_items_that_do_not_pair_are_refused():
     with pytest.raises((ValueError, TypeError), match=r"pair|items"):  # TypeError where shapes are checked
         paired_test(np.zeros(3), np.zeros(4))
+
+
+def test_block_sums_are_those_of_each_windows_blocks():
+    sums, lengths = block_sums(np.arange(20.0).reshape(1, 2, 10), block=4)
+    assert lengths.tolist() == [4, 4, 2, 4, 4, 2]
+    assert sums.tolist() == [[6, 22, 17, 46, 62, 37]]
+
+
+def test_holm_equals_the_values_of_its_definition():
+    # p = 0.01, 0.02, 0.03, 0.04 by hand: 4 × 0.01, 3 × 0.02, then never less than before; ties share the larger.
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    # R's p.adjust(c(0.001, 0.5, 0.02, 0.9, 0.013), "holm")
+    assert holm([0.001, 0.5, 0.02, 0.9, 0.013]) == pytest.approx([0.005, 1.0, 0.06, 1.0, 0.052])
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize("draw", ["normal", "exponential"])
+def test_bootstrap_tests_reject_what_is_true_as_rarely_as_they_say(draw):
+    rng = np.random.default_rng(0)
+    lengths = np.where(np.arange(64) % 2, 127, 128)
+    x = getattr(rng, draw)(size=(4000, 64))
+    x = (x - (draw == "exponential")) * lengths
+    p = np.concatenate([bootstrap_tests(part, lengths, 2000, seed) for seed, part in enumerate(np.split(x, 4))])
+    assert 0.035 < np.mean(p < 0.05) < 0.065
+    assert np.mean(p < 0.001) < 0.005  # beyond what 2000 resamples can count
+
+
+def test_bootstrap_tests_agree_with_the_t_test_far_beyond_their_resolution():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 128)) + np.linspace(0, 1.2, 40)[:, None]
+    p, expected = bootstrap_tests(x, np.ones(128)), ttest_1samp(x, 0, axis=1).pvalue
+    assert expected.min() < 1e-20
+    assert np.log10(p) == pytest.approx(np.log10(expected), rel=0.15, abs=0.1)
+
+
+def test_bootstrap_tests_do_not_depend_on_units_and_know_no_difference():
+    x = np.random.default_rng(0).normal(0.3, 1, size=(1, 32))
+    p = bootstrap_tests(np.concatenate([x, x * 1e-30, -x, 0 * x]), np.full(32, 128))
+    assert p[1:3] == pytest.approx(p[0], rel=1e-3)
+    assert p[3] == 1
+
+
+def test_holm_over_bootstrap_tests_keeps_a_tables_false_alarms_rare():
+    rng = np.random.default_rng(2)
+    x = rng.gamma(8, size=(4000, 64)) - 8  # as skewed as losses of blocks are
+    p = bootstrap_tests(x, np.ones(64), 2000)
+    assert np.mean([min(holm(list(table))) < 0.05 for table in np.split(p, 100)]) < 0.12
+
+
+def test_too_few_blocks_are_not_tested():
+    with pytest.raises(ValueError, match="7 blocks"):
+        bootstrap_tests(np.ones((1, 7)), np.ones(7))

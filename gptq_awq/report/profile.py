@@ -1,8 +1,8 @@
-"""Where the error of a run comes from: its ledger, as one number per block and site."""
+"""Where the error of a run comes from: its ledger, as a number per block and site."""
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,49 +11,58 @@ import orjson
 from gptq_awq.report.rows import Row
 from gptq_awq.results import NON_FINITE
 
-LARGEST = 80_000
+ERRORS = {"output": "error_after", "weights": "weight_error"}
+LARGEST = 130_000
 """Numbers in all profiles together; runs beyond get none, so that the page stays small."""
 
+Profile = Mapping[str, Mapping[str, Sequence[float | None]]]
 
-def profiles(runs: Sequence[Row]) -> list[dict[str, Any] | None]:
-    """For each run its `profile`, None without a ledger, for means over runs, and where the page would grow large."""
-    found: list[dict[str, Any] | None] = []
+
+def profiles(runs: Sequence[Row]) -> list[Profile | None]:
+    """For each run `{"output": {site: [error of block 0, …]}, "weights": …}`, means over the linears of a site.
+
+    Relative errors, of outputs and of weights; methods without calibration know those of weights only. They also see
+    no sites: theirs are those that other runs of the model saw. None for a run without a ledger, for means over
+    runs, and where the page would grow large.
+    """
+    seen: dict[tuple[str, str], str] = {}
+    found: list[Profile | None] = []
+    ledgers: list[list[dict[str, Any]]] = []
     room = LARGEST
     for run in runs:
-        one = profile(run) if room > 0 and "count" not in run else None
-        room -= sum(map(len, one["sites"].values())) if one else 0
-        found.append(one)
+        rows = _rows(run) if room > 0 and "count" not in run else []
+        room -= len({(row["block"], row["site"], "error_after" in row) for row in rows}) * len(ERRORS)
+        ledgers.append(rows)
+        for row in rows:
+            key = run["model"], row["name"]
+            seen[key] = max(seen.get(key, ""), row["site"], key=len)
+    for run, rows in zip(runs, ledgers, strict=True):
+        sites = [seen[run["model"], row["name"]] for row in rows]
+        one = {kind: _profile(zip(sites, rows, strict=True), key) for kind, key in ERRORS.items()}
+        found.append({kind: errors for kind, errors in one.items() if errors} or None)
     return found
 
 
-def profile(run: Row) -> dict[str, Any] | None:
-    """`{"output": whether errors are of outputs, "sites": {site: [error of block 0, …]}}`, means over a site's linears.
-
-    The error is the relative output error after quantization; for methods without calibration, which don't know it,
-    the relative weight error.
-    """
-    rows = _rows(run)
-    output = all("error_after" in row for row in rows)
+def _profile(rows: Iterable[tuple[str, dict[str, Any]]], key: str) -> dict[str, list[float | None]]:
     errors: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        value = row.get("error_after" if output else "weight_error")
+    for site, row in rows:
+        value = row.get(key)
         value = NON_FINITE.get(value) if isinstance(value, str) else value
         if value is not None and math.isfinite(value):
-            errors[str(row["site"])][int(row["block"])].append(value)
-    if not errors:
-        return None
-    blocks = range(1 + max(block for site in errors.values() for block in site))
-    return {"output": output, "sites": {name: [_mean(site.get(b)) for b in blocks] for name, site in errors.items()}}
+            errors[site][row["block"]].append(value)
+    blocks = range(1 + max((block for site in errors.values() for block in site), default=-1))
+    return {site: [_mean(by_block.get(block)) for block in blocks] for site, by_block in errors.items()}
 
 
 def _rows(run: Row) -> list[dict[str, Any]]:
-    path = Path(run["path"]) / (run["ledger"] or "ledger.jsonl")
+    """The ledger's rows that have what is needed; none where there is no ledger."""
+    needed = ("name", "block", "site", *ERRORS.values())
     try:
-        lines = path.read_bytes().splitlines()
-        rows = [orjson.loads(line) for line in lines]
-    except (OSError, ValueError):
+        lines = (Path(run["path"]) / (run["ledger"] or "ledger.jsonl")).read_bytes().splitlines()
+        rows = [{key: row[key] for key in needed if key in row} for row in map(orjson.loads, lines)]
+    except (OSError, ValueError, TypeError):
         return []
-    return [row for row in rows if isinstance(row, dict) and "site" in row and "block" in row]
+    return [row for row in rows if {"name", "block", "site"} <= row.keys()]
 
 
 def _mean(values: list[float] | None) -> float | None:

@@ -68,6 +68,9 @@ function logarithmic(low, high, from, to) {
   return Object.assign(position, { ticks });
 }
 
+// One unit of a plot is one pixel of the page, so that its text is as large as other text.
+const room = (section) => Math.max(320, section.clientWidth);
+
 function axes(plot, x, y, box, labels) {
   for (const tick of y.ticks) {
     plot.append(svg("line", { class: "grid", x1: box.left, x2: box.right, y1: y(tick), y2: y(tick) }));

@@ -1,10 +1,13 @@
 // Where the time went, and what memory it took.
 const MOST_BARS = 40;
 
-function costPlot(runs, phases) {
-  const line = 22, top = 24, left = 230, right = 720, memory = 770, end = 900;
+const clipped = (text, length) => (text.length > length ? `${text.slice(0, length - 1)}…` : text);
+
+function costPlot(runs, phases, width) {
+  const line = 22, top = 24, left = Math.round(Math.min(270, width * 0.36)), memory = width - (width > 700 ? 170 : 90);
+  const right = memory - 36, end = width - 60;
   const bottom = top + line * runs.length;
-  const plot = svg("svg", { viewBox: `0 0 920 ${bottom + 30}`, role: "img", "aria-label": "time by phase and peak memory" });
+  const plot = svg("svg", { viewBox: `0 0 ${width} ${bottom + 30}`, role: "img", "aria-label": "time by phase and peak memory" });
   const total = (run) => phases.reduce((sum, phase) => sum + (run.seconds[phase] ?? 0), 0);
   const x = linear(0, Math.max(...runs.map(total)) || 1, left, right);
   const m = linear(0, Math.max(...runs.map((run) => run.memory ?? 0)) || 1, memory, end);
@@ -15,7 +18,7 @@ function costPlot(runs, phases) {
   }
   runs.forEach((run, i) => {
     const y = top + line * i;
-    const name = run.label.length > 36 ? `${run.label.slice(0, 35)}…` : run.label;
+    const name = clipped(run.label, left / 6.4);
     plot.append(svg("text", { class: "label", x: left - 10, y: y + 14, "text-anchor": "end" }, name));
     let at = 0;
     phases.forEach((phase, p) => {
@@ -27,9 +30,9 @@ function costPlot(runs, phases) {
       at += spent;
     });
     if (run.memory == null) return;
-    plot.append(svg("rect", { class: "bar", x: memory, y: y + 3, width: (m(run.memory) - memory) * 0.55, height: line - 8, fill: "var(--c7)", opacity: 0.55 }));
+    plot.append(svg("rect", { class: "bar", x: memory, y: y + 3, width: m(run.memory) - memory, height: line - 8, fill: "var(--c7)", opacity: 0.55 }));
     const text = run.memory >= 1000 ? `${(run.memory / 1000).toFixed(2)} GB` : `${run.memory.toFixed(0)} MB`;
-    plot.append(svg("text", { x: memory + (m(run.memory) - memory) * 0.55 + 6, y: y + 14 }, text));
+    plot.append(svg("text", { x: m(run.memory) + 6, y: y + 14 }, text));
   });
   const key = legend(phases.map((phase, p) => [phase, svg("rect", { x: -8, y: -5, width: 16, height: 10, fill: `var(--c${p % 8})` })]));
   return element("figure", {}, key, plot);
@@ -39,7 +42,7 @@ function drawCosts(runs) {
   const section = $("#costs"), shown = runs.slice(0, MOST_BARS);
   const phases = unique(data.runs.flatMap((run) => Object.keys(run.seconds)));
   section.hidden = !phases.length;
-  section.querySelector(".plots").replaceChildren(...(shown.length ? [costPlot(shown, phases)] : []));
+  section.querySelector(".plots").replaceChildren(...(shown.length ? [costPlot(shown, phases, room(section))] : []));
   const cut = runs.length > MOST_BARS ? `The first ${MOST_BARS} of ${runs.length} runs; filter to see others.` : "";
   section.querySelector(".note").textContent = cut;
 }

@@ -29,9 +29,9 @@ function paretoOptimal(points, higher) {
     .sort((a, b) => a.x - b.x);
 }
 
-function frontierPlot(model, points, size, metric) {
-  const box = { left: 64, right: 900, top: 28, bottom: 350 };
-  const plot = svg("svg", { viewBox: "0 0 920 390", role: "img", "aria-label": `${metric.name} over size, ${model}` });
+function frontierPlot(model, points, size, metric, width) {
+  const box = { left: 56, right: width - 12, top: 28, bottom: 372 };
+  const plot = svg("svg", { viewBox: `0 0 ${width} 412`, role: "img", "aria-label": `${metric.name} over size, ${model}` });
   const finite = points.filter((p) => Number.isFinite(p.y));
   const positive = finite.map((p) => p.y).filter((v) => v > 0);
   const log = !metric.higher && positive.length > 0;
@@ -71,7 +71,7 @@ function drawFrontier(runs) {
   if (section.hidden) return;
   const plots = unique(runs.map((run) => run.model)).map((model) => {
     const points = frontierPoints(runs.filter((run) => run.model === model), size, m);
-    return frontierPlot(model, points, size, data.metrics[m]);
+    return frontierPlot(model, points, size, data.metrics[m], room(section));
   });
   section.querySelector(".plots").replaceChildren(...plots);
 }

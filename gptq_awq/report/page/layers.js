@@ -15,8 +15,13 @@ function chooseFirst(runs) {
   best.slice(0, MOST_LINES).forEach((run) => chosen.add(run));
 }
 
+const profile = (run) => run.layers[$("#layers-of").value] ?? {};
+
 function layersChoices() {
   if (!data.runs.some((run) => run.layers)) return;
+  const kinds = ["output", "weights"].filter((kind) => data.runs.some((run) => run.layers?.[kind]));
+  $("#layers-of").append(...kinds.map((kind) => element("option", { value: kind }, kind)));
+  $("#layers-of").addEventListener("change", draw);
   chooseFirst(data.runs);
   const several = data.tables.length > 1;
   for (const run of data.runs) {
@@ -43,16 +48,15 @@ function lineStyles(runs) {
   }));
 }
 
-function sitePlot(site, runs, styles, y0, y1, blocks) {
-  const box = { left: 58, right: 410, top: 26, bottom: 200 };
-  const plot = svg("svg", { viewBox: "0 0 420 238", role: "img", "aria-label": `error of ${site} by block` });
+function sitePlot(site, runs, styles, y0, y1, blocks, width) {
+  const box = { left: 52, right: width - 8, top: 26, bottom: 200 };
+  const plot = svg("svg", { viewBox: `0 0 ${width} 238`, role: "img", "aria-label": `error of ${site} by block` });
   const x = linear(0, Math.max(1, blocks - 1), box.left, box.right);
   x.ticks = x.ticks.filter(Number.isInteger);
   const y = logarithmic(y0, y1, box.bottom, box.top + 6);
   axes(plot, x, y, box, { x: "block", y: site });
   for (const run of runs) {
-    const values = run.layers.sites[site];
-    if (!values) continue;
+    const values = profile(run)[site] ?? [];
     let pen = "M";
     const path = values.map((v, b) => {
       if (!(v > 0)) return (pen = "M"), "";
@@ -68,7 +72,9 @@ function sitePlot(site, runs, styles, y0, y1, blocks) {
       plot.append(dot);
     });
   }
-  return element("figure", {}, plot);
+  const made = element("figure", {}, plot);
+  made.style.width = `${width}px`;
+  return made;
 }
 
 function drawLayers(runs) {
@@ -77,22 +83,32 @@ function drawLayers(runs) {
   if (section.hidden) return;
   const visible = new Set(runs);
   for (const run of data.runs) if (run.choice) run.choice.hidden = !visible.has(run);
-  const lines = runs.filter((run) => chosen.has(run)).slice(0, MOST_LINES);
+  const picked = runs.filter((run) => chosen.has(run));
+  const lines = picked.filter((run) => Object.keys(profile(run)).length).slice(0, MOST_LINES);
   const styles = lineStyles(lines);
-  const sites = unique(lines.flatMap((run) => Object.keys(run.layers.sites)));
-  const values = lines.flatMap((run) => Object.values(run.layers.sites).flat()).filter((v) => v > 0);
-  const blocks = Math.max(1, ...lines.flatMap((run) => Object.values(run.layers.sites).map((all) => all.length)));
-  const keys = lines.map((run) => [
-    (data.tables.length > 1 ? `${run.model}: ` : "") + run.label + (run.layers.output ? "" : " (weights)"),
-    svg("path", { class: "line", d: "M-11,0H11", "stroke-width": 2, ...styles.get(run) }),
-  ]);
-  const plots = values.length ? sites.map((site) => sitePlot(site, lines, styles, Math.min(...values) / 1.2, Math.max(...values) * 1.2, blocks)) : [];
+  const sites = unique(lines.flatMap((run) => Object.keys(profile(run))));
+  const values = lines.flatMap((run) => Object.values(profile(run)).flat()).filter((v) => v > 0);
+  const blocks = Math.max(1, ...lines.flatMap((run) => Object.values(profile(run)).map((all) => all.length)));
+  const label = (run) => (data.tables.length > 1 ? `${run.model}: ` : "") + run.label;
+  const keys = lines.map((run) => [label(run), svg("path", { class: "line", d: "M-11,0H11", ...styles.get(run) })]);
+  const all = room(section), columns = Math.max(1, Math.min(sites.length, Math.floor(all / 270)));
+  const width = Math.floor((all - 28 * (columns - 1)) / columns);
+  const ends = [Math.min(...values) / 1.2, Math.max(...values) * 1.2];
+  const plots = values.length ? sites.map((site) => sitePlot(site, lines, styles, ...ends, blocks, width)) : [];
   section.querySelector(".plots").replaceChildren(...plots);
+  section.querySelector(".plots").classList.add("many");
   section.querySelector(".legend")?.remove();
   section.querySelector(".plots").before(legend(keys));
-  const output = "Relative output error after quantization, ‖error‖² / ‖signal‖² of a linear's output, mean over the linears of a site.";
-  const weights = lines.some((run) => !run.layers.output) ? " “(weights)”: methods without calibration know the relative error of the weights only." : "";
+  section.querySelector(".note").textContent = layersNote(picked, lines);
+}
+
+function layersNote(picked, lines) {
+  const what = {
+    output: "‖error‖² / ‖signal‖² of a linear's output on calibration data, mean over the linears of a site.",
+    weights: "‖error‖² / ‖weight‖² of a linear's weight, mean over the linears of a site.",
+  };
+  const short = picked.length - lines.length;
+  const unknown = short ? ` ${short} of the chosen runs are not drawn: methods without calibration know errors of weights only, and ${MOST_LINES} lines are the most.` : "";
   const left = data.runs.filter((run) => !run.layers).length;
-  const without = left ? ` ${left} run(s) have no profile here.` : "";
-  section.querySelector(".note").textContent = lines.length ? output + weights + without : "No run is chosen.";
+  return what[$("#layers-of").value] + unknown + (left ? ` ${left} run(s) have no profile here.` : "");
 }

@@ -58,6 +58,11 @@ $("#reset").addEventListener("click", () => {
   for (const key of Object.keys(state)) state[key] = $(`#${key}`).value = "";
   draw();
 });
+let width = innerWidth;
+addEventListener("resize", () => {
+  if (width !== innerWidth) draw();
+  width = innerWidth;
+});
 frontierChoices();
 layersChoices();
 drawProvenance();

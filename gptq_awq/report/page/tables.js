@@ -8,7 +8,7 @@ function cellText(cell) {
   const interval = text.indexOf(" [");
   const main = interval < 0 ? text : text.slice(0, interval);
   made.push(flags & BEST ? element("b", {}, main) : main);
-  if (flags & TIES) made.push(" ≈");
+  if (flags & TIES) made.push(element("i", {}, "≈"));
   if (interval >= 0) made.push(element("small", {}, text.slice(interval + 1)));
   if (flags & SAME) made.push(element("small", {}, "not distinguishable"));
   return made;
@@ -47,7 +47,7 @@ function drawTable(table, section, shown) {
       section.querySelectorAll("thead button")[c].focus();
     });
     const sorted = column === c ? (direction > 0 ? "ascending" : "descending") : null;
-    head.append(element("th", { scope: "col", class: left[c] ? "left" : null, "aria-sort": sorted }, button));
+    head.append(element("th", { scope: "col", class: left[c] ? "left" : kind, "aria-sort": sorted }, button));
   });
   const body = element("tbody");
   let before = null;
@@ -56,7 +56,7 @@ function drawTable(table, section, shown) {
     const apart = column == null && before != null && before !== run.bits;
     before = run.bits;
     const row = element("tr", { title: run.path, class: apart ? "apart" : null });
-    table.rows[i].forEach((cell, c) => row.append(element("td", { class: left[c] ? "left" : null }, ...cellText(cell))));
+    table.rows[i].forEach((cell, c) => row.append(element("td", { class: left[c] ? "left" : table.columns[c][1] }, ...cellText(cell))));
     body.append(row);
   }
   if (!order.length) body.append(element("tr", {}, element("td", { class: "empty", colspan: table.columns.length }, "no run matches")));
