@@ -1,5 +1,7 @@
-"""The library, for notebooks: quantize one weight, or one model in memory."""
+"""The library, for notebooks: quantize one weight or one model in memory, and look at what was calibrated on."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,14 @@ from gptq_awq.data import TokenSet, make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import GridChoice, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
+from gptq_awq.models.blocks import find_blocks
+from gptq_awq.models.linear import Site, matrix
 from gptq_awq.moments import Moments
+from gptq_awq.pipeline.inputs import resolve_compute_dtype
 from gptq_awq.pipeline.method import Method
+from gptq_awq.pipeline.observe import Observer, passing
 from gptq_awq.pipeline.quantize import Settings, quantize
+from gptq_awq.pipeline.streams import open_streams
 from gptq_awq.progress import Track, no_track
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN
@@ -139,6 +146,76 @@ def quantize_model(
         done.weights.update(block.weights)
         done.ledger.extend(block.rows)
     return done
+
+
+@dataclass(frozen=True)
+class SiteInput:
+    """What enters one site of a model.
+
+    Attributes:
+        block: index of the site's block.
+        site: names within the block, and the absorber where one was looked for.
+        linears: the names, in the model, of the linears that read this input.
+        moments: of the input.
+    """
+
+    block: int
+    site: Site
+    linears: tuple[str, ...]
+    moments: Moments = field(repr=False)
+
+
+def observe_moments(
+    model: nn.Module,
+    calibration: Int[Tensor, "n seqlen"] | TokenSet,
+    absorbers: bool = False,
+    settings: Settings = Settings(compute_dtype="float32"),  # noqa: B008 (frozen)
+) -> Iterator[SiteInput]:
+    """The moments of every site's input in the model as it is, block by block, in the order that sites run.
+
+    Each Hessian has (columns of the input)² floats: of a large model, keep only those that are wanted.
+
+    Args:
+        model: a transformers causal LM in eval mode; it is not changed.
+        calibration: token ids, one row per window.
+        absorbers: also find the op that can take over a scaling of each site's input, as AWQ needs.
+        settings: how forwards compute.
+
+    Raises:
+        UserError: non-finite activations; no token at all.
+    """
+    if isinstance(calibration, Tensor):
+        calibration = make_token_set("calibration", calibration.cpu(), None, "memory")
+    prefix, blocks = find_blocks(model)
+    dtype = resolve_compute_dtype(settings.compute_dtype, next(model.parameters()).device)
+    streams = open_streams(model, blocks, calibration, settings.tokens_per_batch, dtype)
+    heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
+    for block, seen in enumerate(passing(Observer(streams, absorbers, heads), blocks, dtype)):
+        for site, moments in zip(seen.sites, seen.moments, strict=True):
+            yield SiteInput(block, site, tuple(f"{prefix}.{block}.{name}" for name in site.linears), moments)
+
+
+@contextmanager
+def with_weights(model: nn.Module, weights: Mapping[str, QuantizedWeight | Tensor]) -> Iterator[None]:
+    """Within: the named linears hold these weights, (out, in) each; afterwards their own again.
+
+    So a model can be scored with one layer quantized, or with each at the width of your choice.
+
+    Raises:
+        UserError: a name that the model has no linear of.
+    """
+    try:
+        held = {name: matrix(model.get_submodule(name)) for name in weights}
+    except AttributeError as error:
+        raise UserError(f"weights: the model has no linear of that name ({error})") from error
+    own = {name: weight.clone() for name, weight in held.items()}
+    try:
+        for name, weight in weights.items():
+            held[name].copy_(weight if isinstance(weight, Tensor) else weight.dequantize())
+        yield
+    finally:
+        for name, weight in own.items():
+            held[name].copy_(weight)
 
 
 def load_method(name: str) -> tuple[Method, dict[str, Any]]:
