@@ -2,16 +2,23 @@
 
 import io
 import logging
+import math
+import shutil
+import statistics
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 from rich.console import Console
 
 from gptq_awq.errors import UserError
 from gptq_awq.report import comparison, final_table, main
 from gptq_awq.results import Result, load
+from gptq_awq.scores import Scores
 
 PPL = "wikitext2/ppl@2048"
 METRICS = {
@@ -169,6 +176,129 @@ def test_what_else_varies_is_a_column(tmp_path: Path) -> None:
     rows = cells(comparison(load(write(tmp_path, **runs))))
     assert [row["seed"] for row in rows] == ["0", "1"]
     assert "dtype" not in rows[0]
+
+
+def test_nested_settings_are_columns_where_they_alone_tell_runs_apart(tmp_path: Path) -> None:
+    def run(method: str, samples: int, target: str, propagation: bool | None) -> Result:
+        solver = {} if propagation is None else {"error_propagation": propagation}
+        data = {"_target_": f"gptq_awq.data.{target}", "samples": samples, "split": f"of {target}"}
+        return replace(RESULT, method=method, config={"method": solver, "data": data, "tracking": {"id": samples}})
+
+    runs = {
+        "a": run("gptq", 8, "C4", True),
+        "b": run("gptq", 16, "C4", True),
+        "c": run("gptq", 8, "Pile", True),
+        "d": run("awq", 8, "C4", False),  # that AWQ propagates no error follows from the method
+        "e": run("rtn", 8, "C4", None),
+    }
+    rows = cells(comparison(load(write(tmp_path, **runs))))
+    assert [(row["method"], row["data"], row["samples"]) for row in rows] == [
+        ("awq", "C4", "8"),
+        ("gptq", "C4", "8"),
+        ("gptq", "C4", "16"),
+        ("gptq", "Pile", "8"),
+        ("rtn", "C4", "8"),
+    ]
+    assert not {"split", "id", "error_propagation"} & set(rows[0])
+
+
+def test_over_a_setting_runs_are_means_with_their_deviation(tmp_path: Path, capsys) -> None:
+    for seed, ppl in enumerate((22.0, 22.1, 22.4)):
+        metrics = {PPL: ppl, f"{PPL}/baseline": 19.0, f"{PPL}/delta": ppl - 19, f"{PPL}/delta_ci95": [2.0, 4.0]}
+        run = replace(RESULT, metrics=metrics, config={"seed": seed, "data": {"samples": 8}})
+        write(tmp_path, **{f"a{seed}": run, f"b{seed}": replace(run, config={"seed": seed, "data": {"samples": 16}})})
+    assert main([str(tmp_path), "--over", "seed"]) == 0
+    rows = cells(capsys.readouterr().out)
+    assert [(row["samples"], row["runs"]) for row in rows] == [("8", "3"), ("16", "3")]
+    mean, deviation = statistics.fmean((22.0, 22.1, 22.4)), statistics.stdev((22.0, 22.1, 22.4))
+    assert rows[0][PPL] == f"{mean:.2f} ± {deviation:.2f}"
+    assert rows[0][f"Δ {PPL}"] == f"+{mean - 19:.2f} ± {deviation:.2f}"
+    assert main([str(tmp_path), "--over", "typo"]) == 2
+
+
+def test_marks_say_what_is_best_and_what_cannot_be_told_from_it(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    text = rng.normal(400, 60, 64)
+    for name, shift in (("best", 0.0), ("near", 0.2), ("far", 40.0)):
+        nll = text + 20 + shift + rng.normal(0, 5, 64)
+        ppl = float(np.exp(nll.sum() / (64 * 128)))
+        write(tmp_path, **{name: replace(RESULT, method=name, metrics={PPL: ppl}, config={})})
+        tokens = np.full(64, 128.0)
+        Scores({"wikitext2/nll": nll, "wikitext2/nll/baseline": text, "wikitext2/tokens": tokens}).write(
+            tmp_path / name
+        )
+    markdown = comparison(load(tmp_path))
+    rows = {row["method"]: row[PPL] for row in cells(markdown)}
+    assert sorted(rows["best"].strip("*0123456789.") + rows["near"].strip("*0123456789.")) == [" ", "≈"]
+    assert sum("**" in cell for cell in rows.values()) == 1
+    assert rows["far"].replace(".", "").isdigit()
+    assert "≈: not distinguishable from it" in markdown
+    assert "no scores.npz" not in markdown
+    untested = comparison(load(write(tmp_path / "old", run=RESULT)))
+    assert "1 of 1 run(s) have no scores.npz" in untested
+
+
+def test_folders_of_runs_without_a_row_are_warned_of_and_copies_counted_once(tmp_path: Path, capsys) -> None:
+    same = replace(RESULT, manifest=TOKENS | {"run": "ab" * 32})
+    write(tmp_path, a=same, b=same)
+    for name, file in (("killed", "ledger.partial.jsonl"), ("waiting", "run.log"), ("notes", "notes.txt")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("")
+    assert main([str(tmp_path), str(tmp_path / "a")]) == 0
+    out = capsys.readouterr().out
+    assert len(cells(out)) == 1
+    assert "2 unfinished" in out
+    assert "killed (no results.json" in out
+    assert "notes" not in out
+
+
+def test_one_metric_or_model_may_be_chosen(tmp_path: Path, capsys) -> None:
+    write(tmp_path, a=RESULT, b=replace(RESULT, model="other"))
+    assert main([str(tmp_path), "--metric", "wikitext2/kl", "--model", "other"]) == 0
+    out = capsys.readouterr().out
+    (row,) = cells(out)
+    assert "wikitext2/kl" in row
+    assert PPL not in row
+    assert "### other" in out
+    for options, named in (
+        (["--metric", "typo"], PPL),
+        (["--model", "typo"], "SmolLM2-135M"),
+        (["--format", "pdf"], "latex"),
+    ):
+        assert main([str(tmp_path), *options]) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1
+        assert named in error
+
+
+def test_csv_has_a_row_per_run_and_numbers_as_they_are(tmp_path: Path) -> None:
+    runs = write(tmp_path / "runs", a=RESULT, b=replace(RESULT, method="rtn", metrics={PPL: math.inf}, manifest=TOKENS))
+    assert main([str(runs), "--out", str(tmp_path / "out"), "--format", "csv"]) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.csv"]
+    table = pd.read_csv(tmp_path / "out" / "report.csv", float_precision="round_trip").set_index("method")
+    assert table.loc["gptq", PPL] == METRICS[PPL]
+    assert table.loc["gptq", f"{PPL}/delta_ci95/low"] == 2.71
+    assert table.loc["rtn", PPL] == math.inf
+    assert {f"{PPL}/p", f"{PPL}/p_holm", f"{PPL}/p_best_holm", "config/seed", "seconds/quantize"} <= set(table.columns)
+
+
+@pytest.mark.parametrize("way", ["as it is", "input"])
+def test_latex_compiles_alone_and_in_a_document(tmp_path: Path, way: str) -> None:
+    if shutil.which("pdflatex") is None:
+        pytest.skip("pdflatex is not installed")
+    if subprocess.run(["kpsewhich", "booktabs.sty"], capture_output=True, check=False).returncode:
+        pytest.skip("LaTeX's booktabs is not installed")
+    awkward = replace(RESULT, method="rtn_50%", model="A_b & c#^~\\{}$", config={"note": "<é≤"})
+    runs = write(tmp_path / "runs", a=replace(RESULT, model=awkward.model, config={"note": "x"}), b=awkward)
+    assert main([str(runs), "--out", str(tmp_path), "--format", "latex"]) == 0
+    text = (tmp_path / "report.tex").read_text()
+    assert r"\toprule" in text
+    assert r"rtn\_50\%" in text
+    document = r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}\input{report}Text.\end{document}"
+    (tmp_path / "paper.tex").write_text(document)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "report" if way == "as it is" else "paper"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_unfinished_runs_are_named_and_left_out(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def _notes(runs: Sequence[Row], names: Sequence[str], verdicts: Verdicts) -> lis
     tested, ranked = any(v.p is not None for v in found), any(v.p_best is not None for v in found)
     if any(v.best for v in found):
         ties = "; ≈: not distinguishable from it (paired tests, Holm over the table)" if ranked else ""
-        notes.append(f"Bold: best of as many bits{ties}.")
+        notes.append(f"Bold: the best at its number of bits{ties}.")
     if tested:
         notes.append(
             "Not distinguishable: from full precision, by paired tests adjusted by Holm's method over the table; "

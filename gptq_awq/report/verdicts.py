@@ -179,7 +179,7 @@ def _adjusted(tests: Sequence[_Test]) -> dict[tuple[str, str], tuple[float, floa
 
 
 def _p_values(tests: Sequence[_Test]) -> list[float | None]:
-    """None where there are too few blocks. What was scored on the same blocks is resampled together."""
+    """None where blocks are too few or infinite. What was scored on the same blocks is resampled together."""
     found: list[float | None] = [None] * len(tests)
     together: dict[bytes, list[int]] = defaultdict(list)
     for index, test in enumerate(tests):
@@ -188,7 +188,7 @@ def _p_values(tests: Sequence[_Test]) -> list[float | None]:
             found[index] = 1.0
         elif test.series.startswith("lm_eval/") and np.isin([test.first, test.second], (0, 1)).all():
             found[index] = mcnemar(int((difference < 0).sum()), int((difference > 0).sum()))
-        elif len(difference) >= MIN_BLOCKS:
+        elif len(difference) >= MIN_BLOCKS and np.isfinite(difference).all():
             together[test.weights.tobytes()].append(index)
     for group in together.values():
         differences = np.stack([tests[index].second - tests[index].first for index in group])
