@@ -7,8 +7,8 @@ and model when they are loaded, memory by a forecast. A mistake is a `UserError`
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from gptq_awq.progress import Track, rich_track
 from gptq_awq.report import final_table
 from gptq_awq.results import Ledger, Result
 from gptq_awq.runs import Run
-from gptq_awq.sweep import store_failure, sweep_folder
+from gptq_awq.sweep import FAILURE, store_failure, sweep_folder
 from gptq_awq.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -85,14 +85,16 @@ def run(cfg: DictConfig) -> Result:
         plan = preflight(cfg)
         _remove_unused_hydra_folder(plan.out)
         with _logging_to(plan.out, console), rich_track(console) as track:
-            result = execute(plan, track, lambda line: console.print(line, soft_wrap=True, highlight=False))
+            result = execute(plan, track, console)
     except Exception as error:
         # A kill leaves the ledger of what was done; an error leaves nothing, and what an earlier run left stays.
-        (Path(cfg.out) / UNFINISHED).unlink(missing_ok=True)
+        with suppress(OSError):
+            (Path(cfg.out) / UNFINISHED).unlink()
         log.debug("stopped: %s", error)
         if sweep_folder() is not None:
             store_failure(cfg, error)
         raise
+    (plan.out / FAILURE).unlink(missing_ok=True)
     Console().print(final_table(result))
     console.print(f"results: {plan.out / 'results.json'}", highlight=False, soft_wrap=True)
     return result
@@ -121,8 +123,13 @@ class Work:
     run: Run
 
 
-def execute(plan: Plan, track: Track, say: Callable[[str], None]) -> Result:
-    """Everything slow. `say` tells the user what a run waits for, or why there is nothing to do."""
+def execute(plan: Plan, track: Track, console: Console) -> Result:
+    """Everything slow. The console hears what a run waits for, or why there is nothing to do."""
+
+    def say(line: str) -> None:
+        log.info("%s", line)
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
     clock = Clock()
     memory.reset_peak(plan.device)
     with clock.phase("load"):
@@ -136,10 +143,12 @@ def execute(plan: Plan, track: Track, say: Callable[[str], None]) -> Result:
         with _writing(plan.out):
             return work.run.adopt(folder)
 
-    if result := earlier():
+    result = earlier()
+    if result is not None:
         return result
     with work.run.alone(lambda what: say(f"{what}: waiting for it")):
-        if result := earlier():  # while we waited
+        result = earlier()  # while we waited
+        if result is not None:
             return result
         result = compute(plan, work, clock, track)
         work.run.journal.clear()
@@ -154,7 +163,7 @@ def load(plan: Plan) -> Work:
     Raises:
         UserError: naming the option.
     """
-    code = code_sha256()  # now: the files may change while the run goes on
+    code = code_sha256(plan.config)  # now: the files may change while the run goes on
     loaded = plan.model.load(dtype=plan.dtype, device=str(plan.device))
     windows = plan.evaluation.token_sets(loaded.tokenizer)
     tasks = plan.evaluation.load_tasks(plan.seed)
@@ -230,17 +239,18 @@ def _quantize(plan: Plan, work: Work, tracker: Tracker, track: Track) -> Quantiz
         record=_record(plan, work),
         progress=journal,
     )
-    for block in steps:
-        footprint.add(block.weights)
-        if plan.exports.formats:
-            weights.update(block.weights)
-        with _writing(plan.out):
-            ledger.append(block.rows)
-        tracker.ledger(block.rows)
-        restored += block.restored
-        errors = [row["error_after"] for row in block.rows if "error_after" in row]
-        if errors and not block.restored:
-            tracker.log({"quantize/relative_error": sum(errors) / len(errors)}, step=block.index)
+    with closing(steps):  # ends its progress bar before an error is told
+        for block in steps:
+            footprint.add(block.weights)
+            if plan.exports.formats:
+                weights.update(block.weights)
+            with _writing(plan.out):
+                ledger.append(block.rows)
+            tracker.ledger(block.rows)
+            restored += block.restored
+            errors = [row["error_after"] for row in block.rows if "error_after" in row]
+            if errors and not block.restored:
+                tracker.log({"quantize/relative_error": sum(errors) / len(errors)}, step=block.index)
     if restored:
         log.info("resumed after %d finished blocks", restored)
     return Quantized(footprint, weights, [restored] if restored else [])

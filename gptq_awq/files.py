@@ -1,6 +1,5 @@
 """Files that several processes share: written whole or not at all, and one writer at a time."""
 
-import errno
 import logging
 import os
 import uuid
@@ -11,8 +10,6 @@ from pathlib import Path
 import filelock
 
 log = logging.getLogger(__name__)
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EROFS, errno.EACCES, errno.ENOSPC)
-"""What a file system that can't lock says."""
 
 
 @contextmanager
@@ -47,8 +44,6 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
         waiting()
         lock.acquire(poll_interval=0.2)
     except (OSError, NotImplementedError) as error:
-        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
-            raise
         log.warning("no lock on %s (%s)", path, error)
     try:
         yield

@@ -1,26 +1,44 @@
 """What a number depends on: hashes of data, weights and code, versions of packages, the machine."""
 
+import ast
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "numba", "numpy", "tokenizers", "safetensors")
+REPORTING = (["report"], ["tracking"], ["progress"], ["sweep"], ["cache"], ["plugins"], ["memory"], ["api"])
+"""What no number comes from."""
+PACKAGE = Path(__file__).parent
 NOT_COMPUTED = ("out", "tracking", "resume", "cache_gb", "objective")
 """Options that change no number."""
 
 
-def code_sha256() -> str:
-    """Hash of the package's own source files: the code version, whether or not git is there."""
+def code_sha256(config: Mapping[str, Any] | None = None) -> str:
+    """Hash of the source that a run's numbers come from, whether or not git is there.
+
+    That is all that `gptq_awq.experiment` imports, but for what only reports, and the modules that the config's
+    `_target_`s name, the user's own included (their own imports are not followed). So a new solver, or a better
+    table, leaves finished runs of other methods what they are.
+    """
+    wanted = ["gptq_awq.experiment", *(target.rpartition(".")[0] for target in _targets(config or {}))]
+    sources: dict[str, bytes] = {}
+    while wanted:
+        module = wanted.pop()
+        path = _source(module)
+        if module in sources or path is None or module.split(".")[1:2] in REPORTING:
+            continue
+        sources[module] = path.read_bytes()
+        wanted += _imported(sources[module])
     digest = hashlib.sha256()
-    root = Path(__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    for module, source in sorted(sources.items()):
+        digest.update(module.encode() + b"\0" + source)
     return digest.hexdigest()
 
 
@@ -59,6 +77,39 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
     return {"packages": package_versions(), "machine": machine}
+
+
+def _targets(node: Any) -> Iterator[str]:
+    """Every `_target_` in a resolved config."""
+    if isinstance(node, Mapping):
+        target = node.get("_target_")
+        yield from [target] if isinstance(target, str) else []
+        node = list(node.values())
+    if isinstance(node, list):
+        for item in node:
+            yield from _targets(item)
+
+
+def _imported(source: bytes) -> Iterator[str]:
+    """The modules of this package that a source file imports, also inside of functions."""
+    for node in ast.walk(ast.parse(source)):
+        names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(f"{node.module}.{name}" for name in names)]
+        yield from (name for name in names if name.partition(".")[0] == "gptq_awq")
+
+
+def _source(module: str) -> Path | None:
+    """A module's file; None where it has none, or is none."""
+    package, _, rest = module.partition(".")
+    if package == PACKAGE.name:  # not by find_spec, which would import what is above it
+        path = PACKAGE.joinpath(*rest.split("."))
+        return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
+    try:
+        spec = find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec is not None and spec.origin and spec.origin.endswith(".py") else None
 
 
 def _json_sha256(value: Any) -> str:

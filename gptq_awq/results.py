@@ -60,12 +60,12 @@ class Result:
     error: str | None = None
     grid: str | None = None
 
-    def write(self, out_dir: Path | str) -> Path:
+    def write(self, out_dir: Path | str, name: str = FILE_NAME) -> Path:
         """Write `out_dir/results.json` whole or not at all; returns its path. Raises OSError (disk full)."""
         row = asdict(self)
         if self.error is None:
             del row["error"]
-        path = Path(out_dir) / FILE_NAME
+        path = Path(out_dir) / name
         _write_atomic(path, json.dumps(_jsonable(row), indent=1, allow_nan=False) + "\n")
         return path
 

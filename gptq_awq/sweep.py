@@ -15,6 +15,8 @@ from gptq_awq.errors import UserError
 from gptq_awq.report import comparison
 from gptq_awq.results import FILE_NAME, Result, load
 
+FAILURE = "failed.json"
+"""Where a failure is told that may not take the place of an earlier run's results."""
 SHOWN = 40
 """Rows that still fit a screen."""
 
@@ -29,14 +31,15 @@ class SweepEnd(Callback):
             return
         table = load(root)
         failed = table[table["status"] != "done"]
+        failures = len(failed) + sum(1 for _ in root.rglob(FAILURE))
         if 0 < len(table) - len(failed) <= SHOWN:
             try:
                 sys.stdout.write(f"\n{comparison(table)}\n\n")
             except UserError as error:
                 sys.stderr.write(f"no table: {error}\n")
         sys.stderr.write(f"{len(table)} runs in {root}: python -m gptq_awq.report {root}\n")
-        if len(failed):
-            sys.stderr.write(f"{len(failed)} of them failed; the same command runs them again\n")
+        if failures:
+            sys.stderr.write(f"{failures} of them failed; the same command runs them again\n")
             sys.exit(2)
 
 
@@ -63,11 +66,11 @@ def objective(result: Result, name: str | None) -> float:
 
 
 def store_failure(cfg: DictConfig, error: Exception) -> None:
-    """Store a row that says why a run of a sweep has no results; an earlier row of a finished run stays."""
-    out = Path(cfg.out)
+    """Store a row that says why a run of a sweep has no results; the results of an earlier one stay."""
+    out, name = Path(cfg.out), FILE_NAME
     with suppress(OSError, ValueError):
         if Result.read(out / FILE_NAME).status == "done":
-            return
+            name = FAILURE
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     row = Result(
@@ -90,4 +93,4 @@ def store_failure(cfg: DictConfig, error: Exception) -> None:
     )
     with suppress(OSError):
         out.mkdir(parents=True, exist_ok=True)
-        row.write(out)
+        row.write(out, name)

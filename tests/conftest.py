@@ -1,6 +1,8 @@
 """Fixtures shared by all tests: where the shared real data lies, and small random models."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 # Tests are many and their tensors tiny: threads would only wait for each other. Before torch and numba load.
@@ -59,3 +61,38 @@ def tiny_folder(tmp_path_factory) -> Path:
     from tiny_models import save_tiny_folder
 
     return save_tiny_folder(tmp_path_factory.mktemp("model") / "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def cli(tmp_path, cache):
+    """Call run.py in an empty folder; the hub counts as unreachable."""
+
+    def call(*arguments, **environment):
+        settings = {"GPTQ_AWQ_CACHE": str(cache), "HF_HUB_OFFLINE": "1"} | environment
+        return subprocess.run(
+            [sys.executable, str(ROOT / "run.py"), *map(str, arguments)],
+            env=os.environ | settings,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+
+    return call
+
+
+@pytest.fixture
+def tiny(tiny_folder, tiny_text):
+    """The contract's spelling of a run, on a tiny model."""
+    return (
+        *("group_size=24", "sym=false", "seed=0"),
+        *("model=local", f"model.path={tiny_folder}", "data=local", f"data.path={tiny_text}"),
+        *("data.samples=8", "data.seqlen=32", f"eval.perplexity.path={tiny_text}"),
+        *("eval.perplexity.seqlen=32", "eval.perplexity.windows=16"),
+    )

@@ -12,7 +12,7 @@ Weights change in the model that was passed in; forwards run in `compute_dtype` 
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def quantize(
     track: Track = no_track,
     record: Record | None = None,
     progress: Journal | None = None,
-) -> Iterator[BlockResult]:
+) -> Generator[BlockResult]:
     """Quantize every linear in the model's blocks, in place, one block per step of the iterator.
 
     A mix of grids may round the embedding and the output head too; they come first, as block -1.
