@@ -4,10 +4,11 @@ For tokens x₁…x_n that enter a site:  H = 1/n Σ x xᵀ,  and the mean magni
 a weight change Δ is then tr(ΔHΔᵀ) per token, whatever the number of tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gptq_awq.errors import UserError
@@ -26,11 +27,13 @@ class Moments:
         hessian: H, (in, in) float32.
         mean_abs: a, (in,) float32.
         tokens: n, real (unpadded) tokens seen.
+        keep: where factors of H are kept for other runs; by default nowhere.
     """
 
     hessian: Float[Tensor, "in in"]
     mean_abs: Float[Tensor, "in"]
     tokens: int
+    keep: "Keep" = field(default=lambda _key, compute: compute(), repr=False, compare=False)
     _factors: dict = field(default_factory=dict, repr=False, compare=False)
 
     def rescaled(self, scales: Float[Tensor, "in"]) -> "Moments":
@@ -42,7 +45,7 @@ class Moments:
         """Columns whose input was always zero."""
         return self.hessian.diagonal() == 0
 
-    def inverse_factor(self, damping: float, act_order: bool) -> tuple[Tensor, Tensor | None, float]:
+    def inverse_factor(self, damping: float, act_order: bool) -> "Factor":
         """Upper factor U of the damped inverse Hessian, shared by the site's linears (see linalg).
 
         Returns:
@@ -53,15 +56,25 @@ class Moments:
         """
         key = (damping, act_order)
         if key not in self._factors:
-            h = self.hessian.clone()
-            h.diagonal()[self.dead()] = 1.0
-            order = torch.argsort(h.diagonal(), descending=True) if act_order else None
-            if order is not None:
-                h = h[order][:, order]
-            factor, used = inverse_cholesky(h, damping)
+            factor = self.keep(key, lambda: self._factor(damping, act_order))
             self._factors.clear()  # one factor at a time: they are as large as H
-            self._factors[key] = (factor, order, used)
+            self._factors[key] = factor
         return self._factors[key]
+
+    def _factor(self, damping: float, act_order: bool) -> "Factor":
+        h = self.hessian.clone()
+        h.diagonal()[self.dead()] = 1.0
+        order = torch.argsort(h.diagonal(), descending=True) if act_order else None
+        if order is not None:
+            h = h[order][:, order]
+        factor, used = inverse_cholesky(h, damping)
+        return factor, order, used
+
+
+Factor = tuple[Float[Tensor, "in in"], Int[Tensor, "in"] | None, float]
+"""U, the column order it is in, the damping used."""
+Keep = Callable[[tuple[float, bool], Callable[[], Factor]], Factor]
+"""(damping, act_order), how to compute that factor → the factor."""
 
 
 class MomentsSum:
@@ -114,6 +127,7 @@ def unpack_symmetric(packed: Float[Tensor, "packed"], n: int) -> Float[Tensor, "
     for a in range(0, n, BLOCK):
         rows, columns = min(BLOCK, n - a), n - a
         block = packed[start : start + rows * columns].view(rows, columns)
-        matrix[a : a + rows, a:], matrix[a:, a : a + rows] = block, block.T
+        matrix[a : a + rows, a:] = block
+        matrix[a + rows :, a : a + rows] = block[:, rows:].T
         start += rows * columns
     return matrix

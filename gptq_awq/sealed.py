@@ -95,7 +95,7 @@ def read(path: Path, what: str) -> Sealed | None:
         return None
     with suppress(OSError):
         path.touch()
-    log.info("%s read from %s", what, path)
+    log.debug("%s read from %s", what, path)
     return content
 
 

@@ -12,14 +12,16 @@ LAYERS = [
     {"sealed"},
     {"journal"},
     {"assets", "linalg", "kernels", "results", "memory", "manifest", "plugins", "statistics", "scores"},
-    {"moments", "tracking", "report"},
-    {"grids", "data"},
+    {"moments", "tracking", "report", "cache", "runs"},
+    {"grids", "data", "sweep"},
     {"models", "solvers"},
     {"transforms"},
     {"pipeline"},
     {"evaluation"},
     {"export"},
+    {"plan"},
     {"api", "experiment"},
+    {"replay"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

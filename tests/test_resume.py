@@ -9,6 +9,7 @@ from test_journal import flip
 from test_pipeline import GRID, SMALL, tokens
 from tiny_models import tiny_model
 
+from gptq_awq import moments
 from gptq_awq.api import load_method
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.mix import LlamaMix
@@ -200,3 +201,20 @@ def test_another_model_data_or_precision_has_another_record():
         observations_sha256(model, "weights", data, torch.float32, 128),
     ]
     assert len({base, *others}) == 5
+
+
+def test_factors_are_shared_by_all_bits_and_give_the_same_codes(tmp_path, monkeypatch):
+    method = METHODS["gptq on full precision"]
+    plain = {bits: run(method, grid=IntGrid(bits, 32)) for bits in (3, 4)}
+    assert same(run(method, record=record(tmp_path), grid=IntGrid(3, 32)), plain[3])
+    monkeypatch.setattr(moments, "inverse_cholesky", None)  # factoring again would need it
+    assert same(run(method, record=record(tmp_path), grid=IntGrid(4, 32)), plain[4])
+
+
+def test_packing_a_symmetric_matrix_loses_nothing():
+    for n in (5, 384, 400, 800):
+        x = torch.randn(n, n)
+        x = x.triu() + x.triu(1).T
+        packed = moments.pack_symmetric(x)
+        assert torch.equal(moments.unpack_symmetric(packed, n), x)
+    assert len(packed) < 0.75 * x.numel()

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +25,11 @@ from gptq_awq.journal import Journal
 from gptq_awq.models.blocks import Call
 from gptq_awq.models.linear import Absorber, Site
 from gptq_awq.models.topology import observe_sites
-from gptq_awq.moments import Moments, pack_symmetric, unpack_symmetric
+from gptq_awq.moments import Factor, Keep, Moments, pack_symmetric, unpack_symmetric
 from gptq_awq.pipeline.staged import observe_forward
 from gptq_awq.pipeline.streams import Streams
 from gptq_awq.progress import Track
-from gptq_awq.sealed import DamagedError, Sealed, lock_path
+from gptq_awq.sealed import DamagedError, Sealed, lock_path, once
 
 log = logging.getLogger(__name__)
 SCHEMA = 1
@@ -160,11 +161,11 @@ def read(record: Record, index: int, call: Call, device: torch.device) -> Observ
         UserError: it was complete when the run began, and isn't any more.
     """
     try:
-        return _unpacked(record.journal.block(index), call, device)
+        content = record.journal.block(index)
     except (DamagedError, FileNotFoundError) as error:
-        raise UserError(
-            f"the recorded moments of block {index} are gone from the cache: run again ({error})"
-        ) from error
+        raise UserError(f"the cache lost the moments of block {index}, run again: {error}") from error
+    factors = [record.journal.folder / f"factor-{index:04d}-{i}" for i in range(len(content.facts["sites"]))]
+    return _unpacked(content, factors, call, device)
 
 
 def _whole(journal: Journal) -> int:
@@ -211,13 +212,31 @@ def _packed(seen: Observation) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {"sites": facts}
 
 
-def _unpacked(content: Sealed, call: Call, device: torch.device) -> Observation:
+def _unpacked(content: Sealed, factors: list[Path], call: Call, device: torch.device) -> Observation:
     tensors, sites, moments = content.tensors, [], []
-    for i, fact in enumerate(content.facts["sites"]):
+    for i, (fact, path) in enumerate(zip(content.facts["sites"], factors, strict=True)):
         absorber = None
         if "producer" in fact:
             absorber = Absorber(fact["producer"], tensors[f"{i}.rows"], fact["unit_offset"])
         sites.append(Site(tuple(fact["linears"]), fact["width"], absorber))
         hessian = unpack_symmetric(tensors[f"{i}.hessian"], fact["width"]).to(device)
-        moments.append(Moments(hessian, tensors[f"{i}.mean_abs"].to(device), fact["tokens"]))
+        moments.append(Moments(hessian, tensors[f"{i}.mean_abs"].to(device), fact["tokens"], _keep(path, device)))
     return Observation(sites, moments, tensors["hidden"].to(device), call)
+
+
+def _keep(path: Path, device: torch.device) -> Keep:
+    """Keep the factors of one site's Hessian beside its moments."""
+
+    def keep(key: tuple[float, bool], compute: Callable[[], Factor]) -> Factor:
+        def packed() -> Sealed:
+            U, order, used = compute()
+            tensors = {"factor": pack_symmetric(U), "order": torch.empty(0) if order is None else order}
+            return Sealed(tensors, {"used": used, "width": len(U)})
+
+        damping, act_order = key
+        name = f"{path.name}-{damping:g}{'-act_order' if act_order else ''}.safetensors"
+        kept = once(path.with_name(name), "factor of the Hessian", packed)
+        U = unpack_symmetric(kept.tensors["factor"], kept.facts["width"]).triu().to(device)
+        return U, kept.tensors["order"].to(device) if act_order else None, kept.facts["used"]
+
+    return keep

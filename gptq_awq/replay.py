@@ -1,0 +1,188 @@
+"""Run a stored run again, and say whether it comes out the same.
+
+    python -m gptq_awq.replay RUN_DIR [--scores] [--device cpu]
+
+Quantizes with the stored config and compares every layer's codes with the stored ledger, block by block; it stops at
+the first layer that differs and names it, with whatever else is different: code, packages, machine, data. With
+`--scores` the quantized model is scored too, and every metric compared. Nothing in RUN_DIR is changed. The exit code
+is 0 for identical, 1 for different, 2 for a run that can't be replayed.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from gptq_awq.errors import UserError
+from gptq_awq.evaluation.evaluate import full_precision, score
+from gptq_awq.experiment import LEDGER, Work, load
+from gptq_awq.manifest import environment
+from gptq_awq.pipeline.places import changes_output
+from gptq_awq.pipeline.quantize import quantize
+from gptq_awq.plan import Plan, preflight
+from gptq_awq.progress import Track, rich_track
+from gptq_awq.results import FILE_NAME, Result
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first thing that came out otherwise.
+
+    Attributes:
+        what: "model.layers.3.self_attn.q_proj", or the name of a metric.
+        stored: what the run's files say of it.
+        now: what came out this time.
+    """
+
+    what: str
+    stored: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.what}: stored {self.stored}, now {self.now}"
+
+
+@dataclass(frozen=True)
+class Replay:
+    """How a replay came out.
+
+    Attributes:
+        layers: how many layers' codes were compared and found equal.
+        difference: the first one; None: identical.
+        circumstances: what else is not as it was when the run was stored, in words.
+    """
+
+    layers: int
+    difference: Difference | None
+    circumstances: tuple[str, ...]
+
+
+def replay(run_dir: Path, track: Track, scores: bool = False, device: str | None = None) -> Replay:
+    """Quantize again what `run_dir` holds, and compare.
+
+    Args:
+        run_dir: the folder of a finished run.
+        track: reports progress.
+        scores: evaluate too.
+        device: another one than the stored; None: the stored.
+
+    Raises:
+        UserError: a folder without a finished run; a model or data that can't be loaded any more.
+    """
+    stored, config = _stored(run_dir)
+    ledger = [json.loads(line) for line in (run_dir / LEDGER).read_text().splitlines()]
+    if any("codes_sha256" not in row for row in ledger):
+        raise UserError(f"{run_dir}: its ledger holds no hashes of codes, it was written by an older version")
+    with tempfile.TemporaryDirectory() as scratch:
+        config.out, config.resume = scratch, False
+        config.device = device or config.device
+        plan = replace(preflight(config), config=stored.config)
+    work = load(plan)
+    circumstances = tuple(_circumstances(stored.manifest, work))
+    baseline = None
+    if scores:
+        keep = plan.method.cast is not None or changes_output(work.loaded.model, work.grids)
+        baseline = full_precision(
+            *(work.loaded.model, work.loaded.tokenizer, work.loaded.sha256, work.windows, work.tasks, None, track),
+            keep_output=keep,
+        )
+    difference = _first_other_layer(plan, work, ledger, track)
+    if difference is None and baseline is not None:
+        metrics = score(work.loaded.model, work.loaded.tokenizer, baseline, plan.seed, track).metrics
+        difference = _first_other_metric(stored.metrics, metrics)
+    return Replay(len(ledger), difference, circumstances)
+
+
+def _stored(run_dir: Path) -> tuple[Result, DictConfig]:
+    try:
+        stored = Result.read(run_dir / FILE_NAME)
+        config = OmegaConf.load(run_dir / "config.yaml")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run_dir}: holds no finished run ({error})") from error
+    if stored.status != "done" or not isinstance(config, DictConfig):
+        raise UserError(f"{run_dir}: holds no finished run, its status is {stored.status}")
+    return stored, config
+
+
+def _first_other_layer(plan: Plan, work: Work, ledger: Sequence[Mapping[str, Any]], track: Track) -> Difference | None:
+    """Quantize, in place, until a layer's codes are others."""
+    steps = quantize(work.loaded.model, work.tokens, plan.method, plan.grid, plan.settings, track)
+    expected = iter(ledger)
+    with closing(steps):
+        for block in steps:
+            for row in block.rows:
+                stored = next(expected, None)
+                if stored is None or stored["name"] != row["name"]:
+                    return Difference(row["name"], stored and stored["name"], "a layer of another name")
+                if stored["codes_sha256"] != row["codes_sha256"]:
+                    return Difference(row["name"], stored["codes_sha256"][:12], row["codes_sha256"][:12])
+    rest = next(expected, None)
+    return None if rest is None else Difference(rest["name"], rest["codes_sha256"][:12], "not quantized")
+
+
+def _first_other_metric(stored: Mapping[str, Any], now: Mapping[str, Any]) -> Difference | None:
+    for name in [*stored, *(name for name in now if name not in stored)]:
+        if stored.get(name) != now.get(name):
+            return Difference(name, stored.get(name), now.get(name))
+    return None
+
+
+def _circumstances(manifest: Mapping[str, Any], work: Work) -> Iterator[str]:
+    """What is not as it was."""
+    now = {
+        "code": work.code,
+        "model": work.loaded.sha256,
+        "calibration tokens": work.tokens and work.tokens.sha256,
+    }
+    then = {
+        "code": manifest.get("code"),
+        "model": manifest.get("model", {}).get("sha256"),
+        "calibration tokens": manifest.get("tokens", {}).get("calibration"),
+    }
+    for kind, values in environment().items():
+        now |= {f"{kind} {name}": value for name, value in values.items()}
+        then |= {f"{kind} {name}": value for name, value in manifest.get(kind, {}).items()}
+    for name in then:
+        if then[name] != now.get(name):
+            yield f"{name}: then {_short(then[name])}, now {_short(now.get(name))}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    description, _, rest = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(prog="python -m gptq_awq.replay", description=description, epilog=rest)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("run_dir", type=Path, help="the folder of a finished run")
+    parser.add_argument("--scores", action="store_true", help="score the model too, and compare every metric")
+    parser.add_argument("--device", help="another device than the stored run's")
+    options = parser.parse_args(argv)
+    try:
+        with rich_track(Console(stderr=True)) as track:
+            done = replay(options.run_dir, track, options.scores, options.device)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    for line in done.circumstances:
+        sys.stdout.write(f"not as it was: {line}\n")
+    if done.difference is None:
+        sys.stdout.write(f"identical: {done.layers} layers{' and all metrics' if options.scores else ''}\n")
+        return 0
+    sys.stdout.write(f"different: {done.difference}\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
