@@ -88,7 +88,10 @@ def varied_row(row: dict[str, Any], index: int) -> dict[str, Any]:
     config = row["config"] | {"bits": bits, "group_size": group, "seed": seed}
     config["method"] = config["method"] | {"name": method}
     factor = 1 + (0.5 + METHODS.index(method)) * 4.0**-bits
-    metrics = {name: value * factor if isinstance(value, float) else value for name, value in row["metrics"].items()}
+    metrics = {
+        name: value * factor if isinstance(value, float) and not name.endswith("/baseline") else value
+        for name, value in row["metrics"].items()
+    }
     return row | {
         **{"method": method, "bits": bits, "group_size": group, "config": config, "metrics": metrics},
         "bits_per_weight": bits + (16 + bits) / (group if group > 0 else 512),

@@ -10,7 +10,7 @@ from pathlib import Path
 from gptq_awq.errors import UserError
 from gptq_awq.report import render
 from gptq_awq.report.rows import Row, check_protocols, measured, records, started_folders, unfinished
-from gptq_awq.report.settings import averaged, flat
+from gptq_awq.report.settings import averaged, flat, is_setting
 from gptq_awq.report.table import Table, make_table
 from gptq_awq.report.verdicts import Verdicts, read_scores, verdicts
 from gptq_awq.report.webpage import page
@@ -68,7 +68,7 @@ def _check_asked(runs: Sequence[Row], metrics: Sequence[str], over: str | None) 
     for name in metrics:
         if name not in known:
             raise UserError(f"--metric {name}: no run has it; choose of {', '.join(sorted(known))}")
-    if over is not None and not any(k == over or k.endswith(f".{over}") for run in runs for k in flat(run["config"])):
+    if over is not None and not any(is_setting(key, over) for run in runs for key in flat(run["config"])):
         raise UserError(f"--over {over}: no run has such a setting; seed is one")
 
 

@@ -6,12 +6,13 @@ from typing import Any
 
 from gptq_awq.report.rows import Row
 
+KINDS = ("model", "evaluated on", "calibrated on", "code", "packages", "machine")
+
 
 def provenance(runs: Sequence[Row]) -> list[tuple[str, str, int]]:
-    """Rows of (what, which, number of runs), in the order of first appearance within each kind."""
+    """Rows of (what, which, number of runs), by kind, in the order of first appearance."""
     found = Counter(fact for run in runs for fact in dict.fromkeys(_facts(run["manifest"])))
-    kinds = list(dict.fromkeys(kind for kind, _ in found))
-    return [(kind, which, found[kind, which]) for each in kinds for kind, which in found if kind == each]
+    return [(kind, which, found[kind, which]) for each in KINDS for kind, which in found if kind == each]
 
 
 def _facts(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

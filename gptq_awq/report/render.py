@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -50,27 +51,28 @@ def _markdown_cell(cell: Cell) -> str:
 
 
 def latex(tables: Iterable[Table], unfinished: Sequence[str] = ()) -> str:
-    """A `table` environment per model in booktabs' style; † stands for "not distinguishable"."""
+    """A `table` environment per model in booktabs' style, without times; † stands for "not distinguishable"."""
     said = warning(unfinished)
     return PREAMBLE + (f"% {said}\n" if said else "") + "\n".join(map(_latex_table, tables)) + "\\finish\n"
 
 
 def _latex_table(table: Table) -> str:
-    kinds = ["l" if kind == "setting" and not _numeric(table, i) else "r" for i, (_, kind) in enumerate(table.columns)]
+    shown = [index for index, (_, kind) in enumerate(table.columns) if kind != "cost"]
     rows, before = [], None
     for run, row in zip(table.runs, table.cells, strict=True):
         if before is not None and run["bits"] != before:
             rows.append(r"\addlinespace")
         before = run["bits"]
-        rows.append(" & ".join(map(_latex_cell, row)) + r" \\")
+        rows.append(" & ".join(_latex_cell(row[index]) for index in shown) + r" \\")
     notes = " ".join(map(tex, table.notes)).replace("Not distinguishable:", "$\\dagger$ not distinguishable:")
+    aligned = "".join("r" if _numeric(table, index) else "l" for index in shown)
     return "\n".join(
         [
             r"\begin{table}\centering\footnotesize",
             rf"\caption{{{tex(table.model)}. {notes}}}",
-            rf"\resizebox{{\ifdim\width>\linewidth\linewidth\else\width\fi}}{{!}}{{\begin{{tabular}}{{{''.join(kinds)}}}",
+            rf"\resizebox{{\ifdim\width>\linewidth\linewidth\else\width\fi}}{{!}}{{\begin{{tabular}}{{{aligned}}}",
             r"\toprule",
-            " & ".join(tex(name) for name, _ in table.columns) + r" \\",
+            " & ".join(_latex_heading(table.columns[index][0]) for index in shown) + r" \\",
             r"\midrule",
             *rows,
             r"\bottomrule",
@@ -79,6 +81,15 @@ def _latex_table(table: Table) -> str:
             "",
         ]
     )
+
+
+def _latex_heading(name: str) -> str:
+    """`Δ wikitext2/ppl@2048` on two lines: the text or task, and the metric."""
+    text, _, metric = name.rpartition("/")
+    if not text or name == "bits/weight":
+        return tex(name)
+    delta = "Δ " if text.startswith("Δ ") else ""
+    return rf"\shortstack[r]{{{tex(text.removeprefix('Δ '))}\\{tex(delta + metric)}}}"
 
 
 def _numeric(table: Table, index: int) -> bool:
@@ -92,8 +103,9 @@ def _latex_cell(cell: Cell) -> str:
 
 
 def tex(text: str) -> str:
-    """`text` with everything that TeX would take for its own escaped; minus signs before digits are signs."""
+    """`text` with everything that TeX would take for its own escaped; a hyphen before a number is a minus."""
     escaped = "".join(TEX.get(character, character) for character in text)
+    escaped = re.sub(r"(?<!\w)-(?=\d|inf)", "$-$", escaped)
     return "".join(character if character.isascii() else "?" for character in escaped)
 
 

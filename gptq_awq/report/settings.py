@@ -45,14 +45,22 @@ def averaged(runs: Sequence[Row], over: str) -> list[Row]:
     """One row for all runs that differ in the setting `over` ("seed") only.
 
     Its metrics, sizes and times are means over the runs; `spread` maps metrics to their standard deviation,
-    `count` is how many runs there are. Intervals, which are of one run, are left out.
+    `count` is how many runs there are, of several with the same value the first. Intervals, which are of one run,
+    are left out.
     """
-    groups: dict[Any, list[Row]] = {}
+    groups: dict[Any, dict[Any, Row]] = {}
     for run in runs:
-        settings = {k: v for k, v in flat(run["config"]).items() if k.partition(".")[0] not in ASIDE}
-        rest = sorted((k, str(v)) for k, v in settings.items() if k != over and not k.endswith(f".{over}"))
-        groups.setdefault((run["model"], *(run[key] for key in IDENTITY), tuple(rest)), []).append(run)
-    return [_mean(group, over) for group in groups.values()]
+        settings = {k: str(v) for k, v in flat(run["config"]).items() if k.partition(".")[0] not in ASIDE}
+        averaged_over = {k: v for k, v in settings.items() if is_setting(k, over)}
+        rest = tuple(sorted(settings.items() - averaged_over.items()))
+        group = groups.setdefault((run["model"], *(run[key] for key in IDENTITY), rest), {})
+        group.setdefault(tuple(sorted(averaged_over.items())), run)
+    return [_mean(list(group.values()), over) for group in groups.values()]
+
+
+def is_setting(key: str, name: str) -> bool:
+    """Whether `key`, of a flat config, is the setting `name`: in full (`data.samples`) or its last part."""
+    return key == name or key.endswith(f".{name}")
 
 
 def _mean(group: Sequence[Row], over: str) -> Row:
@@ -60,7 +68,7 @@ def _mean(group: Sequence[Row], over: str) -> Row:
     seconds, _ = _means([run["seconds"] for run in group])
     sizes = ("bits_per_weight", "size_bytes", "baseline_size_bytes", "peak_memory_bytes")
     first = group[0]
-    config = {k: v for k, v in flat(first["config"]).items() if k != over and not k.endswith(f".{over}")}
+    config = {k: v for k, v in flat(first["config"]).items() if not is_setting(k, over)}
     scalars = {key: _average([run[key] for run in group]) for key in sizes}
     more = {"metrics": metrics, "seconds": seconds, "config": config, "spread": spread, "count": len(group)}
     return dict(first) | scalars | more

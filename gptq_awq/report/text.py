@@ -31,7 +31,7 @@ def difference(metrics: Mapping[str, Any], name: str) -> str:
     if delta is None:
         return ""
     if not interval:
-        return number(delta, sign="+")
+        return number(delta, sign="+") if delta else "0"
     low, high = interval
     if low == high == 0:  # full precision against itself
         return "0"

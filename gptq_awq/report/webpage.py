@@ -99,7 +99,9 @@ def _labels(table: Table) -> list[str]:
     varies = [
         index
         for index, (name, kind) in enumerate(table.columns)
-        if kind == "setting" and name not in ("method", "bits") and len({row[index].text for row in table.cells}) > 1
+        if kind == "setting"
+        and name not in ("method", "bits")
+        and len({row[index].text for row in table.cells} - {""}) > 1
     ]
     labels = []
     for run, row in zip(table.runs, table.cells, strict=True):

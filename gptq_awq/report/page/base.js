@@ -24,7 +24,12 @@ function svg(name, attributes = {}, ...children) {
 
 const unique = (values) => [...new Set(values)];
 const methods = unique(data.runs.map((run) => run.method)).sort();
-const colour = (method) => `var(--c${methods.indexOf(method) % 8})`;
+
+// Well-known methods look the same in every report; others get what is left.
+const KNOWN = { awq: 0, gptq: 1, awq_gptq: 2, rtn: 7 };
+const others = methods.filter((method) => !(method in KNOWN));
+const look = (method) => KNOWN[method] ?? 3 + (others.indexOf(method) % 4);
+const colour = (method) => `var(--c${look(method)})`;
 
 // Shapes tell methods apart in print and without colour.
 const SHAPES = [
@@ -34,17 +39,20 @@ const SHAPES = [
   "M0,-5.2L5.2,4H-5.2Z",
   "M0,5.2L5.2,-4H-5.2Z",
   "M-1.6,-5h3.2v3.4h3.4v3.2h-3.4v3.4h-3.2v-3.4h-3.4v-3.2h3.4Z",
+  "M-5,-2.5L0,-5.2L5,-2.5V2.5L0,5.2L-5,2.5Z",
+  "M-4.6,-2.2L-2.2,-4.6L0,-2.4L2.2,-4.6L4.6,-2.2L2.4,0L4.6,2.2L2.2,4.6L0,2.4L-2.2,4.6L-4.6,2.2L-2.4,0Z",
 ];
-const shape = (method) => SHAPES[methods.indexOf(method) % SHAPES.length];
+const shape = (method) => SHAPES[look(method)];
 
 function figures(value) {
   if (value == null) return "";
   if (!Number.isFinite(value)) return String(value).replace("Infinity", "inf");
   const size = Math.abs(value);
-  return size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(2) : String(+value.toPrecision(4));
+  if (size !== 0 && (size < 1e-3 || size >= 1e5)) return value.toExponential(2).replace(/\.?0+e/, "e");
+  return String(+value.toPrecision(4));
 }
 
-// A scale from data to pixels, with its ticks. Logarithmic scales label 1, 2 and 5 where there is room for them.
+// A scale from data to pixels, with its ticks. A short logarithmic scale has those of a linear one.
 function linear(low, high, from, to) {
   if (low === high) [low, high] = [low - (Math.abs(low) || 1) * 0.05, high + (Math.abs(high) || 1) * 0.05];
   const rough = (high - low) / 5, power = 10 ** Math.floor(Math.log10(rough));
@@ -57,8 +65,10 @@ function linear(low, high, from, to) {
 function logarithmic(low, high, from, to) {
   if (low === high) [low, high] = [low / 1.5, high * 1.5];
   const position = (x) => from + (Math.log(x / low) / Math.log(high / low)) * (to - from);
-  const decades = Math.log10(high / low), every = Math.max(1, Math.round(decades / 6));
-  const factors = decades < 1.2 ? [1, 1.5, 2, 3, 4, 5, 7] : decades < 2.5 ? [1, 2, 5] : [1];
+  const decades = Math.log10(high / low);
+  if (decades < 0.6) return Object.assign(position, { ticks: linear(low, high, from, to).ticks });
+  const every = Math.max(1, Math.round(decades / 6));
+  const factors = decades < 1.2 ? [1, 1.5, 2, 3, 5, 7] : decades < 2.5 ? [1, 2, 5] : [1];
   const ticks = [];
   for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power += every)
     for (const factor of factors) {

@@ -27,7 +27,8 @@ function compare(a, b, direction) {
 function heading(name, kind) {
   const [, delta, text, metric, tail] = name.match(/^(Δ )?(?:(.*)\/)?([^/]*?)( \[95%\])?$/);
   if (kind !== "metric" && kind !== "difference") return [name];
-  return [element("small", {}, text || "\u00a0"), `${delta || ""}${metric}`, tail ? element("small", {}, "95% interval") : ""];
+  const breakable = `${delta || ""}${metric}`.replaceAll("_", "_\u200b");
+  return [element("small", {}, text || "\u00a0"), breakable, tail ? element("small", {}, "95% interval") : ""];
 }
 
 function drawTable(table, section, shown) {
@@ -37,7 +38,7 @@ function drawTable(table, section, shown) {
     const keys = table.rows.map((row) => sortKey(row[column]));
     order.sort((a, b) => compare(keys[a], keys[b], direction) || a - b);
   }
-  const left = table.columns.map(([, kind], c) => kind === "setting" && table.rows.some((row) => isNaN(row[c][0])));
+  const left = table.columns.map(([, kind], c) => kind === "setting" && table.rows.every((row) => !row[c][0] || isNaN(row[c][0])));
   const head = element("tr");
   table.columns.forEach(([name, kind], c) => {
     const button = element("button", { type: "button", title: name }, ...heading(name, kind));
@@ -49,19 +50,18 @@ function drawTable(table, section, shown) {
     const sorted = column === c ? (direction > 0 ? "ascending" : "descending") : null;
     head.append(element("th", { scope: "col", class: left[c] ? "left" : kind, "aria-sort": sorted }, button));
   });
-  const body = element("tbody");
+  const body = element("tbody"), made = (table.elements ??= []);
   let before = null;
   for (const i of order) {
     const run = data.runs[table.first + i];
     const apart = column == null && before != null && before !== run.bits;
     before = run.bits;
-    const row = element("tr", { title: run.path, class: apart ? "apart" : null });
-    table.rows[i].forEach((cell, c) => row.append(element("td", { class: left[c] ? "left" : table.columns[c][1] }, ...cellText(cell))));
-    body.append(row);
+    made[i] ??= element("tr", { title: run.path }, ...table.rows[i].map((cell, c) => element("td", { class: left[c] ? "left" : table.columns[c][1] }, ...cellText(cell))));
+    made[i].classList.toggle("apart", apart);
+    body.append(made[i]);
   }
   if (!order.length) body.append(element("tr", {}, element("td", { class: "empty", colspan: table.columns.length }, "no run matches")));
-  const made = element("table", {}, element("thead", {}, head), body);
-  section.querySelector(".scroll").replaceChildren(made);
+  section.querySelector(".scroll").replaceChildren(element("table", {}, element("thead", {}, head), body));
 }
 
 function drawTables(shown) {
@@ -69,7 +69,7 @@ function drawTables(shown) {
     const id = `table-${t}`;
     if (!document.getElementById(id)) {
       const notes = table.notes.map((note) => element("p", { class: "muted note" }, note));
-      const made = element("section", { id }, element("h2", {}, table.model), element("div", { class: "scroll" }), ...notes);
+      const made = element("section", { id }, element("h2", {}, table.model), element("div", { class: table.rows.length > 40 ? "scroll long" : "scroll" }), ...notes);
       $("#tables").append(made);
     }
     drawTable(table, document.getElementById(id), shown);
