@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import orjson
 
 from gptq_awq.errors import UserError
+from gptq_awq.files import replacing
 
 if TYPE_CHECKING:  # 65 MB and half a second, which a run that only writes its row need not spend
     import pandas as pd
@@ -66,7 +66,9 @@ class Result:
         if self.error is None:
             del row["error"]
         path = Path(out_dir) / name
-        _write_atomic(path, json.dumps(_jsonable(row), indent=1, allow_nan=False) + "\n")
+        text = json.dumps(_jsonable(row), indent=1, allow_nan=False) + "\n"
+        with replacing(path) as scratch:
+            scratch.write_text(text, encoding="utf-8")
         return path
 
     @classmethod
@@ -226,17 +228,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_jsonable(item) for item in value]
     return _jsonable(value.tolist()) if hasattr(value, "tolist") else str(value)
-
-
-def _write_atomic(path: Path, text: str) -> None:
-    """Write beside `path` and rename over it: readers and crashes see the old file or the new one."""
-    # Unique per writer, not per process: two nodes may share a folder and a process id.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

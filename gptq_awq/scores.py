@@ -14,8 +14,6 @@ and per lm-eval metric with a number for each item, in the order of items:
     lm_eval/TASK/METRIC, lm_eval/TASK/METRIC/baseline
 """
 
-import os
-import uuid
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +22,8 @@ from typing import Self
 
 import numpy as np
 from jaxtyping import Float
+
+from gptq_awq.files import replacing
 
 FILE_NAME = "scores.npz"
 
@@ -37,15 +37,8 @@ class Scores:
     def write(self, folder: Path | str) -> Path:
         """Write `folder/scores.npz` whole or not at all; the same scores give the same bytes. Raises OSError."""
         path = Path(folder) / FILE_NAME
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # two nodes may share a process id
-        try:
-            with temporary.open("wb") as file:
-                np.savez_compressed(file, allow_pickle=False, **dict(sorted(self.arrays.items())))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as scratch, scratch.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **dict(sorted(self.arrays.items())))
         return path
 
     @classmethod

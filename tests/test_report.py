@@ -171,6 +171,14 @@ def test_models_have_a_table_each(tmp_path: Path) -> None:
     ]
 
 
+def test_one_name_for_two_models_is_two_tables(tmp_path: Path) -> None:
+    manifests = [TOKENS | {"model": {"sha256": digit * 64}} for digit in "ab"]
+    runs = {f"run{index}": replace(RESULT, manifest=manifest) for index, manifest in enumerate(manifests)}
+    markdown = comparison(load(write(tmp_path, **runs)))
+    assert "### SmolLM2-135M (aaaaaaaa)" in markdown
+    assert "### SmolLM2-135M (bbbbbbbb)" in markdown
+
+
 def test_what_else_varies_is_a_column(tmp_path: Path) -> None:
     runs = {f"seed{seed}": replace(RESULT, config={"seed": seed, "dtype": "float32"}) for seed in (0, 1)}
     rows = cells(comparison(load(write(tmp_path, **runs))))

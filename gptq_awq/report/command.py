@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gptq_awq.errors import UserError
 from gptq_awq.report import render
-from gptq_awq.report.rows import Row, check_protocols, measured, records, started_folders, unfinished
+from gptq_awq.report.rows import Row, by_model, check_protocols, measured, records, started_folders, unfinished
 from gptq_awq.report.settings import averaged, flat, is_setting
 from gptq_awq.report.table import Table, make_table
 from gptq_awq.report.verdicts import Verdicts, read_scores, verdicts
@@ -52,8 +52,7 @@ def make_report(
     _check_asked(done, metrics, over)
     tables: list[Table] = []
     found: dict = {}
-    for model in dict.fromkeys(row["model"] for row in done):
-        runs = [row for row in done if row["model"] == model]
+    for model, runs in by_model(done).items():
         check_protocols(runs)
         if over is not None:
             runs = averaged(runs, over)

@@ -29,6 +29,24 @@ def measured(metrics: Mapping[str, Any]) -> list[str]:
     return [name for name in metrics if name.rpartition("/")[0] not in metrics]
 
 
+def by_model(runs: Iterable[Row]) -> dict[str, list[Row]]:
+    """Runs by model; where one name stands for several weights, by name and hash, which is then in their `model`."""
+    runs = list(runs)
+    weights: dict[str, set[str]] = defaultdict(set)
+    for run in runs:
+        weights[run["model"]] |= {_weights(run)} - {""}
+    found: dict[str, list[Row]] = {}
+    for run in runs:
+        several = len(weights[run["model"]]) > 1
+        title = f"{run['model']} ({_weights(run)[:8] or 'unknown weights'})" if several else run["model"]
+        found.setdefault(title, []).append({**run, "model": title})
+    return found
+
+
+def _weights(run: Row) -> str:
+    return (run["manifest"].get("model") or {}).get("sha256") or ""
+
+
 def is_perplexity(name: str) -> bool:
     """Whether a metric is a perplexity: `wikitext2/ppl@2048`."""
     return "ppl" in name.rpartition("/")[2]
