@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gptq_awq.grids.arithmetic import Arithmetic
-from gptq_awq.grids.base import Fitted, Grid
+from gptq_awq.grids.base import Fitted, Grid, extremes
 from gptq_awq.grids.integer import check_sizes, scale_bits
 from gptq_awq.grids.search import best, check_search, shrinks
 
@@ -61,7 +61,7 @@ class AffineGrid(Grid):
 
     def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"] | None = None) -> Fitted:
         """Scale and minimum of every row. Raises ValueError when `search=hessian` gets no Hessian block."""
-        low, high = (v.reshape(-1, 1) for v in torch.aminmax(w, dim=1))
+        low, high = extremes(w)
         if self.search == "minmax":
             return Fitted(*self._params(low, high))
         # Shrunk towards its middle: the range need not hold zero.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptq_awq.errors import UserError
 from gptq_awq.grids.arithmetic import Arithmetic
-from gptq_awq.grids.base import Fitted, Grid
+from gptq_awq.grids.base import Fitted, Grid, extremes
 from gptq_awq.grids.search import best, check_search, shrinks
 
 MSE_STEPS = 100, 0.79
@@ -77,7 +77,7 @@ class IntGrid(Grid):
 
     def _range(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest interval that holds the row's weights and zero; symmetric where the grid is."""
-        low, high = (v.reshape(-1, 1).clone() for v in torch.aminmax(w, dim=1))
+        low, high = extremes(w)
         low, high = low.clamp(max=0), high.clamp(min=0)
         if self.sym:
             high = torch.maximum(-low, high)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gptq_awq.errors import UserError
 from gptq_awq.grids.arithmetic import Arithmetic
-from gptq_awq.grids.base import Fitted, Grid, group_spans
+from gptq_awq.grids.base import Fitted, Grid, extremes, group_spans
 from gptq_awq.grids.search import best, check_search, shrinks
 from gptq_awq.grids.signed import signed_scales
 
@@ -146,7 +146,7 @@ class KGrid(Grid):
         return Fitted(d * sigma, -dmin * mu, store)
 
     def _own_range(self, w: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
-        low, high = (v.reshape(-1, 1) for v in torch.aminmax(w, dim=1))
+        low, high = extremes(w)
         low, max_code = low.clamp(max=0), self.arithmetic.max_code
         high = torch.maximum(high, low)
         if self.search == "minmax":
