@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # 65 MB and half a second, which a run that only writes its r
 log = logging.getLogger(__name__)
 
 FILE_NAME = "results.json"
+FAILURE = "failed.json"
+"""Where a failure is told that may not take the place of an earlier run's results."""
 NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 

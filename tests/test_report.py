@@ -17,7 +17,7 @@ from rich.console import Console
 
 from gptq_awq.errors import UserError
 from gptq_awq.report import comparison, final_table, main
-from gptq_awq.results import Result, load
+from gptq_awq.results import FAILURE, Result, load
 from gptq_awq.scores import Scores
 
 PPL = "wikitext2/ppl@2048"
@@ -258,6 +258,18 @@ def test_folders_of_runs_without_a_row_are_warned_of_and_copies_counted_once(tmp
     assert "2 unfinished" in out
     assert "killed (no results.json" in out
     assert "notes" not in out
+
+
+def test_results_older_than_a_failure_are_shown_with_a_warning(tmp_path: Path, capsys) -> None:
+    write(tmp_path, a=RESULT)
+    replace(RESULT, status="failed", error="disk full").write(tmp_path / "a", FAILURE)
+    (tmp_path / "b").mkdir()
+    replace(RESULT, status="failed", error="disk full").write(tmp_path / "b", FAILURE)
+    assert main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert len(cells(out)) == 1
+    assert f"1 run(s) failed when run again (failed.json); their earlier results are shown: {tmp_path / 'a'}" in out
+    assert f"1 unfinished run(s) left out: {tmp_path / 'b'}" in out
 
 
 def test_one_metric_or_model_may_be_chosen(tmp_path: Path, capsys) -> None:

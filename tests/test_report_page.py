@@ -176,7 +176,7 @@ def test_runs_are_chosen_for_the_layer_plots(opened: Any) -> None:
 
 
 def test_the_page_says_what_is_missing_and_shows_names_as_they_are(opened: Any) -> None:
-    assert "killed" in opened.find_element("id", "missing").text
+    assert "killed" in opened.find_element("id", "warnings").text
     assert "<i>other</i>" in opened.find_element("id", "tables").text
     assert count(opened, "main i:not(td i)") == 0
 

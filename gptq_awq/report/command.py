@@ -9,7 +9,16 @@ from pathlib import Path
 
 from gptq_awq.errors import UserError
 from gptq_awq.report import render
-from gptq_awq.report.rows import Row, by_model, check_protocols, measured, records, started_folders, unfinished
+from gptq_awq.report.rows import (
+    Folders,
+    Row,
+    by_model,
+    check_protocols,
+    find_folders,
+    measured,
+    records,
+    warnings,
+)
 from gptq_awq.report.settings import averaged, flat, is_setting
 from gptq_awq.report.table import Table, make_table
 from gptq_awq.report.verdicts import Verdicts, read_scores, verdicts
@@ -17,33 +26,34 @@ from gptq_awq.report.webpage import page
 from gptq_awq.results import load
 
 FORMATS = {"md": "report.md", "latex": "report.tex", "csv": "report.csv", "html": "report.html"}
+NO_FOLDERS = Folders()
 
 
 @dataclass(frozen=True)
 class Report:
-    """A table per model, the verdicts in them, and the runs that are in none."""
+    """A table per model, the verdicts in them, and what the reader must know of runs that are in none."""
 
     tables: Sequence[Table]
     verdicts: Verdicts
-    missing: Sequence[str]
+    warnings: Sequence[str]
 
     def markdown(self) -> str:
         """All tables as Markdown, without a line break at the end."""
-        return render.markdown(self.tables, self.missing)
+        return render.markdown(self.tables, self.warnings)
 
     def text(self, kind: str) -> str:
         """The content of a file of one of `FORMATS`."""
         if kind == "html":
-            return page(self.tables, self.verdicts, self.missing)
+            return page(self.tables, self.verdicts, self.warnings)
         if kind == "csv":
             return render.tidy(self.tables, self.verdicts)
-        return render.latex(self.tables, self.missing) if kind == "latex" else self.markdown() + "\n"
+        return render.latex(self.tables, self.warnings) if kind == "latex" else self.markdown() + "\n"
 
 
 def make_report(
-    rows: Sequence[Row], folders: Sequence[str] = (), metrics: Sequence[str] = (), over: str | None = None
+    rows: Sequence[Row], folders: Folders = NO_FOLDERS, metrics: Sequence[str] = (), over: str | None = None
 ) -> Report:
-    """Test and tabulate `rows`, a table per model. `folders`: of runs without a row. `over`: see `averaged`.
+    """Test and tabulate `rows`, a table per model. `folders`: of runs that rows don't tell of. `over`: see `averaged`.
 
     Raises UserError where runs of one model were scored by different protocols, or none has a metric or setting
     that was asked for.
@@ -59,7 +69,7 @@ def make_report(
         else:
             found |= verdicts(runs, read_scores)
         tables.append(make_table(model, runs, found, metrics))
-    return Report(tables, found, unfinished(rows, folders))
+    return Report(tables, found, warnings(rows, folders))
 
 
 def _check_asked(runs: Sequence[Row], metrics: Sequence[str], over: str | None) -> None:
@@ -112,7 +122,7 @@ def _main(options: argparse.Namespace) -> int:
         if wrong := [model for model in options.model if model not in known]:
             raise UserError(f"--model {wrong[0]}: no run has it; choose of {', '.join(known)}")
         rows = [row for row in rows if row["model"] in options.model]
-    report = make_report(rows, started_folders(options.roots), options.metric, options.over)
+    report = make_report(rows, find_folders(options.roots), options.metric, options.over)
     sys.stdout.write(report.markdown() + "\n")
     if options.out is not None:
         _write(report, options.out, kinds)

@@ -24,19 +24,12 @@ TEX = {
 }
 
 
-def markdown(tables: Iterable[Table], unfinished: Sequence[str] = ()) -> str:
-    """A table per model, its notes below it; above all, a warning of what is missing."""
-    parts = [warning(unfinished, bold="**")]
+def markdown(tables: Iterable[Table], warnings: Sequence[str] = ()) -> str:
+    """A table per model, its notes below it; above all, the warnings."""
+    parts = [f"**Warning:** {warning}" for warning in warnings]
     for table in tables:
         parts += [f"### {table.model}", _markdown_table(table), "  \n".join(table.notes)]
     return "\n\n".join(part for part in parts if part)
-
-
-def warning(unfinished: Sequence[str], bold: str = "", limit: int = 20) -> str:
-    """One paragraph that names runs which are not in the tables; nothing where there are none."""
-    more = [f"and {len(unfinished) - limit} more"] if len(unfinished) > limit else []
-    listed = ", ".join([*unfinished[:limit], *more])
-    return f"{bold}Warning:{bold} {len(unfinished)} unfinished run(s) left out: {listed}" if unfinished else ""
 
 
 def _markdown_table(table: Table) -> str:
@@ -50,10 +43,10 @@ def _markdown_cell(cell: Cell) -> str:
     return text + (" ≈" if cell.ties else "") + (f" {NOT_DISTINGUISHABLE}" if cell.same else "")
 
 
-def latex(tables: Iterable[Table], unfinished: Sequence[str] = ()) -> str:
+def latex(tables: Iterable[Table], warnings: Sequence[str] = ()) -> str:
     """A `table` environment per model in booktabs' style, without times; † stands for "not distinguishable"."""
-    said = warning(unfinished)
-    return PREAMBLE + (f"% {said}\n" if said else "") + "\n".join(map(_latex_table, tables)) + "\\finish\n"
+    comments = "".join(f"% Warning: {warning}\n" for warning in warnings)
+    return PREAMBLE + comments + "\n".join(map(_latex_table, tables)) + "\\finish\n"
 
 
 def _latex_table(table: Table) -> str:

@@ -4,18 +4,21 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptq_awq.errors import UserError
-from gptq_awq.results import FILE_NAME, KEYS
+from gptq_awq.results import FAILURE, FILE_NAME, KEYS
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Row = Mapping[str, Any]
 FULL_PRECISION = "fp"
-STARTED = ("config.yaml", "run.log", "ledger.partial.jsonl")
+STARTED = ("config.yaml", "run.log", "ledger.partial.jsonl", FAILURE)
+LISTED = 20
+"""Names in a warning; more are counted."""
 
 
 def records(df: "pd.DataFrame") -> list[Row]:
@@ -82,22 +85,44 @@ def check_protocols(runs: Iterable[Row]) -> None:
             raise UserError(f"{text} was scored by different protocols, report them apart: {seen}")
 
 
-def unfinished(rows: Iterable[Row], folders: Sequence[str] = ()) -> list[str]:
-    """Each run that did not finish, and what is known of why; `folders` are those that have no row at all."""
-    failed = [
-        f"{row['path']} ({row['status']}: {row['error'] or 'no reason given'})"
-        for row in rows
-        if row["status"] != "done"
-    ]
-    return failed + [f"{folder} (no {FILE_NAME}: interrupted, or still running)" for folder in folders]
+@dataclass(frozen=True)
+class Folders:
+    """Folders of runs that say more than rows: begun without results, and failed where there are earlier results."""
+
+    begun: Sequence[str] = ()
+    failed_again: Sequence[str] = ()
 
 
-def started_folders(roots: Iterable[Path | str]) -> list[str]:
-    """Folders of runs below `roots` that began and have no results, sorted."""
-    found = set()
+def find_folders(roots: Iterable[Path | str]) -> Folders:
+    """Those below `roots`, but not in hidden folders, sorted."""
+    begun, failed = set(), set()
     for root in roots:
         for folder, folders, files in os.walk(root):
             folders[:] = [name for name in folders if not name.startswith(".")]
             if FILE_NAME not in files and any(name in files for name in STARTED):
-                found.add(folder)
-    return sorted(found)
+                begun.add(folder)
+            if FAILURE in files and FILE_NAME in files:
+                failed.add(folder)
+    return Folders(sorted(begun), sorted(failed))
+
+
+def warnings(rows: Iterable[Row], folders: Folders) -> list[str]:
+    """A paragraph on the runs that are missing, and one on those whose results are older than their last failure."""
+    missing = [
+        f"{row['path']} ({row['status']}: {row['error'] or 'no reason given'})"
+        for row in rows
+        if row["status"] != "done"
+    ]
+    missing += [f"{folder} (no {FILE_NAME}: interrupted, or still running)" for folder in folders.begun]
+    found = []
+    if missing:
+        found.append(f"{len(missing)} unfinished run(s) left out: {_listed(missing)}")
+    if folders.failed_again:
+        count, names = len(folders.failed_again), _listed(folders.failed_again)
+        found.append(f"{count} run(s) failed when run again ({FAILURE}); their earlier results are shown: {names}")
+    return found
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = [f"and {len(items) - LISTED} more"] if len(items) > LISTED else []
+    return ", ".join([*items[:LISTED], *more])

@@ -10,7 +10,6 @@ from typing import Any
 
 import orjson
 
-from gptq_awq.report import render
 from gptq_awq.report.profile import profiles
 from gptq_awq.report.provenance import provenance
 from gptq_awq.report.rows import FULL_PRECISION, Row, measured
@@ -21,14 +20,14 @@ SCRIPTS = ("base.js", "tables.js", "frontier.js", "layers.js", "costs.js", "main
 BEST, TIES, SAME = 1, 2, 4
 
 
-def page(tables: Sequence[Table], verdicts: Verdicts, missing: Sequence[str] = ()) -> str:
+def page(tables: Sequence[Table], verdicts: Verdicts, warnings: Sequence[str] = ()) -> str:
     """The page's HTML. The same runs give the same page."""
     source = files("gptq_awq.report") / "page"
     parts = {
         "TITLE": _escaped(f"Quantization report: {', '.join(table.model for table in tables) or 'no finished run'}"),
         "STYLE": (source / "page.css").read_text("utf-8"),
         "SCRIPT": "\n".join((source / name).read_text("utf-8") for name in SCRIPTS),
-        "DATA": _json(_data(tables, verdicts, missing)),
+        "DATA": _json(_data(tables, verdicts, warnings)),
     }
     html = (source / "page.html").read_text("utf-8")
     for name, part in parts.items():  # the data comes last: nothing is looked for in it
@@ -36,7 +35,7 @@ def page(tables: Sequence[Table], verdicts: Verdicts, missing: Sequence[str] = (
     return html
 
 
-def _data(tables: Sequence[Table], verdicts: Verdicts, missing: Sequence[str]) -> dict[str, Any]:
+def _data(tables: Sequence[Table], verdicts: Verdicts, warnings: Sequence[str]) -> dict[str, Any]:
     runs = [run for table in tables for run in table.runs]
     names = list(dict.fromkeys(name for run in runs for name in measured(run["metrics"])))
     layers = profiles(runs)
@@ -49,7 +48,7 @@ def _data(tables: Sequence[Table], verdicts: Verdicts, missing: Sequence[str]) -
         )
         first += len(table.runs)
     return {
-        "missing": render.warning(missing),
+        "warnings": list(warnings),
         "tables": shown,
         "metrics": [{"name": name, "higher": higher_is_better(name)} for name in names],
         "runs": [
