@@ -23,6 +23,7 @@ PLUGINS = {
     },
     "hydra/sweeper": {"optuna": ("optuna", "hydra_optuna_sweeper")},
 }
+LOOKING = ("--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help")
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "configs" / "experiment"
 
 
@@ -71,8 +72,12 @@ def _choices_of_experiment(name: str) -> Iterator[tuple[str, str]]:
 
 
 def _sweeps(arguments: Sequence[str]) -> bool:
-    named = any(a.lstrip("+").startswith("experiment=") or a == "hydra.mode=MULTIRUN" for a in arguments)
-    return named or any(a in ("-m", "--multirun") or (a[:1] == "-" and a[1:].isalpha() and "m" in a) for a in arguments)
+    """Whether many runs are asked for; to look at the configuration only counts too."""
+    if any(a.split("=")[0] in LOOKING for a in arguments):
+        return True
+    return any(
+        a in ("-m", "--multirun", "hydra.mode=MULTIRUN") or a.lstrip("+").startswith("experiment=") for a in arguments
+    )
 
 
 def _installed(module: str) -> bool:

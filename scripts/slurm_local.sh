@@ -56,6 +56,7 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 JobRequeue=1
+EnforcePartLimits=ALL
 SchedulerParameters=sched_interval=5,bf_interval=5,batch_sched_delay=1
 KillWait=5
 ReturnToService=2

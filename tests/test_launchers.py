@@ -98,7 +98,7 @@ def test_what_needs_no_plugin_passes_without_one(nothing_installed, arguments):
 def test_a_launcher_without_a_sweep_is_refused():
     with pytest.raises(UserError, match="add -m"):
         plugins.check_plugins(["hydra/launcher=joblib", "bits=4"])
-    plugins.check_plugins(["-cm", "hydra/launcher=joblib"])
+    plugins.check_plugins(["--cfg", "hydra", "hydra/launcher=joblib"])
 
 
 def test_slurm_is_refused_where_there_is_none(monkeypatch):
