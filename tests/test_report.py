@@ -243,7 +243,7 @@ def test_marks_say_what_is_best_and_what_cannot_be_told_from_it(tmp_path: Path) 
     assert "≈: not distinguishable from it" in markdown
     assert "no scores.npz" not in markdown
     untested = comparison(load(write(tmp_path / "old", run=RESULT)))
-    assert "1 of 1 run(s) have no scores.npz" in untested
+    assert "1 of 1 run(s) cannot be tested in full (no scores.npz" in untested
 
 
 def test_folders_of_runs_without_a_row_are_warned_of_and_copies_counted_once(tmp_path: Path, capsys) -> None:

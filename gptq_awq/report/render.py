@@ -57,7 +57,8 @@ def _latex_table(table: Table) -> str:
             rows.append(r"\addlinespace")
         before = run["bits"]
         rows.append(" & ".join(_latex_cell(row[index]) for index in shown) + r" \\")
-    notes = " ".join(map(tex, table.notes)).replace("Not distinguishable:", "$\\dagger$ not distinguishable:")
+    marks = [r"$\dagger$: not distinguishable from full precision."] if _has_same(table) else []
+    notes = " ".join([*map(tex, table.notes), *marks])
     aligned = "".join("r" if _numeric(table, index) else "l" for index in shown)
     return "\n".join(
         [
@@ -83,6 +84,10 @@ def _latex_heading(name: str) -> str:
         return tex(name)
     delta = "Δ " if text.startswith("Δ ") else ""
     return rf"\shortstack[r]{{{tex(text.removeprefix('Δ '))}\\{tex(delta + metric)}}}"
+
+
+def _has_same(table: Table) -> bool:
+    return any(cell.same for row in table.cells for cell in row)
 
 
 def _numeric(table: Table, index: int) -> bool:

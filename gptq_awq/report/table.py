@@ -111,18 +111,18 @@ def _notes(runs: Sequence[Row], names: Sequence[str], verdicts: Verdicts) -> lis
         return [note for note in notes if note]
     tested, ranked = any(v.p is not None for v in found), any(v.p_best is not None for v in found)
     if any(v.best for v in found):
-        ties = "; ≈: not distinguishable from it (paired tests, Holm over the table)" if ranked else ""
-        notes.append(f"Bold: the best at its number of bits{ties}.")
-    if tested:
+        notes.append(f"Bold: the best at its number of bits{'; ≈: not distinguishable from it' if ranked else ''}.")
+    if tested or ranked:
         notes.append(
-            "Not distinguishable: from full precision, by paired tests adjusted by Holm's method over the table; "
-            "intervals are each run's own, unadjusted."
+            "Not distinguishable: by paired tests on the same tokens and items, adjusted by Holm's method over the "
+            "table. Intervals are each run's own, unadjusted."
         )
     untested = [run for run in runs if any(_by_interval(run, name, verdicts) for name in names)]
     if untested:
         notes.append(
-            f"{len(untested)} of {len(runs)} run(s) have no scores.npz to test: they are compared with full precision "
-            "by their own intervals, unadjusted, and with the best of their bits not at all."
+            f"{len(untested)} of {len(runs)} run(s) cannot be tested in full (no scores.npz, or too few blocks): there "
+            "a run's own interval, unadjusted, says whether it differs from full precision, and nothing is compared "
+            "with the best of as many bits."
         )
     return [note for note in notes if note]
 

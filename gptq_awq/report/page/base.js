@@ -25,6 +25,8 @@ function svg(name, attributes = {}, ...children) {
 const unique = (values) => [...new Set(values)];
 const methods = unique(data.runs.map((run) => run.method)).sort();
 
+const named = (run) => (data.tables.length > 1 ? `${run.model}: ${run.label}` : run.label);
+
 // Well-known methods look the same in every report; others get what is left.
 const KNOWN = { awq: 0, gptq: 1, awq_gptq: 2, rtn: 7 };
 const others = methods.filter((method) => !(method in KNOWN));

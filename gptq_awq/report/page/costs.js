@@ -18,14 +18,14 @@ function costPlot(runs, phases, width) {
   }
   runs.forEach((run, i) => {
     const y = top + line * i;
-    const name = clipped(run.label, left / 6.4);
+    const name = clipped(named(run), left / 6.4);
     plot.append(svg("text", { class: "label", x: left - 10, y: y + 14, "text-anchor": "end" }, name));
     let at = 0;
     phases.forEach((phase, p) => {
       const spent = run.seconds[phase] ?? 0;
       if (!spent) return;
       const bar = svg("rect", { class: "bar", x: x(at), y: y + 3, width: Math.max(0.5, x(at + spent) - x(at) - 0.8), height: line - 8, fill: `var(--c${p % 8})` });
-      tip(bar, `${run.label}\n${phase}: ${figures(spent)} s of ${figures(total(run))} s`);
+      tip(bar, `${named(run)}\n${phase}: ${figures(spent)} s of ${figures(total(run))} s`);
       plot.append(bar);
       at += spent;
     });

@@ -23,7 +23,6 @@ function layersChoices() {
   $("#layers-of").append(...kinds.map((kind) => element("option", { value: kind }, kind)));
   $("#layers-of").addEventListener("change", draw);
   chooseFirst(data.runs);
-  const several = data.tables.length > 1;
   for (const run of data.runs) {
     if (!run.layers) continue;
     const box = element("input", { type: "checkbox" });
@@ -33,7 +32,7 @@ function layersChoices() {
       else chosen.delete(run);
       draw();
     });
-    const label = element("label", {}, box, (several ? `${run.model}: ` : "") + run.label);
+    const label = element("label", {}, box, named(run));
     run.choice = label;
     $("#layers-runs").append(label);
   }
@@ -68,7 +67,7 @@ function sitePlot(site, runs, styles, y0, y1, blocks, width) {
     values.forEach((v, b) => {
       if (!(v > 0)) return;
       const dot = svg("circle", { class: "mark", cx: x(b), cy: y(v), r: blocks > 40 ? 1.6 : 2.6, fill: styles.get(run).stroke });
-      tip(dot, `${run.label}\n${site}, block ${b}: ${figures(v)}`);
+      tip(dot, `${named(run)}\n${site}, block ${b}: ${figures(v)}`);
       plot.append(dot);
     });
   }
@@ -89,8 +88,7 @@ function drawLayers(runs) {
   const sites = unique(lines.flatMap((run) => Object.keys(profile(run))));
   const values = lines.flatMap((run) => Object.values(profile(run)).flat()).filter((v) => v > 0);
   const blocks = Math.max(1, ...lines.flatMap((run) => Object.values(profile(run)).map((all) => all.length)));
-  const label = (run) => (data.tables.length > 1 ? `${run.model}: ` : "") + run.label;
-  const keys = lines.map((run) => [label(run), svg("path", { class: "line", d: "M-11,0H11", ...styles.get(run) })]);
+  const keys = lines.map((run) => [named(run), svg("path", { class: "line", d: "M-11,0H11", ...styles.get(run) })]);
   const all = room(section), columns = Math.max(1, Math.min(sites.length, Math.floor(all / 270)));
   const width = Math.floor((all - 28 * (columns - 1)) / columns);
   const ends = [Math.min(...values) / 1.2, Math.max(...values) * 1.2];
