@@ -210,6 +210,22 @@ def test_nested_settings_are_columns_where_they_alone_tell_runs_apart(tmp_path: 
     assert not {"split", "id", "error_propagation"} & set(rows[0])
 
 
+def test_calibration_texts_go_by_the_name_they_have(tmp_path: Path) -> None:
+    hub = "gptq_awq.data.HubText"
+    texts = [
+        {"_target_": "gptq_awq.data.WikiText2"},
+        {"_target_": hub, "name": "c4", "joiner": " "},
+        {"_target_": hub, "name": "pile", "joiner": "\n\n"},
+        {"_target_": "gptq_awq.data.LocalText", "path": "/text/my own.txt", "joiner": "|"},
+    ]
+    runs = {f"run{index}": replace(RESULT, config={"data": text}) for index, text in enumerate(texts)}
+    rows = cells(comparison(load(write(tmp_path, **runs))))
+    assert [row["data"] for row in rows] == ["WikiText2", "c4", "pile", "my own.txt"]
+    assert "joiner" not in rows[0]
+    ends = {f"end{index}": replace(RESULT, config={"data": {"joiner": end}}) for index, end in enumerate("\n ")}
+    assert [row["joiner"] for row in cells(comparison(load(write(tmp_path / "ends", **ends))))] == ["\\n", ""]
+
+
 def test_over_a_setting_runs_are_means_with_their_deviation(tmp_path: Path, capsys) -> None:
     for seed, ppl in enumerate((22.0, 22.1, 22.4)):
         metrics = {PPL: ppl, f"{PPL}/baseline": 19.0, f"{PPL}/delta": ppl - 19, f"{PPL}/delta_ci95": [2.0, 4.0]}

@@ -87,13 +87,17 @@ def _average(values: Iterable[float | None]) -> float | None:
 
 
 def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What may be a column; the calibration text goes by its file, repository or class, whichever it has."""
     settings = flat(config)
+    named = (settings.get(f"data.{key}") for key in ("path", "name", "_target_"))
+    if text := next(filter(None, named), None):
+        settings["data"] = str(text).rpartition("/")[2].removeprefix("gptq_awq.data.")
     return {k: v for k, v in settings.items() if k not in SHOWN and k.partition(".")[0] not in ASIDE}
 
 
 def _order(key: str) -> tuple[bool, bool, int, str]:
     """What names a thing before its details, and last what is rarely what a table is about."""
-    return key.partition(".")[0] in LATE, not key.endswith("_target_"), key.count("."), key
+    return key.partition(".")[0] in LATE, key != "data" and not key.endswith("_target_"), key.count("."), key
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:
@@ -110,4 +114,6 @@ def _text(config: Mapping[str, Any], key: str) -> str:
         return str(value).rpartition(".")[2]
     if isinstance(value, bool) or value is None:
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value).rpartition("/")[2]
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value).rpartition("/")[2].replace("\n", "\\n")  # a line break would end the row of a table
