@@ -53,12 +53,11 @@ def nothing_installed(monkeypatch):
 
 
 def test_joblib_runs_a_sweep_two_at_a_time(cli, tiny, tmp_path):
-    done = cli("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "method=rtn,gptq", "bits=3,4", *tiny)
+    done = cli("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "method=rtn", "bits=2,3,4,8", *tiny)
     assert done.returncode == 0, done.stderr
     table = results.load(tmp_path / "multirun")
-    assert sorted(zip(table["method"], table["bits"], strict=True)) == [
-        *(("gptq", 3), ("gptq", 4), ("rtn", 3), ("rtn", 4)),
-    ]
+    assert sorted(table["bits"]) == [2, 3, 4, 8]
+    assert set(table["status"]) == {"done"}
 
 
 @pytest.mark.parametrize(
