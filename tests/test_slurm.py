@@ -96,11 +96,11 @@ def test_a_sweep_survives_a_kill_and_a_requeue(slurm, sweep, tmp_path):
     first = sweep("first.log")
     job = until(lambda: job_of(tmp_path), 60, "sbatch")
     try:
-        until(lambda: blocks_done(tmp_path, KILLED), 90, "the first block of the run to kill")
+        until(lambda: blocks_done(tmp_path, KILLED), 180, "the first block of the run to kill")
         slurm("scancel", "--signal=KILL", f"{job}_{KILLED}")
-        until(lambda: blocks_done(tmp_path, REQUEUED), 60, "the first block of the run to requeue")
+        until(lambda: blocks_done(tmp_path, REQUEUED), 120, "the first block of the run to requeue")
         slurm("scontrol", "requeue", f"{job}_{REQUEUED}")
-        until(lambda: not slurm("squeue", "--noheader", f"--jobs={job}").strip(), 120, "the end of all jobs")
+        until(lambda: not slurm("squeue", "--noheader", f"--jobs={job}").strip(), 240, "the end of all jobs")
     finally:
         subprocess.run(["scancel", job], check=False)
     done = results.load(tmp_path / "multirun")
@@ -109,7 +109,7 @@ def test_a_sweep_survives_a_kill_and_a_requeue(slurm, sweep, tmp_path):
 
     first.kill()  # without accounting it can't know that a job was killed
     second = sweep("second.log")
-    assert second.wait(timeout=120) == 0, (tmp_path / "second.log").read_text()
+    assert second.wait(timeout=240) == 0, (tmp_path / "second.log").read_text()
     table = results.load(tmp_path / "multirun")
     assert sorted(zip(table["method"], table["bits"], strict=True)) == [
         *(("gptq", 3), ("gptq", 4), ("rtn", 3), ("rtn", 4)),
