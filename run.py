@@ -1,6 +1,5 @@
 """The command line: `python run.py method=awq bits=4`. Everything else is configs/ and gptq_awq/experiment.py."""
 
-import math
 import sys
 
 import hydra
@@ -11,10 +10,10 @@ from gptq_awq.plugins import check_plugins
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
-def main(cfg: DictConfig) -> float:
+def main(cfg: DictConfig) -> float | tuple[float, ...]:
     """Run one experiment; a mistake in its options is one line and exit code 2. Returns what a search minimizes."""
     from gptq_awq.experiment import run
-    from gptq_awq.sweep import objective, sweep_folder
+    from gptq_awq.sweep import no_objective, objective, sweep_folder
 
     try:
         return objective(run(cfg), cfg.objective)
@@ -22,7 +21,7 @@ def main(cfg: DictConfig) -> float:
         sys.stderr.write(f"error: {error}\n")
         if sweep_folder() is None:
             sys.exit(2)
-        return math.inf  # the sweep's other runs go on; gptq_awq.sweep has the last word
+        return no_objective(cfg.objective)  # the sweep's other runs go on; gptq_awq.sweep has the last word
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -50,19 +51,33 @@ def sweep_folder() -> Path | None:
     return Path(HydraConfig.get().sweep.dir)
 
 
-def objective(result: Result, name: str | None) -> float:
-    """What a search minimizes: the metric of that name, by default the first KL, else the first perplexity.
+def objective(result: Result, name: str | None | Sequence[str | None]) -> float | tuple[float, ...]:
+    """What a search minimizes: a metric, or a number of the row such as `bits_per_weight`; a list for several at once.
+
+    None is the first KL, else the first perplexity; nan where nothing was measured.
 
     Raises:
-        UserError: the run has no such metric.
+        UserError: the run has no such number.
     """
-    numbers = {key: value for key, value in result.metrics.items() if isinstance(value, (int, float))}
-    found = (
-        [name] if name else [key for key in numbers if key.endswith("/kl")] + [key for key in numbers if "/ppl@" in key]
-    )
-    if name and name not in numbers:
-        raise UserError(f"objective={name}: choose one of {', '.join(numbers) or '(nothing was measured)'}")
-    return float(numbers[found[0]]) if found else math.nan
+    if not (name is None or isinstance(name, str)):
+        return tuple(_objective(result, one) for one in name)
+    return _objective(result, name)
+
+
+def no_objective(name: str | None | Sequence[str | None]) -> float | tuple[float, ...]:
+    """What a failed run counts as: infinitely bad."""
+    return math.inf if name is None or isinstance(name, str) else (math.inf,) * len(name)
+
+
+def _objective(result: Result, name: str | None) -> float:
+    row = {"bits_per_weight": result.bits_per_weight, "size_bytes": result.size_bytes} | dict(result.metrics)
+    numbers = {key: float(value) for key, value in row.items() if isinstance(value, (int, float))}
+    if name is None:
+        likely = [key for part in ("/kl", "/ppl@") for key in numbers if part in key]
+        return numbers[likely[0]] if likely else math.nan
+    if name not in numbers:
+        raise UserError(f"objective={name}: choose one of {', '.join(numbers)}")
+    return numbers[name]
 
 
 def store_failure(cfg: DictConfig, error: Exception) -> None:

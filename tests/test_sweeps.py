@@ -1,6 +1,7 @@
 """Sweeps that are interrupted, repeated, run twice at once, or break: `python run.py`, as a user would call it."""
 
 import json
+import math
 import os
 import random
 import resource
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,29 @@ import torch
 from tiny_models import GROUPED, save_tiny_folder
 
 from gptq_awq import results
+from gptq_awq.errors import UserError
 from gptq_awq.manifest import code_sha256, run_sha256
+from gptq_awq.sweep import no_objective, objective
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = 8
+FAILED = results.Result(
+    method="gptq",
+    bits=3,
+    bits_per_weight=None,
+    group_size=64,
+    sym=False,
+    model="tiny",
+    status="failed",
+    metrics={},
+    size_bytes=None,
+    baseline_size_bytes=None,
+    seconds={},
+    peak_memory_bytes=None,
+    ledger=None,
+    manifest={},
+    config={},
+)
 
 
 @pytest.fixture(scope="module")
@@ -269,3 +290,15 @@ def test_a_cache_that_cannot_be_written_costs_the_cache_and_not_the_run(cli, tin
     done = cli("method=awq", *tiny, f"out={tmp_path / 'out'}", GPTQ_AWQ_CACHE=str(tmp_path / "file" / "cache"))
     assert done.returncode == 0, done.stderr
     assert "not kept" in done.stderr
+
+
+def test_a_search_minimizes_the_kl_or_what_it_is_told():
+    metrics = {"text/ppl@32": 5.0, "text/kl": 0.25, "text/kl/ci95": [0.2, 0.3]}
+    result = replace(FAILED, metrics=metrics, bits_per_weight=3.5)
+    assert objective(result, None) == 0.25
+    assert objective(result, "text/ppl@32") == 5.0
+    assert objective(result, [None, "bits_per_weight"]) == (0.25, 3.5)
+    assert no_objective([None, "bits_per_weight"]) == (math.inf, math.inf)
+    assert math.isnan(objective(replace(result, metrics={}), None))
+    with pytest.raises(UserError, match="objective=text/k: choose one of .*text/kl"):
+        objective(result, "text/k")
