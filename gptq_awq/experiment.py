@@ -42,9 +42,9 @@ from gptq_awq.pipeline.size import PLAIN_BITS, Footprint
 from gptq_awq.plan import Plan, preflight
 from gptq_awq.progress import Track, rich_track
 from gptq_awq.report import final_table
-from gptq_awq.results import Ledger, Result
+from gptq_awq.results import FAILURE, Ledger, Result
 from gptq_awq.runs import Run
-from gptq_awq.sweep import FAILURE, store_failure, sweep_folder
+from gptq_awq.sweep import store_failure, sweep_folder
 from gptq_awq.tracking import Tracker
 
 log = logging.getLogger(__name__)

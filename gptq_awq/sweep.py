@@ -14,10 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from gptq_awq.errors import UserError
 from gptq_awq.report import comparison
-from gptq_awq.results import FILE_NAME, Result, load
+from gptq_awq.results import FAILURE, FILE_NAME, Result, load
 
-FAILURE = "failed.json"
-"""Where a failure is told that may not take the place of an earlier run's results."""
 SHOWN = 40
 """Rows that still fit a screen."""
 
@@ -51,7 +49,7 @@ def sweep_folder() -> Path | None:
     return Path(HydraConfig.get().sweep.dir)
 
 
-def objective(result: Result, name: str | None | Sequence[str | None]) -> float | tuple[float, ...]:
+def objective(result: Result, name: str | Sequence[str | None] | None) -> float | tuple[float, ...]:
     """What a search minimizes: a metric, or a number of the row such as `bits_per_weight`; a list for several at once.
 
     None is the first KL, else the first perplexity; nan where nothing was measured.
@@ -64,7 +62,7 @@ def objective(result: Result, name: str | None | Sequence[str | None]) -> float 
     return _objective(result, name)
 
 
-def no_objective(name: str | None | Sequence[str | None]) -> float | tuple[float, ...]:
+def no_objective(name: str | Sequence[str | None] | None) -> float | tuple[float, ...]:
     """What a failed run counts as: infinitely bad."""
     return math.inf if name is None or isinstance(name, str) else (math.inf,) * len(name)
 

@@ -300,5 +300,5 @@ def test_a_search_minimizes_the_kl_or_what_it_is_told():
     assert objective(result, [None, "bits_per_weight"]) == (0.25, 3.5)
     assert no_objective([None, "bits_per_weight"]) == (math.inf, math.inf)
     assert math.isnan(objective(replace(result, metrics={}), None))
-    with pytest.raises(UserError, match="objective=text/k: choose one of .*text/kl"):
+    with pytest.raises(UserError, match=r"objective=text/k: choose one of .*text/kl"):
         objective(result, "text/k")
