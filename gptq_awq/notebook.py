@@ -10,12 +10,13 @@ Without it, it is the default model of run.py and WikiText-2.
 import io
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from numpy.typing import ArrayLike
 from transformers import PreTrainedModel
 
 from gptq_awq.api import CONFIGS
@@ -30,8 +31,7 @@ SIZES = ("data.samples=16", "data.seqlen=256", "eval.perplexity.seqlen=256", "ev
 # Okabe and Ito's colours, told apart by colour-blind readers; markers tell them apart in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
-DPI = 80
-Numbers = Sequence[float]
+DPI, PNG_COLOURS = 90, 64
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,13 @@ class Plot:
     figure: "Figure"
 
     def _repr_png_(self) -> bytes:
-        file = io.BytesIO()
-        self.figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
-        return file.getvalue()
+        """In few colours: notebooks are kept with their pictures, which should be small."""
+        from PIL import Image  # matplotlib needs it
+
+        drawn, small = io.BytesIO(), io.BytesIO()
+        self.figure.savefig(drawn, format="png", dpi=DPI)
+        Image.open(drawn).convert("RGB").quantize(PNG_COLOURS).save(small, format="png", optimize=True)
+        return small.getvalue()
 
     def __repr__(self) -> str:
         return f"Plot({self.figure.axes[0].get_title(loc='left')!r})"
@@ -95,10 +99,10 @@ class Plot:
 class Line:
     """One line: x, y and, where there are intervals, their ends. All of one length."""
 
-    x: Numbers
-    y: Numbers
-    low: Numbers | None = None
-    high: Numbers | None = None
+    x: ArrayLike
+    y: ArrayLike
+    low: ArrayLike | None = None
+    high: ArrayLike | None = None
 
 
 def lines(
@@ -130,8 +134,7 @@ def lines(
         axes.set_xscale("log")
     if log_y:
         axes.set_yscale("log")
-    if len(series) > 1:
-        axes.legend(frameon=False)
+    _legend(figure, axes, series)
     return Plot(figure)
 
 
@@ -161,8 +164,7 @@ def bars(
     axes.margins(y=0.12 if digits else 0.05)
     if log_y:
         axes.set_yscale("log")
-    if len(series) > 1:
-        axes.legend(frameon=False)
+    _legend(figure, axes, series)
     return Plot(figure)
 
 
@@ -219,3 +221,15 @@ def _figure(title: str, x: str, y: str) -> tuple["Figure", Any]:
     axes.set_axisbelow(True)
     axes.grid(alpha=0.3, linewidth=0.6)
     return figure, axes
+
+
+def _legend(figure: "Figure", axes: Any, names: Iterable[str]) -> None:
+    """None for one series; of many, beside or below the plot, where it hides nothing and takes least room."""
+    names = list(names)
+    if len(names) > 3:
+        if max(map(len, names)) > 12:
+            figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        else:
+            figure.legend(loc="outside right center", frameon=False)
+    elif len(names) > 1:
+        axes.legend(frameon=False)

@@ -21,7 +21,7 @@ LAYERS = [
     {"export"},
     {"plan"},
     {"api", "experiment"},
-    {"replay"},
+    {"replay", "notebook"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
