@@ -76,5 +76,5 @@ class Journal:
     def _read(self, path: Path) -> Sealed:
         content = Sealed.read(path)
         if content.facts.get("key") != self.key:
-            raise DamagedError("it belongs to another computation")
+            raise DamagedError("it belongs to another computation, or to another machine or number of threads")
         return content

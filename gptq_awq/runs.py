@@ -17,6 +17,7 @@ from pathlib import Path
 from gptq_awq.assets import cache_dir
 from gptq_awq.files import locked, replacing
 from gptq_awq.journal import Journal
+from gptq_awq.manifest import environment
 from gptq_awq.results import FILE_NAME, Result
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,13 @@ class Run:
 
     @property
     def journal(self) -> Journal:
-        """Its finished blocks, while it isn't finished."""
-        return Journal(cache_dir() / "progress" / self.sha256, self.sha256)
+        """Its finished blocks, while it isn't finished.
+
+        They are of use on this kind of machine alone: another CPU or number of threads sums in another order, and the
+        rest of the run would not be what it would have been.
+        """
+        key = hashlib.sha256(json.dumps([self.sha256, environment()["machine"]]).encode()).hexdigest()
+        return Journal(cache_dir() / "progress" / self.sha256, key)
 
     def finished(self) -> Path | None:
         """A folder that holds this very run, finished and complete; its own folder first."""

@@ -88,7 +88,7 @@ def test_damaged_progress_is_said_and_never_used(tmp_path, which, caplog):
     flip(tmp_path / "j" / f"{which}.safetensors", -5)
     with caplog.at_level(logging.WARNING):
         assert same(run(METHODS["gptq"], journal=journal), plain)
-    assert "damaged" in caplog.text
+    assert "can't be used (checksum mismatch)" in caplog.text
 
 
 def test_foreign_progress_is_said_and_never_used(tmp_path, caplog):

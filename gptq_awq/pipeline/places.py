@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
+from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, GridChoice, Place
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import is_linear, matrix
@@ -13,10 +14,13 @@ def landing(model: nn.Module, choice: GridChoice) -> dict[str, Grid]:
     """Module name → the grid its weight will land on, in the order they are quantized.
 
     Raises:
-        UserError: a grid that has no room for a weight of that width.
+        UserError: a grid that has no room for a weight of that width; names in a grid's options that no weight has.
     """
     grids: dict[str, Grid] = {}
-    for place in [*_ends(model), *_inner(model)]:
+    places = [*_ends(model), *_inner(model)]
+    if unmatched := getattr(choice, "unmatched", lambda _: [])(places):
+        raise UserError(f"{unmatched[0]}: the model has no such linear")
+    for place in places:
         grid = choice.at(place)
         if grid is not None:
             grid.check_columns(place.columns, place.name)

@@ -68,7 +68,7 @@ class Progress:
             if contents and streams is not None and len(contents) < len(blocks):
                 streams.restore(self.journal.stream(len(contents) - 1))
         except (DamagedError, FileNotFoundError, ValueError) as error:
-            log.warning("the progress in %s is damaged (%s): starting again", self.journal.folder, error)
+            log.warning("the progress in %s can't be used (%s): starting again", self.journal.folder, error)
             self.journal.clear()
             return []
         return contents
