@@ -8,6 +8,10 @@ again goes on in the same wandb run, and offline folders of the several attempts
 The same computation done again on purpose (`resume=false`) does not open a second one either: it writes over the
 tables and the summary with, if all is well, the same numbers, and draws its points upon those that are there. A run
 belongs to the group of the sweep that asked for it last.
+
+wandb writes and sends with a delay, so the last seconds before a kill are lost there (an offline folder of a run
+killed early may even be empty, which `wandb sync` refuses: leave it out). Tables are whole all the same: they are
+made of the ledger's rows, restored ones included.
 """
 
 import json
