@@ -21,6 +21,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python scripts/check_notebooks.py notebooks
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -6,10 +6,10 @@ and model when they are loaded, memory by a forecast. A mistake is a `UserError`
 
 import json
 import logging
-import time
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from gptq_awq.evaluation.evaluate import Baseline, full_precision, score
 from gptq_awq.export.base import Source, linear_specs
 from gptq_awq.export.verify import Probe
 from gptq_awq.export.write import Exported, write_card
-from gptq_awq.files import replacing
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.journal import Journal
 from gptq_awq.manifest import code_sha256, config_sha256, environment, run_sha256
@@ -42,34 +41,17 @@ from gptq_awq.pipeline.size import PLAIN_BITS, Footprint
 from gptq_awq.plan import Plan, preflight
 from gptq_awq.progress import Track, rich_track
 from gptq_awq.report import final_table
-from gptq_awq.results import FAILURE, Ledger, Result
-from gptq_awq.runs import Run
-from gptq_awq.sweep import store_failure, sweep_folder
-from gptq_awq.tracking import Tracker
+from gptq_awq.results import FAILURE, FILE_NAME, Ledger, Result
+from gptq_awq.runlog import Clock, logging_to, remove_unused_hydra_folder
+from gptq_awq.runs import FILES, Run
+from gptq_awq.scores import Scores
+from gptq_awq.sweep import failed, store_failure, sweep_folder
+from gptq_awq.tracking import Tracker, run_name
 
 log = logging.getLogger(__name__)
 LEDGER = "ledger.jsonl"
 UNFINISHED = "ledger.partial.jsonl"
 PROBE_WINDOWS, PROBE_SEQLEN = 2, 256
-
-
-@dataclass
-class Clock:
-    """Wall seconds by phase."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    _started: float = field(default_factory=time.perf_counter)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time one phase."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 3)
-
-    def total(self) -> dict[str, float]:
-        """All phases, and the whole run."""
-        return self.seconds | {"total": round(time.perf_counter() - self._started, 3)}
 
 
 def run(cfg: DictConfig) -> Result:
@@ -83,8 +65,8 @@ def run(cfg: DictConfig) -> Result:
     console = Console(stderr=True)
     try:
         plan = preflight(cfg)
-        _remove_unused_hydra_folder(plan.out)
-        with _logging_to(plan.out, console), rich_track(console) as track:
+        remove_unused_hydra_folder(plan.out)
+        with logging_to(plan.out, console), rich_track(console) as track:
             result = execute(plan, track, console)
     except Exception as error:
         # A kill leaves the ledger of what was done; an error leaves nothing, and what an earlier run left stays.
@@ -141,7 +123,9 @@ def execute(plan: Plan, track: Track, console: Console) -> Result:
             return None
         say(f"done already, taken from {folder} (resume=false computes it anew)")
         with _writing(plan.out):
-            return work.run.adopt(folder)
+            result = work.run.adopt(folder)
+        _track_finished(plan, work, result)
+        return result
 
     result = earlier()
     if result is not None:
@@ -186,11 +170,19 @@ def load(plan: Plan) -> Work:
 
 
 def compute(plan: Plan, work: Work, clock: Clock, track: Track) -> Result:
-    """Baseline, quantize, export, evaluate, store."""
+    """Baseline, quantize, export, evaluate, store; followed by a tracker, also into a failure."""
+    tracker = _tracker(plan, work)
+    try:
+        result = _compute(plan, work, tracker, clock, track)
+    except Exception as error:
+        tracker.finish(failed(plan.config, error))
+        raise
+    tracker.finish(result)
+    return result
+
+
+def _compute(plan: Plan, work: Work, tracker: Tracker, clock: Clock, track: Track) -> Result:
     loaded = work.loaded
-    folder = sweep_folder()
-    group = None if folder is None else "/".join(folder.parts[-2:])
-    tracker = plan.tracking.start(plan.config, _run_name(plan), group, work.run.sha256)
     with clock.phase("baseline"):
         baseline = full_precision(
             *(loaded.model, loaded.tokenizer, loaded.sha256, work.windows, work.tasks, cache_dir(), track),
@@ -208,15 +200,44 @@ def compute(plan: Plan, work: Work, clock: Clock, track: Track) -> Result:
     manifest = _manifest(plan, work, baseline, checkpoints) | {"resumed": quantized.resumed}
     result = _result(plan, loaded, quantized.footprint, scored.metrics, clock, manifest)
     with _writing(plan.out):
-        (plan.out / UNFINISHED).replace(plan.out / LEDGER)
-        scored.scores.write(plan.out)
-        with replacing(plan.out / "config.yaml") as scratch:
-            scratch.write_text(OmegaConf.to_yaml(OmegaConf.create(dict(plan.config))))
-        path = result.write(plan.out)
+        _store(plan, result, scored.scores)
     for checkpoint in checkpoints:
-        write_card(checkpoint.path, json.loads(path.read_text()), [checkpoint.verified])
-    tracker.finish(result)
+        row = json.loads((plan.out / FILE_NAME).read_text())
+        write_card(checkpoint.path, row, [checkpoint.verified])
     return result
+
+
+def _store(plan: Plan, result: Result, scores: Scores) -> None:
+    """Write everything aside, then give it its name: a full disk leaves an earlier run's results whole."""
+    with tempfile.TemporaryDirectory(dir=plan.out, prefix=".storing-") as folder:
+        aside = Path(folder)
+        result.write(aside)
+        scores.write(aside)
+        (aside / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(dict(plan.config))))
+        (plan.out / UNFINISHED).replace(aside / LEDGER)
+        for name in FILES:
+            if (aside / name).exists():
+                (aside / name).replace(plan.out / name)
+
+
+def _tracker(plan: Plan, work: Work) -> Tracker:
+    """Follow this run, as part of the sweep that asks for it."""
+    folder, grid = sweep_folder(), plan.grid
+    on_grid: dict[str, Any] = {"grid": grid.label, "bits": grid.bits, "group_size": grid.group_size}
+    on_grid["sym"] = getattr(grid, "sym", None)
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+    name = run_name(
+        *(work.loaded.name, plan.method.name), **(on_grid if plan.method.solver else {}), overrides=overrides
+    )
+    group = None if folder is None else "/".join(folder.parts[-2:])
+    return plan.tracking.start(plan.config, name, group, work.run.sha256)
+
+
+def _track_finished(plan: Plan, work: Work, result: Result) -> None:
+    """A run that is taken over belongs to this sweep's group too."""
+    tracker = _tracker(plan, work)
+    tracker.ledger([json.loads(line) for line in (plan.out / LEDGER).read_text().splitlines()])
+    tracker.finish(result)
 
 
 @dataclass(frozen=True)
@@ -249,7 +270,7 @@ def _quantize(plan: Plan, work: Work, tracker: Tracker, track: Track) -> Quantiz
             tracker.ledger(block.rows)
             restored += block.restored
             errors = [row["error_after"] for row in block.rows if "error_after" in row]
-            if errors and not block.restored:
+            if errors:
                 tracker.log({"quantize/relative_error": sum(errors) / len(errors)}, step=block.index)
     if restored:
         log.info("resumed after %d finished blocks", restored)
@@ -360,43 +381,3 @@ def _manifest(plan: Plan, work: Work, baseline: Baseline, checkpoints: Sequence[
 def _evaluation_sources(baseline: Baseline) -> dict[str, str]:
     tasks = baseline.tasks.sources if baseline.tasks else {}
     return {t.name: t.source for t in baseline.tokens} | {f"lm_eval/{name}": s for name, s in tasks.items()}
-
-
-@contextmanager
-def _logging_to(out: Path, console: Console) -> Iterator[None]:
-    """This package's log: warnings to the terminal, everything to OUT/run.log."""
-    from rich.logging import RichHandler
-
-    root = logging.getLogger("gptq_awq")
-    to_file = logging.FileHandler(out / "run.log", mode="w")
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    to_terminal = RichHandler(logging.WARNING, console=console, show_path=False, show_time=False)
-    root.setLevel(logging.DEBUG)
-    for handler in (to_file, to_terminal):
-        root.addHandler(handler)
-    try:
-        yield
-    finally:
-        for handler in (to_file, to_terminal):
-            root.removeHandler(handler)
-            handler.close()
-
-
-def _remove_unused_hydra_folder(out: Path) -> None:
-    """With out=… elsewhere, the folder that Hydra made for this run would stay behind empty."""
-    if not HydraConfig.initialized():
-        return
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    if folder.resolve() != out.resolve():
-        with suppress(OSError):
-            folder.rmdir()
-            folder.parent.rmdir()
-            folder.parent.parent.rmdir()
-
-
-def _run_name(plan: Plan) -> str:
-    model = getattr(plan.model, "name", None) or "model"
-    if plan.method.solver is None:
-        return f"{model} {plan.method.name}"
-    label = "" if plan.grid.label == "int" else f"{plan.grid.label} "
-    return f"{model} {plan.method.name} {label}{plan.grid.bits:g}bit g{plan.grid.group_size}"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "numba", "numpy", "tokenizers", "safetensors")
-REPORTING = (["report"], ["tracking"], ["progress"], ["sweep"], ["cache"], ["plugins"], ["memory"], ["api"])
+REPORTING = (["report"], ["tracking"], ["progress"], ["runlog"], ["sweep"], ["cache"], ["memory"], ["api"])
 """What no number comes from."""
 PACKAGE = Path(__file__).parent
 NOT_COMPUTED = ("out", "tracking", "resume", "cache_gb", "objective")

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -78,21 +78,17 @@ def _objective(result: Result, name: str | None) -> float:
     return numbers[name]
 
 
-def store_failure(cfg: DictConfig, error: Exception) -> None:
-    """Store a row that says why a run of a sweep has no results; the results of an earlier one stay."""
-    out, name = Path(cfg.out), FILE_NAME
-    with suppress(OSError, ValueError):
-        if Result.read(out / FILE_NAME).status == "done":
-            name = FAILURE
+def failed(config: Mapping[str, Any], error: Exception) -> Result:
+    """The row of a run that ended in an error, from its resolved config."""
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    config: Any = OmegaConf.to_container(cfg, resolve=True)
-    row = Result(
+    model = config["model"]
+    return Result(
         method=config["method"]["name"],
         bits=config["bits"],
         bits_per_weight=None,
         group_size=config["group_size"],
         sym=config["sym"],
-        model=config["model"].get("name") or Path(config["model"].get("path") or "model").stem,
+        model=model.get("name") or Path(model.get("path") or model.get("id") or "model").stem,
         status="failed",
         metrics={},
         size_bytes=None,
@@ -102,8 +98,17 @@ def store_failure(cfg: DictConfig, error: Exception) -> None:
         ledger=None,
         manifest={},
         config=config,
-        error=reason.splitlines()[0] if reason else type(error).__name__,
+        error=reason.splitlines()[0],
     )
+
+
+def store_failure(cfg: DictConfig, error: Exception) -> None:
+    """Store a row that says why a run of a sweep has no results; the results of an earlier one stay."""
+    out, name = Path(cfg.out), FILE_NAME
+    with suppress(OSError, ValueError):
+        if Result.read(out / FILE_NAME).status == "done":
+            name = FAILURE
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
     with suppress(OSError):
         out.mkdir(parents=True, exist_ok=True)
-        row.write(out, name)
+        failed(config, error).write(out, name)

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "gptq_awq"
 # Lowest first. What stands on one line may not import each other.
 LAYERS = [
-    {"errors", "progress", "files", "__init__"},
+    {"errors", "progress", "files", "runlog", "__init__"},
     {"sealed"},
     {"journal"},
     {"assets", "linalg", "kernels", "results", "memory", "manifest", "plugins", "statistics", "scores"},

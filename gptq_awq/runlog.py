@@ -1,0 +1,61 @@
+"""What a run says of itself while it goes: its log, and the seconds of its phases."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from rich.console import Console
+from rich.logging import RichHandler
+
+
+@dataclass
+class Clock:
+    """Wall seconds by phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _started: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time one phase."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+
+    def total(self) -> dict[str, float]:
+        """All phases, and the whole run."""
+        return self.seconds | {"total": round(time.perf_counter() - self._started, 3)}
+
+
+@contextmanager
+def logging_to(out: Path, console: Console) -> Iterator[None]:
+    """This package's log: warnings to the terminal, everything to OUT/run.log."""
+    root = logging.getLogger("gptq_awq")
+    to_file = logging.FileHandler(out / "run.log", mode="w")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    to_terminal = RichHandler(logging.WARNING, console=console, show_path=False, show_time=False)
+    root.setLevel(logging.DEBUG)
+    for handler in (to_file, to_terminal):
+        root.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in (to_file, to_terminal):
+            root.removeHandler(handler)
+            handler.close()
+
+
+def remove_unused_hydra_folder(out: Path) -> None:
+    """With out=… elsewhere, the folder that Hydra made for this run would stay behind empty."""
+    if not HydraConfig.initialized():
+        return
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if folder.resolve() != out.resolve():
+        with suppress(OSError):
+            folder.rmdir()
+            folder.parent.rmdir()
+            folder.parent.parent.rmdir()
