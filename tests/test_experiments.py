@@ -1,7 +1,6 @@
 """The sweeps under configs/experiment: they compose, are as long as they say, and can be overridden."""
 
 import json
-import os
 import subprocess
 import sys
 from itertools import zip_longest
@@ -93,24 +92,10 @@ main()
     assert runs == ["RUN gptq 4 -1", "RUN gptq 4 32"]
 
 
-def test_a_search_goes_on_where_it_was(tiny_folder, tiny_text, tmp_path):
-    command = [
-        *(sys.executable, ROOT / "run.py", "experiment=search_gptq", "bits=3", "group_size=24", "model=local"),
-        *(f"model.path={tiny_folder}", "data=local", f"data.path={tiny_text}", "data.samples=8", "data.seqlen=32"),
-        *(f"eval.perplexity.path={tiny_text}", "eval.perplexity.seqlen=32", "eval.perplexity.windows=4"),
-    ]
-    settings = {"GPTQ_AWQ_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
+def test_a_search_goes_on_where_it_was(cli, tiny, tmp_path):
     def search(trials):
-        done = subprocess.run(
-            [*map(str, command), f"hydra.sweeper.n_trials={trials}"],
-            env=os.environ | settings,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
+        options = ("bits=3", *tiny, "eval.perplexity.windows=4", f"hydra.sweeper.n_trials={trials}")
+        done = cli("experiment=search_gptq", *options)
         assert done.returncode == 0, done.stderr
 
     folder = tmp_path / "multirun" / "search_gptq"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import cache, cli, tiny  # noqa: F401 (fixtures)
 from tiny_models import tiny_model, tiny_tokens
 
 from gptq_awq import quantize_model
@@ -129,7 +128,7 @@ def verify_command(folder, *options):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
 
 
-def test_a_run_exports_and_the_command_verifies(cli, tiny, tmp_path):  # noqa: F811
+def test_a_run_exports_and_the_command_verifies(cli, tiny, tmp_path):
     arguments = [*(a for a in tiny if not a.startswith(("group_size", "sym"))), "group_size=32", "sym=true"]
     formats = ["gptq", "compressed_tensors", "mlx", "hf"]
     done = cli("method=gptq", "bits=4", *arguments, f"export.formats=[{','.join(formats)}]", f"out={tmp_path / 'out'}")
@@ -163,7 +162,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_a_format_cannot_hold_is_refused_before_calibration(cli, tiny, tmp_path, case):  # noqa: F811
+def test_what_a_format_cannot_hold_is_refused_before_calibration(cli, tiny, tmp_path, case):
     formats, *options = case.split()
     kept = [a for a in tiny if not a.startswith(("group_size", "sym"))]
     done = cli("method=gptq", *kept, *options, f"export.formats={formats}", f"out={tmp_path / 'out'}")
@@ -175,7 +174,7 @@ def test_what_a_format_cannot_hold_is_refused_before_calibration(cli, tiny, tmp_
 
 
 @pytest.mark.parametrize("grid", ["q4_0", "q4_k_m", "q8_0"])
-def test_a_gguf_file_of_a_real_model_decodes_to_what_was_scored(cli, tiny, stories15m, tmp_path, grid):  # noqa: F811
+def test_a_gguf_file_of_a_real_model_decodes_to_what_was_scored(cli, tiny, stories15m, tmp_path, grid):
     arguments = [a for a in tiny if not a.startswith(("group_size", "sym", "model", "eval"))]
     done = cli(
         *("method=rtn", f"grid={grid}", "model=local", f"model.path={stories15m}", *arguments),

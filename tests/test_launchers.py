@@ -1,8 +1,6 @@
 """Sweeps by Hydra's plugins, and what is said where one is missing."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,35 +9,6 @@ from gptq_awq import plugins, results
 from gptq_awq.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def cli(tmp_path):
-    """Call run.py in an empty folder with a cache of its own; the hub counts as unreachable."""
-
-    def call(*arguments, **environment):
-        settings = {"GPTQ_AWQ_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"} | environment
-        return subprocess.run(
-            [sys.executable, str(ROOT / "run.py"), *map(str, arguments)],
-            env=os.environ | settings,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
-
-    return call
-
-
-@pytest.fixture
-def tiny(tiny_folder, tiny_text):
-    """A run of a second or two."""
-    return (
-        *("group_size=24", "model=local", f"model.path={tiny_folder}", "data=local", f"data.path={tiny_text}"),
-        *("data.samples=8", "data.seqlen=32", f"eval.perplexity.path={tiny_text}"),
-        *("eval.perplexity.seqlen=32", "eval.perplexity.windows=16"),
-    )
 
 
 @pytest.fixture

@@ -19,27 +19,10 @@ from tiny_models import GROUPED, save_tiny_folder
 from gptq_awq import results
 from gptq_awq.errors import UserError
 from gptq_awq.manifest import code_sha256, run_sha256
-from gptq_awq.sweep import no_objective, objective
+from gptq_awq.sweep import failed, no_objective, objective
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = 8
-FAILED = results.Result(
-    method="gptq",
-    bits=3,
-    bits_per_weight=None,
-    group_size=64,
-    sym=False,
-    model="tiny",
-    status="failed",
-    metrics={},
-    size_bytes=None,
-    baseline_size_bytes=None,
-    seconds={},
-    peak_memory_bytes=None,
-    ledger=None,
-    manifest={},
-    config={},
-)
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +277,8 @@ def test_a_cache_that_cannot_be_written_costs_the_cache_and_not_the_run(cli, tin
 
 def test_a_search_minimizes_the_kl_or_what_it_is_told():
     metrics = {"text/ppl@32": 5.0, "text/kl": 0.25, "text/kl/ci95": [0.2, 0.3]}
-    result = replace(FAILED, metrics=metrics, bits_per_weight=3.5)
+    config = {"method": {"name": "gptq"}, "model": {}, "bits": 3, "group_size": 64, "sym": False}
+    result = replace(failed(config, UserError("why")), metrics=metrics, bits_per_weight=3.5)
     assert objective(result, None) == 0.25
     assert objective(result, "text/ppl@32") == 5.0
     assert objective(result, [None, "bits_per_weight"]) == (0.25, 3.5)
