@@ -29,7 +29,7 @@ from gptq_awq.export.verify import Probe
 from gptq_awq.export.write import Exported, write_card
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.journal import Journal
-from gptq_awq.manifest import code_sha256, config_sha256, environment, run_sha256
+from gptq_awq.manifest import code_sha256, config_sha256, environment, package_sha256, run_sha256
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.load import LoadedModel
@@ -147,7 +147,7 @@ def load(plan: Plan) -> Work:
     Raises:
         UserError: naming the option.
     """
-    code = code_sha256(plan.config)  # now: the files may change while the run goes on
+    package, code = package_sha256(), code_sha256(plan.config)  # now: the files may change while the run goes on
     loaded = plan.model.load(dtype=plan.dtype, device=str(plan.device))
     windows = plan.evaluation.token_sets(loaded.tokenizer)
     tasks = plan.evaluation.load_tasks(plan.seed)
@@ -166,7 +166,7 @@ def load(plan: Plan) -> Work:
         "compute_dtype": str(resolve_compute_dtype(plan.settings.compute_dtype, plan.device)),
     }
     run_ = Run(run_sha256(plan.config, data, code), plan.out)
-    return Work(loaded, windows, tasks, tokens, grids, code, run_)
+    return Work(loaded, windows, tasks, tokens, grids, package, run_)
 
 
 def compute(plan: Plan, work: Work, clock: Clock, track: Track) -> Result:

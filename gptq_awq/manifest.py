@@ -20,8 +20,16 @@ NOT_COMPUTED = ("out", "tracking", "resume", "cache_gb", "objective")
 """Options that change no number."""
 
 
+def package_sha256() -> str:
+    """Hash of all of this package's source files: the version of the code, whether or not git is there."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
 def code_sha256(config: Mapping[str, Any] | None = None) -> str:
-    """Hash of the source that a run's numbers come from, whether or not git is there.
+    """Hash of the source that a run's numbers come from.
 
     That is all that `gptq_awq.experiment` imports, but for what only reports, and the modules that the config's
     `_target_`s name, the user's own included (their own imports are not followed). So a new solver, or a better
