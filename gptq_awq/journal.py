@@ -8,7 +8,6 @@ So at any moment, block files 0…n-1 and stream-(n-1) are a consistent state of
 journal's key, the hash of all that the computation depends on; files that carry another are foreign.
 """
 
-import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,8 +18,6 @@ from typing import Any
 from torch import Tensor
 
 from gptq_awq.sealed import DamagedError, Sealed
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
