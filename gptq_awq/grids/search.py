@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptq_awq.errors import UserError
 from gptq_awq.grids.arithmetic import KINDS, Arithmetic
-from gptq_awq.kernels import best_range
+from gptq_awq.kernels.columns import best_range
 
 MSE_NORM = 2.4
 STEPS, MAX_SHRINK = 20, 0.5

@@ -21,7 +21,7 @@ from torch import Tensor
 from gptq_awq.errors import UserError
 from gptq_awq.grids.arithmetic import KINDS, Params
 from gptq_awq.grids.base import Fitted, Grid, QuantizedWeight, group_of_columns, joined
-from gptq_awq.kernels import sweep_columns
+from gptq_awq.kernels.columns import sweep_columns
 from gptq_awq.linalg import NotPositiveDefiniteError
 from gptq_awq.moments import Moments
 from gptq_awq.solvers.base import Solution
@@ -188,7 +188,7 @@ def _round_plain(W1: Tensor, U1: Tensor, grid: Grid, params: Params, first: int,
 
 
 def _round_compiled(W1: Tensor, U1: Tensor, grid: Grid, params: Params, first: int, Q1: Tensor, E1: Tensor) -> None:
-    """The same, compiled for a CPU (see kernels.py)."""
+    """The same, compiled for a CPU (see kernels/columns.py)."""
     scale, zero = (p.contiguous().numpy() for p in params)
     arithmetic = grid.arithmetic
     kind, max_code = KINDS.index(arithmetic.kind), scale.dtype.type(arithmetic.max_code)
