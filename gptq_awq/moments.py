@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gptq_awq.errors import UserError
+from gptq_awq.kernels import rank_k
+from gptq_awq.kernels.rank_k import RankK
 from gptq_awq.linalg import inverse_cholesky
 
 # H is symmetric: only blocks on and above its diagonal are computed. Wider blocks waste more work below
@@ -80,12 +82,14 @@ Keep = Callable[[tuple[float, bool], Callable[[], Factor]], Factor]
 class MomentsSum:
     """Streams activations into Σ x xᵀ and Σ |x|, each token counted once, padding never.
 
-    Sums are kept in float32 over batches that are reduced in float32: relative error about 1e-7
-    (benchmarks/moments.py), far under damping.
+    Products are summed in float32, whatever the activations' precision: errors of 1e-7 to 1e-6, relative
+    (benchmarks/moments.py), far under damping. The sum of few tokens is singular, but never indefinite beyond that.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
-        self._xx = torch.zeros(width, width, device=device)
+        self._width, self._device = width, device
+        self._native: RankK | None = None  # sums of bfloat16 activations, where the CPU has an instruction for it
+        self._xx: Tensor | None = None  # all others'
         self._abs = torch.zeros(width, device=device)
         self._tokens = 0
 
@@ -95,25 +99,43 @@ class MomentsSum:
         Raises:
             UserError: an activation is NaN or infinite.
         """
-        x = (x.reshape(-1, x.shape[-1]) if mask is None else x[mask]).float()
-        for a in range(0, x.shape[1], BLOCK):
-            b = min(a + BLOCK, x.shape[1])
-            self._xx[a:b, a:].addmm_(x[:, a:b].T, x[:, a:])
-        magnitude = x.abs().sum(0)
+        x = x.reshape(-1, x.shape[-1]) if mask is None else x[mask]
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and rank_k.available():
+            self._native = self._native or RankK(self._width)
+            self._native.add(x.contiguous().view(torch.uint16).numpy())
+            magnitude = torch.from_numpy(self._native.magnitude)
+        else:
+            magnitude = self._add_products(x)
         if not torch.isfinite(magnitude).all():
             raise UserError(
                 f"non-finite activations enter {where}: try dtype=float32 compute_dtype=float32, or check the model"
             )
-        self._abs += magnitude
         self._tokens += x.shape[0]
+
+    def _add_products(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "in"]:
+        """Add to the upper blocks of Σ x xᵀ, and to Σ |x|, which is returned."""
+        if self._xx is None:
+            self._xx = torch.zeros(self._width, self._width, device=self._device)
+        if x.device.type == "cuda" and x.dtype != torch.float32:
+            self._xx += torch.mm(x.T, x, out_dtype=torch.float32)
+        else:
+            x = x.float()
+            for a in range(0, x.shape[1], BLOCK):
+                b = min(a + BLOCK, x.shape[1])
+                self._xx[a:b, a:].addmm_(x[:, a:b].T, x[:, a:])
+        self._abs += x.abs().sum(0, dtype=torch.float32)
+        return self._abs
 
     def finish(self) -> Moments:
         """Normalize by the token count. Raises UserError when no token was seen."""
         if self._tokens == 0:
             raise UserError("calibration holds no real token: check data.path and data.packing")
-        upper = self._xx.triu() / self._tokens
-        hessian = upper + upper.triu(1).T
-        return Moments(hessian, self._abs / self._tokens, self._tokens)
+        upper = torch.zeros(self._width, self._width, device=self._device) if self._xx is None else self._xx
+        if self._native is not None:
+            upper += torch.from_numpy(self._native.products)[: self._width, : self._width]
+            self._abs += torch.from_numpy(self._native.magnitude)[: self._width]
+        upper = upper.div_(self._tokens).triu_()
+        return Moments(upper + upper.triu(1).T, self._abs / self._tokens, self._tokens)
 
 
 def pack_symmetric(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "packed"]:

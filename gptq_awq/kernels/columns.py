@@ -67,30 +67,42 @@ def sweep_columns(w, u, scale, zero, max_code, kind, levels, first, codes, error
     """
     rows, block = w.shape
     for tile in numba.prange((rows + LANES - 1) // LANES):
-        start = tile * LANES
-        count = min(LANES, rows - start)
-        x = np.zeros((block, LANES), np.float32)  # the tile, columns first
-        s, z = np.ones(LANES, np.float32), np.zeros(LANES, np.float32)
-        code, value, e = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-        for r in range(count):
-            for j in range(first, block):
-                x[j, r] = w[start + r, j]
-        for i in range(first, first + scale.shape[1]):
-            for r in range(count):
-                s[r], z[r] = scale[start + r, i - first], zero[start + r, i - first]
-            nearest(x[i], s, z, max_code, kind, levels, code, value)
-            d = u[i, i]
-            for r in range(LANES):
-                e[r] = (x[i, r] - value[r]) / d
-            for r in range(count):
-                codes[start + r, i], errors[start + r, i] = code[r], e[r]
-            for j in range(i + 1, block):
-                uij = u[i, j]
-                for r in range(LANES):
-                    x[j, r] -= e[r] * uij
+        x = np.zeros((block, LANES), np.float32)
+        _load(w, tile, x)
+        _sweep_tile(tile, x, u, scale, zero, max_code, kind, levels, first, codes, errors)
+        start, count = tile * LANES, min(LANES, rows - tile * LANES)
         for r in range(count):
             for j in range(first, block):
                 w[start + r, j] = x[j, r]
+
+
+@numba.njit(inline="always")
+def _load(w, tile, x):  # pragma: no cover (compiled)
+    """Some rows of w (rows, cols) as x (cols, LANES): side by side."""
+    start, count = tile * LANES, min(LANES, len(w) - tile * LANES)
+    for r in range(count):
+        for j in range(w.shape[1]):
+            x[j, r] = w[start + r, j]
+
+
+@numba.njit
+def _sweep_tile(tile, x, u, scale, zero, max_code, kind, levels, first, codes, errors):  # pragma: no cover (compiled)
+    start, count = tile * LANES, min(LANES, len(codes) - tile * LANES)
+    s, z = np.ones(LANES, np.float32), np.zeros(LANES, np.float32)
+    code, value, e = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    for i in range(first, first + scale.shape[1]):
+        for r in range(count):
+            s[r], z[r] = scale[start + r, i - first], zero[start + r, i - first]
+        nearest(x[i], s, z, max_code, kind, levels, code, value)
+        d = u[i, i]
+        for r in range(LANES):
+            e[r] = (x[i, r] - value[r]) / d
+        for r in range(count):
+            codes[start + r, i], errors[start + r, i] = code[r], e[r]
+        for j in range(i + 1, len(x)):
+            uij = u[i, j]
+            for r in range(LANES):
+                x[j, r] -= e[r] * uij
 
 
 @numba.njit(parallel=True, cache=True)
@@ -107,16 +119,13 @@ def best_range(w, scale, zero, max_code, kind, levels, hessian, best):  # pragma
     """
     rows, cols = w.shape
     for tile in numba.prange((rows + LANES - 1) // LANES):
-        start = tile * LANES
-        count = min(LANES, rows - start)
+        start, count = tile * LANES, min(LANES, rows - tile * LANES)
         x, delta = np.zeros((cols, LANES), np.float32), np.empty((cols, LANES), np.float32)
         s, z = np.ones(LANES, np.float32), np.zeros(LANES, np.float32)
-        code, product, error = (np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32))
+        code, error = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
         least = np.full(LANES, np.float32(np.inf))
-        for r in range(count):
-            best[start + r] = 0
-            for j in range(cols):
-                x[j, r] = w[start + r, j]
+        best[start : start + count] = 0
+        _load(w, tile, x)
         for c in range(scale.shape[1]):
             for r in range(count):
                 s[r], z[r] = scale[start + r, c], zero[start + r, c]
@@ -124,23 +133,30 @@ def best_range(w, scale, zero, max_code, kind, levels, hessian, best):  # pragma
                 nearest(x[j], s, z, max_code, kind, levels, code, delta[j])
                 for r in range(LANES):
                     delta[j, r] -= x[j, r]
-            # Δ H Δᵀ = Σ_i δ_i (H_ii δ_i + 2 Σ_{j>i} H_ij δ_j)
-            error[:] = np.float32(0.0)
-            for i in range(cols):
-                product[:] = np.float32(0.0)
-                whole = i + 1 + (cols - i - 1) // 4 * 4
-                for j in range(i + 1, whole, 4):  # four at a time, to write `product` to memory less often
-                    h0, h1, h2, h3 = hessian[i, j], hessian[i, j + 1], hessian[i, j + 2], hessian[i, j + 3]
-                    for r in range(LANES):
-                        a, b = h0 * delta[j, r] + h1 * delta[j + 1, r], h2 * delta[j + 2, r] + h3 * delta[j + 3, r]
-                        product[r] += a + b
-                for j in range(whole, cols):
-                    h0 = hessian[i, j]
-                    for r in range(LANES):
-                        product[r] += h0 * delta[j, r]
-                h = hessian[i, i]
-                for r in range(LANES):
-                    error[r] += delta[i, r] * (h * delta[i, r] + np.float32(2.0) * product[r])
+            _output_error(delta, hessian, error)
             for r in range(count):
                 if error[r] < least[r]:
                     least[r], best[start + r] = error[r], c
+
+
+@numba.njit
+def _output_error(delta, hessian, error):  # pragma: no cover (compiled)
+    """Δ H Δᵀ = Σ_i δ_i (H_ii δ_i + 2 Σ_{j>i} H_ij δ_j) of LANES rows: delta (cols, LANES), error (LANES,) written."""
+    cols = len(delta)
+    product = np.empty(LANES, np.float32)
+    error[:] = np.float32(0.0)
+    for i in range(cols):
+        product[:] = np.float32(0.0)
+        whole = i + 1 + (cols - i - 1) // 4 * 4
+        for j in range(i + 1, whole, 4):  # four at a time, to write `product` to memory less often
+            h0, h1, h2, h3 = hessian[i, j], hessian[i, j + 1], hessian[i, j + 2], hessian[i, j + 3]
+            for r in range(LANES):
+                a, b = h0 * delta[j, r] + h1 * delta[j + 1, r], h2 * delta[j + 2, r] + h3 * delta[j + 3, r]
+                product[r] += a + b
+        for j in range(whole, cols):
+            h0 = hessian[i, j]
+            for r in range(LANES):
+                product[r] += h0 * delta[j, r]
+        h = hessian[i, i]
+        for r in range(LANES):
+            error[r] += delta[i, r] * (h * delta[i, r] + np.float32(2.0) * product[r])

@@ -1,0 +1,50 @@
+"""Laws of the compiled inner loops that no other test covers."""
+
+import numpy as np
+import pytest
+import torch
+
+from gptq_awq.kernels import rank_k
+from gptq_awq.moments import MomentsSum
+
+needs_bf16 = pytest.mark.skipif(not rank_k.available(), reason="this CPU has no bfloat16 dot product (AVX512-BF16)")
+
+
+@needs_bf16
+@pytest.mark.parametrize(("tokens", "width"), [(1, 5), (7, 48), (64, 49), (333, 200), (5000, 96)])
+def test_rank_k_products_are_those_of_float64(tokens, width):
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0)).mul(torch.logspace(-2, 2, width))
+    x = x.bfloat16()
+    sums = rank_k.RankK(width)
+    sums.add(x.view(torch.uint16).numpy())
+    sums.add(x[:1].view(torch.uint16).numpy())
+    x = torch.cat([x, x[:1]]).double()
+    exact = (x.T @ x).numpy()
+    size = np.sqrt(np.outer(exact.diagonal(), exact.diagonal()))
+    assert (np.abs(np.triu(sums.products[:width, :width] - exact)) <= 1e-5 * size).all()
+    np.testing.assert_allclose(sums.magnitude[:width], x.abs().sum(0), rtol=1e-5)
+    assert (sums.magnitude[width:] == 0).all()
+
+
+@needs_bf16
+def test_moments_of_bfloat16_inputs_are_positive_definite_and_mix_with_other_precisions():
+    x = torch.randn(600, 64, generator=torch.Generator().manual_seed(0)).bfloat16() + 3  # a large common mean
+    exact = (x.double().T @ x.double()) / len(x)
+    for parts in ([x], [x[:250], x[250:]], [x[:250], x[250:].float()]):
+        total = MomentsSum(64, torch.device("cpu"))
+        for part in parts:
+            total.add(part, None, "test")
+        moments = total.finish()
+        assert torch.allclose(moments.hessian.double(), exact, rtol=1e-5, atol=0)
+        assert torch.equal(moments.hessian, moments.hessian.T)
+        assert torch.linalg.eigvalsh(moments.hessian.double()).min() > 0.99 * torch.linalg.eigvalsh(exact).min()
+        assert torch.allclose(moments.mean_abs.double(), x.double().abs().mean(0), rtol=3e-6)
+
+
+@needs_bf16
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_bfloat16_activations_are_seen(bad):
+    x = torch.randn(9, 50).bfloat16()
+    x[8, 49] = bad
+    with pytest.raises(Exception, match="non-finite activations enter here"):
+        MomentsSum(50, torch.device("cpu")).add(x, None, "here")
