@@ -15,6 +15,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.kernels import rank_k
 from gptq_awq.kernels.rank_k import RankK
 from gptq_awq.linalg import inverse_cholesky
+from gptq_awq.profiling import phase
 
 # H is symmetric: only blocks on and above its diagonal are computed. Wider blocks waste more work below
 # the diagonal, narrower ones leave the matrix unit idle.
@@ -69,7 +70,8 @@ class Moments:
         order = torch.argsort(h.diagonal(), descending=True) if act_order else None
         if order is not None:
             h = h[order][:, order]
-        factor, used = inverse_cholesky(h, damping)
+        with phase("factor", len(h)):
+            factor, used = inverse_cholesky(h, damping)
         return factor, order, used
 
 
@@ -100,12 +102,13 @@ class MomentsSum:
             UserError: an activation is NaN or infinite.
         """
         x = x.reshape(-1, x.shape[-1]) if mask is None else x[mask]
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and rank_k.available():
-            self._native = self._native or RankK(self._width)
-            self._native.add(x.contiguous().view(torch.uint16).numpy())
-            magnitude = torch.from_numpy(self._native.magnitude)
-        else:
-            magnitude = self._add_products(x)
+        with phase("moments", *x.shape):
+            if x.dtype == torch.bfloat16 and x.device.type == "cpu" and rank_k.available():
+                self._native = self._native or RankK(self._width)
+                self._native.add(x.contiguous().view(torch.uint16).numpy())
+                magnitude = torch.from_numpy(self._native.magnitude)
+            else:
+                magnitude = self._add_products(x)
         if not torch.isfinite(magnitude).all():
             raise UserError(
                 f"non-finite activations enter {where}: try dtype=float32 compute_dtype=float32, or check the model"
@@ -126,6 +129,7 @@ class MomentsSum:
         self._abs += x.abs().sum(0, dtype=torch.float32)
         return self._abs
 
+    @phase("moments")
     def finish(self) -> Moments:
         """Normalize by the token count. Raises UserError when no token was seen."""
         if self._tokens == 0:

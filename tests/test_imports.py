@@ -8,14 +8,14 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "gptq_awq"
 # Lowest first. What stands on one line may not import each other.
 LAYERS = [
-    {"errors", "progress", "files", "runlog", "__init__"},
+    {"errors", "progress", "files", "runlog", "profiling", "__init__"},
     {"sealed"},
     {"journal"},
     {"assets", "linalg", "kernels", "results", "memory", "manifest", "plugins", "statistics", "scores"},
     {"moments", "tracking", "report", "cache", "runs"},
     {"grids", "data", "sweep"},
     {"models", "solvers"},
-    {"transforms"},
+    {"transforms", "costs"},
     {"pipeline"},
     {"evaluation"},
     {"export"},
