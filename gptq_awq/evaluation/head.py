@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from gptq_awq.errors import UserError
+from gptq_awq.profiling import phase
 from gptq_awq.sealed import tensor_bytes
 
 CHUNK_LOGITS = 2**23
@@ -70,7 +71,8 @@ class Head:
         self, ids: Int[Tensor, "batch tokens"], mask: Int[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens width"]:
         """The decoder's last hidden states, in the model's dtype and on its device."""
-        output = self.decoder(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True)
+        with phase("score/forward", *ids.shape):
+            output = self.decoder(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True)
         return output["last_hidden_state"]
 
     @torch.no_grad()
@@ -78,7 +80,7 @@ class Head:
         """The model's logits, in fp32."""
         hidden = hidden.to(self.model.device)[None]
         placeholder = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        with self._decoder_returning(hidden):
+        with phase("score/head", hidden.shape[1]), self._decoder_returning(hidden):
             return self.model(input_ids=placeholder, use_cache=False).logits[0].float()
 
     @contextmanager

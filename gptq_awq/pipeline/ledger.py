@@ -11,6 +11,7 @@ from gptq_awq.linalg import quadratic
 from gptq_awq.models.linear import Site
 from gptq_awq.moments import Moments
 from gptq_awq.pipeline.method import Method
+from gptq_awq.profiling import phase
 from gptq_awq.solvers.base import Solution
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.transforms.base import Scaling
@@ -36,6 +37,7 @@ class LinearReport:
     moments: Moments | None
     scalings: Mapping[str, Scaling]
 
+    @phase("ledger")
     def row(
         self,
         weight: Float[Tensor, "out in"],

@@ -33,6 +33,7 @@ from gptq_awq.pipeline.observe import Observation, Record
 from gptq_awq.pipeline.places import landing
 from gptq_awq.pipeline.progress import BlockResult, Progress, Row, restore
 from gptq_awq.pipeline.staged import staged_forward
+from gptq_awq.profiling import phase
 from gptq_awq.progress import Track, no_track
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.transforms.base import ModuleInputs, Scaling
@@ -189,7 +190,8 @@ class _BlockStep:
             if not torch.isfinite(weight).all():
                 raise UserError(f"model: {full_name} has non-finite weights")
             try:
-                solution = self.method.solver.solve(weight, moments, self.grids[name])
+                with phase("solve"):
+                    solution = self.method.solver.solve(weight, moments, self.grids[name])
             except NotPositiveDefiniteError as error:
                 raise UserError(
                     f"{full_name}: {error}; raise method.solver.damping, give more calibration text "

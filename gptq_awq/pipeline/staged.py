@@ -19,6 +19,7 @@ from gptq_awq.models.blocks import hooks
 from gptq_awq.models.linear import Site
 from gptq_awq.moments import Moments, MomentsSum
 from gptq_awq.pipeline.streams import Stream, Streams
+from gptq_awq.profiling import phase
 
 OnSite = Callable[[Site, Moments], None]
 
@@ -44,14 +45,17 @@ def staged_forward(block: nn.Module, index: int, sites: list[Site], streams: Str
             stage.open(site)
             for forward, stream in zip(passes, streams.batches, strict=True):
                 stage.mask = stream.mask
-                if forward.switch() is not site:
+                with phase("forward"):
+                    arrived = forward.switch()
+                if arrived is not site:
                     raise UserError(
                         f"block {index}: not every calibration batch passes {site.name}; "
                         "layers with data-dependent routing (mixture of experts) are not supported yet"
                     )
             on_site(site, stage.close())
-        for forward in passes:
-            forward.switch()
+        for forward, stream in zip(passes, streams.batches, strict=True):
+            with phase("forward", *stream.hidden.shape[:2]):  # counted here, where it is done
+                forward.switch()
 
 
 def _pass(block: nn.Module, index: int, stream: Stream) -> Callable[[], None]:
@@ -113,7 +117,8 @@ def observe_forward(block: nn.Module, index: int, sites: list[Site], streams: St
     ):
         for stream in streams.batches:
             mask = stream.mask
-            out = stream.calls[index].run(block, stream.hidden)
+            with phase("forward", *stream.hidden.shape[:2]):
+                out = stream.calls[index].run(block, stream.hidden)
             if advance:
                 stream.hidden = out
     return [total.finish() for total in sums]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gptq_awq.data import TokenSet
 from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call
+from gptq_awq.profiling import phase
 from gptq_awq.progress import Track, no_track
 
 
@@ -42,7 +43,8 @@ class Streams:
     def advance(self, block: nn.Module, index: int) -> None:
         """Pass every batch through `block`."""
         for stream in self.batches:
-            stream.hidden = stream.calls[index].run(block, stream.hidden)
+            with phase("forward", *stream.hidden.shape[:2]):
+                stream.hidden = stream.calls[index].run(block, stream.hidden)
 
     def hidden(self) -> list[Float[Tensor, "batch tokens width"]]:
         """What enters the next block, batch by batch."""
@@ -60,6 +62,7 @@ class Streams:
         return self.batches[0].hidden[:1, : self.probe.hidden.shape[1]]
 
 
+@phase("embed")
 def open_streams(
     model: nn.Module,
     blocks: nn.ModuleList,

@@ -24,6 +24,7 @@ from gptq_awq.grids.base import Fitted, Grid, QuantizedWeight, group_of_columns,
 from gptq_awq.kernels.columns import sweep_columns
 from gptq_awq.linalg import NotPositiveDefiniteError
 from gptq_awq.moments import Moments
+from gptq_awq.profiling import phase
 from gptq_awq.solvers.base import Solution
 from gptq_awq.solvers.rtn import RTN
 
@@ -93,7 +94,8 @@ class GPTQ:
             W = W[:, order]
             hessian = None if hessian is None else hessian[order][:, order]
             group_of_column = group_of_column[order.cpu()] if self.static_groups else group_of_column
-        codes, loss = sweep(W, U, grid, group_of_column, fitted, hessian, self.block_size)
+        with phase("solve", *W.shape):
+            codes, loss = sweep(W, U, grid, group_of_column, fitted, hessian, self.block_size)
         # 5. Back to the layer's own column order.
         if order is not None:
             inverse = torch.argsort(order)
@@ -133,7 +135,8 @@ class _Groups:
         """Fit one span, whose columns are neighbours in W, to the weights as they are."""
         members = (self.span_of_group[group_of_column] == span).nonzero().flatten()
         a, b = int(members[0]), int(members[-1]) + 1
-        fitted = self.grid.fit(W[:, a:b], None if hessian is None else hessian[a:b, a:b])
+        with phase("search"):
+            fitted = self.grid.fit(W[:, a:b], None if hessian is None else hessian[a:b, a:b])
         groups = self.span_of_group == span
         self.scales[:, groups], self.zeros[:, groups] = fitted.scales, fitted.zeros
         self.stores[span] = fitted.store

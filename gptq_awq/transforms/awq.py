@@ -28,6 +28,7 @@ from gptq_awq.linalg import quadratic
 from gptq_awq.models.linear import Site, matrix
 from gptq_awq.models.topology import absorb
 from gptq_awq.moments import Moments
+from gptq_awq.profiling import phase
 from gptq_awq.transforms.base import ModuleInputs, Scaling
 
 MIN_SCALE = 1e-4
@@ -58,6 +59,7 @@ class AWQ:
         if self.objective not in ("linear", "module"):
             raise UserError(f"method.transforms.awq.objective={self.objective}: choose linear or module")
 
+    @phase("search")
     @torch.no_grad()
     def apply(
         self,
@@ -156,7 +158,15 @@ def quantize(W: Float[Tensor, "out in"], grid: Grid) -> Float[Tensor, "out in"]:
 
 def _linear_loss(weights: list[tuple[Float[Tensor, "out in"], Grid]], stats: Moments) -> Loss:
     """s → tr(ΔHΔᵀ), Δ = Q(W s)/s - W."""
-    return lambda s: sum(quadratic(quantize(W * s, grid) / s - W, stats.hessian) for W, grid in weights)
+
+    def loss(s: Tensor) -> float:
+        total = 0.0
+        for W, grid in weights:
+            with phase("search", *W.shape):
+                total += quadratic(quantize(W * s, grid) / s - W, stats.hessian)
+        return total
+
+    return loss
 
 
 def _module_loss(block: nn.Module, site: Site, grids: Mapping[str, Grid], inputs: ModuleInputs) -> Loss:
