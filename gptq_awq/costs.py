@@ -4,6 +4,7 @@ A phase can't be faster than its operations at the machine's matmul rate, nor th
 of that limit it reaches is what `profile=true` and benchmarks/roofline.py say.
 """
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import is_linear, matrix
-from gptq_awq.profiling import Cost, Span
+from gptq_awq.profiling import Cost, Profile, Recorder, Span, by_op, by_phase, spans
 
 Dtype = torch.dtype
 SOLVER = torch.float32
@@ -151,6 +152,28 @@ def matmul_rates(costs: Costs, device: torch.device, tokens: int = 2048) -> dict
     out, width = costs.largest
     dtypes = {SOLVER, costs.compute, costs.weights}
     return {_named(d): matmul_rate(d, tokens, width, out, device) for d in sorted(dtypes, key=str)}
+
+
+def profiled(recorder: Recorder, model: Any, compute: Dtype, device: torch.device) -> Profile:
+    """Stop recording, measure the machine, and say where the time of a run on `model` went."""
+    recorder.stop()
+    costs = Costs.of(model, compute)
+    phases = by_phase(spans(recorder.events), recorder.seconds, costs)
+    ops = by_op(recorder.events)
+    rates = matmul_rates(costs, device)
+    recorder.profile = Profile(
+        *(recorder.seconds, phases, rates, ops, recorder.close_seconds, machine(device), recorder.events)
+    )
+    return recorder.profile
+
+
+def machine(device: torch.device) -> str:
+    """One line: version, processor, threads."""
+    name = torch.cpu.get_capabilities().get("cpu_name")
+    if device.type == "cuda":
+        waits = os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
+        name = torch.cuda.get_device_name(device) + ("" if waits else " (phases end when their work is queued)")
+    return f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads"
 
 
 def _named(dtype: Dtype) -> str:

@@ -21,6 +21,7 @@ from rich.console import Console
 from gptq_awq import memory
 from gptq_awq.assets import cache_dir
 from gptq_awq.cache import prune
+from gptq_awq.costs import profiled
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.evaluate import Baseline, full_precision, score
@@ -39,6 +40,7 @@ from gptq_awq.pipeline.places import changes_output, landing
 from gptq_awq.pipeline.quantize import needs_calibration, quantize
 from gptq_awq.pipeline.size import PLAIN_BITS, Footprint
 from gptq_awq.plan import Plan, preflight
+from gptq_awq.profiling import Recorder, phase
 from gptq_awq.progress import Track, rich_track
 from gptq_awq.report import final_table
 from gptq_awq.results import FAILURE, FILE_NAME, Ledger, Result
@@ -66,8 +68,9 @@ def run(cfg: DictConfig) -> Result:
     try:
         plan = preflight(cfg)
         remove_unused_hydra_folder(plan.out)
-        with logging_to(plan.out, console), rich_track(console) as track:
-            result = execute(plan, track, console)
+        recorder = Recorder(plan.profile)
+        with logging_to(plan.out, console), rich_track(console) as track, recorder:
+            result = execute(plan, track, console, recorder)
     except Exception as error:
         # A kill leaves the ledger of what was done; an error leaves nothing, and what an earlier run left stays.
         with suppress(OSError):
@@ -77,6 +80,8 @@ def run(cfg: DictConfig) -> Result:
             store_failure(cfg, error)
         raise
     (plan.out / FAILURE).unlink(missing_ok=True)
+    if recorder.profile is not None:
+        Console().print(recorder.profile.table())
     Console().print(final_table(result))
     console.print(f"results: {plan.out / 'results.json'}", highlight=False, soft_wrap=True)
     return result
@@ -105,7 +110,7 @@ class Work:
     run: Run
 
 
-def execute(plan: Plan, track: Track, console: Console) -> Result:
+def execute(plan: Plan, track: Track, console: Console, recorder: Recorder) -> Result:
     """Everything slow. The console hears what a run waits for, or why there is nothing to do."""
 
     def say(line: str) -> None:
@@ -114,11 +119,11 @@ def execute(plan: Plan, track: Track, console: Console) -> Result:
 
     clock = Clock()
     memory.reset_peak(plan.device)
-    with clock.phase("load"):
+    with clock.phase("load"), phase("load"):
         work = load(plan)
 
     def earlier() -> Result | None:
-        folder = work.run.finished() if plan.resume else None
+        folder = work.run.finished() if plan.resume and not plan.profile else None
         if folder is None:
             return None
         say(f"done already, taken from {folder} (resume=false computes it anew)")
@@ -134,10 +139,12 @@ def execute(plan: Plan, track: Track, console: Console) -> Result:
         result = earlier()  # while we waited
         if result is not None:
             return result
-        result = compute(plan, work, clock, track)
+        result = compute(plan, work, clock, track, recorder)
         work.run.journal.clear()
         work.run.remember()
     prune(plan.cache_bytes)
+    if plan.profile:
+        _store_profile(plan, work, recorder)
     return result
 
 
@@ -169,11 +176,11 @@ def load(plan: Plan) -> Work:
     return Work(loaded, windows, tasks, tokens, grids, package, run_)
 
 
-def compute(plan: Plan, work: Work, clock: Clock, track: Track) -> Result:
+def compute(plan: Plan, work: Work, clock: Clock, track: Track, recorder: Recorder) -> Result:
     """Baseline, quantize, export, evaluate, store; followed by a tracker, also into a failure."""
     tracker = _tracker(plan, work)
     try:
-        result = _compute(plan, work, tracker, clock, track)
+        result = _compute(plan, work, tracker, clock, track, recorder)
     except Exception as error:
         tracker.finish(failed(plan.config, error))
         raise
@@ -181,7 +188,7 @@ def compute(plan: Plan, work: Work, clock: Clock, track: Track) -> Result:
     return result
 
 
-def _compute(plan: Plan, work: Work, tracker: Tracker, clock: Clock, track: Track) -> Result:
+def _compute(plan: Plan, work: Work, tracker: Tracker, clock: Clock, track: Track, recorder: Recorder) -> Result:
     loaded = work.loaded
     with clock.phase("baseline"):
         baseline = full_precision(
@@ -189,7 +196,7 @@ def _compute(plan: Plan, work: Work, tracker: Tracker, clock: Clock, track: Trac
             keep_output=plan.method.cast is not None or changes_output(loaded.model, work.grids),
         )
     with clock.phase("quantize"):
-        quantized = _quantize(plan, work, tracker, track)
+        quantized = _quantize(plan, work, tracker, track, recorder)
     checkpoints: list[Exported] = []
     if plan.exports.formats:
         with clock.phase("export"):
@@ -218,6 +225,13 @@ def _store(plan: Plan, result: Result, scores: Scores) -> None:
         for name in FILES:
             if (aside / name).exists():
                 (aside / name).replace(plan.out / name)
+
+
+def _store_profile(plan: Plan, work: Work, recorder: Recorder) -> None:
+    """Where the time went, beside the results."""
+    dtype = resolve_compute_dtype(plan.settings.compute_dtype, plan.device)
+    with _writing(plan.out):
+        profiled(recorder, work.loaded.model, dtype, plan.device).write(plan.out, work.run.sha256)
 
 
 def _tracker(plan: Plan, work: Work) -> Tracker:
@@ -249,7 +263,7 @@ class Quantized:
     resumed: list[int]
 
 
-def _quantize(plan: Plan, work: Work, tracker: Tracker, track: Track) -> Quantized:
+def _quantize(plan: Plan, work: Work, tracker: Tracker, track: Track, recorder: Recorder) -> Quantized:
     """Quantize the model in place, block by block; each block's rows are on disk before the next begins."""
     with _writing(plan.out):
         ledger = Ledger.create(plan.out / UNFINISHED)
@@ -260,7 +274,7 @@ def _quantize(plan: Plan, work: Work, tracker: Tracker, track: Track) -> Quantiz
         record=_record(plan, work),
         progress=journal,
     )
-    with closing(steps):  # ends its progress bar before an error is told
+    with closing(recorder.closely(steps)) as steps:  # ends its progress bar before an error is told
         for block in steps:
             footprint.add(block.weights)
             if plan.exports.formats:

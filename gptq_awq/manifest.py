@@ -13,10 +13,13 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "numba", "numpy", "tokenizers", "safetensors")
-REPORTING = (["report"], ["tracking"], ["progress"], ["runlog"], ["sweep"], ["cache"], ["memory"], ["api"])
+REPORTING = tuple(
+    [name]
+    for name in ("report", "tracking", "progress", "runlog", "profiling", "costs", "sweep", "cache", "memory", "api")
+)
 """What no number comes from."""
 PACKAGE = Path(__file__).parent
-NOT_COMPUTED = ("out", "tracking", "resume", "cache_gb", "objective")
+NOT_COMPUTED = ("out", "tracking", "resume", "profile", "cache_gb", "objective")
 """Options that change no number."""
 
 

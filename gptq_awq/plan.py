@@ -38,6 +38,7 @@ class Plan:
     dtype: str
     seed: int
     resume: bool
+    profile: bool
     cache_bytes: int
     out: Path
 
@@ -65,6 +66,7 @@ def preflight(cfg: DictConfig) -> Plan:
             dtype=cfg.dtype,
             seed=cfg.seed,
             resume=_boolean(cfg, "resume"),
+            profile="profile" in cfg and _boolean(cfg, "profile"),
             cache_bytes=_gigabytes(cfg, "cache_gb"),
             out=Path(cfg.out),
         )

@@ -12,7 +12,8 @@ block is quantized; recording every op of a run would take gigabytes and slow do
 import gzip
 import json
 import os
-from collections.abc import Callable, Generator, Iterable, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from rich import box
+from rich.table import Table
 from torch._C._profiler import RecordScope, _ExperimentalConfig
 from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler, _enable_profiler, _prepare_profiler
 from torch.profiler import ProfilerActivity, record_function
@@ -65,6 +68,8 @@ class Span:
     size: tuple[int, ...]
     seconds: float
     own: float
+    again: bool
+    """Inside of a step of the same phase."""
 
 
 @dataclass
@@ -73,21 +78,36 @@ class Recorder:
 
     Attributes:
         events: all marks, and all ops of what was watched closely.
-        closely_ns: when that began and ended.
+        seconds: wall time that was recorded, without what recording itself took between its parts.
+        close_seconds: wall time that was watched closely.
+        profile: what became of it, see `costs.profiled`.
     """
 
     on: bool
     events: list[Event] = field(default_factory=list)
-    closely_ns: tuple[int, int] | None = None
+    seconds: float = 0.0
+    close_seconds: float = 0.0
+    profile: "Profile | None" = None
+    _started: float | None = None
 
     def __enter__(self) -> "Recorder":
         if self.on:
-            _start(every_op=False)
+            self._start(every_op=False)
         return self
 
     def __exit__(self, *_error: object) -> None:
-        if self.on:
+        self.stop()
+
+    def stop(self) -> None:
+        """End recording, if it goes on."""
+        if self._started is not None:
+            self.seconds += time.perf_counter() - self._started
+            self._started = None
             self.events += _stop()
+
+    def _start(self, every_op: bool) -> None:
+        _start(every_op)
+        self._started = time.perf_counter()
 
     def closely(self, steps: Generator[T]) -> Generator[T]:
         """The same steps; until the first is out, every op is recorded. No phase may be open between steps."""
@@ -97,16 +117,13 @@ class Recorder:
             yield from steps
 
     def _first(self, steps: Generator[T]) -> Generator[T]:
-        self.events += _stop()
-        _start(every_op=True)
-        try:
-            first = list(islice(steps, 1))
-        finally:
-            seen = _stop()
-            _start(every_op=False)
-        self.events += seen
-        if seen:
-            self.closely_ns = (min(e.start for e in seen), max(e.start + e.duration for e in seen))
+        self.stop()
+        before = self.seconds
+        self._start(every_op=True)
+        first = list(islice(steps, 1))
+        self.stop()
+        self.close_seconds = self.seconds - before
+        self._start(every_op=False)
         yield from first
 
 
@@ -137,7 +154,7 @@ def spans(events: Iterable[Event]) -> list[Span]:
     """
     marks = [e for e in events if e.name.startswith(PREFIX) and e.where.startswith("CPU")]
     marks.sort(key=lambda e: (e.where, e.start, -e.duration))
-    own = [e.duration for e in marks]
+    own, again = [e.duration for e in marks], [False for _ in marks]
     within: list[int] = []  # the steps that are open, outermost first
     for i, mark in enumerate(marks):
         while within and not _reaches(marks[within[-1]], mark):
@@ -147,12 +164,17 @@ def spans(events: Iterable[Event]) -> list[Span]:
             if mark.start + mark.duration > outer.start + outer.duration:
                 raise ValueError(f"{mark.name} begins inside of {outer.name} and ends after it")
             own[within[-1]] -= mark.duration
+            again[i] = _phase(mark) == _phase(outer)
         within.append(i)
     found = []
-    for mark, nanoseconds in zip(marks, own, strict=True):
-        name, *size = mark.name.removeprefix(PREFIX).split()
-        found.append(Span(name, tuple(map(int, size)), mark.duration / 1e9, nanoseconds / 1e9))
+    for mark, nanoseconds, inner in zip(marks, own, again, strict=True):
+        size = tuple(map(int, mark.name.split()[1:]))
+        found.append(Span(_phase(mark), size, mark.duration / 1e9, nanoseconds / 1e9, inner))
     return found
+
+
+def _phase(mark: Event) -> str:
+    return mark.name.removeprefix(PREFIX).split()[0]
 
 
 def _reaches(outer: Event, mark: Event) -> bool:
@@ -198,7 +220,7 @@ def by_phase(steps: Sequence[Span], total: float, cost: Callable[[Span], Cost | 
         costs = [c for c in map(cost, members) if c is not None]
         rate = costs[0].rate if costs else ""
         work = (sum(c.flops for c in costs), sum(c.bytes for c in costs), rate)
-        rows.append(PhaseTime(name, sum(step.own for step in members), len(members), *work))
+        rows.append(PhaseTime(name, sum(step.own for step in members), sum(not step.again for step in members), *work))
     rows = [row for row in rows if row.calls]
     return [*rows, PhaseTime(OTHER, total - sum(row.seconds for row in rows), 0)]
 
@@ -245,3 +267,82 @@ def write_trace(path: Path, events: Iterable[Event]) -> None:
     ]
     with gzip.open(path, "wt", encoding="utf-8", compresslevel=5) as file:
         json.dump({"traceEvents": names + lines, "displayTimeUnit": "ms"}, file)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where a run's time went.
+
+    Attributes:
+        seconds: all of it.
+        phases: its parts.
+        rates: operations per second of a matmul, measured on this machine, by dtype.
+        ops: the most expensive ones of `close_seconds`, in which every op was recorded.
+        machine: one line.
+        events: for the trace.
+    """
+
+    seconds: float
+    phases: Sequence[PhaseTime]
+    rates: Mapping[str, float]
+    ops: Sequence[OpTime]
+    close_seconds: float
+    machine: str
+    events: Sequence[Event] = field(repr=False)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table of phases: a header, then text cells."""
+        head = ("phase", "seconds", "share", "calls", "GFLOP", "GFLOP/s", "of the matmul rate", "GB", "what it is")
+        return [head, *(self._row(phase) for phase in self.phases), ("all", f"{self.seconds:.2f}", "100%", *6 * [""])]
+
+    def _row(self, phase: PhaseTime) -> tuple[str, ...]:
+        share, calls = f"{phase.seconds / self.seconds:.1%}", str(phase.calls or "")
+        work = ("", "", "", "")
+        if phase.flops and phase.seconds > 0:
+            speed, rate = phase.flops / phase.seconds, self.rates[phase.rate]
+            known = (f"{phase.flops / 1e9:.1f}", f"{speed / 1e9:.1f}", f"{speed / rate:.0%} {phase.rate}")
+            work = (*known, f"{phase.bytes / 1e9:.2f}")
+        return (phase.name, f"{phase.seconds:.2f}", share, calls, *work, PHASES.get(phase.name, "what no mark covers"))
+
+    def table(self) -> Table:
+        """For the terminal: phases, seconds, shares."""
+        head, *rows = self.rows()
+        table = Table(title="where the time went", box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+        for i, name in enumerate(head[:-2]):
+            table.add_column(name, justify="right" if i else "left")
+        for row in rows:
+            table.add_row(*row[:-2])
+        return table
+
+    def markdown(self, run: str) -> str:
+        """The page: phases, rates, ops; `run` is the run's hash."""
+        rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in self.rates.items())
+        ops = [("op", "seconds", "share", "calls")]
+        ops += [(o.name, f"{o.seconds:.3f}", f"{o.seconds / self.close_seconds:.1%}", str(o.calls)) for o in self.ops]
+        return f"""# Where the time went
+
+Run {run[:12]}, {self.seconds:.1f} s of wall time, from loading to storing. {self.machine}.
+
+{markdown_table(self.rows())}
+
+Seconds are a phase's own, without the phases inside of it. GFLOP and GB are what the phase takes at the least (see
+docs/profiling.md). A matmul of the model's largest linear reaches {rates} here.
+
+## The most expensive ops
+
+Of {self.close_seconds:.1f} s, from the start of quantization until the first block was out; seconds are an op's own.
+
+{markdown_table(ops)}
+"""
+
+    def write(self, out: Path, run: str) -> None:
+        """Write the page and the trace into a folder. Raises OSError."""
+        (out / REPORT).write_text(self.markdown(run))
+        write_trace(out / TRACE, self.events)
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text as a table in markdown, the first one its head; all but the first and a last text are right."""
+    head, *rest = rows
+    align = [":---" if i == 0 or name == "what it is" else "---:" for i, name in enumerate(head)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, align, *rest))
