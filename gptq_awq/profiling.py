@@ -31,14 +31,17 @@ PREFIX = "gptq_awq::"
 PHASES = {
     "load": "model, data, texts",
     "embed": "calibration tokens to hidden states",
+    "sites": "which linears share an input, what may absorb a scale",
     "forward": "calibration batches through the blocks",
     "moments": "H and mean abs x of sites' inputs",
     "factor": "inverse Cholesky of H",
     "search": "scales, ranges",
     "solve": "rounding, with error feedback",
     "ledger": "errors and hashes of every linear",
+    "disk": "finished blocks, recorded moments",
     "score/forward": "evaluation texts to last hidden states",
     "score/head": "last hidden states to logits",
+    "score/losses": "logits to losses, KL, agreement",
 }
 OTHER = "other"
 TRACE, REPORT = "trace.json.gz", "profile.md"

@@ -22,6 +22,7 @@ from gptq_awq.evaluation.perplexity import (
     token_nll,
     window_states,
 )
+from gptq_awq.profiling import phase
 from gptq_awq.progress import Track, no_track
 
 
@@ -60,10 +61,11 @@ def divergence(
             with head.with_output(output):
                 p = head(baseline.hidden[index, part])
             q = head(states[part])
-            agree[index, part] = (p.argmax(-1) == q.argmax(-1)).cpu()
-            log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-            nll[index, part] = token_nll(log_q, window[1:][part]).cpu()
-            kl[index, part] = token_kl(log_p, log_q).cpu()
+            with phase("score/losses"):
+                agree[index, part] = (p.argmax(-1) == q.argmax(-1)).cpu()
+                log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+                nll[index, part] = token_nll(log_q, window[1:][part]).cpu()
+                kl[index, part] = token_kl(log_p, log_q).cpu()
         check_finite(nll[index] + kl[index], tokens.name, index)
     return Divergence(nll, kl, agree)
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.head import Head
+from gptq_awq.profiling import phase
 from gptq_awq.progress import Track, no_track
 
 
@@ -51,8 +52,9 @@ def token_losses(model: PreTrainedModel, tokens: TokenSet, track: Track = no_tra
             hidden = torch.empty(len(windows), *states.shape, dtype=states.dtype)
         hidden[index] = states
         for part in head.chunks(len(states)):
-            log_p = head(states[part]).log_softmax(-1)
-            nll[index, part] = token_nll(log_p, window[1:][part]).cpu()
+            logits = head(states[part])
+            with phase("score/losses"):
+                nll[index, part] = token_nll(logits.log_softmax(-1), window[1:][part]).cpu()
         check_finite(nll[index], tokens.name, index)
     assert hidden is not None
     return TokenScores(nll, hidden, head.sha256())

@@ -28,6 +28,7 @@ from gptq_awq.models.topology import observe_sites
 from gptq_awq.moments import Factor, Keep, Moments, pack_symmetric, unpack_symmetric
 from gptq_awq.pipeline.staged import observe_forward
 from gptq_awq.pipeline.streams import Streams
+from gptq_awq.profiling import phase
 from gptq_awq.progress import Track
 from gptq_awq.sealed import DamagedError, Sealed, lock_path, once
 
@@ -99,6 +100,7 @@ class Observer:
     absorbers: bool
     heads: int | None
 
+    @phase("sites")
     def sites(self, block: nn.Module, index: int, like: Sequence[Site] = ()) -> list[Site]:
         """The block's sites; `like` are those of a block that may be of the same make."""
         hidden, call = self.streams.probe_input(), self.streams.probe.calls[index]
@@ -145,7 +147,8 @@ def recorded(
         try:
             for index, seen in enumerate(rest, start):
                 stream = observer.streams.hidden() if index + 1 < count else ()
-                journal.append(index, *_packed(seen), stream=stream)
+                with phase("disk"):
+                    journal.append(index, *_packed(seen), stream=stream)
         except OSError as error:
             log.warning("the moments are not kept for later runs: %s", error)
             journal.clear()
@@ -154,6 +157,7 @@ def recorded(
     return True
 
 
+@phase("disk")
 def read(record: Record, index: int, call: Call, device: torch.device) -> Observation:
     """The recorded observation of one block.
 
@@ -168,6 +172,7 @@ def read(record: Record, index: int, call: Call, device: torch.device) -> Observ
     return _unpacked(content, factors, call, device)
 
 
+@phase("disk")
 def _whole(journal: Journal) -> int:
     """How many leading blocks of the journal can be used. What is damaged is dropped, and all that follows it."""
     there = journal.count()

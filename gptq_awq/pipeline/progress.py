@@ -16,6 +16,7 @@ from gptq_awq.grids.base import Grid, QuantizedWeight, group_of_columns
 from gptq_awq.journal import Journal
 from gptq_awq.models.linear import matrix
 from gptq_awq.pipeline.streams import Streams
+from gptq_awq.profiling import phase
 from gptq_awq.sealed import DamagedError, Sealed
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Progress:
 
     journal: Journal | None
 
+    @phase("disk")
     def save(self, prefix: str, block: nn.Module, done: BlockResult, streams: Streams | None) -> None:
         """Keep a finished block, and what enters the next one."""
         if self.journal is None:

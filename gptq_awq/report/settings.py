@@ -8,15 +8,8 @@ from gptq_awq.report.rows import Row
 
 IDENTITY = ("method", "grid", "bits", "group_size", "sym")
 SHOWN = {"method.name", "model", "model.name", "grid", "method", *IDENTITY, *(f"grid.{key}" for key in IDENTITY)}
-ASIDE = (
-    "out",
-    "tracking",
-    "export",
-    "eval",
-    "hydra",
-    "resume",
-    "profile",
-)  # what changes no number, or is in its metric's name
+# What changes no number, or is in its metric's name.
+ASIDE = ("out", "tracking", "export", "eval", "hydra", "resume", "profile")
 LATE = ("model", "device", "compute_dtype", "tokens_per_batch", "seed")
 
 
