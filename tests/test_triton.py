@@ -12,6 +12,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from gptq_awq.grids.arithmetic import KINDS, Arithmetic
 from gptq_awq.grids.table import LEVELS
 from gptq_awq.kernels import columns, gpu
 
+BENCHMARK = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu.py"
 CUDA = torch.cuda.is_available()
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 needs_gpu = pytest.mark.skipif(not CUDA or find_spec("triton") is None, reason="no CUDA device, or no Triton")
@@ -179,7 +181,7 @@ class Search:
     @classmethod
     def random(cls, arithmetic: Arithmetic, groups: int, rows: int, cols: int, with_hessian: bool) -> "Search":
         draw = torch.Generator().manual_seed(cols)
-        w = torch.randn(rows, groups * cols, generator=draw).unflatten(1, (groups, cols)).movedim(1, 0)
+        w = torch.randn(rows, groups + 1, cols, generator=draw)[:, 1:]  # of strides not its own
         extreme = w.abs().amax(2, keepdim=True)
         scale = extreme * torch.linspace(0.6, 1.1, 6) * (1 if arithmetic.kind == "table" else 2 / 15)
         scale = torch.cat([scale, scale], 2)  # ties
@@ -188,13 +190,13 @@ class Search:
         return cls(arithmetic, w, scale, zero, x.mT @ x if with_hessian else None)
 
     def errors(self) -> Tensor:
-        """Of each candidate, (groups, rows, candidates), in double precision."""
+        """Of each candidate, (rows, groups, candidates), in double precision."""
         params = self.scale[..., None], self.zero[..., None]
         w = self.w[:, :, None]
         delta = (self.arithmetic.decode(self.arithmetic.encode(w, params), params) - w).double()
         if self.hessian is None:
             return delta.abs().pow(2.4).sum(-1)
-        return ((delta @ self.hessian.double()[:, None]) * delta).sum(-1)
+        return torch.einsum("rgni,gij,rgnj->rgn", delta, self.hessian.double(), delta)
 
 
 def searched_by_triton(search: Search) -> Tensor:
@@ -299,3 +301,23 @@ def test_on_a_gpu_the_sweep_equals_the_cpu_kernel_bit_for_bit(arithmetic, rows, 
 def test_on_a_gpu_the_range_search_finds_the_least_error(arithmetic, with_hessian):
     search = Search.random(arithmetic, 3, 200, 128, with_hessian)
     assert_best(search, searched_by_triton(moved(search, "cuda")).cpu())
+
+
+def test_the_benchmark_takes_every_step_at_toy_size_without_a_gpu(tmp_path):
+    command = [sys.executable, str(BENCHMARK), "--device", "cpu", "--tiny", "--out", str(tmp_path / "gpu.md")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    written = (tmp_path / "gpu.md").read_text()
+    assert written == done.stdout
+    steps = ("q, o", "k, v", "gate, up", "down", "128 × 160", "topology", "forward and moments", "factor", "solve")
+    assert all(f"\n| {step} |" in written for step in (*steps, "**quantize_model**, ledger included"))
+    codes = [
+        line.split("|")[6].strip() for line in written.splitlines() if re.search(r"\d × \d+ \| .* \| \d+ \|$", line)
+    ]
+    assert codes == ["0"] * 4
+
+
+@pytest.mark.skipif(CUDA, reason="there is a CUDA device")
+def test_the_benchmark_says_that_it_needs_a_gpu():
+    done = subprocess.run([sys.executable, str(BENCHMARK)], check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "there is no CUDA device here; --device cpu --tiny" in done.stderr

@@ -154,7 +154,7 @@ def _deltas(w, r, real, a, w_row, w_column, s, z, max_code, levels, columns,
 def _search(
     w, scale, zero, levels, hessian, best,
     max_code, rows, columns, candidates,
-    w_group, w_row, w_column, scale_group, scale_row, hessian_group, hessian_row,
+    w_row, w_group, w_column, scale_row, scale_group, hessian_group, hessian_row,
     HESSIAN: tl.constexpr, KIND: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1).to(tl.int64)
@@ -186,18 +186,18 @@ def _search(
                 error += tl.sum(tl.where(size == 0, 0.0, power), 1)
         chosen = tl.where(error < least, c, chosen)
         least = tl.minimum(error, least)
-    tl.store(best + group * rows + r, chosen, real)
+    tl.store(best + r * tl.num_programs(1) + group, chosen, real)
 
 
 def best_range(
-    w: Float[Tensor, "groups rows cols"],
-    scale: Float[Tensor, "groups rows candidates"],
-    zero: Float[Tensor, "groups rows candidates"],
+    w: Float[Tensor, "rows groups cols"],
+    scale: Float[Tensor, "rows groups candidates"],
+    zero: Float[Tensor, "rows groups candidates"],
     max_code: float,
     kind: int,
     levels: Float[Tensor, "n"],
     hessian: Float[Tensor, "groups cols cols"] | None,
-    best: Int[Tensor, "groups rows"],
+    best: Int[Tensor, "rows groups"],
 ) -> None:
     """For each row of each group, which of its candidate ranges rounds with the least error; the first on a tie.
 
@@ -206,7 +206,7 @@ def best_range(
     groups of some hundred columns; a product of whole matrices is faster for whole rows.
 
     Args:
-        w: float32, of any strides: `W.unflatten(1, (groups, cols)).movedim(1, 0)` needs no copy.
+        w: float32, of any strides.
         scale: float32.
         zero: float32.
         max_code: the grid's arithmetic, as above.
@@ -215,7 +215,7 @@ def best_range(
         hessian: float32.
         best: int64, contiguous, written.
     """
-    groups, rows, columns = w.shape
+    rows, groups, columns = w.shape
     scale, zero = scale.contiguous(), zero.contiguous()
     h = w.new_empty(1, 1, 1) if hessian is None else hessian.contiguous()
     height, width = 32, min(max(triton.next_power_of_2(columns), 16), 64)

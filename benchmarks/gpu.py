@@ -1,0 +1,343 @@
+"""GPTQ on a GPU: what each step of an 8B Llama's quantization takes, and what the Triton kernels save.
+
+    python benchmarks/gpu.py [--blocks 4] [--out FILE]
+    python benchmarks/gpu.py --device cpu --tiny            the same steps at toy size: a check, no measurement
+
+Weights and tokens are random: nothing that is timed depends on their values. Blocks are alike, so a few of them
+tell what all cost. The model is 16 GB with all its 32 blocks, which an 80 GB device holds beside the rest.
+"""
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from gptq_awq import memory, quantize_model
+from gptq_awq.data import make_token_set
+from gptq_awq.grids.arithmetic import KINDS
+from gptq_awq.grids.base import Grid
+from gptq_awq.grids.integer import IntGrid
+from gptq_awq.kernels import gpu
+from gptq_awq.kernels.columns import sweep_columns as sweep_on_cpu
+from gptq_awq.models.blocks import find_blocks
+from gptq_awq.models.linear import Site, matrix
+from gptq_awq.models.topology import observe_sites
+from gptq_awq.moments import Moments, MomentsSum
+from gptq_awq.pipeline.inputs import Settings, resolve_compute_dtype
+from gptq_awq.pipeline.method import Method
+from gptq_awq.pipeline.staged import staged_forward
+from gptq_awq.pipeline.streams import Streams, open_streams
+from gptq_awq.solvers.gptq import GPTQ
+
+TILES = ((2, 1), (4, 1), (8, 1), (8, 2), (8, 4), (16, 1), (16, 4))
+"""Rows and warps of one program of the sweep, to choose `row_tile` by."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A Llama's sizes and those of its calibration."""
+
+    width: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    blocks: int
+    vocabulary: int
+    samples: int
+    seqlen: int
+    group_size: int
+    block_size: int
+
+    def model(self, blocks: int, device: torch.device) -> nn.Module:
+        """With random bfloat16 weights, made where they stay."""
+        config = LlamaConfig(
+            hidden_size=self.width,
+            intermediate_size=self.ffn,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            num_hidden_layers=blocks,
+            vocab_size=self.vocabulary,
+            max_position_embeddings=self.seqlen,
+        )
+        with device:
+            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+
+    def tokens(self) -> Tensor:
+        """Random ones, (samples, seqlen)."""
+        draw = torch.Generator().manual_seed(0)
+        return torch.randint(3, self.vocabulary, (self.samples, self.seqlen), generator=draw)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Of a block's linears, (out, in)."""
+        kv = self.width // self.heads * self.kv_heads
+        return {
+            "q, o": (self.width, self.width),
+            "k, v": (kv, self.width),
+            "gate, up": (self.ffn, self.width),
+            "down": (self.width, self.ffn),
+        }
+
+
+LLAMA_8B = Geometry(4096, 14336, 32, 8, 32, 32000, 128, 2048, 128, 128)
+TINY = Geometry(64, 160, 4, 2, 2, 64, 4, 32, 32, 32)
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by phase. What a GPU still has to do counts to the phase that asked for it."""
+
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._last = self._now()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """What has been done since the last lap was this phase."""
+        now = self._now()
+        self.seconds[phase] += now - self._last
+        self._last = now
+
+
+def seconds(device: torch.device, step: Callable[[], object], warm: bool = True) -> float:
+    """One call's time, after one that is not counted."""
+    if warm:
+        step()
+    watch = Stopwatch(device)
+    step()
+    watch.lap("step")
+    return watch.seconds["step"]
+
+
+def table(header: str, rows: Sequence[Sequence[object]]) -> str:
+    """Markdown; columns but the first are numbers."""
+    count = header.count("|") - 1
+    lines = [header, "|:---" + "|---:" * (count - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
+# 1. The column sweep
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Column blocks of one weight, with the scale and zero of every column."""
+
+    grid: Grid
+    u: Tensor
+    blocks: list[tuple[Tensor, Tensor, Tensor]]
+
+    @classmethod
+    def random(cls, geometry: Geometry, shape: tuple[int, int], device: torch.device) -> "Columns":
+        """A weight of that shape."""
+        width = geometry.block_size
+        grid = IntGrid(4, geometry.group_size, scale_dtype="float16")
+        u = 0.1 * torch.randn(width, width, device=device).triu(1) + torch.eye(width, device=device)
+        blocks = []
+        for _ in range(0, shape[1], width):
+            w = torch.randn(shape[0], width, device=device)
+            fitted = grid.fit(w)
+            blocks.append((w, *(x.expand(w.shape).contiguous() for x in (fitted.scales, fitted.zeros))))
+        return cls(grid, u, blocks)
+
+    def by_kernel(self, tile: tuple[int, int] | None = None, turned: bool = False) -> list[Tensor]:
+        """Codes, by the compiled kernel of the device; `turned`: on tensors that are stored column by column."""
+        arithmetic, codes = self.grid.arithmetic, []
+        for w, scale, zero in self.blocks:
+            if turned:
+                w, scale, zero = (x.T.contiguous().T for x in (w, scale, zero))
+            q, e, levels = torch.empty_like(w), torch.empty_like(w), w.new_tensor(arithmetic.levels)
+            kind = KINDS.index(arithmetic.kind)
+            if gpu.available(w.device):
+                from gptq_awq.kernels.triton_columns import sweep_columns
+
+                sweep_columns(w, self.u, scale, zero, arithmetic.max_code, kind, levels, 0, q, e, tile)
+            else:
+                x, u, s, z, t, c, d = (x.numpy() for x in (w.clone(), self.u, scale, zero, levels, q, e))
+                sweep_on_cpu(x, u, s, z, x.dtype.type(arithmetic.max_code), kind, t, 0, c, d)
+            codes.append(q)
+        return codes
+
+    def by_columns(self) -> list[Tensor]:
+        """The same, one tensor operation after the other for each column."""
+        codes = []
+        for weight, scale, zero in self.blocks:
+            w, q, e = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)
+            for i in range(w.shape[1]):
+                x, params = w[:, i : i + 1], (scale[:, i : i + 1], zero[:, i : i + 1])
+                q[:, i : i + 1] = self.grid.encode(x, params)
+                e[:, i : i + 1] = (x - self.grid.decode(q[:, i : i + 1], params)) / self.u[i, i]
+                w[:, i + 1 :] -= e[:, i : i + 1] * self.u[i, i + 1 :]
+            codes.append(q)
+        return codes
+
+
+def sweeps(geometry: Geometry, device: torch.device) -> str:
+    """The kernel beside a loop over columns, at the shape of every linear."""
+    rows = []
+    for name, shape in geometry.shapes.items():
+        columns = Columns.random(geometry, shape, device)
+        kernel = seconds(device, columns.by_kernel)
+        replace(columns, blocks=columns.blocks[:1]).by_columns()  # warms up
+        loop = seconds(device, columns.by_columns, warm=False)
+        pairs = zip(columns.by_kernel(), columns.by_columns(), strict=True)
+        differing = sum(int((a != b).sum()) for a, b in pairs)
+        size = f"{shape[0]} × {shape[1]}"
+        rows.append((name, size, f"{1e3 * kernel:.2f}", f"{1e3 * loop:.1f}", f"{loop / kernel:.1f}", differing))
+    return table("| linear | shape | kernel, ms | loop over columns, ms | ratio | codes that differ |", rows)
+
+
+def tiles(geometry: Geometry, device: torch.device) -> str:
+    """The kernel at other tiles and orders, on the widest linear."""
+    columns, rows = Columns.random(geometry, geometry.shapes["gate, up"], device), []
+    for tile in TILES:
+        times = [seconds(device, lambda t=tile, x=turned: columns.by_kernel(t, x)) for turned in (False, True)]
+        rows.append((f"{tile[0]} rows, {tile[1]} warps", *(f"{1e3 * t:.2f}" for t in times)))
+    return table("| tile | row by row, ms | column by column (turning included), ms |", rows)
+
+
+# 2. Moments
+
+
+def moments(geometry: Geometry, device: torch.device) -> str:
+    """Σ x xᵀ of bfloat16 activations: in float32, without TF32, and as calibration does it."""
+    rows = []
+    for width in (geometry.width, geometry.ffn):
+        x = torch.randn(4 * geometry.seqlen, width, device=device, dtype=torch.bfloat16)
+        exact = x[:, :64].double().T @ x.double()
+        plain, total = torch.zeros(width, width, device=device), MomentsSum(width, device)
+        in_float32 = seconds(device, lambda p=plain, x=x: p.addmm_(x.float().T, x.float()))
+        ours = seconds(device, lambda t=total, x=x: t.add(x, None, "benchmark"))
+        sums = plain[:64] / 2, total.finish().hessian[:64] * len(x)
+        errors = [f"{float((s - exact).norm() / exact.norm()):.1e}" for s in sums]
+        times = (f"{1e3 * in_float32:.2f}", f"{1e3 * ours:.2f}", f"{in_float32 / ours:.1f}")
+        rows.append((f"{len(x)} × {width}", *times, *errors))
+    return table("| tokens × width | float32, ms | ours, ms | ratio | error of float32 | ours |", rows)
+
+
+# 3. A block's phases, and everything together
+
+
+def phases(model: nn.Module, geometry: Geometry, solver: GPTQ, grid: Grid, settings: Settings) -> dict[str, float]:
+    """Seconds by phase, waiting for the GPU after each."""
+    device = next(model.parameters()).device
+    _, blocks = find_blocks(model)
+    tokens = make_token_set("random", geometry.tokens(), None, "random")
+    watch = Stopwatch(device)
+    dtype = resolve_compute_dtype(settings.compute_dtype, device)
+    streams = open_streams(model.to(dtype), blocks, tokens, settings.tokens_per_batch, dtype)
+    watch.lap("embedding")
+    for index, block in enumerate(blocks):
+        _one_block(block, index, streams, solver, grid, watch)
+    return dict(watch.seconds)
+
+
+def _one_block(block: nn.Module, index: int, streams: Streams, solver: GPTQ, grid: Grid, watch: Stopwatch) -> None:
+    sites = observe_sites(block, streams.probe_input(), streams.probe.calls[index], absorbers=False)
+    watch.lap("topology")
+    with torch.no_grad():
+        for stream in streams.batches:
+            stream.calls[index].run(block, stream.hidden)
+    watch.lap("forward alone")
+
+    def solve(site: Site, moments: Moments) -> None:
+        watch.lap("forward and moments")
+        moments.inverse_factor(solver.damping, solver.act_order)
+        watch.lap("factor")
+        for name in site.linears:
+            weight = matrix(block.get_submodule(name))
+            weight.copy_(solver.solve(weight.float(), moments, grid).quantized.dequantize())
+        watch.lap("solve")
+
+    staged_forward(block, index, sites, streams, solve)
+    watch.lap("forward and moments")
+
+
+def whole(geometry: Geometry, blocks: int, device: torch.device, options: argparse.Namespace) -> str:
+    """Phases, and `quantize_model`, for some blocks and as all of them would take."""
+    solver = GPTQ(act_order=True, static_groups=options.static_groups, block_size=geometry.block_size)
+    grid = IntGrid(4, geometry.group_size, search=options.search, scale_dtype="float16")
+    settings = Settings(tokens_per_batch=options.tokens_per_batch)
+    torch.manual_seed(0)
+    found = phases(geometry.model(blocks, device), geometry, solver, grid, settings)
+    once, alone = found.pop("embedding"), found.pop("forward alone")
+
+    def scaled(x: float) -> float:
+        return x * geometry.blocks / blocks
+
+    rows = [("embedding", f"{once:.2f}", f"{once:.1f}")]
+    rows += [(name, f"{x:.2f}", f"{scaled(x):.1f}") for name, x in found.items()]
+    rows.append(("(forward alone)", f"{alone:.2f}", f"{scaled(alone):.1f}"))
+    model = geometry.model(blocks, device)
+    memory.reset_peak(device)
+    method = Method("gptq", solver)
+    took = seconds(
+        device,
+        lambda: quantize_model(model, geometry.tokens(), method, grid=grid, settings=settings),
+        warm=False,
+    )
+    everything = once + scaled(took - once)
+    rows.append(("**quantize_model**, ledger included", f"{took:.2f}", f"{everything:.1f}"))
+    peak = f"Peak memory of quantize_model with {blocks} blocks: {memory.peak_bytes(device) / 1e9:.1f} GB."
+    header = f"| phase | {blocks} blocks, s | {geometry.blocks} blocks, s |"
+    return f"{table(header, rows)}\n\n{peak}"
+
+
+def report(options: argparse.Namespace) -> str:
+    """All tables."""
+    device, geometry = torch.device(options.device), TINY if options.tiny else LLAMA_8B
+    torch.set_float32_matmul_precision("highest")
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else torch.cpu.get_capabilities().get("cpu_name")
+    kernel = "Triton" if gpu.available(device) else "numba"
+    parts = [
+        f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads, kernel: {kernel}; {geometry}",
+        "## Column sweep",
+        sweeps(geometry, device),
+    ]
+    if gpu.available(device):
+        parts += ["## Tiles of the sweep", tiles(geometry, device)]
+    parts += [
+        "## Second moments",
+        moments(geometry, device),
+        f"## GPTQ, 4 bits, groups of {geometry.group_size}, act_order, grid.search={options.search}",
+        whole(geometry, min(options.blocks, geometry.blocks), device, options),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Print all tables as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="toy size")
+    parser.add_argument("--blocks", type=int, default=4, help="of 32; all others are taken to be alike")
+    parser.add_argument("--search", default="minmax", choices=["minmax", "mse", "hessian"])
+    parser.add_argument("--static-groups", action="store_true")
+    parser.add_argument("--tokens-per-batch", type=int, default=8192)
+    parser.add_argument("--out", type=Path, help="also write the tables there")
+    options = parser.parse_args()
+    if options.blocks < 1:
+        parser.error(f"--blocks {options.blocks}: give at least one")
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here; --device cpu --tiny checks the steps without one")
+    text = report(options)
+    print(text, end="")
+    if options.out:
+        options.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
