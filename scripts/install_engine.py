@@ -1,9 +1,10 @@
-"""Build an environment for an engine that runs quantized checkpoints, with versions known to work.
+"""Build an environment for an engine that runs quantized checkpoints, or for a library that benchmarks/peers.py
+measures beside ours, with versions known to work.
 
     python scripts/install_engine.py transformers llamacpp
     python scripts/install_engine.py --list
 
-Each engine gets a virtual environment of its own, as their dependencies clash, in $GPTQ_AWQ_ENGINES/NAME
+Each gets a virtual environment of its own, as their dependencies clash, in $GPTQ_AWQ_ENGINES/NAME
 (default: `engines` in this program's cache folder). One that is complete and up to date is left alone; one
 that is half built or of other versions is rebuilt.
 """
@@ -197,6 +198,15 @@ RECIPES = {
         builds=(build_llama_cpp,),
     ),
     "xllamacpp": Recipe(installs=(("numpy", "xllamacpp==2026.10.11549"),), modules=("xllamacpp",)),
+    # Not engines: quantizers that benchmarks/peers.py measures, as it does gptqmodel.
+    "llmcompressor": Recipe(
+        installs=(("{torch}", "transformers==5.17.0", "accelerate==1.15.0", "llmcompressor==0.14.0.1"),),
+        modules=("transformers", "llmcompressor"),
+    ),
+    "autoround": Recipe(
+        installs=(("{torch}", "transformers==5.23.0", "accelerate==1.15.0", "auto-round==0.16.1"),),
+        modules=("transformers", "auto_round"),
+    ),
 }
 
 
