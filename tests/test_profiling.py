@@ -1,0 +1,279 @@
+"""Where the time goes: marks, what is read off them, and a run with profile=true."""
+
+import ast
+import gzip
+import json
+import random
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from test_pipeline import GRID, SMALL, tokens
+from tiny_models import tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from gptq_awq import experiment
+from gptq_awq.api import load_method
+from gptq_awq.costs import Costs, copy_rate, matmul_rate, profiled
+from gptq_awq.pipeline.quantize import quantize
+from gptq_awq.profiling import PHASES, PREFIX, Event, Recorder, Span, by_op, by_phase, phase, spans, write_trace
+from gptq_awq.results import Result, read_ledger
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+def recorded(method, name="llama"):
+    recorder = Recorder(on=True)
+    model = tiny_model(name)
+    with recorder:
+        for _ in recorder.closely(quantize(model, tokens(), load_method(method)[0], GRID, SMALL)):
+            pass
+    return recorder, model
+
+
+def random_tree(draw, start, stop, depth, events):
+    """Marks that begin and end within start…stop, some inside of others; returns the nanoseconds they cover."""
+    at, covered = start, 0
+    while depth and stop - at > 20 and draw.random() < 0.8:
+        begin = draw.randrange(at, stop - 10)
+        end = draw.randrange(begin + 5, stop)
+        inner = random_tree(draw, begin + 1, end - 1, depth - 1, events)
+        name = draw.choice(list(PHASES))
+        events.append((Event(f"{PREFIX}{name} 3 4", begin, end - begin, "CPU 1"), end - begin - inner))
+        covered += end - begin
+        at = end + 1
+    return covered
+
+
+# ------------------------------------------------------------------------------------------------ reading marks
+
+
+def test_own_times_are_those_that_a_tree_was_built_with():
+    draw = random.Random(0)
+    for _ in range(20):
+        events = []
+        covered = random_tree(draw, 0, 5000, 4, events)
+        draw.shuffle(events)
+        expected = sorted((e.start, own) for e, own in events)
+        found = spans(e for e, _ in events)
+        assert [round(step.own * 1e9) for step in found] == [own for _, own in expected]
+        assert round(sum(step.own for step in found) * 1e9) == covered
+        assert all(step.size == (3, 4) for step in found)
+
+
+def test_steps_that_overlap_without_nesting_are_refused():
+    events = [Event(f"{PREFIX}forward", 0, 10, "CPU 1"), Event(f"{PREFIX}moments", 5, 10, "CPU 1")]
+    with pytest.raises(ValueError, match=r"moments begins inside of .*forward"):
+        spans(events)
+    assert len(spans([events[0], Event(f"{PREFIX}moments", 5, 10, "CPU 2")])) == 2  # other threads are their own
+
+
+def test_a_phase_inside_of_itself_is_one_call():
+    outer = Event(f"{PREFIX}solve", 0, 100, "CPU 1")
+    inner = Event(f"{PREFIX}solve 8 8", 10, 50, "CPU 1")
+    (solve, other) = by_phase(spans([outer, inner]), 1.0, lambda _step: None)
+    assert (solve.calls, round(solve.seconds * 1e9)) == (1, 100)
+    assert other.seconds == pytest.approx(1 - 100e-9)
+
+
+def test_an_ops_seconds_are_without_the_ops_inside_of_it():
+    events = [Event("a", 0, 100, "CPU 1"), Event("b", 10, 20, "CPU 1"), Event("b", 40, 30, "CPU 1")]
+    assert [(op.name, round(op.seconds * 1e9), op.calls) for op in by_op(events)] == [("a", 50, 1), ("b", 50, 2)]
+
+
+def test_the_trace_is_chromes_format(tmp_path):
+    write_trace(tmp_path / "t.json.gz", [Event(f"{PREFIX}forward 2 3", 5000, 2500, "CPU 1")])
+    trace = json.loads(gzip.decompress((tmp_path / "t.json.gz").read_bytes()))
+    (mark,) = [e for e in trace["traceEvents"] if e["ph"] == "X"]
+    assert (mark["name"], mark["ts"], mark["dur"]) == ("forward 2 3", 5.0, 2.5)
+
+
+# ------------------------------------------------------------------------------------------------ marks in the code
+
+
+def test_every_mark_in_the_code_is_a_phase_with_a_description():
+    used = set()
+    for path in (ROOT / "gptq_awq").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "phase":
+                used |= {node.args[0].value} if isinstance(node.args[0], ast.Constant) else set()
+    assert used == set(PHASES)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "awq_gptq"])
+def test_marks_nest_and_their_own_times_add_up_to_the_run(method):
+    recorder, model = recorded(method)
+    steps = spans(recorder.events)  # raises where they don't nest
+    rows = by_phase(steps, recorder.seconds, Costs.of(model, torch.float32))
+    assert sum(row.seconds for row in rows) == pytest.approx(recorder.seconds)
+    assert all(row.seconds >= 0 for row in rows), rows
+    assert {"embed", "forward", "moments", "solve", "ledger"} <= {row.name for row in rows}
+
+
+@pytest.mark.parametrize(("method", "passes"), [("gptq", 1), ("awq", 1), ("awq_gptq", 2)])
+def test_forwards_and_moments_are_counted_once_per_token_block_and_site(method, passes):
+    recorder, model = recorded(method)
+    steps = spans(recorder.events)
+    rows, length = tokens().ids.shape
+    forwards = [step.size for step in steps if step.phase == "forward" and step.size]
+    assert sum(n * t for n, t in forwards) == passes * len(model.model.layers) * rows * length
+    sites = [step.size for step in steps if step.phase == "moments" and step.size]
+    for width, per_block in ((64, 3), (160, 1)):
+        assert sum(n for n, w in sites if w == width) == passes * per_block * len(model.model.layers) * rows * length
+
+
+def test_forwards_take_the_operations_that_torch_counts():
+    model, (rows, length) = tiny_model("llama"), (2, 16)
+    model.set_attn_implementation("eager")
+    costs = Costs.of(model, torch.bfloat16)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model.model(torch.zeros(rows, length, dtype=torch.long), use_cache=False)
+    n, width = rows * length, model.config.hidden_size
+    beyond_causal = len(model.model.layers) * 2 * n * length * width  # eager attention multiplies what it masks
+    rotary = 2 * rows * length * (width // model.config.num_attention_heads // 2)  # angles: positions x frequencies
+    counted = costs(Span("score/forward", (rows, length), 1.0, 1.0, False))
+    assert counted.flops + beyond_causal == pytest.approx(counter.get_total_flops() - rotary, rel=0.01)
+    block = costs(Span("forward", (rows, length), 1.0, 1.0, False))
+    assert block.flops * len(model.model.layers) == counted.flops
+    assert (counted.rate, block.rate) == ("float32", "bfloat16")
+
+
+def test_the_head_takes_the_operations_that_torch_counts():
+    model = tiny_model("llama")
+    with FlopCounterMode(display=False) as counter:
+        model.lm_head(torch.randn(7, 64))
+    step = Span("score/head", (7,), 1.0, 1.0, False)
+    assert Costs.of(model, torch.float32)(step).flops == counter.get_total_flops()
+
+
+def test_steps_without_a_size_cost_nothing_known():
+    costs = Costs.of(tiny_model("gpt2"), torch.float32)
+    assert costs(Span("forward", (), 1.0, 1.0, False)) is None
+    assert costs(Span("ledger", (3, 4), 1.0, 1.0, False)) is None
+
+
+def test_rates_are_positive_and_finite():
+    assert 1e6 < matmul_rate(torch.float32, 64, 64, 64, CPU, seconds=0.01) < 1e18
+    assert 1e6 < copy_rate(CPU, megabytes=1, seconds=0.01) < 1e18
+
+
+# ------------------------------------------------------------------------------------------------ the recorder
+
+
+def steps_of(closed, count=3):
+    try:
+        for i in range(count):
+            with phase("moments", i, 2):
+                torch.ones(4, 4) @ torch.ones(4, 4)
+            yield i
+    finally:
+        closed.append(True)
+
+
+def test_ops_are_recorded_until_the_first_step_is_out_and_marks_to_the_end():
+    recorder, closed = Recorder(on=True), []
+    with recorder:
+        assert list(recorder.closely(steps_of(closed))) == [0, 1, 2]
+    assert [step.size for step in spans(recorder.events)] == [(0, 2), (1, 2), (2, 2)]
+    assert {op.name: op.calls for op in by_op(recorder.events)}["aten::mm"] == 1
+    assert closed == [True]
+
+
+def test_a_recorder_that_is_off_records_nothing():
+    recorder, closed = Recorder(on=False), []
+    with recorder:
+        assert list(recorder.closely(steps_of(closed))) == [0, 1, 2]
+    assert (recorder.events, recorder.seconds) == ([], 0.0)
+
+
+def test_no_steps_at_all_are_fine():
+    recorder = Recorder(on=True)
+    with recorder:
+        assert list(recorder.closely(steps_of([], count=0))) == []
+    profile = profiled(recorder, tiny_model("llama"), torch.float32, CPU)
+    assert [row.name for row in profile.phases] == ["other"]
+    assert "| all |" in profile.markdown("run")
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_leaving_early_closes_the_steps_and_ends_the_recording(on):
+    closed, recorder = [], Recorder(on)
+
+    def leave():
+        with recorder, closing(recorder.closely(steps_of(closed))) as steps:
+            for _ in steps:
+                raise KeyError
+
+    with pytest.raises(KeyError):
+        leave()
+    assert closed == [True]
+    with Recorder(on=True) as again, phase("load"):  # would fail if the first still recorded
+        pass
+    assert [step.phase for step in spans(again.events)] == ["load"]
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def outcome(folder):
+    """What must not depend on profiling."""
+    row = Result.read(folder / "results.json")
+    codes = read_ledger(folder / "ledger.jsonl")["codes_sha256"].tolist()
+    return row.manifest["run"], row.manifest["config"], row.metrics, codes
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_profiled_run_is_computed_and_gives_the_same_numbers_and_hash(cli, tiny, tmp_path, method):
+    plain, out = tmp_path / "plain", tmp_path / "profiled"
+    assert cli(f"method={method}", *tiny, f"out={plain}").returncode == 0
+    assert not (plain / "profile.md").exists()
+    done = cli(f"method={method}", *tiny, "profile=true", f"out={out}")
+    assert done.returncode == 0, done.stderr
+    assert "done already" not in done.stderr
+    assert "where the time went" in done.stdout
+    assert "profiler_start" not in done.stderr
+    assert outcome(out) == outcome(plain)
+    page = (out / "profile.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    head, _, *phases = rows[: next(i for i, row in enumerate(rows) if row[0] == "all") + 1]
+    assert head[:2] == ["phase", "seconds"]
+    *parts, (_, whole, *_) = phases
+    assert sum(float(row[1]) for row in parts) == pytest.approx(float(whole), abs=0.005 * len(parts) + 0.005)
+    assert {"load", "solve", "score/forward", "other"} <= {row[0] for row in parts}
+    assert "aten::" in page
+    trace = json.loads(gzip.decompress((out / "trace.json.gz").read_bytes()))
+    assert {"load", "disk"} <= {e["name"] for e in trace["traceEvents"]}
+    again = cli(f"method={method}", *tiny, f"out={tmp_path / 'again'}")  # a plain run may take it over
+    assert "done already" in again.stderr
+
+
+def test_a_killed_profiled_run_goes_on(tiny, tmp_path, monkeypatch):
+    from hydra import compose, initialize_config_dir
+
+    class KilledError(Exception):
+        """Stands for kill -9."""
+
+    def die(*_arguments):
+        raise KilledError
+
+    monkeypatch.setenv("GPTQ_AWQ_CACHE", str(tmp_path / "cache"))
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("config", overrides=["method=gptq", *tiny, "profile=true", f"out={tmp_path / 'out'}"])
+    with monkeypatch.context() as patched:
+        patched.setattr(experiment.Ledger, "append", die)
+        with pytest.raises(KilledError):
+            experiment.run(cfg)
+    assert not (tmp_path / "out" / "profile.md").exists()
+    result = experiment.run(cfg)
+    assert result.manifest["resumed"] == [1]
+    assert (tmp_path / "out" / "profile.md").is_file()
+    assert (tmp_path / "out" / "trace.json.gz").is_file()
+
+
+def test_profile_takes_true_or_false(cli, tiny, tmp_path):
+    done = cli("method=rtn", *tiny, "profile=maybe", f"out={tmp_path / 'out'}")
+    assert done.returncode == 2
+    assert "profile=maybe" in done.stderr
