@@ -65,11 +65,12 @@ class Moments:
         return self._factors[key]
 
     def _factor(self, damping: float, act_order: bool) -> "Factor":
-        h = self.hessian.clone()
-        h.diagonal()[self.dead()] = 1.0
-        order = torch.argsort(h.diagonal(), descending=True) if act_order else None
-        if order is not None:
-            h = h[order][:, order]
+        diagonal = torch.where(self.dead(), 1.0, self.hessian.diagonal())
+        order = torch.argsort(diagonal, descending=True) if act_order else None
+        h = self.hessian if order is None else self.hessian.index_select(0, order).index_select(1, order)
+        if order is not None or self.dead().any():
+            h = h.clone() if order is None else h
+            h.diagonal().copy_(diagonal if order is None else diagonal[order])
         with phase("factor", len(h)):
             factor, used = inverse_cholesky(h, damping)
         return factor, order, used
@@ -134,12 +135,23 @@ class MomentsSum:
         """Normalize by the token count. Raises UserError when no token was seen."""
         if self._tokens == 0:
             raise UserError("calibration holds no real token: check data.path and data.packing")
-        upper = torch.zeros(self._width, self._width, device=self._device) if self._xx is None else self._xx
+        products, self._xx = self._xx, None
         if self._native is not None:
-            upper += torch.from_numpy(self._native.products)[: self._width, : self._width]
+            own = torch.from_numpy(self._native.products)[: self._width, : self._width]
+            products = own.contiguous() if products is None else products.add_(own)
             self._abs += torch.from_numpy(self._native.magnitude)[: self._width]
-        upper = upper.div_(self._tokens).triu_()
-        return Moments(upper + upper.triu(1).T, self._abs / self._tokens, self._tokens)
+        assert products is not None
+        return Moments(_mirrored(products.div_(self._tokens)), self._abs / self._tokens, self._tokens)
+
+
+def _mirrored(upper: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """The symmetric matrix, in place, whose part on and above the diagonal is given."""
+    for a in range(0, len(upper), BLOCK):
+        b = min(a + BLOCK, len(upper))
+        corner = upper[a:b, a:b].triu()
+        upper[a:b, a:b] = corner + corner.triu(1).T
+        upper[b:, a:b] = upper[a:b, b:].T
+    return upper
 
 
 def pack_symmetric(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "packed"]:

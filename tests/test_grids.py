@@ -12,7 +12,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.grids import search
 from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.arithmetic import Arithmetic
-from gptq_awq.grids.base import Place, fit_all, group_of_columns
+from gptq_awq.grids.base import Place, fit_all, group_of_columns, group_spans
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.kquant import TYPES, KGrid
 from gptq_awq.grids.mix import LlamaMix
@@ -271,3 +271,31 @@ def test_mixes_follow_llama_cpp():
     assert kind("q4_k_m", "model.embed_tokens", -1) == "q4_k"
     assert kind("q4_k_m", "model.embed_tokens", -1, tied=True) == "q6_k"
     assert kind("q8_0", "lm_head", -1) == "SignedGrid8"
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        *(IntGrid(3, 64, search=search) for search in ("minmax", "mse", "hessian")),
+        AffineGrid(4, 32, search="hessian"),
+        SignedGrid(4, search="hessian"),
+        TernaryGrid(64, search="hessian"),
+        TableGrid("nf4", 64, search="hessian"),
+        TableGrid("nf4", 64, double_quant=True),
+        KGrid("q4_k", search="hessian"),
+        KGrid("q3_k", search="mse"),
+    ],
+    ids=str,
+)
+def test_spans_fitted_at_once_are_those_fitted_one_by_one(grid):
+    generator = torch.Generator().manual_seed(0)
+    columns = 512 if isinstance(grid, KGrid) else 300
+    W, X = torch.randn(70, columns, generator=generator), torch.randn(600, columns, generator=generator)
+    H = X.T @ X / len(X)
+    at_once = fit_all(grid, W, H)
+    spans = group_spans(columns, grid.span)
+    parts = [grid.fit(W[:, a:b], H[a:b, a:b] if grid.needs_hessian else None) for a, b in spans]
+    assert torch.equal(at_once.scales, torch.cat([part.scales for part in parts], 1))
+    assert torch.equal(at_once.zeros, torch.cat([part.zeros for part in parts], 1))
+    for name, stored in at_once.store.items():
+        assert torch.equal(stored, torch.cat([part.store[name] for part in parts], 1))

@@ -8,10 +8,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "gptq_awq"
 # Lowest first. What stands on one line may not import each other.
 LAYERS = [
-    {"errors", "progress", "files", "runlog", "profiling", "__init__"},
+    {"errors", "progress", "files", "runlog", "profiling", "kernels", "__init__"},
     {"sealed"},
     {"journal"},
-    {"assets", "linalg", "kernels", "results", "memory", "manifest", "plugins", "statistics", "scores"},
+    {"assets", "linalg", "results", "memory", "manifest", "plugins", "statistics", "scores"},
     {"moments", "tracking", "report", "cache", "runs"},
     {"grids", "data", "sweep"},
     {"models", "solvers"},

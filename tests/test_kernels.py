@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from gptq_awq.grids.affine import AffineGrid
+from gptq_awq.grids.arithmetic import in_numbers
+from gptq_awq.grids.base import fit_all, nearest
+from gptq_awq.grids.integer import IntGrid
+from gptq_awq.grids.table import TableGrid
 from gptq_awq.kernels import rank_k
+from gptq_awq.kernels.quadratic import Quadratic
+from gptq_awq.linalg import quadratic
 from gptq_awq.moments import MomentsSum
 
 needs_bf16 = pytest.mark.skipif(not rank_k.available(), reason="this CPU has no bfloat16 dot product (AVX512-BF16)")
@@ -48,3 +55,32 @@ def test_non_finite_bfloat16_activations_are_seen(bad):
     x[8, 49] = bad
     with pytest.raises(Exception, match="non-finite activations enter here"):
         MomentsSum(50, torch.device("cpu")).add(x, None, "here")
+
+
+def hessian(width, generator):
+    x = torch.randn(2 * width, width, generator=generator) @ torch.randn(width, width, generator=generator)
+    return x.T @ x / len(x)
+
+
+def test_quadratic_is_the_trace_it_says():
+    generator = torch.Generator().manual_seed(0)
+    H, delta = hessian(500, generator), torch.randn(70, 500, generator=generator)
+    exact = float(((delta.double() @ H.double()) * delta).sum())
+    assert quadratic(delta, H) == pytest.approx(exact, rel=1e-6)
+    assert quadratic(delta, H, rough=True) == pytest.approx(exact, rel=3e-3)
+
+
+@needs_bf16
+@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (48, 96), (50, 101), (200, 301)])
+@pytest.mark.parametrize("grid", [IntGrid(3, 40), IntGrid(4, -1), AffineGrid(4, 32), TableGrid("nf4", 64)], ids=str)
+def test_one_pass_of_rounding_and_its_error_is_both_one_after_the_other(rows, columns, grid):
+    generator = torch.Generator().manual_seed(rows)
+    H, W = hessian(columns, generator), torch.randn(rows, columns, generator=generator)
+    s = torch.rand(columns, generator=generator) + 0.5
+    fitted, size = fit_all(grid, W, None), columns if grid.group_size == -1 else grid.group_size
+    form = Quadratic(H.numpy())
+    scales, zeros = fitted.scales.contiguous().numpy(), fitted.zeros.contiguous().numpy()
+    error = form.of_rounding(W.numpy(), scales, zeros, size, in_numbers(grid.arithmetic), s.numpy())
+    delta = (nearest(grid, W) - W) / s
+    assert error == pytest.approx(form.of(delta.numpy()), rel=1e-4)
+    assert error == pytest.approx(float(((delta.double() @ H.double()) * delta).sum()), rel=2e-2)

@@ -59,7 +59,7 @@ class AffineGrid(Grid):
         """The same grid, fitted to the extremes."""
         return replace(self, search="minmax")
 
-    def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"] | None = None) -> Fitted:
+    def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "*spans cols cols"] | None = None) -> Fitted:
         """Scale and minimum of every row. Raises ValueError when `search=hessian` gets no Hessian block."""
         low, high = extremes(w)
         if self.search == "minmax":

@@ -10,6 +10,7 @@ Rounding is to the nearest neighbour. A group with scale 0 holds one value only.
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -54,3 +55,9 @@ class Arithmetic:
         if self.kind == "minimum":
             return scale * codes + zero
         return scale * codes.new_tensor(self.levels)[codes.long()]
+
+
+def in_numbers(arithmetic: Arithmetic) -> tuple[np.float32, int, np.ndarray]:
+    """Largest code, kind and levels, as compiled code takes them."""
+    levels = np.asarray(arithmetic.levels, np.float32)
+    return np.float32(arithmetic.max_code), KINDS.index(arithmetic.kind), levels

@@ -119,8 +119,12 @@ class Grid(ABC):
         """The same grid with the cheapest fit, which needs no Hessian."""
 
     @abstractmethod
-    def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"] | None = None) -> Fitted:
-        """Choose scale and zero for every row and group of one span."""
+    def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "*spans cols cols"] | None = None) -> Fitted:
+        """Choose scale and zero for every row and group of one span.
+
+        Rows are fitted each by itself, unless a span is the whole weight, so that `fit_all` can pass neighbouring
+        spans as rows: with a stack of n Hessian blocks, row k is of span k mod n.
+        """
 
     @property
     def label(self) -> str:
@@ -166,14 +170,54 @@ def group_of_columns(columns: int, group_size: int) -> Int[Tensor, "in"]:
 
 def fit_all(grid: Grid, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"] | None) -> Fitted:
     """Fit every span of a weight in natural column order; `hessian` is read only where the grid wants it."""
-    parts = []
-    for a, b in group_spans(w.shape[1], grid.span):
-        parts.append(grid.fit(w[:, a:b], hessian[a:b, a:b] if grid.needs_hessian and hessian is not None else None))
-    return Fitted(
-        torch.cat([part.scales for part in parts], 1),
-        torch.cat([part.zeros for part in parts], 1),
-        joined([part.store for part in parts]),
-    )
+    hessian = hessian if grid.needs_hessian else None
+    rows, columns = w.shape
+    size = columns if grid.span == -1 else grid.span
+    count = columns // size
+    if count <= 1:
+        parts = [
+            grid.fit(w[:, a:b], None if hessian is None else hessian[a:b, a:b]) for a, b in group_spans(columns, size)
+        ]
+        return beside(parts)
+    whole = count * size  # the whole spans at once, as rows
+    blocks = None if hessian is None else diagonal_blocks(hessian[:whole, :whole], count)
+    parts = [_unstacked(grid.fit(w[:, :whole].reshape(rows * count, size), blocks), rows)]
+    if whole < columns:
+        parts.append(grid.fit(w[:, whole:], None if hessian is None else hessian[whole:, whole:]))
+    return beside(parts)
+
+
+def nearest(grid: Grid, w: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
+    """Weights rounded to nearest, on the grid as it is fitted without search."""
+    grid = grid.without_search()
+    fitted, size = fit_all(grid, w, None), grid.group_size
+    rows, columns = w.shape
+    if size == -1 or columns % size:
+        params = fitted.per_column(group_of_columns(columns, size))
+        return grid.decode(grid.encode(w, params), params)
+    groups = w.reshape(-1, size)  # a scale for each row: none is copied to its columns
+    params = fitted.scales.reshape(-1, 1), fitted.zeros.reshape(-1, 1)
+    return grid.decode(grid.encode(groups, params), params).view(rows, columns)
+
+
+def diagonal_blocks(hessian: Float[Tensor, "cols cols"], count: int) -> Float[Tensor, "count size size"]:
+    """The blocks of that many equal spans."""
+    size = len(hessian) // count
+    return hessian.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def _unstacked(fitted: Fitted, rows: int) -> Fitted:
+    """What was fitted to spans as rows, as groups of `rows` rows."""
+    store = {name: x.reshape(rows, -1) for name, x in fitted.store.items()}
+    return Fitted(fitted.scales.reshape(rows, -1), fitted.zeros.reshape(rows, -1), store)
+
+
+def beside(parts: list[Fitted]) -> Fitted:
+    """Neighbouring spans as one."""
+    if len(parts) == 1:
+        return parts[0]
+    scales, zeros = torch.cat([p.scales for p in parts], 1), torch.cat([p.zeros for p in parts], 1)
+    return Fitted(scales, zeros, joined([part.store for part in parts]))
 
 
 def joined(stores: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -67,7 +67,7 @@ class IntGrid(Grid):
         """The same grid, fitted to the extremes: for loops that fit it often."""
         return replace(self, search="minmax")
 
-    def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"] | None = None) -> Fitted:
+    def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "*spans cols cols"] | None = None) -> Fitted:
         """Scale and zero of every row. Raises ValueError when `search=hessian` gets no Hessian block."""
         low, high = self._range(w)
         if self.search == "minmax":

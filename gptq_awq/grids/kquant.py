@@ -121,10 +121,10 @@ class KGrid(Grid):
                 "other types for such widths, as llama.cpp does, and grid=q4_0 needs multiples of 32 only"
             )
 
-    def fit(self, w: Float[Tensor, "rows 256"], hessian: Float[Tensor, "256 256"] | None = None) -> Fitted:
+    def fit(self, w: Float[Tensor, "rows 256"], hessian: Float[Tensor, "*spans 256 256"] | None = None) -> Fitted:
         """Scales of one block. Raises ValueError when `search=hessian` gets no Hessian block."""
         spans = group_spans(w.shape[1], self.group_size)
-        blocks = [(w[:, a:b], None if hessian is None else hessian[a:b, a:b]) for a, b in spans]
+        blocks = [(w[:, a:b], None if hessian is None else hessian[..., a:b, a:b]) for a, b in spans]
         return self._with_minimum(blocks) if self._type.minimum else self._symmetric(blocks)
 
     def _with_minimum(self, blocks: list) -> Fitted:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gptq_awq.errors import UserError
-from gptq_awq.grids.arithmetic import KINDS, Arithmetic
+from gptq_awq.grids.arithmetic import Arithmetic, in_numbers
 from gptq_awq.kernels.columns import best_range
 
 MSE_NORM = 2.4
@@ -40,9 +40,11 @@ def best(
     zeros: Float[Tensor, "rows n"],
     arithmetic: Arithmetic,
     search: str,
-    hessian: Float[Tensor, "cols cols"] | None,
+    hessian: Float[Tensor, "*spans cols cols"] | None,
 ) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
     """Per row, the candidate scale and zero that round one group with the least error; the first on a tie.
+
+    With a stack of n Hessian blocks, row k's is the (k mod n)-th.
 
     Raises:
         ValueError: `search` is "hessian" and no Hessian block is given.
@@ -57,15 +59,24 @@ def best(
 
 
 def _by_output_error(w: Tensor, scales: Tensor, zeros: Tensor, arithmetic: Arithmetic, h: Tensor) -> Tensor:
+    h = h.expand(1, *h.shape[-2:]) if h.dim() == 2 else h
     if w.device.type != "cpu":
-        return _by(lambda e: ((e @ h) * e).sum(1), w, scales, zeros, arithmetic)
-    # All candidates in one pass over the weights.
-    chosen = torch.empty(len(w), dtype=torch.int64)
-    weights, scale, zero, hessian = (x.contiguous().numpy() for x in (w, scales, zeros, h))
-    levels = w.new_tensor(arithmetic.levels).numpy()
-    kind = KINDS.index(arithmetic.kind)
-    best_range(weights, scale, zero, scale.dtype.type(arithmetic.max_code), kind, levels, hessian, chosen.numpy())
-    return chosen
+        return _by(lambda e: _output_error(e, h), w, scales, zeros, arithmetic)
+    # All candidates of all groups in one pass over the weights.
+    spans = (
+        w.view(-1, len(h), w.shape[1]),
+        scales.view(-1, len(h), scales.shape[1]),
+        zeros.view(-1, len(h), scales.shape[1]),
+    )
+    chosen = torch.empty(spans[0].shape[:2], dtype=torch.int64)
+    weights, scale, zero, hessian = (x.contiguous().numpy() for x in (*spans, h))
+    best_range(weights, scale, zero, *in_numbers(arithmetic), hessian, chosen.numpy())
+    return chosen.flatten()
+
+
+def _output_error(e: Float[Tensor, "rows cols"], h: Float[Tensor, "spans cols cols"]) -> Float[Tensor, "rows"]:
+    e = e.view(-1, len(h), e.shape[1])
+    return ((e.transpose(0, 1) @ h).transpose(0, 1) * e).sum(2).flatten()
 
 
 def _by(error: Error, w: Tensor, scales: Tensor, zeros: Tensor, arithmetic: Arithmetic) -> Tensor:

@@ -57,7 +57,7 @@ class SignedGrid(Grid):
         """The same grid, fitted to the extremes."""
         return replace(self, search="minmax")
 
-    def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"] | None = None) -> Fitted:
+    def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "*spans cols cols"] | None = None) -> Fitted:
         """Scale of every row. Raises ValueError when `search=hessian` gets no Hessian block."""
         scales = signed_scales(w, self.bits, self.search)
         most = torch.finfo(torch.float16).max

@@ -98,11 +98,11 @@ class TableGrid(Grid):
         """The same grid, scaled by the largest magnitude."""
         return replace(self, search="minmax")
 
-    def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"] | None = None) -> Fitted:
+    def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "*spans cols cols"] | None = None) -> Fitted:
         """Scales of one group, or of all. Raises ValueError when `search=hessian` gets no Hessian block."""
         parts = []
         for a, b in group_spans(w.shape[1], self.group_size):
-            parts.append(self._fit_group(w[:, a:b], None if hessian is None else hessian[a:b, a:b]))
+            parts.append(self._fit_group(w[:, a:b], None if hessian is None else hessian[..., a:b, a:b]))
         scales = torch.cat(parts, 1)
         if not self.double_quant:
             return Fitted(scales, torch.zeros_like(scales))

@@ -59,7 +59,7 @@ class TernaryGrid(Grid):
         """The same grid, s = mean |w|."""
         return replace(self, search="absmean")
 
-    def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"] | None = None) -> Fitted:
+    def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "*spans cols cols"] | None = None) -> Fitted:
         """Scale of every row. Raises ValueError when `search=hessian` gets no Hessian block."""
         scale = w.abs().mean(1, keepdim=True)
         if self.search != "absmean":

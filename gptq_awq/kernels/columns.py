@@ -110,33 +110,41 @@ def best_range(w, scale, zero, max_code, kind, levels, hessian, best):  # pragma
     """For each row, which of its candidate ranges rounds with the least output error Δ H Δᵀ; the first on a tie.
 
     Args:
-        w: (rows, cols) float32: one group of columns.
-        scale: (rows, candidates) float32.
-        zero: (rows, candidates) float32.
+        w: (rows, groups, cols) float32.
+        scale: (rows, groups, candidates) float32.
+        zero: (rows, groups, candidates) float32.
         max_code, kind, levels: the grid's arithmetic, as above.
-        hessian: (cols, cols) float32: the group's diagonal block.
-        best: (rows,) int64, written.
+        hessian: (groups, cols, cols) float32: the groups' diagonal blocks.
+        best: (rows, groups) int64, written.
     """
-    rows, cols = w.shape
-    for tile in numba.prange((rows + LANES - 1) // LANES):
-        start, count = tile * LANES, min(LANES, rows - tile * LANES)
-        x, delta = np.zeros((cols, LANES), np.float32), np.empty((cols, LANES), np.float32)
-        s, z = np.ones(LANES, np.float32), np.zeros(LANES, np.float32)
-        code, error = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-        least = np.full(LANES, np.float32(np.inf))
-        best[start : start + count] = 0
-        _load(w, tile, x)
-        for c in range(scale.shape[1]):
-            for r in range(count):
-                s[r], z[r] = scale[start + r, c], zero[start + r, c]
-            for j in range(cols):
-                nearest(x[j], s, z, max_code, kind, levels, code, delta[j])
-                for r in range(LANES):
-                    delta[j, r] -= x[j, r]
-            _output_error(delta, hessian, error)
-            for r in range(count):
-                if error[r] < least[r]:
-                    least[r], best[start + r] = error[r], c
+    tiles = (len(w) + LANES - 1) // LANES
+    for index in numba.prange(tiles * w.shape[1]):
+        group, tile = index // tiles, index % tiles
+        _best_range_tile(
+            w[:, group], scale[:, group], zero[:, group], max_code, kind, levels, hessian[group], best[:, group], tile
+        )
+
+
+@numba.njit
+def _best_range_tile(w, scale, zero, max_code, kind, levels, hessian, best, tile):  # pragma: no cover (compiled)
+    start, count, cols = tile * LANES, min(LANES, len(w) - tile * LANES), w.shape[1]
+    x, delta = np.zeros((cols, LANES), np.float32), np.empty((cols, LANES), np.float32)
+    s, z = np.ones(LANES, np.float32), np.zeros(LANES, np.float32)
+    code, error = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    least = np.full(LANES, np.float32(np.inf))
+    best[start : start + count] = 0
+    _load(w, tile, x)
+    for c in range(scale.shape[1]):
+        for r in range(count):
+            s[r], z[r] = scale[start + r, c], zero[start + r, c]
+        for j in range(cols):
+            nearest(x[j], s, z, max_code, kind, levels, code, delta[j])
+            for r in range(LANES):
+                delta[j, r] -= x[j, r]
+        _output_error(delta, hessian, error)
+        for r in range(count):
+            if error[r] < least[r]:
+                least[r], best[start + r] = error[r], c
 
 
 @numba.njit

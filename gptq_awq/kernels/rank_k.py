@@ -50,7 +50,7 @@ _SUMS, _WORDS, _PAIRS = ir.VectorType(ir.FloatType(), VECTOR), ir.VectorType(_I3
 
 
 @intrinsic
-def _add_tile(_context, left, right, pairs, out, stride):  # noqa: ARG001  # pragma: no cover (compiled)
+def add_tile(_context, left, right, pairs, out, stride):  # noqa: ARG001  # pragma: no cover (compiled)
     """out (ROWS, PANEL) += leftᵀ right over `pairs` words: addresses of ROWS and PANEL columns of two panels.
 
     `stride` is the distance of `out`'s rows, in floats.
@@ -144,7 +144,7 @@ def _multiply(panels, pairs, out):  # pragma: no cover (compiled)
         for r in range(0, PANEL, ROWS):
             address = out.ctypes.data + 4 * ((row * PANEL + r) * out.shape[1] + column * PANEL)
             left, right = panels[row].ctypes.data + 4 * r, panels[column].ctypes.data
-            _add_tile(left, right, panels.shape[1], address, out.shape[1])  # pyright: ignore[reportCallIssue]
+            add_tile(left, right, panels.shape[1], address, out.shape[1])  # pyright: ignore[reportCallIssue]
 
 
 class RankK:

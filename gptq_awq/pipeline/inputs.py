@@ -7,6 +7,7 @@ from torch import nn
 
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
+from gptq_awq.linalg import native_dtype
 from gptq_awq.models.linear import Site
 from gptq_awq.pipeline.observe import Observation, Observer, Record, in_dtype, read, recorded
 from gptq_awq.pipeline.streams import Streams, open_streams
@@ -100,11 +101,7 @@ def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
         UserError: unknown name.
     """
     if name == "auto":
-        if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        native = torch.cpu.get_capabilities()
-        has_bf16 = device.type == "cpu" and (native.get("avx512_bf16") or native.get("amx_bf16"))
-        return torch.bfloat16 if has_bf16 else torch.float32
+        return native_dtype(device)
     if name not in ("float32", "bfloat16", "float16"):
         raise UserError(f"compute_dtype={name}: choose auto, float32, bfloat16 or float16")
     return getattr(torch, name)

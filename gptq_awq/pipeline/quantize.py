@@ -187,7 +187,7 @@ class _BlockStep:
             target = matrix(self.block.get_submodule(name))
             weight = target.float()
             full_name = f"{self.name}.{name}"
-            if not torch.isfinite(weight).all():
+            if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():  # a NaN is both extremes
                 raise UserError(f"model: {full_name} has non-finite weights")
             try:
                 with phase("solve"):

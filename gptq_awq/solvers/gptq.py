@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gptq_awq.errors import UserError
-from gptq_awq.grids.arithmetic import KINDS, Params
-from gptq_awq.grids.base import Fitted, Grid, QuantizedWeight, group_of_columns, joined
+from gptq_awq.grids.arithmetic import Params, in_numbers
+from gptq_awq.grids.base import Fitted, Grid, QuantizedWeight, fit_all, group_of_columns, joined
 from gptq_awq.kernels.columns import sweep_columns
 from gptq_awq.linalg import NotPositiveDefiniteError
 from gptq_awq.moments import Moments
@@ -87,19 +87,20 @@ class GPTQ:
         group_of_column = group_of_columns(W.shape[1], grid.group_size)
         fitted = _Groups.empty(W, group_of_column, grid)
         if self.static_groups:
-            for span in range(fitted.spans):
-                fitted.fit(span, W, group_of_column, hessian)
+            fitted.fit_all(W, hessian)
         # 4. Round, column by column.
         if order is not None:
-            W = W[:, order]
-            hessian = None if hessian is None else hessian[order][:, order]
-            group_of_column = group_of_column[order.cpu()] if self.static_groups else group_of_column
+            W = W.index_select(1, order)
+            if self.static_groups:
+                group_of_column = group_of_column[order.cpu()]
+            elif hessian is not None:
+                hessian = hessian.index_select(0, order).index_select(1, order)
         with phase("solve", *W.shape):
             codes, loss = sweep(W, U, grid, group_of_column, fitted, hessian, self.block_size)
         # 5. Back to the layer's own column order.
         if order is not None:
             inverse = torch.argsort(order)
-            codes, group_of_column = codes[:, inverse], group_of_column[inverse.cpu()]
+            codes, group_of_column = codes.index_select(1, inverse), group_of_column[inverse.cpu()]
         quantized = QuantizedWeight.of(grid, codes, fitted.all(), group_of_column, loss)
         raised = f"damping raised from {self.damping:g} to {damping:g}" if damping != self.damping else None
         return Solution(quantized, self.name, damping, raised)
@@ -107,13 +108,14 @@ class GPTQ:
 
 @dataclass
 class _Groups:
-    """Scales and zeros of all groups, filled in span by span as they are fitted."""
+    """Scales and zeros of all groups, filled in span by span as they are fitted, or all at once."""
 
     grid: Grid
     scales: Float[Tensor, "out groups"]
     zeros: Float[Tensor, "out groups"]
     span_of_group: Int[Tensor, "groups"]
     stores: dict[int, Mapping[str, Tensor]]
+    store: Mapping[str, Tensor] | None = None
 
     @classmethod
     def empty(cls, W: Tensor, group_of_column: Tensor, grid: Grid) -> "_Groups":
@@ -123,13 +125,16 @@ class _Groups:
         span_of_group[group_of_column] = group_of_columns(columns, grid.span)
         return cls(grid, W.new_empty(len(W), count), W.new_empty(len(W), count), span_of_group, {})
 
-    @property
-    def spans(self) -> int:
-        return int(self.span_of_group[-1]) + 1
-
     def all(self) -> Fitted:
         """All groups, once every span is fitted."""
-        return Fitted(self.scales, self.zeros, joined([self.stores[span] for span in range(self.spans)]))
+        store = joined([self.stores[span] for span in sorted(self.stores)]) if self.store is None else self.store
+        return Fitted(self.scales, self.zeros, store)
+
+    def fit_all(self, W: Tensor, hessian: Tensor | None) -> None:
+        """Fit every span, columns being in natural order."""
+        fitted = fit_all(self.grid, W, hessian)
+        self.scales, self.zeros, self.store = fitted.scales, fitted.zeros, fitted.store
+        self.stores = {span: {} for span in self.span_of_group.tolist()}
 
     def fit(self, span: int, W: Tensor, group_of_column: Tensor, hessian: Tensor | None) -> None:
         """Fit one span, whose columns are neighbours in W, to the weights as they are."""
@@ -193,10 +198,8 @@ def _round_plain(W1: Tensor, U1: Tensor, grid: Grid, params: Params, first: int,
 def _round_compiled(W1: Tensor, U1: Tensor, grid: Grid, params: Params, first: int, Q1: Tensor, E1: Tensor) -> None:
     """The same, compiled for a CPU (see kernels/columns.py)."""
     scale, zero = (p.contiguous().numpy() for p in params)
-    arithmetic = grid.arithmetic
-    kind, max_code = KINDS.index(arithmetic.kind), scale.dtype.type(arithmetic.max_code)
-    levels = W1.new_tensor(arithmetic.levels).numpy()
-    sweep_columns(W1.numpy(), U1.numpy(), scale, zero, max_code, kind, levels, first, Q1.numpy(), E1.numpy())
+    arithmetic = in_numbers(grid.arithmetic)
+    sweep_columns(W1.numpy(), U1.numpy(), scale, zero, *arithmetic, first, Q1.numpy(), E1.numpy())
 
 
 def _runs(spans: list[int], done: Container[int], start: int, stop: int) -> list[tuple[int, int]]:

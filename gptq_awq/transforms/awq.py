@@ -23,7 +23,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gptq_awq.errors import UserError
-from gptq_awq.grids.base import Grid, fit_all, group_of_columns, group_spans
+from gptq_awq.grids.arithmetic import in_numbers
+from gptq_awq.grids.base import Grid, fit_all, group_spans, nearest
+from gptq_awq.kernels import rank_k
+from gptq_awq.kernels.quadratic import Quadratic
 from gptq_awq.linalg import quadratic
 from gptq_awq.models.linear import Site, matrix
 from gptq_awq.models.topology import absorb
@@ -107,15 +110,17 @@ class AWQ:
 
 
 def search(loss: Callable[[int], float], steps: int, stride: int = 4) -> tuple[int, float]:
-    """The least loss over 0…steps-1: every `stride`-th first, then all between the best one's neighbours.
+    """The least loss over 0…steps-1: every `stride`-th first, then the best one's neighbours at half that stride, …
 
-    The loss is smooth in α, so this finds what trying every step finds, for half the work.
+    The loss is smooth in α, so this finds what trying every step finds, for half the work or less.
     """
-    coarse = {step: loss(step) for step in range(0, steps, stride)}
-    best = min(coarse, key=coarse.__getitem__)
-    near = range(max(0, best - stride + 1), min(steps, best + stride))
-    tried = coarse | {step: loss(step) for step in near if step not in coarse}
+    tried = {step: loss(step) for step in range(0, steps, stride)}
     best = min(tried, key=tried.__getitem__)
+    while stride > 1:
+        stride = stride // 2
+        near = (step for step in (best - stride, best + stride) if 0 <= step < steps and step not in tried)
+        tried |= {step: loss(step) for step in near}
+        best = min(tried, key=tried.__getitem__)
     return best, tried[best]
 
 
@@ -149,21 +154,24 @@ def _relative(magnitude: Float[Tensor, "out in"], grid: Grid) -> Float[Tensor, "
     return torch.cat([(g / g.amax(1, keepdim=True).clamp(min=1e-12)).sum(0) for g in groups])
 
 
-def quantize(W: Float[Tensor, "out in"], grid: Grid) -> Float[Tensor, "out in"]:
-    """Round to nearest on a grid fitted without range search: the Q of the search for scales."""
-    grid = grid.without_search()
-    params = fit_all(grid, W, None).per_column(group_of_columns(W.shape[1], grid.group_size))
-    return grid.decode(grid.encode(W, params), params)
-
-
 def _linear_loss(weights: list[tuple[Float[Tensor, "out in"], Grid]], stats: Moments) -> Loss:
-    """s → tr(ΔHΔᵀ), Δ = Q(W s)/s - W."""
+    """s → tr(ΔHΔᵀ), Δ = Q(W s)/s - W, in bfloat16 where the CPU multiplies it natively (see `quadratic`)."""
+    one_pass = stats.hessian.device.type == "cpu" and rank_k.available()
+    form = Quadratic(stats.hessian.numpy()) if one_pass else None
+
+    def error(W: Tensor, grid: Grid, s: Tensor) -> float:
+        if form is None:
+            return quadratic(nearest(grid, W * s) / s - W, stats.hessian, rough=True)
+        grid, scaled = grid.without_search(), W * s
+        fitted, size = fit_all(grid, scaled, None), W.shape[1] if grid.group_size == -1 else grid.group_size
+        scales, zeros = fitted.scales.contiguous().numpy(), fitted.zeros.contiguous().numpy()
+        return form.of_rounding(scaled.numpy(), scales, zeros, size, in_numbers(grid.arithmetic), s.numpy())
 
     def loss(s: Tensor) -> float:
         total = 0.0
         for W, grid in weights:
             with phase("search", *W.shape):
-                total += quadratic(quantize(W * s, grid) / s - W, stats.hessian)
+                total += error(W, grid, s)
         return total
 
     return loss
@@ -185,7 +193,7 @@ def _module_loss(block: nn.Module, site: Site, grids: Mapping[str, Grid], inputs
 
     def loss(s: Tensor) -> float:
         for linear, (W, grid) in zip(linears, originals, strict=True):
-            matrix(linear).copy_(quantize(W.float() * s, grid) / s)
+            matrix(linear).copy_(nearest(grid, W.float() * s) / s)
         return sum(float((a - b).float().square().sum()) for a, b in zip(run(), expected, strict=True))
 
     return loss
