@@ -8,7 +8,8 @@ of --group-size, asymmetric) and the same number of threads, and runs in a proce
 call is timed: loading comes before, saving after. A first run on one block, which is not measured, compiles what a
 library compiles. Then ours and the others take turns (ours, peer, ours, peer, ours), --repeat times. What each
 leaves, dequantized, is checked to lie on a grid of 2^bits levels per group and scored by our float32 forward on the
-first --windows of WikiText-2 test, so that quality stands beside speed.
+first --windows of WikiText-2 test, so that quality stands beside speed. --dtype is of the calibration forwards, and of
+the peers' weights too, as they keep one type for both.
 
 Rows of AWQ quantize the first --awq-layers blocks only, ours too, and score the model whose other blocks are whole
 (llm-compressor's AWQ wants about an hour for 30). AutoRound learns its rounding, which we have not: our GPTQ stands

@@ -198,11 +198,12 @@ def install(tmp_path, monkeypatch, capsys):
     return call
 
 
-def test_the_installer_knows_every_engine_and_no_other(install):
+def test_the_installer_knows_every_engine_and_quantizer_and_no_other(install):
+    known = [*ENGINES, "llmcompressor", "autoround"]
     code, printed = install("--list")
     assert code == 0
-    assert [line.split() for line in printed.splitlines()] == [[name, "-"] for name in ENGINES]
-    assert install("ollama") == (2, f"error: NAME=ollama: choose from {', '.join(ENGINES)}, or all\n")
+    assert [line.split() for line in printed.splitlines()] == [[name, "-"] for name in known]
+    assert install("ollama") == (2, f"error: NAME=ollama: choose from {', '.join(known)}, or all\n")
 
 
 def test_a_failing_install_says_why_and_leaves_no_engine_behind(install, monkeypatch):
