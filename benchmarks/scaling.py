@@ -149,16 +149,21 @@ def plot(path: Path, measured: dict[str, dict[str, Curve]]) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     axes = list(next(iter(measured.values())))
-    figure, panels = pyplot.subplots(1, len(axes), figsize=(3.2 * len(axes), 3), layout="constrained", squeeze=False)
+    figure, panels = pyplot.subplots(
+        1, len(axes), figsize=(3.2 * len(axes), 3), layout="constrained", squeeze=False, sharey=True
+    )
     for panel, axis in zip(panels[0], axes, strict=True):
         for method, by_axis in measured.items():
             values = [value for value, _ in by_axis[axis]]
             panel.plot(values, [point.seconds for _, point in by_axis[axis]], marker="o", label=method)
         panel.set(xscale="log", yscale="log", xlabel=axis, xticks=values, xticklabels=[str(value) for value in values])
         panel.minorticks_off()
+        panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        panel.tick_params(labelleft=panel is panels[0][0])
     panels[0][0].set_ylabel("seconds")
     panels[0][0].legend()
     figure.savefig(path, dpi=150)
