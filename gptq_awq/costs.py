@@ -111,11 +111,11 @@ class Costs:
         """One candidate's tr(ΔHΔᵀ)."""
         return Cost(2 * out * width * (width + 1), 4 * (out * width + width**2), _named(SOLVER))
 
-    def _head(self, tokens: int) -> Cost:
-        """Logits of `tokens` hidden states."""
-        size = self.weights.itemsize
-        traffic = size * (self.width * (self.vocab + tokens) + tokens * self.vocab)
-        return Cost(2 * tokens * self.width * self.vocab, traffic, _named(self.weights))
+    def _head(self, tokens: int, words: int | None = None) -> Cost:
+        """Logits of `tokens` hidden states, for all words or so many of them."""
+        size, words = self.weights.itemsize, words or self.vocab
+        traffic = size * (self.width * (words + tokens) + tokens * words)
+        return Cost(2 * tokens * self.width * words, traffic, _named(self.weights))
 
 
 def matmul_rate(dtype: Dtype, rows: int, inner: int, columns: int, device: torch.device, seconds: float = 0.3) -> float:

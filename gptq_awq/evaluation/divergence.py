@@ -9,7 +9,7 @@ Need", arXiv:2407.09141).
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,6 +22,7 @@ from gptq_awq.evaluation.perplexity import (
     token_nll,
     window_states,
 )
+from gptq_awq.evaluation.tiles import comparison
 from gptq_awq.profiling import phase
 from gptq_awq.progress import Track, no_track
 
@@ -41,14 +42,16 @@ def divergence(
     baseline: TokenScores,
     track: Track = no_track,
     output: Parameters | None = None,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> Divergence:
-    """Score every window with the quantized `model` and compare with `baseline`, its full-precision scores.
+    """Score every window with the quantized `model` and compare with `baseline`, its full-precision scores in the same
+    `compute_dtype`.
 
     `output` holds the full-precision output layer's parameters where the model's own were changed. Each
     token costs one forward of the quantized model and two rows of head matmul. Raises UserError where a logit
     is not finite, ValueError where the full-precision output layer is not the baseline's.
     """
-    head = Head.of(model)
+    head = Head.of(model, compute_dtype)
     with head.with_output(output):
         if head.sha256() != baseline.head_sha256:
             raise ValueError("the output layer is not the full-precision one: KL would compare two heads")
@@ -57,17 +60,33 @@ def divergence(
     agree = torch.empty_like(baseline.nll, dtype=torch.bool)
     for index, window in enumerate(track(windows, f"{tokens.name}: quantized", len(windows))):
         states = window_states(head, window)
-        for part in head.chunks(len(states)):
-            with head.with_output(output):
-                p = head(baseline.hidden[index, part])
-            q = head(states[part])
-            with phase("score/losses"):
-                agree[index, part] = (p.argmax(-1) == q.argmax(-1)).cpu()
-                log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-                nll[index, part] = token_nll(log_q, window[1:][part]).cpu()
-                kl[index, part] = token_kl(log_p, log_q).cpu()
+        compared = compare(head, baseline.hidden[index], states, window[1:], output)
+        nll[index], kl[index], agree[index] = compared
         check_finite(nll[index] + kl[index], tokens.name, index)
     return Divergence(nll, kl, agree)
+
+
+def compare(
+    head: Head,
+    full: Float[Tensor, "scored width"],
+    states: Float[Tensor, "scored width"],
+    targets: Int[Tensor, "scored"],
+    output: Parameters | None = None,
+) -> tuple[Float[Tensor, "scored"], Float[Tensor, "scored"], Bool[Tensor, "scored"]]:
+    """-log q(target), KL(p ‖ q) and top-1 agreement, on the CPU; p of the states `full` through the output layer
+    `output` (None: the model's own), q of `states`.
+    """
+    if states.device.type == "cpu":
+        return comparison(head, full, states, targets, output)
+    nll, kl, agree = torch.empty(len(states)), torch.empty(len(states)), torch.empty(len(states), dtype=torch.bool)
+    for part in head.chunks(len(states)):
+        p, q = head(full[part], output=output), head(states[part])
+        with phase("score/losses"):
+            agree[part] = (p.argmax(-1) == q.argmax(-1)).cpu()
+            log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+            nll[part] = token_nll(log_q, targets[part]).cpu()
+            kl[part] = token_kl(log_p, log_q).cpu()
+    return nll, kl, agree
 
 
 def token_kl(log_p: Float[Tensor, "tokens vocab"], log_q: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens"]:

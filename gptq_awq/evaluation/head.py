@@ -10,7 +10,7 @@ states, and is believed only after it has reproduced the model's logits on a pro
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -19,11 +19,14 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from gptq_awq.errors import UserError
+from gptq_awq.evaluation.precision import lowered
 from gptq_awq.profiling import phase
 from gptq_awq.sealed import tensor_bytes
 
 CHUNK_LOGITS = 2**23
-"""Logits computed at a time: 32 MB in fp32."""
+"""Logits of whole rows computed at a time: 32 MB in fp32."""
+TILE_TOKENS, TILE_WORDS = 512, 2048
+"""Logits of one tile: 4 MB in fp32, which stay in a CPU's cache until they are read."""
 PROBE_TOKENS = 8
 TOLERANCE = 1e-3
 """Largest difference allowed on the probe, relative to the largest logit."""
@@ -34,7 +37,11 @@ Parameters = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Head:
-    """A model in two halves: `hidden` runs the decoder, calling the head runs the rest."""
+    """A model in two halves: `hidden` runs the decoder in `compute_dtype` (see `precision`), calling the head runs
+    the rest.
+
+    `divisible`: whether a part of the vocabulary can be computed alone.
+    """
 
     model: PreTrainedModel
     decoder: nn.Module
@@ -42,9 +49,11 @@ class Head:
     """What the decoder returns; the head's forward reads its hidden states from a copy of this."""
     output: nn.Module
     vocab: int
+    divisible: bool = False
+    compute_dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "Head":
+    def of(cls, model: PreTrainedModel, compute_dtype: torch.dtype = torch.float32) -> "Head":
         """Split `model` into decoder and head, and check the halves against the whole.
 
         Raises UserError where the model is not made of a decoder and a head that work on their own.
@@ -58,29 +67,34 @@ class Head:
             expected = model(input_ids=probe, use_cache=False).logits[0].float()
             if not isinstance(template, ModelOutput) or "last_hidden_state" not in template:
                 raise _unsupported(model)
-            head = cls(model, decoder, template, output, expected.shape[-1])
-            logits = head(template["last_hidden_state"][0])
-        # Non-finite logits are for the scores to report, with the window they come from.
-        error = (logits - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
-        if error > TOLERANCE:
-            raise _unsupported(model)
-        return head
+            head = cls(model, decoder, template, output, expected.shape[-1], compute_dtype=compute_dtype)
+            states = template["last_hidden_state"][0]
+            if not _same(head(states), expected):
+                raise _unsupported(model)
+            return replace(head, divisible=head._divides(states, expected))
 
     @torch.no_grad()
     def hidden(
         self, ids: Int[Tensor, "batch tokens"], mask: Int[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens width"]:
         """The decoder's last hidden states, in the model's dtype and on its device."""
-        with phase("score/forward", *ids.shape):
+        with phase("score/forward", *ids.shape), lowered(self.compute_dtype):
             output = self.decoder(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True)
         return output["last_hidden_state"]
 
     @torch.no_grad()
-    def __call__(self, hidden: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocab"]:
-        """The model's logits, in fp32."""
+    def __call__(
+        self, hidden: Float[Tensor, "tokens width"], words: slice | None = None, output: Parameters | None = None
+    ) -> Float[Tensor, "tokens words"]:
+        """The model's logits, in fp32, of `words` (None: all; a part only of a divisible head), with the output
+        layer `output` (None: its own).
+        """
         hidden = hidden.to(self.model.device)[None]
         placeholder = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        with phase("score/head", hidden.shape[1]), self._decoder_returning(hidden):
+        if words is not None and len(range(self.vocab)[words]) < self.vocab:
+            output = {name: value[words] for name, value in (output or dict(self.output.named_parameters())).items()}
+        size = (hidden.shape[1], *([] if words is None else [words.stop - words.start]))
+        with self.with_output(output), phase("score/head", *size), self._decoder_returning(hidden):
             return self.model(input_ids=placeholder, use_cache=False).logits[0].float()
 
     @contextmanager
@@ -102,6 +116,26 @@ class Head:
         for start in range(0, tokens, step):
             yield slice(start, min(start + step, tokens))
 
+    def tiles(self, tokens: int) -> Iterator[tuple[slice, list[slice]]]:
+        """Cut the logits of `tokens` positions into tiles: some positions, and their parts of the vocabulary."""
+        if not self.divisible:
+            yield from ((rows, [slice(0, self.vocab)]) for rows in self.chunks(tokens))
+            return
+        words = [slice(first, min(first + TILE_WORDS, self.vocab)) for first in range(0, self.vocab, TILE_WORDS)]
+        for start in range(0, tokens, TILE_TOKENS):
+            yield slice(start, min(start + TILE_TOKENS, tokens)), words
+
+    def _divides(self, states: Float[Tensor, "tokens width"], expected: Float[Tensor, "tokens vocab"]) -> bool:
+        """Whether two uneven parts of the vocabulary, computed with parts of the output layer, make the whole."""
+        if any(p.shape[:1] != (self.vocab,) for p in self.output.parameters()):
+            return False
+        cut = self.vocab // 3
+        try:
+            parts = [self(states, slice(0, cut)), self(states, slice(cut, self.vocab))]
+        except (RuntimeError, IndexError):  # the model looks for its whole vocabulary
+            return False
+        return [p.shape[-1] for p in parts] == [cut, self.vocab - cut] and _same(torch.cat(parts, -1), expected)
+
     def sha256(self) -> str:
         """Content hash of the output layer's weights."""
         digest = hashlib.sha256()
@@ -122,6 +156,11 @@ class Head:
             del self.decoder.forward
             if before is not None:  # some libraries (accelerate) set an instance's forward too
                 self.decoder.forward = before
+
+
+def _same(logits: Float[Tensor, "tokens vocab"], expected: Float[Tensor, "tokens vocab"]) -> bool:
+    error = (logits - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
+    return not error > TOLERANCE  # logits that are not finite are for the scores to report, with their window
 
 
 def _unsupported(model: PreTrainedModel) -> UserError:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.head import Head
+from gptq_awq.evaluation.tiles import predictions
 from gptq_awq.profiling import phase
 from gptq_awq.progress import Track, no_track
 
@@ -37,12 +38,14 @@ def perplexity(nll: Float[Tensor, "windows scored"]) -> float:
     return float(nll.double().mean().exp())
 
 
-def token_losses(model: PreTrainedModel, tokens: TokenSet, track: Track = no_track) -> TokenScores:
-    """Score every window with `model`, one forward per window.
+def token_losses(
+    model: PreTrainedModel, tokens: TokenSet, track: Track = no_track, compute_dtype: torch.dtype = torch.float32
+) -> TokenScores:
+    """Score every window with `model`, one forward per window, in `compute_dtype` (see `precision`).
 
     Raises UserError where a window is longer than the model's context, or a logit is not finite.
     """
-    head = Head.of(model)
+    head = Head.of(model, compute_dtype)
     windows = checked_windows(model, tokens)
     nll = torch.empty(len(windows), windows.shape[1] - 1)
     hidden = None
@@ -51,13 +54,24 @@ def token_losses(model: PreTrainedModel, tokens: TokenSet, track: Track = no_tra
         if hidden is None:
             hidden = torch.empty(len(windows), *states.shape, dtype=states.dtype)
         hidden[index] = states
-        for part in head.chunks(len(states)):
-            logits = head(states[part])
-            with phase("score/losses"):
-                nll[index, part] = token_nll(logits.log_softmax(-1), window[1:][part]).cpu()
+        nll[index] = next_token_nll(head, states, window[1:])
         check_finite(nll[index], tokens.name, index)
     assert hidden is not None
     return TokenScores(nll, hidden, head.sha256())
+
+
+def next_token_nll(
+    head: Head, states: Float[Tensor, "scored width"], targets: Int[Tensor, "scored"]
+) -> Float[Tensor, "scored"]:
+    """-log p(target) of each state, on the CPU."""
+    if states.device.type == "cpu":
+        return predictions(head, states, targets)[0]
+    nll = torch.empty(len(states))
+    for part in head.chunks(len(states)):
+        logits = head(states[part])
+        with phase("score/losses"):
+            nll[part] = token_nll(logits.log_softmax(-1), targets[part]).cpu()
+    return nll
 
 
 def checked_windows(model: PreTrainedModel, tokens: TokenSet) -> Int[Tensor, "windows tokens"]:
