@@ -108,8 +108,8 @@ class Costs:
         return Cost(out * width**2, 4 * (2 * out * width + width**2 / 2), _named(SOLVER))
 
     def _search(self, out: int, width: int) -> Cost:
-        """One candidate's tr(ΔHΔᵀ)."""
-        return Cost(2 * out * width * (width + 1), 4 * (out * width + width**2), _named(SOLVER))
+        """One candidate's tr(ΔHΔᵀ), of one half of H; candidates are only compared, so rough products do."""
+        return Cost(out * width * (width + 2), 4 * (out * width + width**2 / 2), _named(self.compute))
 
     def _head(self, tokens: int, words: int | None = None) -> Cost:
         """Logits of `tokens` hidden states, for all words or so many of them."""

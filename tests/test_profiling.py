@@ -4,6 +4,7 @@ import ast
 import gzip
 import json
 import random
+import runpy
 from contextlib import closing
 from pathlib import Path
 
@@ -153,6 +154,20 @@ def test_the_head_takes_the_operations_that_torch_counts():
     assert Costs.of(model, torch.float32)(step).flops == counter.get_total_flops()
 
 
+def test_moments_and_candidates_take_half_of_the_full_products():
+    x, delta = torch.randn(50, 64), torch.randn(30, 64)
+    costs = Costs.of(tiny_model("llama"), torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        x.T @ x
+    moments = costs(Span("moments", (50, 64), 1.0, 1.0, False))
+    assert moments.flops == counter.get_total_flops() * (1 + 1 / 64) / 2  # with the diagonal
+    with FlopCounterMode(display=False) as counter:
+        delta @ (x.T @ x)[:64]
+    product = counter.get_total_flops() - 2 * 50 * 64 * 64
+    candidate = costs(Span("search", (30, 64), 1.0, 1.0, False))
+    assert candidate.flops == product * (1 + 2 / 64) / 2  # and the rows' products with it
+
+
 def test_steps_without_a_size_cost_nothing_known():
     costs = Costs.of(tiny_model("gpt2"), torch.float32)
     assert costs(Span("forward", (), 1.0, 1.0, False)) is None
@@ -162,6 +177,11 @@ def test_steps_without_a_size_cost_nothing_known():
 def test_rates_are_positive_and_finite():
     assert 1e6 < matmul_rate(torch.float32, 64, 64, 64, CPU, seconds=0.01) < 1e18
     assert 1e6 < copy_rate(CPU, megabytes=1, seconds=0.01) < 1e18
+
+
+def test_a_power_law_has_its_exponent():
+    scaling = runpy.run_path(str(ROOT / "benchmarks" / "scaling.py"))
+    assert scaling["exponent"]([1, 2, 4, 8], [3 * x**1.5 for x in (1, 2, 4, 8)]) == pytest.approx(1.5)
 
 
 # ------------------------------------------------------------------------------------------------ the recorder
