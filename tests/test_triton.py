@@ -226,6 +226,34 @@ def test_the_range_search_finds_the_least_error(interpreter, arithmetic, with_he
     assert_best(search, interpreter(searched_by_triton, search))
 
 
+def solved(kernels: str) -> list[str]:
+    """Hashes of what GPTQ makes of one weight on several grids."""
+    from gptq_awq.grids.affine import AffineGrid
+    from gptq_awq.grids.integer import IntGrid
+    from gptq_awq.grids.table import TableGrid
+    from gptq_awq.moments import Moments
+    from gptq_awq.solvers.gptq import GPTQ
+
+    draw = torch.Generator().manual_seed(0)
+    w, x = torch.randn(9, 52, generator=draw), torch.randn(200, 52, generator=draw)
+    moments = Moments(x.T @ x / 200, x.abs().mean(0), 200)
+    grids = (
+        IntGrid(3, 12),
+        IntGrid(3, 12, search="hessian"),
+        AffineGrid(4, 20),
+        TableGrid("nf4", 16, double_quant=True),
+    )
+    solvers = [GPTQ(act_order, static, block_size=16) for act_order in (False, True) for static in (False, True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "available", lambda device: kernels == "triton")
+        return [solver.solve(w, moments, grid).quantized.sha256() for solver in solvers for grid in grids]
+
+
+@needs_triton
+def test_gptq_by_the_gpu_kernels_is_gptq_by_the_cpu_kernels(interpreter):
+    assert interpreter(solved, "triton") == solved("numba")
+
+
 def code_for_hopper(block: int) -> str:
     """The sweep's code as ptxas gets it: it can be compiled where there is no GPU."""
     import triton

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gptq_awq.errors import UserError
-from gptq_awq.grids.arithmetic import Arithmetic, in_numbers
+from gptq_awq.grids.arithmetic import KINDS, Arithmetic, in_numbers
+from gptq_awq.kernels import gpu
 from gptq_awq.kernels.columns import best_range
 
 MSE_NORM = 2.4
@@ -49,10 +50,16 @@ def best(
     Raises:
         ValueError: `search` is "hessian" and no Hessian block is given.
     """
-    if search == "hessian":
-        if hessian is None:
-            raise ValueError("grid.search=hessian needs the group's diagonal block of the Hessian")
-        chosen = _by_output_error(w, scales, zeros, arithmetic, hessian.to(w))
+    if search != "hessian":
+        h = None
+    elif hessian is None:
+        raise ValueError("grid.search=hessian needs the group's diagonal block of the Hessian")
+    else:
+        h = hessian.to(w)
+    if gpu.available(w.device):
+        chosen = _by_triton(w, scales, zeros, arithmetic, h)
+    elif h is not None:
+        chosen = _by_output_error(w, scales, zeros, arithmetic, h)
     else:
         chosen = _by(lambda e: e.abs().pow(MSE_NORM).sum(1), w, scales, zeros, arithmetic)
     return scales.gather(1, chosen[:, None]), zeros.gather(1, chosen[:, None])
@@ -72,6 +79,19 @@ def _by_output_error(w: Tensor, scales: Tensor, zeros: Tensor, arithmetic: Arith
     weights, scale, zero, hessian = (x.contiguous().numpy() for x in (*spans, h))
     best_range(weights, scale, zero, *in_numbers(arithmetic), hessian, chosen.numpy())
     return chosen.flatten()
+
+
+def _by_triton(w: Tensor, scales: Tensor, zeros: Tensor, arithmetic: Arithmetic, h: Tensor | None) -> Tensor:
+    """Either error, for all candidates and groups at once (see kernels/triton_columns.py)."""
+    from gptq_awq.kernels.triton_columns import best_range
+
+    h = h.expand(1, *h.shape[-2:]) if h is not None and h.dim() == 2 else h
+    groups = 1 if h is None else len(h)
+    weights, scale, zero = (x.unflatten(0, (-1, groups)) for x in (w, scales, zeros))
+    chosen = torch.empty(len(w), dtype=torch.int64, device=w.device)
+    kind, levels = KINDS.index(arithmetic.kind), w.new_tensor(arithmetic.levels)
+    best_range(weights, scale, zero, arithmetic.max_code, kind, levels, h, chosen)
+    return chosen
 
 
 def _output_error(e: Float[Tensor, "rows cols"], h: Float[Tensor, "spans cols cols"]) -> Float[Tensor, "rows"]:

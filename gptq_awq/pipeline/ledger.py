@@ -79,7 +79,9 @@ class LinearReport:
         }
         if moments is not None:
             signal = max(quadratic(weight, moments.hessian, rough=True), 1e-30)
-            row["error_after"] = quadratic(dequantized - weight, moments.hessian) / signal
+            loss = solution.quantized.loss if solution.damping is None else None  # else it is of the damped H
+            error = quadratic(dequantized - weight, moments.hessian) if loss is None else 2 * loss
+            row["error_after"] = error / signal
             delta = nearest(grid, weight) - weight
             same = torch.equal(delta, dequantized - weight)
             row["error_before"] = row["error_after"] if same else quadratic(delta, moments.hessian, True) / signal

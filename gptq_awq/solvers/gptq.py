@@ -11,7 +11,7 @@ Updates inside a block of `block_size` columns are immediate, those beyond it ar
 the last lazy update left them: the original code's choice, so that results equal its own.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gptq_awq.errors import UserError
-from gptq_awq.grids.arithmetic import Params, in_numbers
+from gptq_awq.grids.arithmetic import KINDS, Params, in_numbers
 from gptq_awq.grids.base import Fitted, Grid, QuantizedWeight, fit_all, group_of_columns, joined
+from gptq_awq.kernels import gpu
 from gptq_awq.kernels.columns import sweep_columns
 from gptq_awq.linalg import NotPositiveDefiniteError
 from gptq_awq.moments import Moments
@@ -74,7 +75,7 @@ class GPTQ:
             raise ValueError("GPTQ needs the moments of the layer's input")
         W = weight.clone()
         # 1. Columns that never see an input cannot matter.
-        W[:, moments.dead()] = 0
+        W.masked_fill_(moments.dead(), 0)
         # 2. Factor the inverse Hessian, in the order that columns are rounded in.
         try:
             U, order, damping = moments.inverse_factor(self.damping, self.act_order)
@@ -136,13 +137,14 @@ class _Groups:
         self.scales, self.zeros, self.store = fitted.scales, fitted.zeros, fitted.store
         self.stores = {span: {} for span in self.span_of_group.tolist()}
 
-    def fit(self, span: int, W: Tensor, group_of_column: Tensor, hessian: Tensor | None) -> None:
+    def fit(self, span: int, W: Tensor, span_of_column: list[int], hessian: Tensor | None) -> None:
         """Fit one span, whose columns are neighbours in W, to the weights as they are."""
-        members = (self.span_of_group[group_of_column] == span).nonzero().flatten()
-        a, b = int(members[0]), int(members[-1]) + 1
+        a = span_of_column.index(span)
+        b = a + span_of_column.count(span)
         with phase("search"):
             fitted = self.grid.fit(W[:, a:b], None if hessian is None else hessian[a:b, a:b])
-        groups = self.span_of_group == span
+        first = int((self.span_of_group < span).sum())
+        groups = slice(first, first + fitted.scales.shape[1])
         self.scales[:, groups], self.zeros[:, groups] = fitted.scales, fitted.zeros
         self.stores[span] = fitted.store
 
@@ -165,29 +167,46 @@ def sweep(
     Returns:
         Codes, and the loss ½ Σ (w_i - q_i)² / U_ii².
     """
-    columns, span_list = W.shape[1], groups.span_of_group[group_of_column].tolist()
-    codes, loss = torch.empty_like(W), 0.0
-    round_columns = _round_compiled if W.device.type == "cpu" else _round_plain
+    columns, span_of_column = W.shape[1], groups.span_of_group[group_of_column].tolist()
+    codes, loss = torch.empty_like(W), W.new_zeros((), dtype=torch.float64)
+    group_of_column = group_of_column.to(W.device)
+    round_columns = _rounding(W.device)
     for i1 in range(0, columns, block_size):
         i2 = min(i1 + block_size, columns)
+        # Ranges are fitted to W, which changes between blocks only: all that begin here can be fitted now.
+        for span in dict.fromkeys(span_of_column[i1:i2]):
+            if span not in groups.stores:
+                groups.fit(span, W, span_of_column, hessian)
         W1, U1 = W[:, i1:i2].clone(memory_format=torch.contiguous_format), U[i1:i2, i1:i2].contiguous()
         Q1, E1 = torch.empty_like(W1), torch.empty_like(W1)
-        for a, b in _runs(span_list, groups.stores, i1, i2):
-            if span_list[a] not in groups.stores:
-                groups.fit(span_list[a], W, group_of_column, hessian)
-            round_columns(W1, U1, grid, groups.of(group_of_column[a:b]), a - i1, Q1, E1)
+        round_columns(W1, U1, grid, groups.of(group_of_column[i1:i2]), Q1, E1)
         codes[:, i1:i2] = Q1
-        loss += float(E1.square().sum(dtype=torch.float64)) / 2
+        loss += E1.square().sum(dtype=torch.float64)
         if i2 < columns:
             W[:, i2:] -= E1.matmul(U[i1:i2, i2:])
-    return codes, loss
+    return codes, float(loss) / 2
 
 
-def _round_plain(W1: Tensor, U1: Tensor, grid: Grid, params: Params, first: int, Q1: Tensor, E1: Tensor) -> None:
-    """Round neighbouring columns of a block: any device. The equations, one line each."""
+def _rounding(device: torch.device) -> Callable[[Tensor, Tensor, Grid, Params, Tensor, Tensor], None]:
+    if gpu.available(device):
+        return _round_triton
+    return _round_compiled if device.type == "cpu" else _round_plain
+
+
+def _round_triton(W1: Tensor, U1: Tensor, grid: Grid, params: Params, Q1: Tensor, E1: Tensor) -> None:
+    """The same, compiled for a GPU (see kernels/triton_columns.py)."""
+    from gptq_awq.kernels.triton_columns import sweep_columns  # there is no Triton everywhere
+
+    arithmetic = grid.arithmetic
+    kind, levels = KINDS.index(arithmetic.kind), W1.new_tensor(arithmetic.levels)
+    sweep_columns(W1, U1, *params, arithmetic.max_code, kind, levels, 0, Q1, E1)
+
+
+def _round_plain(W1: Tensor, U1: Tensor, grid: Grid, params: Params, Q1: Tensor, E1: Tensor) -> None:
+    """Round the columns of a block: any device. The equations, one line each."""
     scales, zeros = params
-    for k in range(scales.shape[1]):
-        i, group = first + k, (scales[:, k : k + 1], zeros[:, k : k + 1])
+    for i in range(scales.shape[1]):
+        group = scales[:, i : i + 1], zeros[:, i : i + 1]
         w = W1[:, i : i + 1]
         code = grid.encode(w, group)
         e = (w - grid.decode(code, group)) / U1[i, i]
@@ -195,14 +214,8 @@ def _round_plain(W1: Tensor, U1: Tensor, grid: Grid, params: Params, first: int,
         Q1[:, i : i + 1], E1[:, i : i + 1] = code, e
 
 
-def _round_compiled(W1: Tensor, U1: Tensor, grid: Grid, params: Params, first: int, Q1: Tensor, E1: Tensor) -> None:
+def _round_compiled(W1: Tensor, U1: Tensor, grid: Grid, params: Params, Q1: Tensor, E1: Tensor) -> None:
     """The same, compiled for a CPU (see kernels/columns.py)."""
     scale, zero = (p.contiguous().numpy() for p in params)
     arithmetic = in_numbers(grid.arithmetic)
-    sweep_columns(W1.numpy(), U1.numpy(), scale, zero, *arithmetic, first, Q1.numpy(), E1.numpy())
-
-
-def _runs(spans: list[int], done: Container[int], start: int, stop: int) -> list[tuple[int, int]]:
-    """Cut start..stop-1 where a span begins that is yet to be fitted."""
-    cuts = [i for i in range(start + 1, stop) if spans[i] != spans[i - 1] and spans[i] not in done]
-    return list(zip([start, *cuts], [*cuts, stop], strict=True))
+    sweep_columns(W1.numpy(), U1.numpy(), scale, zero, *arithmetic, 0, Q1.numpy(), E1.numpy())
