@@ -171,6 +171,7 @@ def load(plan: Plan) -> Work:
         "tasks": tasks and tasks.sha256(),
         "device": plan.device.type,
         "compute_dtype": str(resolve_compute_dtype(plan.settings.compute_dtype, plan.device)),
+        "eval_dtype": str(resolve_compute_dtype(plan.evaluation.compute_dtype, plan.device)),
     }
     run_ = Run(run_sha256(plan.config, data, code), plan.out)
     return Work(loaded, windows, tasks, tokens, grids, package, run_)
@@ -194,6 +195,7 @@ def _compute(plan: Plan, work: Work, tracker: Tracker, clock: Clock, track: Trac
         baseline = full_precision(
             *(loaded.model, loaded.tokenizer, loaded.sha256, work.windows, work.tasks, cache_dir(), track),
             keep_output=plan.method.cast is not None or changes_output(loaded.model, work.grids),
+            compute_dtype=plan.evaluation.compute_dtype,
         )
     with clock.phase("quantize"):
         quantized = _quantize(plan, work, tracker, track, recorder)
@@ -388,6 +390,7 @@ def _manifest(plan: Plan, work: Work, baseline: Baseline, checkpoints: Sequence[
         "config": config_sha256(plan.config),
         "code": work.code,
         "compute_dtype": str(resolve_compute_dtype(plan.settings.compute_dtype, plan.device)),
+        "eval_dtype": str(baseline.compute_dtype if plan.dtype == "float32" else loaded.model.dtype),
         "seed": plan.seed,
     } | environment()
 

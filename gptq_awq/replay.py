@@ -93,6 +93,7 @@ def replay(run_dir: Path, track: Track, scores: bool = False, device: str | None
         baseline = full_precision(
             *(work.loaded.model, work.loaded.tokenizer, work.loaded.sha256, work.windows, work.tasks, None, track),
             keep_output=keep,
+            compute_dtype=plan.evaluation.compute_dtype,
         )
     difference = _first_other_layer(plan, work, ledger, track)
     if difference is None and baseline is not None:

@@ -1,9 +1,9 @@
 """The full-precision scores of a model, computed once and kept on disk by content hash.
 
 A file's name is the hash of all that its content depends on: the model's weights, dtype, device type and
-attention code, the token ids, the versions of torch and transformers, and `SCHEMA`. Files are written whole
-or not at all, carry their own checksum, and one that is damaged is never used: it is computed anew, with a
-warning. Of several processes that want the same scores, one computes them.
+attention code, the dtype of its forwards, the token ids, the versions of torch and transformers, and `SCHEMA`.
+Files are written whole or not at all, carry their own checksum, and one that is damaged is never used: it is
+computed anew, with a warning. Of several processes that want the same scores, one computes them.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from gptq_awq.sealed import Sealed, lock_path, once
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 2
+SCHEMA = 3
 """Raised whenever the meaning of a stored number changes."""
 Answers = dict[str, Any]
 """A model's answers to lm-eval's requests, by the hash of the request."""
@@ -37,6 +37,7 @@ def baseline_scores(
     tokens: TokenSet,
     folder: Path | None,
     track: Track = no_track,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> TokenScores:
     """The full-precision scores of `tokens`: from `folder` where they are there, else computed and kept
     there.
@@ -45,12 +46,12 @@ def baseline_scores(
     does.
     """
     if folder is None:
-        return token_losses(model, tokens, track)
-    path = folder / f"{_key(model, model_sha256, tokens.sha256)}.safetensors"
+        return token_losses(model, tokens, track, compute_dtype)
+    path = folder / f"{_key(model, model_sha256, tokens.sha256, compute_dtype)}.safetensors"
     windows, length = tokens.ids.shape
 
     def compute() -> Sealed:
-        scores = token_losses(model, tokens, track)
+        scores = token_losses(model, tokens, track, compute_dtype)
         return Sealed({"nll": scores.nll, "hidden": scores.hidden}, {"head_sha256": scores.head_sha256})
 
     def fits(kept: Sealed) -> bool:
@@ -60,9 +61,19 @@ def baseline_scores(
     return TokenScores(kept.tensors["nll"], kept.tensors["hidden"], kept.facts["head_sha256"])
 
 
-def read_answers(model: PreTrainedModel, model_sha256: str, folder: Path) -> Answers:
+def floor_path(
+    model: PreTrainedModel, model_sha256: str, tokens: TokenSet, folder: Path | None, dtype: torch.dtype
+) -> Path | None:
+    """Where the noise floor of `dtype` on these tokens is kept (see `floor`)."""
+    key = _key(model, model_sha256, f"floor {tokens.sha256}", dtype)
+    return None if folder is None else folder / f"{key}.safetensors"
+
+
+def read_answers(
+    model: PreTrainedModel, model_sha256: str, folder: Path, compute_dtype: torch.dtype = torch.float32
+) -> Answers:
     """The answers this full-precision model gave before; none where the file is missing or damaged."""
-    path = _answers_path(model, model_sha256, folder)
+    path = _answers_path(model, model_sha256, folder, compute_dtype)
     try:
         kept = json.loads(path.read_text())
         if kept["sha256"] != _json_sha256(kept["answers"]):
@@ -75,25 +86,32 @@ def read_answers(model: PreTrainedModel, model_sha256: str, folder: Path) -> Ans
         return {}
 
 
-def write_answers(model: PreTrainedModel, model_sha256: str, folder: Path, answers: Answers) -> None:
+def write_answers(
+    model: PreTrainedModel,
+    model_sha256: str,
+    folder: Path,
+    answers: Answers,
+    compute_dtype: torch.dtype = torch.float32,
+) -> None:
     """Add `answers` to those kept, whoever else adds to them."""
-    path = _answers_path(model, model_sha256, folder)
+    path = _answers_path(model, model_sha256, folder, compute_dtype)
     with locked(lock_path(path)):
-        merged = read_answers(model, model_sha256, folder) | answers
+        merged = read_answers(model, model_sha256, folder, compute_dtype) | answers
         text = json.dumps({"sha256": _json_sha256(merged), "answers": merged})
         with replacing(path) as scratch:
             scratch.write_text(text)
 
 
-def _answers_path(model: PreTrainedModel, model_sha256: str, folder: Path) -> Path:
-    return folder / f"{_key(model, model_sha256, 'lm_eval')}.json"
+def _answers_path(model: PreTrainedModel, model_sha256: str, folder: Path, compute_dtype: torch.dtype) -> Path:
+    return folder / f"{_key(model, model_sha256, 'lm_eval', compute_dtype)}.json"
 
 
-def _key(model: PreTrainedModel, model_sha256: str, what: str) -> str:
+def _key(model: PreTrainedModel, model_sha256: str, what: str, compute_dtype: torch.dtype) -> str:
     depends_on = {
         "schema": SCHEMA,
         "model": model_sha256,
         "dtype": str(model.dtype),
+        "compute_dtype": str(compute_dtype),
         "device": model.device.type,
         "attention": model.config._attn_implementation,
         "what": what,

@@ -10,20 +10,23 @@ high]). `scored.scores` is what a later comparison with other runs needs.
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from transformers import PreTrainedModel
 
 from gptq_awq.data import TokenSet
-from gptq_awq.evaluation.baseline import baseline_scores, read_answers, write_answers
+from gptq_awq.evaluation.baseline import baseline_scores, floor_path, read_answers, write_answers
 from gptq_awq.evaluation.divergence import Divergence, divergence
+from gptq_awq.evaluation.floor import Floor, floors
 from gptq_awq.evaluation.head import Parameters
 from gptq_awq.evaluation.perplexity import TokenScores, perplexity
+from gptq_awq.pipeline.inputs import resolve_compute_dtype
 from gptq_awq.progress import Track, no_track
 from gptq_awq.scores import Scores
 from gptq_awq.statistics import block_sums, interval, paired_test, resampled_means
@@ -37,13 +40,18 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the full-precision model scored, and on what; `output` is a copy of its output layer, if one was kept."""
+    """What the full-precision model scored, and on what; `output` is a copy of its output layer, if one was kept.
+
+    `compute_dtype`: of forwards, of both models; `floors`: the noise that a lower one than float32 adds, by text.
+    """
 
     tokens: tuple[TokenSet, ...]
     scores: tuple[TokenScores, ...]
     tasks: "Tasks | None" = None
     results: "TaskResults | None" = None
     output: Parameters | None = None
+    compute_dtype: torch.dtype = torch.float32
+    floors: Mapping[str, Floor] = field(default_factory=dict)
 
     @property
     def sha256(self) -> dict[str, str]:
@@ -69,31 +77,56 @@ def full_precision(
     cache_dir: Path | None = None,
     track: Track = no_track,
     keep_output: bool = False,
+    compute_dtype: str = "float32",
 ) -> Baseline:
     """Score the full-precision model, or read its scores from `cache_dir`/baselines.
 
     `model_sha256` stands for the weights in the cache's keys; `cache_dir=None` caches nothing; `keep_output`
-    copies the output layer, for a model whose own will be rounded too. Raises UserError where a window exceeds
+    copies the output layer, for a model whose own will be rounded too; `compute_dtype` is that of forwards
+    (`Evaluation.compute_dtype`). Raises UserError where a window exceeds
     the model's context, its logits are not finite, or it has no separable head.
     """
     if len({t.name for t in tokens}) < len(tokens):
         raise ValueError("token sets share a name: their metrics would overwrite each other")
     folder = None if cache_dir is None else cache_dir / "baselines"
-    scores = tuple(baseline_scores(model, model_sha256, t, folder, track) for t in tokens)
+    dtype, noise = _precision(model, model_sha256, tokens, folder, compute_dtype)
+    scores = tuple(baseline_scores(model, model_sha256, t, folder, track, dtype) for t in tokens)
     output = None
     if keep_output and tokens:
         layer = model.get_output_embeddings()
         output = {name: p.data.clone() for name, p in layer.named_parameters()} if layer is not None else None
     if tasks is None:
-        return Baseline(tuple(tokens), scores, output=output)
+        return Baseline(tuple(tokens), scores, output=output, compute_dtype=dtype, floors=noise)
     from gptq_awq.evaluation.harness import run_tasks
 
-    answers = {} if folder is None else read_answers(model, model_sha256, folder)
+    answers = {} if folder is None else read_answers(model, model_sha256, folder, dtype)
     known = len(answers)
-    results = run_tasks(model, tokenizer, tasks, answers, track)
+    results = run_tasks(model, tokenizer, tasks, answers, track, dtype)
     if folder is not None and len(answers) > known:
-        write_answers(model, model_sha256, folder, answers)
-    return Baseline(tuple(tokens), scores, tasks, results, output)
+        write_answers(model, model_sha256, folder, answers, dtype)
+    return Baseline(tuple(tokens), scores, tasks, results, output, dtype, noise)
+
+
+def _precision(
+    model: PreTrainedModel, model_sha256: str, tokens: Sequence[TokenSet], folder: Path | None, name: str
+) -> tuple[torch.dtype, dict[str, Floor]]:
+    """The dtype of forwards that `name` means for this model on these texts, and its noise on each of them.
+
+    "auto" means a lower one only where it was tried on every text and is trusted.
+    """
+    dtype = resolve_compute_dtype(name, model.device)
+    if dtype == torch.float32 or model.dtype != torch.float32:  # 16-bit weights: forwards are in their dtype
+        return torch.float32, {}
+    if name == "auto" and not tokens:
+        log.info("eval.compute_dtype=auto: no text to try %s on, so forwards compute in float32", dtype)
+        return torch.float32, {}
+    noise = floors(model, tokens, dtype, [floor_path(model, model_sha256, t, folder, dtype) for t in tokens])
+    for text, found in noise.items():
+        if name == "auto" and not found.trusted:
+            log.info("eval.compute_dtype=auto: %s is not trusted on %s (%s): float32", dtype, text, found)
+            return torch.float32, {}
+        log.info("forwards compute in %s, whose noise on %s is %s", dtype, text, found)
+    return dtype, noise
 
 
 def score(model: PreTrainedModel, tokenizer: Any, baseline: Baseline, seed: int = 0, track: Track = no_track) -> Scored:
@@ -104,13 +137,16 @@ def score(model: PreTrainedModel, tokenizer: Any, baseline: Baseline, seed: int 
     metrics: Metrics = {}
     arrays: dict[str, np.ndarray] = {}
     for tokens, scores in zip(baseline.tokens, baseline.scores, strict=True):
-        found = divergence(model, tokens, scores, track, baseline.output)
+        found = divergence(model, tokens, scores, track, baseline.output, baseline.compute_dtype)
         metrics |= token_metrics(tokens, scores, found, seed)
         arrays |= token_sums(tokens.name, scores, found)
+        if tokens.name in baseline.floors:
+            noise = baseline.floors[tokens.name]
+            metrics |= {f"{tokens.name}/kl/floor": noise.kl, f"{tokens.name}/dnll/floor": abs(noise.dnll)}
     if baseline.tasks is not None and baseline.results is not None:
         from gptq_awq.evaluation.harness import run_tasks
 
-        results = run_tasks(model, tokenizer, baseline.tasks, track=track)
+        results = run_tasks(model, tokenizer, baseline.tasks, track=track, compute_dtype=baseline.compute_dtype)
         metrics |= task_metrics(baseline.results, results, seed)
         arrays |= task_items(baseline.results, results)
     return Scored(metrics, Scores(arrays))

@@ -19,6 +19,7 @@ from typing import Any
 
 import lm_eval.api.task
 import numpy as np
+import torch
 import yaml
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from huggingface_hub import constants as hub
@@ -128,13 +129,14 @@ def run_tasks(
     tasks: Tasks,
     answers: dict[str, Any] | None = None,
     track: Track = no_track,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> TaskResults:
     """Score `model` on all items. `answers`: its earlier answers, used where the question is the same;
-    extended.
+    extended. `compute_dtype`: of forwards (see `precision`); text is generated in the model's own.
 
     Raises UserError where a logit is not finite or a prompt cannot be scored.
     """
-    lm = LanguageModel(model, tokenizer, tasks.batch_size, track)
+    lm = LanguageModel(model, tokenizer, tasks.batch_size, track, compute_dtype)
     for task in tasks.loaded["tasks"].values():  # each model is shown the same few-shot examples
         task.set_fewshot_seed(tasks.seed)
     with _quiet(logging.WARNING):

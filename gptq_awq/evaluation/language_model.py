@@ -34,11 +34,18 @@ Encoded = tuple[Any, list[int], list[int]]
 class LanguageModel(TemplateLM):
     """Scores and generates text with `model`, `batch_size` inputs at a time."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int = 8, track: Track = no_track) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        batch_size: int = 8,
+        track: Track = no_track,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self._model = model
-        self._head = Head.of(model)
+        self._head = Head.of(model, compute_dtype)
         self._batch_size = batch_size
         self._track = track
         self._device = model.device

@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gptq_awq.data import Corpus, LocalText, TokenSet, evaluation_windows
+from gptq_awq.errors import UserError
 
 if TYPE_CHECKING:
     from gptq_awq.evaluation.harness import Tasks
+
+
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,7 @@ class Evaluation:
         num_fewshot: examples in the prompt; None: as the task says.
         include_path: a folder of the user's own task yaml files.
         batch_size: items per forward.
+        compute_dtype: of forwards, of both models: auto, float32 (as the weights are), bfloat16 or float16.
     """
 
     perplexity: Perplexity | None = None
@@ -56,6 +61,11 @@ class Evaluation:
     num_fewshot: int | None = None
     include_path: str | None = None
     batch_size: int = 8
+    compute_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise UserError(f"eval.compute_dtype={self.compute_dtype}: choose one of {', '.join(COMPUTE_DTYPES)}")
 
     def token_sets(self, tokenizer: Any) -> tuple[TokenSet, ...]:
         """The windows to score."""

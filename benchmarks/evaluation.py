@@ -1,0 +1,132 @@
+"""Perplexity, KL and agreement beside a plain transformers loop: seconds, and whether the values are the same.
+
+    python benchmarks/evaluation.py [--model DIR] [--windows 8] [--seqlen 2048] [--bits 4]
+
+The plain loop is model(ids).logits and torch's cross entropy in float32, one window at a time. All contenders take
+turns on every window, so that a machine whose speed drifts is fair to them. On a busy machine believe the CPU seconds
+of one thread (OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1): with more, threads that wait for each other count as work. The comparison is of the model quantized
+by RTN with the full-precision hidden states; full precision stands for perplexity alone.
+"""
+
+import argparse
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+
+from gptq_awq import quantize_model
+from gptq_awq.data import LocalText, WikiText2, evaluation_windows
+from gptq_awq.evaluation.divergence import compare
+from gptq_awq.evaluation.head import Head
+from gptq_awq.evaluation.perplexity import next_token_nll, window_states
+from gptq_awq.models.load import AssetModel, LocalModel
+
+Score = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+
+
+@dataclass
+class Contender:
+    """A way to score a window: losses, and KL and agreement where it has them."""
+
+    name: str
+    score: Score
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    parts: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+
+    def take_turn(self, window: torch.Tensor) -> None:
+        """Score one window."""
+        start, cpu_start = time.perf_counter(), time.process_time()
+        scored = self.score(window)
+        self.seconds.append(time.perf_counter() - start)
+        self.cpu_seconds.append(time.process_time() - cpu_start)
+        self.parts.append(scored)
+
+    def mean(self, part: int) -> float:
+        """The mean over all tokens of losses (0), KL (1) or agreement (2)."""
+        return float(torch.cat([scored[part].double() for scored in self.parts]).mean())
+
+
+def plain(model: PreTrainedModel) -> Score:
+    """Transformers and torch, nothing else."""
+
+    @torch.no_grad()
+    def losses(window: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = model(window[None], use_cache=False).logits[0, :-1]
+        return (torch.nn.functional.cross_entropy(logits, window[1:], reduction="none"),)
+
+    return losses
+
+
+def ours(model: PreTrainedModel, dtype: torch.dtype, keep: dict[int, torch.Tensor]) -> Score:
+    """Losses by tiles; the hidden states are kept for a comparison."""
+    head = Head.of(model, dtype)
+
+    def losses(window: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        states = keep[window.data_ptr()] = window_states(head, window)
+        return (next_token_nll(head, states, window[1:]),)
+
+    return losses
+
+
+def comparison(model: PreTrainedModel, dtype: torch.dtype, kept: dict[int, torch.Tensor]) -> Score:
+    """Losses, KL and agreement of a quantized model."""
+    head = Head.of(model, dtype)
+    return lambda window: compare(head, kept[window.data_ptr()], window_states(head, window), window[1:])
+
+
+def report(contenders: list[Contender]) -> None:
+    """Seconds of all windows, the ratio to the plain loop, and the values."""
+    first = contenders[0]
+    print("| | seconds | CPU seconds | plain / this | in CPU seconds | perplexity | from plain | KL | agreement |")
+    print("|:---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for c in contenders:
+        seconds, cpu = sum(c.seconds), sum(c.cpu_seconds)
+        kl, agree = (f"{c.mean(1):.4e}", f"{c.mean(2):.4f}") if len(c.parts[0]) > 1 else ("", "")
+        apart = "" if kl else f"{math.expm1(c.mean(0) - first.mean(0)):+.1e}"
+        ratios = f"{sum(first.seconds) / seconds:.2f} | {sum(first.cpu_seconds) / cpu:.2f}"
+        values = f"{math.exp(c.mean(0)):.4f} | {apart} | {kl} | {agree}"
+        print(f"| {c.name} | {seconds:.2f} | {cpu:.2f} | {ratios} | {values} |")
+
+
+def main() -> None:
+    """Take turns, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a transformers folder; default: smollm2-135m")
+    parser.add_argument("--text", help="a text file; default: WikiText-2's test split")
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--bits", type=int, default=4)
+    options = parser.parse_args()
+    source = LocalModel(path=options.model) if options.model else AssetModel(name="smollm2-135m", asset="smollm2-135m")
+    loaded = source.load("float32", "cpu")
+    text = LocalText(path=options.text).text("--text") if options.text else WikiText2(split="test").text()
+    windows = evaluation_windows(text, loaded.tokenizer, options.seqlen, options.windows, "--windows").ids.long()
+    quantized = copy.deepcopy(loaded.model)
+    quantize_model(quantized, None, "rtn", options.bits)
+    contenders = [Contender("plain loop, float32", plain(loaded.model))]
+    for dtype in (torch.float32, torch.bfloat16):
+        kept: dict[int, torch.Tensor] = {}
+        name = str(dtype).removeprefix("torch.")
+        contenders.append(Contender(f"perplexity, {name}", ours(loaded.model, dtype, kept)))
+        contenders.append(Contender(f"+ KL and agreement, {name}", comparison(quantized, dtype, kept)))
+    for contender in contenders:  # compiles, and pages in the weights
+        contender.take_turn(windows[0][:64])
+        contender.seconds.clear()
+        contender.cpu_seconds.clear()
+        contender.parts.clear()
+    for window in windows:
+        for contender in contenders:
+            contender.take_turn(window)
+    cpu = torch.cpu.get_capabilities().get("cpu_name")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {cpu}")
+    print(f"{loaded.name}, {len(windows)} x {options.seqlen} tokens, RTN with {options.bits} bits\n")
+    report(contenders)
+
+
+if __name__ == "__main__":
+    main()
