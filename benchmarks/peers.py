@@ -342,7 +342,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sym", action="store_true", help="a symmetric grid")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=4, help="windows per forward of the peers (default: 4)")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows per forward of the peers (default: 8)")
     parser.add_argument("--windows", type=int, default=8, help="of perplexity")
     parser.add_argument("--eval-seqlen", type=int, default=2048)
     parser.add_argument("--layers", type=int, help="blocks that the other rows quantize (default: all)")
