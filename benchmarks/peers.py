@@ -144,7 +144,9 @@ def call(name: str, folder: Path, threads: int, timeout: float) -> str | None:
     env = {**os.environ, **counts, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [str(python), str(DRIVERS / f"run_{name}.py"), str(folder)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout, check=False)
+        done = subprocess.run(  # in the job's folder, as some leave logs where they run
+            command, capture_output=True, text=True, env=env, cwd=folder, timeout=timeout, check=False
+        )
     except subprocess.TimeoutExpired:
         return f"stopped after {timeout:.0f} s"
     if done.returncode:
