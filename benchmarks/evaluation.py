@@ -3,9 +3,9 @@
     python benchmarks/evaluation.py [--model DIR] [--windows 8] [--seqlen 2048] [--bits 4]
 
 The plain loop is model(ids).logits and torch's cross entropy in float32, one window at a time. All contenders take
-turns on every window, so that a machine whose speed drifts is fair to them. On a busy machine believe the CPU seconds
-of one thread (OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1): with more, threads that wait for each other count as work. The comparison is of the model quantized
-by RTN with the full-precision hidden states; full precision stands for perplexity alone.
+turns on every window, so that a machine whose speed drifts is fair to them. The comparison is of the model quantized
+by RTN with the full-precision hidden states; full precision stands for perplexity alone. On a busy machine believe the
+CPU seconds of one thread (OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1): with more, threads that wait count as work.
 """
 
 import argparse
