@@ -1,5 +1,6 @@
 """Laws of lower precision: products alone are lowered, its noise is measured first, and nothing is mixed up."""
 
+import json
 import logging
 
 import pytest
@@ -156,3 +157,12 @@ def test_precisions_have_baselines_and_floors_of_their_own(tmp_path, monkeypatch
 def test_an_unknown_precision_is_refused_by_its_name():
     with pytest.raises(UserError, match=r"eval\.compute_dtype=int8: choose one of auto, float32"):
         Evaluation(compute_dtype="int8")
+
+
+def test_a_run_says_in_what_precision_it_was_scored(cli, tiny, tmp_path):
+    done = cli("method=rtn", "bits=4", *tiny, "eval.compute_dtype=bfloat16", "out=run")
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "run/results.json").read_text())
+    assert row["manifest"]["eval_dtype"] == "torch.bfloat16"
+    (name,) = {name.partition("/")[0] for name in row["metrics"]}
+    assert 0 < row["metrics"][f"{name}/kl/floor"] < row["metrics"][f"{name}/kl"]
