@@ -219,8 +219,8 @@ def moments(geometry: Geometry, device: torch.device) -> str:
         exact = x[:, :64].double().T @ x.double()
         plain, total = torch.zeros(width, width, device=device), MomentsSum(width, device)
         in_float32 = seconds(device, lambda p=plain, x=x: p.addmm_(x.float().T, x.float()))
-        ours = seconds(device, lambda t=total, x=x: t.add(x, None, "benchmark"))
-        sums = plain[:64] / 2, total.finish().hessian[:64] * len(x)
+        ours = seconds(device, lambda t=total, x=x: t.add(x, None))
+        sums = plain[:64] / 2, total.finish("benchmark").hessian[:64] * len(x)
         errors = [f"{float((s - exact).norm() / exact.norm()):.1e}" for s in sums]
         times = (f"{1e3 * in_float32:.2f}", f"{1e3 * ours:.2f}", f"{in_float32 / ours:.1f}")
         rows.append((f"{len(x)} × {width}", *times, *errors))

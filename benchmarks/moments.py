@@ -25,8 +25,8 @@ def main() -> None:
     start = time.perf_counter()
     total = MomentsSum(options.width, torch.device("cpu"))
     for part in parts:
-        total.add(part, None, "benchmark")
-    moments = total.finish()
+        total.add(part, None)
+    moments = total.finish("here")
     streamed = time.perf_counter() - start
 
     start = time.perf_counter()

@@ -336,7 +336,8 @@ def _forecast(loaded: LoadedModel, tokens: TokenSet | None, plan: Plan) -> None:
     _, blocks = find_blocks(loaded.model)
     widest = max(matrix(m).shape[1] for m in blocks.modules() if is_linear(m))
     hidden = loaded.model.config.get_text_config().hidden_size
-    needed = memory.forecast_bytes(blocks, widest, hidden, tokens.ids.numel(), plan.settings.tokens_per_batch)
+    dtype, per_batch = resolve_compute_dtype(plan.settings.compute_dtype, plan.device), plan.settings.tokens_per_batch
+    needed = memory.forecast_bytes(blocks, widest, hidden, tokens.ids.numel(), per_batch, dtype.itemsize)
     log.info("calibration needs about %.2f GB beyond the model", needed / 1e9)
     memory.require(needed, plan.device, f"calibrating {loaded.name} (widest layer: {widest} columns)")
 

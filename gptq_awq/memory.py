@@ -38,16 +38,24 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobytes
 
 
-def forecast_bytes(blocks: nn.ModuleList, widest: int, hidden: int, tokens: int, tokens_per_batch: int) -> int:
-    """What calibration allocates at most, beyond the model.
+def forecast_bytes(
+    blocks: nn.ModuleList, widest: int, hidden: int, tokens: int, tokens_per_batch: int, itemsize: int
+) -> int:
+    """What calibration allocates at least, beyond the model.
 
-    Two float32 copies of a block; the moments, their factor and the factorization's scratch for the widest
-    site (five in × in matrices); the streams of all tokens, and the activations of one batch inside a block.
+    A block in float32 and in the compute dtype (of `itemsize` bytes); the moments, their factor and the
+    factorization's scratch for the widest site (five in × in matrices); the streams of all tokens, and what one
+    batch holds inside a block. What batches hold that wait for a site to be solved comes on top where it fits.
     """
     largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
-    streams = tokens * (2 * hidden + widest)
-    activations = tokens_per_batch * 6 * max(widest, hidden)
-    return 4 * (2 * largest + 5 * widest**2 + streams + activations)
+    streams = tokens * hidden * itemsize
+    return (4 + itemsize) * largest + 20 * widest**2 + streams + held_bytes(tokens_per_batch, hidden, widest, itemsize)
+
+
+def held_bytes(tokens: int, hidden: int, widest: int, itemsize: int) -> int:
+    """The activations that batches hold while they wait at a site, at most: hidden states before and after the norm,
+    and what their attention or MLP has made so far (queries, keys, values and output; gate and up)."""
+    return tokens * itemsize * (2 * hidden + max(4 * hidden, 2 * widest))
 
 
 def require(needed: int, device: torch.device, what: str) -> None:

@@ -67,10 +67,11 @@ class Moments:
     def _factor(self, damping: float, act_order: bool) -> "Factor":
         diagonal = torch.where(self.dead(), 1.0, self.hessian.diagonal())
         order = torch.argsort(diagonal, descending=True) if act_order else None
-        h = self.hessian if order is None else self.hessian.index_select(0, order).index_select(1, order)
-        if order is not None or self.dead().any():
-            h = h.clone() if order is None else h
-            h.diagonal().copy_(diagonal if order is None else diagonal[order])
+        if order is None:
+            h = self.hessian.clone()
+        else:
+            h, diagonal = self.hessian.index_select(0, order).index_select(1, order), diagonal[order]
+        h.diagonal().copy_(diagonal)
         with phase("factor", len(h)):
             factor, used = inverse_cholesky(h, damping)
         return factor, order, used
@@ -96,28 +97,19 @@ class MomentsSum:
         self._abs = torch.zeros(width, device=device)
         self._tokens = 0
 
-    def add(self, x: Float[Tensor, "*batch in"], mask: Bool[Tensor, "*batch"] | None, where: str) -> None:
-        """Add a batch of inputs; `where` names the site in the error on non-finite activations.
-
-        Raises:
-            UserError: an activation is NaN or infinite.
-        """
+    def add(self, x: Float[Tensor, "*batch in"], mask: Bool[Tensor, "*batch"] | None) -> None:
+        """Add a batch of inputs."""
         x = x.reshape(-1, x.shape[-1]) if mask is None else x[mask]
         with phase("moments", *x.shape):
             if x.dtype == torch.bfloat16 and x.device.type == "cpu" and rank_k.available():
                 self._native = self._native or RankK(self._width)
                 self._native.add(x.contiguous().view(torch.uint16).numpy())
-                magnitude = torch.from_numpy(self._native.magnitude)
             else:
-                magnitude = self._add_products(x)
-        if not torch.isfinite(magnitude).all():
-            raise UserError(
-                f"non-finite activations enter {where}: try dtype=float32 compute_dtype=float32, or check the model"
-            )
+                self._add_products(x)
         self._tokens += x.shape[0]
 
-    def _add_products(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "in"]:
-        """Add to the upper blocks of Σ x xᵀ, and to Σ |x|, which is returned."""
+    def _add_products(self, x: Float[Tensor, "tokens in"]) -> None:
+        """Add to the upper blocks of Σ x xᵀ, and to Σ |x|."""
         if self._xx is None:
             self._xx = torch.zeros(self._width, self._width, device=self._device)
         if x.device.type == "cuda" and x.dtype != torch.float32:
@@ -128,11 +120,14 @@ class MomentsSum:
                 b = min(a + BLOCK, x.shape[1])
                 self._xx[a:b, a:].addmm_(x[:, a:b].T, x[:, a:])
         self._abs += x.abs().sum(0, dtype=torch.float32)
-        return self._abs
 
     @phase("moments")
-    def finish(self) -> Moments:
-        """Normalize by the token count. Raises UserError when no token was seen."""
+    def finish(self, where: str) -> Moments:
+        """Normalize by the token count; `where` names the site in errors.
+
+        Raises:
+            UserError: an activation was NaN or infinite, or no token was seen.
+        """
         if self._tokens == 0:
             raise UserError("calibration holds no real token: check data.path and data.packing")
         products, self._xx = self._xx, None
@@ -141,6 +136,10 @@ class MomentsSum:
             products = own.contiguous() if products is None else products.add_(own)
             self._abs += torch.from_numpy(self._native.magnitude)[: self._width]
         assert products is not None
+        if not torch.isfinite(self._abs).all():
+            raise UserError(
+                f"non-finite activations enter {where}: try dtype=float32 compute_dtype=float32, or check the model"
+            )
         return Moments(_mirrored(products.div_(self._tokens)), self._abs / self._tokens, self._tokens)
 
 

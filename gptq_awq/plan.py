@@ -56,7 +56,7 @@ def preflight(cfg: DictConfig) -> Plan:
             config=OmegaConf.to_container(cfg, resolve=True),  # pyright: ignore[reportArgumentType]
             method=_build(cfg.method),
             grid=_build(cfg.grid),
-            settings=Settings(cfg.compute_dtype, _positive(cfg, "tokens_per_batch")),
+            settings=Settings(cfg.compute_dtype, _positive(cfg, "tokens_per_batch"), cfg.get("activations", "auto")),
             model=_build(cfg.model),
             data=_build(cfg.data),
             evaluation=_build(cfg.eval),

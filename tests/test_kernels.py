@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from gptq_awq.errors import UserError
 from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.arithmetic import in_numbers
 from gptq_awq.grids.base import fit_all, nearest
@@ -40,8 +41,8 @@ def test_moments_of_bfloat16_inputs_are_positive_definite_and_mix_with_other_pre
     for parts in ([x], [x[:250], x[250:]], [x[:250], x[250:].float()]):
         total = MomentsSum(64, torch.device("cpu"))
         for part in parts:
-            total.add(part, None, "test")
-        moments = total.finish()
+            total.add(part, None)
+        moments = total.finish("here")
         assert torch.allclose(moments.hessian.double(), exact, rtol=1e-5, atol=0)
         assert torch.equal(moments.hessian, moments.hessian.T)
         assert torch.linalg.eigvalsh(moments.hessian.double()).min() > 0.99 * torch.linalg.eigvalsh(exact).min()
@@ -53,8 +54,10 @@ def test_moments_of_bfloat16_inputs_are_positive_definite_and_mix_with_other_pre
 def test_non_finite_bfloat16_activations_are_seen(bad):
     x = torch.randn(9, 50).bfloat16()
     x[8, 49] = bad
-    with pytest.raises(Exception, match="non-finite activations enter here"):
-        MomentsSum(50, torch.device("cpu")).add(x, None, "here")
+    total = MomentsSum(50, torch.device("cpu"))
+    total.add(x, None)
+    with pytest.raises(UserError, match="non-finite activations enter here"):
+        total.finish("here")
 
 
 def hessian(width, generator):

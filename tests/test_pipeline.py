@@ -1,13 +1,14 @@
 """Laws of the block loop: streams, stages, transforms and solvers together."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_models import CONFIGS, GROUPED, tiny_model, tiny_tokens
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from gptq_awq import quantize_model
+from gptq_awq import memory, quantize_model
 from gptq_awq.api import load_method
 from gptq_awq.data import make_token_set
 from gptq_awq.errors import UserError
@@ -17,6 +18,7 @@ from gptq_awq.models.blocks import BlockCalls, find_blocks
 from gptq_awq.models.linear import matrix
 from gptq_awq.models.topology import observe_sites, relative_error
 from gptq_awq.moments import Moments, MomentsSum
+from gptq_awq.pipeline.inputs import Inputs
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.quantize import Settings, needs_calibration, quantize
 from gptq_awq.pipeline.size import Footprint
@@ -67,6 +69,28 @@ def test_staged_forward_equals_true_sequential_by_recomputation(name):
         assert ((ours - theirs).abs() < 1e-5).float().mean() > 0.97, key
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_recomputed_activations_give_the_same_codes_to_the_last_bit(name):
+    kept, recomputed = (
+        run(name, Method("gptq", GPTQ()), settings=replace(SMALL, activations=way)) for way in ("keep", "recompute")
+    )
+    for key, weight in kept.weights.items():
+        assert weight.sha256() == recomputed.weights[key].sha256(), key
+
+
+@pytest.mark.parametrize(("free", "kept"), [(2**40, True), (2**10, False)])
+def test_activations_are_kept_where_they_fit(monkeypatch, free, kept):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: free)
+    model = tiny_model("llama")
+    inputs = Inputs(model, find_blocks(model)[1], tokens(), SMALL, error_propagation=True, absorbers=False)
+    assert inputs.keeps_activations is kept
+
+
+def test_an_unknown_way_with_activations_is_said():
+    with pytest.raises(UserError, match="activations=forget: choose auto, keep or recompute"):
+        Settings(activations="forget")
+
+
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "awq_gptq"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_preset_runs_on_every_architecture(name, method):
@@ -112,10 +136,10 @@ def test_awqs_linear_objective_is_the_output_error_on_the_calibration_tokens():
     torch.manual_seed(0)
     X, W = torch.randn(50, 24), torch.randn(8, 24)
     total = MomentsSum(24, torch.device("cpu"))
-    total.add(X, None, "here")
+    total.add(X, None)
     delta = RTN().solve(W, None, IntGrid(3, 8)).quantized.dequantize() - W
     direct = (X @ delta.T).square().sum() / len(X)
-    assert quadratic(delta, total.finish().hessian) == pytest.approx(float(direct), rel=1e-4)
+    assert quadratic(delta, total.finish("here").hessian) == pytest.approx(float(direct), rel=1e-4)
 
 
 def test_a_site_without_absorber_is_left_alone_and_the_ledger_says_so():

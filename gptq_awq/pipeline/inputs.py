@@ -1,17 +1,21 @@
 """What enters each block during calibration: streams on their way through the model, or a record of full precision."""
 
+import logging
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from gptq_awq import memory
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.linalg import native_dtype
-from gptq_awq.models.linear import Site
+from gptq_awq.models.linear import Site, is_linear, matrix
 from gptq_awq.pipeline.observe import Observation, Observer, Record, in_dtype, read, recorded
 from gptq_awq.pipeline.streams import Streams, open_streams
 from gptq_awq.progress import Track, no_track
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -21,10 +25,20 @@ class Settings:
     Attributes:
         compute_dtype: precision of calibration forwards ("auto": bfloat16 where the hardware has it).
         tokens_per_batch: calibration tokens per forward.
+        activations: of batches that wait while a site is solved: "keep", "recompute", or "auto": kept where a
+            forecast says that they fit into half of the free memory.
+
+    Raises:
+        UserError: another word for `activations`.
     """
 
     compute_dtype: str = "auto"
     tokens_per_batch: int = 2048
+    activations: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.activations not in ("auto", "keep", "recompute"):
+            raise UserError(f"activations={self.activations}: choose auto, keep or recompute")
 
 
 class Inputs:
@@ -33,6 +47,7 @@ class Inputs:
     Args:
         error_propagation: see `Method`. Without it, `observe` advances the streams, on the block as it is then.
         absorbers: whether sites shall know theirs.
+        settings: see `Settings`; `keeps_activations` says what `activations` came to.
         record: where what full precision shows is read from; it is completed first, for all later runs.
     """
 
@@ -49,6 +64,9 @@ class Inputs:
     ) -> None:
         self.dtype = resolve_compute_dtype(settings.compute_dtype, next(model.parameters()).device)
         self._advance = not error_propagation
+        self.keeps_activations = settings.activations == "keep" or (
+            settings.activations == "auto" and error_propagation and _activations_fit(model, blocks, tokens, self.dtype)
+        )
         self._sites: list[Site] = []
         heads: int | None = getattr(getattr(model, "config", None), "num_attention_heads", None)
 
@@ -86,6 +104,20 @@ class Inputs:
             return read(self._record, index, self._calls[index], device)
         assert self._observer is not None
         return self._observer.observe(runner, index, self.sites(block, index), self._advance)
+
+
+def _activations_fit(model: nn.Module, blocks: nn.ModuleList, tokens: TokenSet, dtype: torch.dtype) -> bool:
+    """Whether what waiting batches hold fits into half of the free memory; what else is needed has the other half."""
+    widest = max(matrix(m).shape[1] for m in blocks.modules() if is_linear(m))
+    hidden = model.get_input_embeddings().weight.shape[1]  # pyright: ignore[reportCallIssue]
+    held = memory.held_bytes(tokens.ids.numel(), hidden, widest, dtype.itemsize)
+    free = memory.available_bytes(next(model.parameters()).device)
+    fits = held <= free / 2
+    log.info(
+        "activations of waiting batches take up to %.2f GB of %.2f GB free: %s",
+        *(held / 1e9, free / 1e9, "kept" if fits else "recomputed at every site (activations=keep holds them)"),
+    )
+    return fits
 
 
 def _first_batch(tokens: TokenSet, tokens_per_batch: int) -> TokenSet:

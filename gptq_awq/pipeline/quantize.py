@@ -142,7 +142,7 @@ class _BlockStep:
         else:
             sites = inputs.sites(self.block, self.index)
             _check_coverage(self.block, sites, self.name)
-        staged_forward(self.runner, self.index, sites, inputs.streams, self._solve)
+        staged_forward(self.runner, self.index, sites, inputs.streams, self._solve, inputs.keeps_activations)
 
     def _observe(self, inputs: Inputs) -> Observation:
         seen = inputs.observe(self.block, self.runner, self.index)

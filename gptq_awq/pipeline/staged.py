@@ -5,7 +5,9 @@ next site, adds its input to that site's moments and pauses there. When all batc
 solved, and they all go on with its quantized weights. This is true-sequential calibration without the
 repeated forwards (one per site) that it usually costs.
 
-Each batch's forward runs in its own greenlet: an ordinary call of the block that can be left and re-entered.
+Each batch's forward runs in its own greenlet: an ordinary call of the block that can be left and re-entered. What
+waiting batches hold is large: several hidden states for every calibration token. Where that doesn't fit, forwards
+are given up once they have arrived and begin anew for the next site, for the same moments at several times the cost.
 """
 
 from collections.abc import Callable
@@ -25,7 +27,9 @@ OnSite = Callable[[Site, Moments], None]
 
 
 @torch.no_grad()
-def staged_forward(block: nn.Module, index: int, sites: list[Site], streams: Streams, on_site: OnSite) -> None:
+def staged_forward(
+    block: nn.Module, index: int, sites: list[Site], streams: Streams, on_site: OnSite, keep: bool = True
+) -> None:
     """Advance the streams through `block`, calling `on_site` when all batches wait at a site.
 
     Args:
@@ -34,16 +38,18 @@ def staged_forward(block: nn.Module, index: int, sites: list[Site], streams: Str
         sites: the block's sites in the order they run.
         streams: replaced by the block's outputs.
         on_site: called once per site, in order, with the moments of its input.
+        keep: hold every batch's activations while a site is solved; else compute them anew.
 
     Raises:
         UserError: the block does not run through the same sites for every batch.
     """
     stage = _Stage(sites, next(block.parameters()).device, f"block {index}")
-    passes = [greenlet(_pass(block, index, stream)) for stream in streams.batches]
+    passes = {}
     with stage.hooked(block):
         for site in sites:
             stage.open(site)
-            for forward, stream in zip(passes, streams.batches, strict=True):
+            for i, stream in enumerate(streams.batches):
+                forward = passes.pop(i, None) or greenlet(_pass(block, index, stream))
                 stage.mask = stream.mask
                 with phase("forward"):
                     arrived = forward.switch()
@@ -52,10 +58,14 @@ def staged_forward(block: nn.Module, index: int, sites: list[Site], streams: Str
                         f"block {index}: not every calibration batch passes {site.name}; "
                         "layers with data-dependent routing (mixture of experts) are not supported yet"
                     )
+                if keep:
+                    passes[i] = forward
+                else:
+                    forward.throw()  # ends it
             on_site(site, stage.close())
-        for forward, stream in zip(passes, streams.batches, strict=True):
+        for i, stream in enumerate(streams.batches):
             with phase("forward", *stream.hidden.shape[:2]):  # counted here, where it is done
-                forward.switch()
+                (passes.pop(i, None) or greenlet(_pass(block, index, stream))).switch()
 
 
 def _pass(block: nn.Module, index: int, stream: Stream) -> Callable[[], None]:
@@ -80,11 +90,13 @@ class _Stage:
 
     def close(self) -> Moments:
         assert self._sum is not None
-        moments, self._sum = self._sum.finish(), None
+        assert self._open is not None
+        moments = self._sum.finish(f"{self._where}, {self._open.name}")
+        self._open = self._sum = None
         return moments
 
     def hooked(self, block: nn.Module):
-        """Stop each forward at the first linear of every site."""
+        """Stop each forward at the first linear of the open site."""
         return hooks(
             block.get_submodule(name).register_forward_pre_hook(self._arrive(site))
             for name, site in self._gates.items()
@@ -92,8 +104,9 @@ class _Stage:
 
     def _arrive(self, site: Site):
         def hook(_module, args) -> None:
-            if site is self._open and self._sum is not None:
-                self._sum.add(args[0], self.mask, f"{self._where}, {site.name}")
+            if site is not self._open or self._sum is None:
+                return
+            self._sum.add(args[0], self.mask)
             waiting_room = getcurrent().parent
             assert waiting_room is not None  # hooks fire only inside the passes' greenlets
             waiting_room.switch(site)
@@ -108,11 +121,11 @@ def observe_forward(block: nn.Module, index: int, sites: list[Site], streams: St
     sums = [MomentsSum(site.width, device) for site in sites]
     mask = None
 
-    def add(site: Site, total: MomentsSum):
-        return lambda _module, args: total.add(args[0], mask, f"block {index}, {site.name}")
+    def add(total: MomentsSum):
+        return lambda _module, args: total.add(args[0], mask)
 
     with hooks(
-        block.get_submodule(site.linears[0]).register_forward_pre_hook(add(site, total))
+        block.get_submodule(site.linears[0]).register_forward_pre_hook(add(total))
         for site, total in zip(sites, sums, strict=True)
     ):
         for stream in streams.batches:
@@ -121,4 +134,4 @@ def observe_forward(block: nn.Module, index: int, sites: list[Site], streams: St
                 out = stream.calls[index].run(block, stream.hidden)
             if advance:
                 stream.hidden = out
-    return [total.finish() for total in sums]
+    return [total.finish(f"block {index}, {site.name}") for site, total in zip(sites, sums, strict=True)]

@@ -9,7 +9,7 @@ from gptq_awq.report.rows import Row
 IDENTITY = ("method", "grid", "bits", "group_size", "sym")
 SHOWN = {"method.name", "model", "model.name", "grid", "method", *IDENTITY, *(f"grid.{key}" for key in IDENTITY)}
 # What changes no number, or is in its metric's name.
-ASIDE = ("out", "tracking", "export", "eval", "hydra", "resume", "profile")
+ASIDE = ("out", "tracking", "export", "eval", "hydra", "resume", "profile", "activations")
 LATE = ("model", "device", "compute_dtype", "tokens_per_batch", "seed")
 
 
