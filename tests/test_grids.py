@@ -136,14 +136,17 @@ ARITHMETICS = [
 ]
 
 
+@pytest.mark.parametrize("with_hessian", [True, False])
 @pytest.mark.parametrize("arithmetic", ARITHMETICS, ids=lambda a: a.kind)
-def test_compiled_range_search_finds_what_the_plain_loop_finds(arithmetic):
+def test_compiled_range_search_finds_what_the_plain_loop_finds(arithmetic, with_hessian):
     w, x = weights(4, rows=200), torch.randn(200, 48) * torch.linspace(0.1, 3, 48)
     H = x.T @ x / 200
     scales = w.abs().amax(1, keepdim=True) / 3 * torch.linspace(0.2, 1.2, 11)
     zeros = torch.full_like(scales, 4) if arithmetic.kind == "affine" else w.amin(1, keepdim=True) * torch.ones(11)
-    plain = search._by(lambda e: ((e @ H) * e).sum(1), w, scales, zeros, arithmetic)
-    compiled = search._by_output_error(w, scales, zeros, arithmetic, H)
+    w[0], w[1] = 0, w[1] * 1e-6
+    h = H if with_hessian else None
+    plain = search._by_candidate(w, scales, zeros, arithmetic, h)
+    compiled = search._by_compiled(w, scales, zeros, arithmetic, h)
     assert (compiled == plain).float().mean() > 0.98  # near ties may fall either way
 
 

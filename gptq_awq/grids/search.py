@@ -58,26 +58,19 @@ def best(
         h = hessian.to(w)
     if gpu.available(w.device):
         chosen = _by_triton(w, scales, zeros, arithmetic, h)
-    elif h is not None:
-        chosen = _by_output_error(w, scales, zeros, arithmetic, h)
+    elif w.device.type == "cpu":
+        chosen = _by_compiled(w, scales, zeros, arithmetic, h)
     else:
-        chosen = _by(lambda e: e.abs().pow(MSE_NORM).sum(1), w, scales, zeros, arithmetic)
+        chosen = _by_candidate(w, scales, zeros, arithmetic, h)
     return scales.gather(1, chosen[:, None]), zeros.gather(1, chosen[:, None])
 
 
-def _by_output_error(w: Tensor, scales: Tensor, zeros: Tensor, arithmetic: Arithmetic, h: Tensor) -> Tensor:
-    h = h.expand(1, *h.shape[-2:]) if h.dim() == 2 else h
-    if w.device.type != "cpu":
-        return _by(lambda e: _output_error(e, h), w, scales, zeros, arithmetic)
-    # All candidates of all groups in one pass over the weights.
-    spans = (
-        w.view(-1, len(h), w.shape[1]),
-        scales.view(-1, len(h), scales.shape[1]),
-        zeros.view(-1, len(h), scales.shape[1]),
-    )
-    chosen = torch.empty(spans[0].shape[:2], dtype=torch.int64)
-    weights, scale, zero, hessian = (x.contiguous().numpy() for x in (*spans, h))
-    best_range(weights, scale, zero, *in_numbers(arithmetic), hessian, chosen.numpy())
+def _by_compiled(w: Tensor, scales: Tensor, zeros: Tensor, arithmetic: Arithmetic, h: Tensor | None) -> Tensor:
+    """All candidates of all groups in one pass over the weights (see kernels/columns.py)."""
+    h = w.new_empty(1, 0, 0) if h is None else h.expand(1, *h.shape[-2:]) if h.dim() == 2 else h
+    weights, scale, zero = (x.unflatten(0, (-1, len(h))).contiguous().float().numpy() for x in (w, scales, zeros))
+    chosen = torch.empty(weights.shape[:2], dtype=torch.int64)
+    best_range(weights, scale, zero, *in_numbers(arithmetic), h.contiguous().float().numpy(), chosen.numpy())
     return chosen.flatten()
 
 
@@ -94,18 +87,21 @@ def _by_triton(w: Tensor, scales: Tensor, zeros: Tensor, arithmetic: Arithmetic,
     return chosen
 
 
-def _output_error(e: Float[Tensor, "rows cols"], h: Float[Tensor, "spans cols cols"]) -> Float[Tensor, "rows"]:
-    e = e.view(-1, len(h), e.shape[1])
-    return ((e.transpose(0, 1) @ h).transpose(0, 1) * e).sum(2).flatten()
-
-
-def _by(error: Error, w: Tensor, scales: Tensor, zeros: Tensor, arithmetic: Arithmetic) -> Tensor:
+def _by_candidate(w: Tensor, scales: Tensor, zeros: Tensor, arithmetic: Arithmetic, h: Tensor | None) -> Tensor:
+    """One candidate after the other: what the compiled searches do, on any device."""
     least = w.new_full((len(w),), torch.inf)
     chosen = torch.zeros(len(w), dtype=torch.int64, device=w.device)
     for i in range(scales.shape[1]):
         params = scales[:, i : i + 1], zeros[:, i : i + 1]
-        e = error(arithmetic.decode(arithmetic.encode(w, params), params) - w)
-        better = e < least
-        least = torch.where(better, e, least)
+        e = arithmetic.decode(arithmetic.encode(w, params), params) - w
+        error = e.abs().pow(MSE_NORM).sum(1) if h is None else _output_error(e, h)
+        better = error < least
+        least = torch.where(better, error, least)
         chosen = torch.where(better, i, chosen)
     return chosen
+
+
+def _output_error(e: Float[Tensor, "rows cols"], h: Float[Tensor, "*spans cols cols"]) -> Float[Tensor, "rows"]:
+    h = h.expand(1, *h.shape[-2:]) if h.dim() == 2 else h
+    e = e.view(-1, len(h), e.shape[1])
+    return ((e.transpose(0, 1) @ h).transpose(0, 1) * e).sum(2).flatten()
