@@ -17,6 +17,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from gptq_awq.errors import UserError
+from gptq_awq.models.attention import faster_attention_of
 from gptq_awq.models.blocks import hooks
 from gptq_awq.models.linear import Site
 from gptq_awq.moments import Moments, MomentsSum
@@ -45,7 +46,7 @@ def staged_forward(
     """
     stage = _Stage(sites, next(block.parameters()).device, f"block {index}")
     passes = {}
-    with stage.hooked(block):
+    with stage.hooked(block), faster_attention_of(block):
         for site in sites:
             stage.open(site)
             for i, stream in enumerate(streams.batches):
@@ -124,10 +125,11 @@ def observe_forward(block: nn.Module, index: int, sites: list[Site], streams: St
     def add(total: MomentsSum):
         return lambda _module, args: total.add(args[0], mask)
 
-    with hooks(
+    handles = (
         block.get_submodule(site.linears[0]).register_forward_pre_hook(add(total))
         for site, total in zip(sites, sums, strict=True)
-    ):
+    )
+    with hooks(handles), faster_attention_of(block):
         for stream in streams.batches:
             mask = stream.mask
             with phase("forward", *stream.hidden.shape[:2]):

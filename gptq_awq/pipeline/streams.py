@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from gptq_awq.data import TokenSet
+from gptq_awq.models.attention import faster_attention_of
 from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call
 from gptq_awq.profiling import phase
 from gptq_awq.progress import Track, no_track
@@ -43,7 +44,7 @@ class Streams:
     def advance(self, block: nn.Module, index: int) -> None:
         """Pass every batch through `block`."""
         for stream in self.batches:
-            with phase("forward", *stream.hidden.shape[:2]):
+            with phase("forward", *stream.hidden.shape[:2]), faster_attention_of(block):
                 stream.hidden = stream.calls[index].run(block, stream.hidden)
 
     def hidden(self) -> list[Float[Tensor, "batch tokens width"]]:

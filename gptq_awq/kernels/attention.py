@@ -1,0 +1,120 @@
+"""Causal attention of bfloat16 on CPUs that have dpbf16ps (AVX512-BF16), for calibration's forwards.
+
+torch's own takes longer than all the linears' matmuls of a small model do: its exponentials are slow, and short
+windows are multiplied above the diagonal too. Here a head's queries go PANEL at a time, side by side in vector
+registers; scores and sums are float32, probabilities are rounded to bfloat16 for the second product, as torch does.
+
+    Sᵀ = K Qᵀ      keys up to the panel's last query, a panel's queries beside each other
+    Pᵀ = exp((Sᵀ - max) scale)  over the keys of each query
+    O = P V / Σ P
+"""
+
+import numba
+import numpy as np
+
+from gptq_awq.kernels.rank_k import PANEL, ROWS, add_tile
+from gptq_awq.kernels.softmax import exp
+
+WIDTH = PANEL
+"""Handed to loops as an argument: of a constant this small, LLVM unrolls them before it has vectorized them."""
+
+
+@numba.njit(inline="always")
+def _bfloat16(bits):  # pragma: no cover (compiled)
+    return (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+
+
+@numba.njit
+def _pack_rows(x, panel, start):  # pragma: no cover (compiled)
+    """PANEL rows of x (tokens, words), side by side: panel (words, PANEL); zeros beyond the last."""
+    panel[:] = np.uint32(0)
+    for r in range(min(PANEL, len(x) - start)):
+        for k in range(x.shape[1]):
+            panel[k, r] = x[start + r, k]
+
+
+@numba.njit
+def _pack_columns(x, panels):  # pragma: no cover (compiled)
+    """x (tokens, columns) uint16 in panels of columns (panels, token pairs, PANEL); zeros beyond."""
+    tokens, columns = x.shape
+    panels[:] = np.uint32(0)
+    for p in range(len(panels)):
+        first, count = p * PANEL, min(PANEL, columns - p * PANEL)
+        for token in range(tokens):
+            shift = np.uint32(16 * (token % 2))
+            for j in range(count):
+                panels[p, token // 2, j] |= np.uint32(x[token, first + j]) << shift
+
+
+@numba.njit
+def _probabilities(scores, words, sums, keys, start, scale, width):  # pragma: no cover (compiled)
+    """Exponentials of a panel's scores (keys, PANEL), less each query's largest, as bfloat16 pairs of keys."""
+    top = np.full(PANEL, np.float32(-np.inf))
+    for j in range(start, keys):  # a key after the query is not seen
+        for r in range(min(j - start, width)):
+            scores[j, r] = np.float32(-np.inf)
+    for j in range(keys):
+        for r in range(width):
+            top[r] = scores[j, r] if scores[j, r] > top[r] else top[r]
+    for r in range(width):
+        sums[r] = np.float32(0.0)
+    bits = scores.view(np.uint32)
+    for j in range(keys):
+        for r in range(width):
+            p = exp((scores[j, r] - top[r]) * scale)
+            scores[j, r] = p
+            sums[r] += p
+    for k in range((keys + 1) // 2):
+        for r in range(width):
+            high = _bfloat16(bits[2 * k + 1, r]) if 2 * k + 1 < keys else np.uint32(0)
+            words[k, r] = _bfloat16(bits[2 * k, r]) | (high << np.uint32(16))
+
+
+@numba.njit(parallel=True, cache=True)
+def causal_attention(q, k, v, scale, width, out):  # pragma: no cover (compiled)
+    """softmax(Q Kᵀ scale, causal) V of every head.
+
+    Args:
+        q: (batch, heads, tokens, d/2) uint32: bfloat16 numbers, two in a word.
+        k: (batch, kv heads, tokens, d/2) uint32, likewise; as many heads, or one for several of q's.
+        v: (batch, kv heads, tokens, d) uint16: bfloat16 bits.
+        scale: float32.
+        width: WIDTH.
+        out: (batch, tokens, heads, d) uint16, written: bfloat16 bits.
+    """
+    batch, heads, tokens, half = q.shape
+    shared, d = heads // k.shape[1], v.shape[3]
+    panels = (tokens + PANEL - 1) // PANEL
+    for index in numba.prange(batch * heads):
+        b, h = index // heads, index % heads
+        keys_packed = np.empty((panels, half, PANEL), np.uint32)
+        for p in range(panels):
+            _pack_rows(k[b, h // shared], keys_packed[p], p * PANEL)
+        values = np.empty(((d + PANEL - 1) // PANEL, (tokens + 1) // 2, PANEL), np.uint32)
+        _pack_columns(v[b, h // shared], values)
+        queries = np.empty((half, PANEL), np.uint32)
+        scores = np.empty((panels * PANEL + 1, PANEL), np.float32)
+        words, sums = np.empty((panels * PANEL // 2 + 1, PANEL), np.uint32), np.empty(PANEL, np.float32)
+        mixed = np.empty((PANEL, PANEL), np.float32)
+        bits = mixed.view(np.uint32)
+        for p in range(panels):
+            start, count = p * PANEL, min(PANEL, tokens - p * PANEL)
+            keys = start + count
+            _pack_rows(q[b, h], queries, start)
+            scores[: keys + PANEL - count] = np.float32(0.0)
+            for panel in range(p + 1):
+                for r in range(0, PANEL, ROWS):
+                    address = scores.ctypes.data + 4 * PANEL * (panel * PANEL + r)
+                    left = keys_packed[panel].ctypes.data + 4 * r
+                    add_tile(left, queries.ctypes.data, half, address, PANEL)  # pyright: ignore[reportCallIssue]
+            _probabilities(scores, words, sums, keys, start, scale, width)
+            for c in range(len(values)):
+                mixed[:] = np.float32(0.0)
+                for r in range(0, PANEL, ROWS):
+                    left, address = words.ctypes.data + 4 * r, mixed.ctypes.data + 4 * PANEL * r
+                    pairs = (keys + 1) // 2
+                    add_tile(left, values[c].ctypes.data, pairs, address, PANEL)  # pyright: ignore[reportCallIssue]
+                for r in range(count):
+                    for j in range(min(PANEL, d - c * PANEL)):
+                        mixed[r, j] /= sums[r]
+                        out[b, start + r, h, c * PANEL + j] = _bfloat16(bits[r, j])

@@ -1,0 +1,65 @@
+"""Attention of calibration's forwards: torch's, or a faster kernel where one computes the same.
+
+Models call `scaled_dot_product_attention`, whatever their architecture, so that is what is looked at: within
+`faster_attention_of` a causal call in bfloat16 on a CPU that multiplies it natively goes to kernels/attention.py.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from gptq_awq.kernels import attention, rank_k
+
+MIN_TOKENS = 32
+"""In shorter windows a panel of queries is mostly empty."""
+
+
+def faster_attention_of(block: nn.Module) -> AbstractContextManager:
+    """Within: the fastest attention for forwards of `block`, as it is now. Not to be entered inside of a greenlet."""
+    parameter = next(block.parameters())
+    native = parameter.dtype == torch.bfloat16 and parameter.device.type == "cpu" and rank_k.available()
+    return _Native() if native else nullcontext()
+
+
+class _Native(TorchFunctionMode):
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None):
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention and _fits(*args, **kwargs):
+            return _attend(*args[:3], scale=kwargs.get("scale"))
+        return func(*args, **kwargs)
+
+
+def _fits(*args: Any, **kwargs: Any) -> bool:
+    """Whether a call is one of causal self-attention in bfloat16, without a mask or anything else."""
+    known = {"attn_mask": None, "dropout_p": 0.0, "is_causal": True, "scale": None, "enable_gqa": False}
+    if len(args) != 3 or not kwargs.get("is_causal") or not kwargs.keys() <= known.keys():
+        return False
+    if kwargs.get("attn_mask") is not None or kwargs.get("dropout_p") or (kwargs.get("scale") or 1.0) <= 0:
+        return False
+    q, k, v = args
+    plain = all(x.dim() == 4 and x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in args)
+    same = plain and k.shape[:3] == v.shape[:3] and q.shape[::2] == k.shape[::2] and q.shape[3] == k.shape[3]
+    return same and q.shape[1] % k.shape[1] == 0 and q.shape[2] >= MIN_TOKENS and q.shape[3] % 2 == 0
+
+
+def _attend(
+    q: Float[Tensor, "batch heads tokens d"],
+    k: Float[Tensor, "batch kv tokens d"],
+    v: Float[Tensor, "batch kv tokens e"],
+    scale: float | None,
+) -> Float[Tensor, "batch heads tokens e"]:
+    def bits(x: Tensor) -> np.ndarray:
+        return x.contiguous().view(torch.uint16).numpy()
+
+    out = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype)
+    factor = np.float32(q.shape[3] ** -0.5 if scale is None else scale)
+    words = bits(q).view(np.uint32), bits(k).view(np.uint32)
+    attention.causal_attention(*words, bits(v), factor, attention.WIDTH, bits(out))
+    return out.transpose(1, 2)
