@@ -186,6 +186,13 @@ def test_what_else_varies_is_a_column(tmp_path: Path) -> None:
     assert "dtype" not in rows[0]
 
 
+def test_the_precision_of_scoring_is_a_column_where_it_differs(tmp_path: Path) -> None:
+    before = replace(RESULT, config={"seed": 0})  # there was no choice then
+    same, lower = (replace(RESULT, config={"eval": {"compute_dtype": d}, "seed": 0}) for d in ("float32", "bfloat16"))
+    assert "compute_dtype" not in comparison(load(write(tmp_path, before=before, same=same)))
+    assert "compute_dtype" in comparison(load(write(tmp_path, lower=lower)))
+
+
 def test_nested_settings_are_columns_where_they_alone_tell_runs_apart(tmp_path: Path) -> None:
     def run(method: str, samples: int, target: str, propagation: bool | None) -> Result:
         solver = {} if propagation is None else {"error_propagation": propagation}

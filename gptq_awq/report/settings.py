@@ -51,7 +51,7 @@ def averaged(runs: Sequence[Row], over: str) -> list[Row]:
     """
     groups: dict[Any, dict[Any, Row]] = {}
     for run in runs:
-        settings = {k: str(v) for k, v in flat(run["config"]).items() if k.partition(".")[0] not in ASIDE}
+        settings = {k: str(v) for k, v in _numeric(flat(run["config"])).items()}
         averaged_over = {k: v for k, v in settings.items() if is_setting(k, over)}
         rest = tuple(sorted(settings.items() - averaged_over.items()))
         group = groups.setdefault((run["model"], *(run[key] for key in IDENTITY), rest), {})
@@ -93,7 +93,13 @@ def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
     named = (settings.get(f"data.{key}") for key in ("path", "name", "_target_"))
     if text := next(filter(None, named), None):
         settings["data"] = str(text).rpartition("/")[2].removeprefix("gptq_awq.data.")
-    return {k: v for k, v in settings.items() if k not in SHOWN and k.partition(".")[0] not in ASIDE}
+    return {k: v for k, v in _numeric(settings).items() if k not in SHOWN}
+
+
+def _numeric(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that change a number; scoring in lower precision does, a little, and rows from before it had none."""
+    scored_in = {"eval.compute_dtype": settings.get("eval.compute_dtype", "float32")}
+    return {k: v for k, v in settings.items() if k.partition(".")[0] not in ASIDE} | scored_in
 
 
 def _order(key: str) -> tuple[bool, bool, int, str]:
