@@ -1,5 +1,6 @@
 """Laws of the compiled inner loops that no other test covers."""
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,9 @@ from gptq_awq.grids.base import fit_all, nearest
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.table import TableGrid
 from gptq_awq.kernels import rank_k
+from gptq_awq.kernels.product import packed, product
 from gptq_awq.kernels.quadratic import Quadratic
+from gptq_awq.kernels.threads import match_torch
 from gptq_awq.linalg import quadratic
 from gptq_awq.moments import MomentsSum
 
@@ -87,3 +90,34 @@ def test_one_pass_of_rounding_and_its_error_is_both_one_after_the_other(rows, co
     delta = (nearest(grid, W) - W) / s
     assert error == pytest.approx(form.of(delta.numpy()), rel=1e-4)
     assert error == pytest.approx(float(((delta.double() @ H.double()) * delta).sum()), rel=2e-2)
+
+
+@needs_bf16
+@pytest.mark.parametrize(("rows", "columns", "width"), [(1, 1, 2), (48, 48, 64), (50, 97, 101), (130, 200, 33)])
+def test_product_rounds_what_enters_it_and_nothing_else(rows, columns, width):
+    generator = torch.Generator().manual_seed(width)
+    x, w = torch.randn(rows, width, generator=generator), torch.randn(columns, width, generator=generator)
+    exact = x.bfloat16().double() @ w.bfloat16().double().T
+    found = torch.from_numpy(product(packed(x.numpy()), rows, w.numpy()))
+    assert ((found - exact).abs() <= 1e-5 * (x.abs().double() @ w.abs().double().T)).all()
+
+
+@needs_bf16
+def test_a_product_keeps_nan_and_infinity():
+    x = torch.ones(3, 8)
+    x[1, 2], x[2, 2] = torch.nan, torch.inf
+    found = product(packed(x.numpy()), 3, np.ones((4, 8), np.float32))
+    assert np.isfinite(found[0]).all()
+    assert np.isnan(found[1]).all()
+    assert np.isinf(found[2]).all()
+
+
+def test_compiled_loops_use_as_many_threads_as_torch():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        match_torch()
+        assert numba.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+        match_torch()

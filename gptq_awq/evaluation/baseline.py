@@ -25,7 +25,7 @@ from gptq_awq.sealed import Sealed, lock_path, once
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 3
+SCHEMA = 4
 """Raised whenever the meaning of a stored number changes."""
 Answers = dict[str, Any]
 """A model's answers to lm-eval's requests, by the hash of the request."""

@@ -72,15 +72,16 @@ def compare(
     states: Float[Tensor, "scored width"],
     targets: Int[Tensor, "scored"],
     output: Parameters | None = None,
+    full_head: Head | None = None,
 ) -> tuple[Float[Tensor, "scored"], Float[Tensor, "scored"], Bool[Tensor, "scored"]]:
     """-log q(target), KL(p ‖ q) and top-1 agreement, on the CPU; p of the states `full` through the output layer
-    `output` (None: the model's own), q of `states`.
+    `output` (None: the model's own) of `full_head` (None: `head`), q of `states`.
     """
     if states.device.type == "cpu":
-        return comparison(head, full, states, targets, output)
+        return comparison(head, full, states, targets, output, full_head)
     nll, kl, agree = torch.empty(len(states)), torch.empty(len(states)), torch.empty(len(states), dtype=torch.bool)
     for part in head.chunks(len(states)):
-        p, q = head(full[part], output=output), head(states[part])
+        p, q = (full_head or head)(full[part], output=output), head(states[part])
         with phase("score/losses"):
             agree[part] = (p.argmax(-1) == q.argmax(-1)).cpu()
             log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)

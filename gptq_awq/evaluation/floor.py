@@ -50,7 +50,7 @@ def floor(model: PreTrainedModel, tokens: TokenSet, dtype: torch.dtype) -> Floor
     kl, change = [], []
     for window in windows:
         full, states = window_states(plain, window), window_states(lower, window)
-        nll, divergence, _ = compare(lower, full, states, window[1:])
+        nll, divergence, _ = compare(lower, full, states, window[1:], full_head=plain)
         kl.append(divergence.double())
         change.append(nll.double() - next_token_nll(plain, full, window[1:]).double())
     return Floor(float(torch.cat(kl).mean()), float(torch.cat(change).mean()))

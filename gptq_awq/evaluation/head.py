@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from gptq_awq.errors import UserError
-from gptq_awq.evaluation.precision import lowered
+from gptq_awq.evaluation.precision import lowered, lowered_head
+from gptq_awq.kernels.threads import match_torch
 from gptq_awq.profiling import phase
 from gptq_awq.sealed import tensor_bytes
 
@@ -58,6 +59,7 @@ class Head:
 
         Raises UserError where the model is not made of a decoder and a head that work on their own.
         """
+        match_torch()
         output, decoder = model.get_output_embeddings(), model.get_decoder()
         if output is None or decoder is None or decoder is model:
             raise _unsupported(model)
@@ -94,7 +96,8 @@ class Head:
         if words is not None and len(range(self.vocab)[words]) < self.vocab:
             output = {name: value[words] for name, value in (output or dict(self.output.named_parameters())).items()}
         size = (hidden.shape[1], *([] if words is None else [words.stop - words.start]))
-        with self.with_output(output), phase("score/head", *size), self._decoder_returning(hidden):
+        lower = lowered_head(self.compute_dtype, self.model.device)
+        with self.with_output(output), phase("score/head", *size), self._decoder_returning(hidden), lower:
             return self.model(input_ids=placeholder, use_cache=False).logits[0].float()
 
     @contextmanager

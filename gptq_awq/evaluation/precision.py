@@ -1,40 +1,58 @@
-"""In what precision a decoder computes while it is scored.
+"""In what precision a model computes while it is scored.
 
-`float32` leaves the model as it is. A lower dtype rounds what enters each linear layer, and its weights and output, to
-that dtype; sums inside of the product are float32, as hardware does them. All else stays as it is: the residual
-stream, norms, attention, activations, the output layer. (Autocast also rounds activations and attention, for no more
-speed on a CPU: its KL from float32 is a third higher.) Weights are cast at every call: 0.4% of the time of a window of
-2048 tokens of SmolLM2-135M, 2% of lm-eval's short batches, and no second copy of the model in memory.
+`float32` leaves the model as it is. A lower dtype rounds what enters products, of linear layers, the output layer and
+(in bfloat16 on a CPU that multiplies it natively) causal attention; sums inside of the product are float32, as hardware
+does them. All else stays as it is: the residual stream, norms, activations, softmax. Where a CPU does bfloat16
+natively, results stay float32 too (kernels/product.py), which halves the noise; else they are rounded, as torch does.
+Weights are cast at every call: there is no second copy of the model in memory.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+
+from gptq_awq.kernels import rank_k
+from gptq_awq.kernels.product import packed, product
+from gptq_awq.models.attention import attend, attends
 
 FEW_ROWS = 32
 """A product of fewer rows takes as long as reading its weights, and is left alone."""
 
 
 def lowered(dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Within: linear layers multiply in `dtype`; float32: as they are."""
+    """Within: products in `dtype`; float32: as they are."""
     return nullcontext() if dtype == torch.float32 else _LowerProducts(dtype)
 
 
+def lowered_head(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """`lowered` for the output layer: only where results stay float32, as a rounded logit is 0.06 off."""
+    return lowered(dtype) if _native(dtype) and device.type == "cpu" else nullcontext()
+
+
+def _native(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and rank_k.available()
+
+
 class _LowerProducts(TorchFunctionMode):
-    """Answers F.linear and torch.addmm (GPT-2's layers) of float32 tensors with products in `dtype`."""
+    """Answers F.linear, torch.addmm (GPT-2's layers) and attention of float32 tensors with products in `dtype`."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self._dtype = dtype
+        self._native = _native(dtype)
+        self._last: tuple[Tensor, tuple, np.ndarray] | None = None
 
     def __torch_function__(
         self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is scaled_dot_product_attention:
+            return self._attention(*args, **(kwargs or {}))
         if func in (linear, torch.addmm) and not kwargs:
             tensors = [x for x in args if x is not None]
             x = tensors[0] if func is linear else tensors[1]
@@ -43,4 +61,25 @@ class _LowerProducts(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _product(self, func: Callable, args: tuple[Tensor | None, ...]) -> Tensor:
-        return func(*(x if x is None else x.to(self._dtype) for x in args)).float()
+        if not self._native or any(x is not None and x.device.type != "cpu" for x in args):
+            return func(*(x if x is None else x.to(self._dtype) for x in args)).float()
+        x, weight, bias = args if func is linear else (args[1], args[2].T, args[0])  # pyright: ignore
+        assert x is not None
+        assert weight is not None
+        rows = x.numel() // x.shape[-1]
+        out = torch.from_numpy(product(self._laid_out(x), rows, weight.contiguous().detach().numpy()))
+        out = out if bias is None else out + bias
+        return out.reshape(*x.shape[:-1], len(weight))
+
+    def _laid_out(self, x: Tensor) -> np.ndarray:
+        """Laid out for products; queries, keys and values are of one x, one after the other."""
+        key = (x.data_ptr(), x._version, x.shape)
+        if self._last is None or self._last[0] is not x or self._last[1] != key:
+            self._last = x, key, packed(x.detach().reshape(-1, x.shape[-1]).contiguous().numpy())
+        return self._last[2]
+
+    def _attention(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not self._native or not attends(torch.float32, *args, **kwargs):
+            return scaled_dot_product_attention(*args, **kwargs)
+        q, k, v = (x.bfloat16() for x in args)
+        return attend(q, k, v, kwargs.get("scale")).float()

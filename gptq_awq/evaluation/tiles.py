@@ -71,16 +71,19 @@ def comparison(
     states: Float[Tensor, "tokens width"],
     targets: Int[Tensor, "tokens"],
     output: Parameters | None = None,
+    full_head: Head | None = None,
 ) -> tuple[Float[Tensor, "tokens"], Float[Tensor, "tokens"], Bool[Tensor, "tokens"]]:
-    """-log q(target), KL(p ‖ q) and whether both have the same most likely word; p from the states `full` (through
-    the output layer `output`, None: the model's own) and q from `states`. Not finite where a logit is not.
+    """-log q(target), KL(p ‖ q) and whether both have the same most likely word; not finite where a logit is not.
+
+    p is of the states `full`, through the output layer `output` (None: the model's own) of `full_head` (None: `head`);
+    q of `states`, through `head`.
     """
     nll, kl, agree = torch.empty(len(states)), torch.empty(len(states)), torch.empty(len(states), dtype=torch.bool)
     for rows, tiles in head.tiles(len(states)):
         p_seen, q_seen = Running.over(targets[rows]), Running.over(targets[rows])
         cross = torch.zeros_like(q_seen.total)
         for words in tiles:
-            p = head(full[rows], words, output).contiguous()
+            p = (full_head or head)(full[rows], words, output).contiguous()
             q = head(states[rows], words).contiguous()
             with phase("score/losses"):
                 add_tiles(*_both(p), *p_seen.sums, *_both(q), *q_seen.sums, words.start, cross.numpy())

@@ -12,16 +12,11 @@ registers; scores and sums are float32, probabilities are rounded to bfloat16 fo
 import numba
 import numpy as np
 
-from gptq_awq.kernels.rank_k import PANEL, ROWS, add_tile
+from gptq_awq.kernels.rank_k import PANEL, ROWS, add_tile, bfloat16
 from gptq_awq.kernels.softmax import exp
 
 WIDTH = PANEL
 """Handed to loops as an argument: of a constant this small, LLVM unrolls them before it has vectorized them."""
-
-
-@numba.njit(inline="always")
-def _bfloat16(bits):  # pragma: no cover (compiled)
-    return (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
 
 
 @numba.njit
@@ -66,8 +61,8 @@ def _probabilities(scores, words, sums, keys, start, scale, width):  # pragma: n
             sums[r] += p
     for k in range((keys + 1) // 2):
         for r in range(width):
-            high = _bfloat16(bits[2 * k + 1, r]) if 2 * k + 1 < keys else np.uint32(0)
-            words[k, r] = _bfloat16(bits[2 * k, r]) | (high << np.uint32(16))
+            high = bfloat16(bits[2 * k + 1, r]) if 2 * k + 1 < keys else np.uint32(0)
+            words[k, r] = bfloat16(bits[2 * k, r]) | (high << np.uint32(16))
 
 
 @numba.njit(parallel=True, cache=True)
@@ -109,12 +104,13 @@ def causal_attention(q, k, v, scale, width, out):  # pragma: no cover (compiled)
                     add_tile(left, queries.ctypes.data, half, address, PANEL)  # pyright: ignore[reportCallIssue]
             _probabilities(scores, words, sums, keys, start, scale, width)
             for c in range(len(values)):
+                columns = min(PANEL, d - c * PANEL)
                 mixed[:] = np.float32(0.0)
-                for r in range(0, PANEL, ROWS):
-                    left, address = words.ctypes.data + 4 * r, mixed.ctypes.data + 4 * PANEL * r
+                for r in range(0, columns, ROWS):  # Oᵀ: no more rows than there are columns of V
+                    left, address = values[c].ctypes.data + 4 * r, mixed.ctypes.data + 4 * PANEL * r
                     pairs = (keys + 1) // 2
-                    add_tile(left, values[c].ctypes.data, pairs, address, PANEL)  # pyright: ignore[reportCallIssue]
-                for r in range(count):
-                    for j in range(min(PANEL, d - c * PANEL)):
-                        mixed[r, j] /= sums[r]
-                        out[b, start + r, h, c * PANEL + j] = _bfloat16(bits[r, j])
+                    add_tile(left, words.ctypes.data, pairs, address, PANEL)  # pyright: ignore[reportCallIssue]
+                for j in range(columns):
+                    for r in range(count):
+                        mixed[j, r] /= sums[r]
+                        out[b, start + r, h, c * PANEL + j] = bfloat16(bits[j, r])

@@ -12,13 +12,7 @@ import numba
 import numpy as np
 
 from gptq_awq.kernels.columns import LANES, nearest
-from gptq_awq.kernels.rank_k import PANEL, ROWS, add_tile
-
-
-@numba.njit(inline="always")
-def _bfloat16(bits):  # pragma: no cover (compiled)
-    """The nearest bfloat16's bits, ties to even, of a finite float32's."""
-    return (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+from gptq_awq.kernels.rank_k import PANEL, ROWS, add_tile, bfloat16
 
 
 @numba.njit(parallel=True, cache=True)
@@ -35,7 +29,7 @@ def _pack(hessian, panels):  # pragma: no cover (compiled)
                     inside = a < n and b < n and a <= b
                     row[i, j] = (hessian[a, b] / (np.float32(2.0) if a == b else np.float32(1.0))) if inside else 0.0
             for j in range(PANEL):
-                panels[p, k, j] = _bfloat16(bits[0, j]) | (_bfloat16(bits[1, j]) << np.uint32(16))
+                panels[p, k, j] = bfloat16(bits[0, j]) | (bfloat16(bits[1, j]) << np.uint32(16))
 
 
 @numba.njit
@@ -71,7 +65,7 @@ def _lay_out(row, delta, r):  # pragma: no cover (compiled)
     """Write one row of Δ, float32, into its place in a panel."""
     bits = row.view(np.uint32)
     for k in range(len(delta)):
-        delta[k, r] = _bfloat16(bits[2 * k]) | (_bfloat16(bits[2 * k + 1]) << np.uint32(16))
+        delta[k, r] = bfloat16(bits[2 * k]) | (bfloat16(bits[2 * k + 1]) << np.uint32(16))
 
 
 @numba.njit(parallel=True, cache=True)

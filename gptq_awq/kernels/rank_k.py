@@ -49,6 +49,13 @@ _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _SUMS, _WORDS, _PAIRS = ir.VectorType(ir.FloatType(), VECTOR), ir.VectorType(_I32, VECTOR), ir.VectorType(_BFloat(), 32)
 
 
+@numba.njit(inline="always")
+def bfloat16(bits):  # pragma: no cover (compiled)
+    """The nearest bfloat16's bits, ties to even, of a finite float32's; a NaN stays one."""
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return rounded if (bits & np.uint32(0x7FFFFFFF)) <= np.uint32(0x7F800000) else np.uint32(0x7FC0)
+
+
 @intrinsic
 def add_tile(_context, left, right, pairs, out, stride):  # noqa: ARG001  # pragma: no cover (compiled)
     """out (ROWS, PANEL) += leftᵀ right over `pairs` words: addresses of ROWS and PANEL columns of two panels.

@@ -31,30 +31,32 @@ def faster_attention_of(block: nn.Module) -> AbstractContextManager:
 class _Native(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None):
         kwargs = kwargs or {}
-        if func is scaled_dot_product_attention and _fits(*args, **kwargs):
-            return _attend(*args[:3], scale=kwargs.get("scale"))
+        if func is scaled_dot_product_attention and attends(torch.bfloat16, *args, **kwargs):
+            return attend(*args, scale=kwargs.get("scale"))
         return func(*args, **kwargs)
 
 
-def _fits(*args: Any, **kwargs: Any) -> bool:
-    """Whether a call is one of causal self-attention in bfloat16, without a mask or anything else."""
+def attends(dtype: torch.dtype, *args: Any, **kwargs: Any) -> bool:
+    """Whether a call is one of causal self-attention in that precision, without a mask or anything else."""
     known = {"attn_mask": None, "dropout_p": 0.0, "is_causal": True, "scale": None, "enable_gqa": False}
     if len(args) != 3 or not kwargs.get("is_causal") or not kwargs.keys() <= known.keys():
         return False
     if kwargs.get("attn_mask") is not None or kwargs.get("dropout_p") or (kwargs.get("scale") or 1.0) <= 0:
         return False
     q, k, v = args
-    plain = all(x.dim() == 4 and x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in args)
+    plain = all(x.dim() == 4 and x.dtype == dtype and x.device.type == "cpu" for x in args)
     same = plain and k.shape[:3] == v.shape[:3] and q.shape[::2] == k.shape[::2] and q.shape[3] == k.shape[3]
     return same and q.shape[1] % k.shape[1] == 0 and q.shape[2] >= MIN_TOKENS and q.shape[3] % 2 == 0
 
 
-def _attend(
+def attend(
     q: Float[Tensor, "batch heads tokens d"],
     k: Float[Tensor, "batch kv tokens d"],
     v: Float[Tensor, "batch kv tokens e"],
     scale: float | None,
 ) -> Float[Tensor, "batch heads tokens e"]:
+    """softmax(Q Kᵀ scale, causal) V of bfloat16 tensors; scale 1/√d where it is None."""
+
     def bits(x: Tensor) -> np.ndarray:
         return x.contiguous().view(torch.uint16).numpy()
 

@@ -22,6 +22,7 @@ from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, GridChoice, QuantizedWeight
 from gptq_awq.journal import Journal
+from gptq_awq.kernels.threads import match_torch
 from gptq_awq.linalg import NotPositiveDefiniteError
 from gptq_awq.models.blocks import find_blocks, hooks
 from gptq_awq.models.linear import Site, is_linear, matrix
@@ -69,6 +70,7 @@ def quantize(
         UserError: no calibration data where the method needs some; non-finite values; H that won't factor; a width
             that a grid has no room for.
     """
+    match_torch()
     prefix, blocks = find_blocks(model)
     if method.solver is None:
         if method.cast is not None:
