@@ -129,18 +129,22 @@ def _pack(x, panels, magnitude):  # pragma: no cover (compiled)
         first, count = p * PANEL, min(PANEL, n - p * PANEL)
         bits = np.zeros((2, PANEL), np.uint32)
         values = bits.view(np.float32)
+        total = np.zeros(PANEL, np.float32)
         for k in range(panels.shape[1]):
-            a, b = 2 * k, min(2 * k + 1, tokens - 1)
+            a, b = x[2 * k, first : first + count], x[min(2 * k + 1, tokens - 1), first : first + count]
             real = np.uint32(0xFFFF if 2 * k + 1 < tokens else 0)  # an odd last token is paired with zeros
+            words = panels[p, k]
             for j in range(count):
-                low, high = np.uint32(x[a, first + j]), np.uint32(x[b, first + j]) & real
-                panels[p, k, j] = low | (high << np.uint32(16))
+                low, high = np.uint32(a[j]), np.uint32(b[j]) & real
+                words[j] = low | (high << np.uint32(16))
                 bits[0, j] = (low & np.uint32(0x7FFF)) << np.uint32(16)  # its magnitude, as float32
                 bits[1, j] = (high & np.uint32(0x7FFF)) << np.uint32(16)
             for j in range(count, PANEL):
-                panels[p, k, j] = np.uint32(0)
-            for j in range(PANEL):
-                magnitude[p, j] += values[0, j] + values[1, j]
+                words[j] = np.uint32(0)
+            for j in range(count):
+                total[j] += values[0, j] + values[1, j]
+        for j in range(count):
+            magnitude[p, j] += total[j]
 
 
 @numba.njit(parallel=True, cache=True)
