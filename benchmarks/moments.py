@@ -7,6 +7,8 @@ import argparse
 import time
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from gptq_awq.moments import MomentsSum
 
@@ -20,26 +22,32 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     batches = torch.randn(options.tokens, options.width, generator=generator)
     batches *= torch.logspace(-1, 1, options.width)  # channels of very different size, as activations have
-    parts = batches.split(2048)
+    for dtype in (torch.float32, torch.bfloat16):
+        measure(batches.to(dtype))
 
+
+def measure(batches: Float[Tensor, "tokens width"]) -> None:
+    """Print error and ratio for activations of that precision."""
+    parts = batches.split(2048)
+    MomentsSum(batches.shape[1], torch.device("cpu")).add(parts[0], None)  # compiles
     start = time.perf_counter()
-    total = MomentsSum(options.width, torch.device("cpu"))
+    total = MomentsSum(batches.shape[1], torch.device("cpu"))
     for part in parts:
         total.add(part, None)
-    moments = total.finish("here")
+    moments = total.finish("benchmark")
     streamed = time.perf_counter() - start
 
     start = time.perf_counter()
-    plain = torch.zeros(options.width, options.width)
+    plain = torch.zeros(batches.shape[1], batches.shape[1])
     for part in parts:
-        plain += part.T @ part
+        plain += part.float().T @ part.float()
     direct = time.perf_counter() - start
 
     exact = batches.double().T @ batches.double() / len(batches)
     error = float((moments.hessian - exact).norm() / exact.norm())
     smallest = float(torch.linalg.eigvalsh(moments.hessian.double()).min() / exact.diagonal().mean())
-    print(f"relative error {error:.1e}, smallest eigenvalue {smallest:.1e} of the mean diagonal")
-    print(f"streamed {streamed:.2f} s, plain product {direct:.2f} s, ratio {direct / streamed:.2f}")
+    print(f"{batches.dtype}: relative error {error:.1e}, smallest eigenvalue {smallest:.1e} of the mean diagonal")
+    print(f"  streamed {streamed:.2f} s, plain float32 product {direct:.2f} s, ratio {direct / streamed:.2f}")
 
 
 if __name__ == "__main__":
