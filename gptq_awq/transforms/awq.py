@@ -110,17 +110,15 @@ class AWQ:
 
 
 def search(loss: Callable[[int], float], steps: int, stride: int = 4) -> tuple[int, float]:
-    """The least loss over 0…steps-1: every `stride`-th first, then the best one's neighbours at half that stride, …
+    """The least loss over 0…steps-1: every `stride`-th first, then all between the best one's neighbours.
 
-    The loss is smooth in α, so this finds what trying every step finds, for half the work or less.
+    The loss is nearly smooth in α, so this finds what trying every step finds, for half the work (docs/log.md).
     """
-    tried = {step: loss(step) for step in range(0, steps, stride)}
+    coarse = {step: loss(step) for step in range(0, steps, stride)}
+    best = min(coarse, key=coarse.__getitem__)
+    near = range(max(0, best - stride + 1), min(steps, best + stride))
+    tried = coarse | {step: loss(step) for step in near if step not in coarse}
     best = min(tried, key=tried.__getitem__)
-    while stride > 1:
-        stride = stride // 2
-        near = (step for step in (best - stride, best + stride) if 0 <= step < steps and step not in tried)
-        tried |= {step: loss(step) for step in near}
-        best = min(tried, key=tried.__getitem__)
     return best, tried[best]
 
 
