@@ -32,7 +32,7 @@ from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.journal import Journal
 from gptq_awq.manifest import code_sha256, config_sha256, environment, package_sha256, run_sha256
 from gptq_awq.models.blocks import find_blocks
-from gptq_awq.models.linear import is_linear, matrix
+from gptq_awq.models.linear import widest
 from gptq_awq.models.load import LoadedModel
 from gptq_awq.pipeline.inputs import resolve_compute_dtype
 from gptq_awq.pipeline.observe import Record, observations_sha256
@@ -334,12 +334,12 @@ def _forecast(loaded: LoadedModel, tokens: TokenSet | None, plan: Plan) -> None:
     if tokens is None:
         return
     _, blocks = find_blocks(loaded.model)
-    widest = max(matrix(m).shape[1] for m in blocks.modules() if is_linear(m))
+    columns = widest(blocks)
     hidden = loaded.model.config.get_text_config().hidden_size
     dtype, per_batch = resolve_compute_dtype(plan.settings.compute_dtype, plan.device), plan.settings.tokens_per_batch
-    needed = memory.forecast_bytes(blocks, widest, hidden, tokens.ids.numel(), per_batch, dtype.itemsize)
+    needed = memory.forecast_bytes(blocks, columns, hidden, tokens.ids.numel(), per_batch, dtype.itemsize)
     log.info("calibration needs about %.2f GB beyond the model", needed / 1e9)
-    memory.require(needed, plan.device, f"calibrating {loaded.name} (widest layer: {widest} columns)")
+    memory.require(needed, plan.device, f"calibrating {loaded.name} (widest layer: {columns} columns)")
 
 
 def _result(

@@ -144,7 +144,7 @@ def test_compiled_range_search_finds_what_the_plain_loop_finds(arithmetic, with_
     scales = w.abs().amax(1, keepdim=True) / 3 * torch.linspace(0.2, 1.2, 11)
     zeros = torch.full_like(scales, 4) if arithmetic.kind == "affine" else w.amin(1, keepdim=True) * torch.ones(11)
     w[0], w[1] = 0, w[1] * 1e-6
-    h = H if with_hessian else None
+    h = H[None] if with_hessian else None
     plain = search._by_candidate(w, scales, zeros, arithmetic, h)
     compiled = search._by_compiled(w, scales, zeros, arithmetic, h)
     assert (compiled == plain).float().mean() > 0.98  # near ties may fall either way

@@ -3,7 +3,7 @@
 `float32` leaves the model as it is. A lower dtype rounds what enters products, of linear layers, the output layer and
 (in bfloat16 on a CPU that multiplies it natively) causal attention; sums inside of the product are float32, as hardware
 does them. All else stays as it is: the residual stream, norms, activations, softmax. Where a CPU does bfloat16
-natively, results stay float32 too (kernels/product.py), which halves the noise; else they are rounded, as torch does.
+natively, results stay float32 too (kernels/product.py); else they are rounded, as torch does.
 Weights are cast at every call: there is no second copy of the model in memory.
 """
 

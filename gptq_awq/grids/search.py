@@ -5,8 +5,6 @@ hessian  least output error (ŵ - w) H_gg (ŵ - w)ᵀ, H_gg the group's diagonal
          search (arXiv 2306.00978, sec. 3.2) without touching an activation.
 """
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -18,9 +16,6 @@ from gptq_awq.kernels.columns import best_range
 
 MSE_NORM = 2.4
 STEPS, MAX_SHRINK = 20, 0.5
-
-Error = Callable[[Tensor], Tensor]
-"""ŵ - w, (rows, cols) → what it costs, (rows,)."""
 
 
 def check_search(search: str, cheapest: str = "minmax") -> None:
@@ -55,7 +50,7 @@ def best(
     elif hessian is None:
         raise ValueError("grid.search=hessian needs the group's diagonal block of the Hessian")
     else:
-        h = hessian.to(w)
+        h = hessian.to(w).reshape(-1, *hessian.shape[-2:])  # a stack, of one if need be
     if gpu.available(w.device):
         chosen = _by_triton(w, scales, zeros, arithmetic, h)
     elif w.device.type == "cpu":
@@ -67,7 +62,7 @@ def best(
 
 def _by_compiled(w: Tensor, scales: Tensor, zeros: Tensor, arithmetic: Arithmetic, h: Tensor | None) -> Tensor:
     """All candidates of all groups in one pass over the weights (see kernels/columns.py)."""
-    h = w.new_empty(1, 0, 0) if h is None else h.expand(1, *h.shape[-2:]) if h.dim() == 2 else h
+    h = w.new_empty(1, 0, 0) if h is None else h
     weights, scale, zero = (x.unflatten(0, (-1, len(h))).contiguous().float().numpy() for x in (w, scales, zeros))
     chosen = torch.empty(weights.shape[:2], dtype=torch.int64)
     best_range(weights, scale, zero, *in_numbers(arithmetic), h.contiguous().float().numpy(), chosen.numpy())
@@ -78,7 +73,6 @@ def _by_triton(w: Tensor, scales: Tensor, zeros: Tensor, arithmetic: Arithmetic,
     """Either error, for all candidates and groups at once (see kernels/triton_columns.py)."""
     from gptq_awq.kernels.triton_columns import best_range
 
-    h = h.expand(1, *h.shape[-2:]) if h is not None and h.dim() == 2 else h
     groups = 1 if h is None else len(h)
     weights, scale, zero = (x.unflatten(0, (-1, groups)) for x in (w, scales, zeros))
     chosen = torch.empty(len(w), dtype=torch.int64, device=w.device)
@@ -101,7 +95,6 @@ def _by_candidate(w: Tensor, scales: Tensor, zeros: Tensor, arithmetic: Arithmet
     return chosen
 
 
-def _output_error(e: Float[Tensor, "rows cols"], h: Float[Tensor, "*spans cols cols"]) -> Float[Tensor, "rows"]:
-    h = h.expand(1, *h.shape[-2:]) if h.dim() == 2 else h
+def _output_error(e: Float[Tensor, "rows cols"], h: Float[Tensor, "spans cols cols"]) -> Float[Tensor, "rows"]:
     e = e.view(-1, len(h), e.shape[1])
     return ((e.transpose(0, 1) @ h).transpose(0, 1) * e).sum(2).flatten()

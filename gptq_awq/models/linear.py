@@ -86,3 +86,8 @@ class Site:
         head, _, _ = self.linears[0].rpartition(".")
         tails = [name.removeprefix(f"{head}.") for name in self.linears]
         return f"{head}.{'+'.join(tails)}" if head else "+".join(tails)
+
+
+def widest(blocks: nn.ModuleList) -> int:
+    """Columns of the blocks' widest linear."""
+    return max(matrix(module).shape[1] for module in blocks.modules() if is_linear(module))

@@ -10,7 +10,7 @@ from gptq_awq import memory
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.linalg import native_dtype
-from gptq_awq.models.linear import Site, is_linear, matrix
+from gptq_awq.models.linear import Site, widest
 from gptq_awq.pipeline.observe import Observation, Observer, Record, in_dtype, read, recorded
 from gptq_awq.pipeline.streams import Streams, open_streams
 from gptq_awq.progress import Track, no_track
@@ -108,9 +108,8 @@ class Inputs:
 
 def _activations_fit(model: nn.Module, blocks: nn.ModuleList, tokens: TokenSet, dtype: torch.dtype) -> bool:
     """Whether what waiting batches hold fits into half of the free memory; what else is needed has the other half."""
-    widest = max(matrix(m).shape[1] for m in blocks.modules() if is_linear(m))
     hidden = model.get_input_embeddings().weight.shape[1]  # pyright: ignore[reportCallIssue]
-    held = memory.held_bytes(tokens.ids.numel(), hidden, widest, dtype.itemsize)
+    held = memory.held_bytes(tokens.ids.numel(), hidden, widest(blocks), dtype.itemsize)
     free = memory.available_bytes(next(model.parameters()).device)
     fits = held <= free / 2
     log.info(
