@@ -30,19 +30,22 @@ class Moments:
         hessian: H, (in, in) float32.
         mean_abs: a, (in,) float32.
         tokens: n, real (unpadded) tokens seen.
+        max_abs: max |x|, (in,) float32, for SmoothQuant; None where nobody counted it.
         keep: where factors of H are kept for other runs; by default nowhere.
     """
 
     hessian: Float[Tensor, "in in"]
     mean_abs: Float[Tensor, "in"]
     tokens: int
+    max_abs: Float[Tensor, "in"] | None = None
     keep: "Keep" = field(default=lambda _key, compute: compute(), repr=False, compare=False)
     _factors: dict = field(default_factory=dict, repr=False, compare=False)
 
     def rescaled(self, scales: Float[Tensor, "in"]) -> "Moments":
         """The moments of x / s, as they are after a transform divided the site's input by `scales`."""
         s = scales.to(self.hessian)
-        return Moments(self.hessian / (s[:, None] * s[None, :]), self.mean_abs / s, self.tokens)
+        largest = None if self.max_abs is None else self.max_abs / s
+        return Moments(self.hessian / (s[:, None] * s[None, :]), self.mean_abs / s, self.tokens, largest)
 
     def dead(self) -> Bool[Tensor, "in"]:
         """Columns whose input was always zero."""
@@ -84,7 +87,7 @@ Keep = Callable[[tuple[float, bool], Callable[[], Factor]], Factor]
 
 
 class MomentsSum:
-    """Streams activations into Σ x xᵀ and Σ |x|, each token counted once, padding never.
+    """Streams activations into Σ x xᵀ, Σ |x| and max |x|, each token counted once, padding never.
 
     Products are summed in float32, whatever the activations' precision: errors of 1e-7 (bfloat16: 3e-6), relative
     (benchmarks/moments.py), far under damping. The sum of few tokens is singular, but never indefinite beyond that.
@@ -95,6 +98,7 @@ class MomentsSum:
         self._native: RankK | None = None  # sums of bfloat16 activations, where the CPU has an instruction for it
         self._xx: Tensor | None = None  # all others'
         self._abs = torch.zeros(width, device=device)
+        self._max = torch.zeros(width, device=device)
         self._tokens = 0
 
     def add(self, x: Float[Tensor, "*batch in"], mask: Bool[Tensor, "*batch"] | None) -> None:
@@ -106,6 +110,8 @@ class MomentsSum:
                 self._native.add(x.contiguous().view(torch.uint16).numpy())
             else:
                 self._add_products(x)
+            if len(x):
+                self._max = torch.maximum(self._max, torch.maximum(x.amax(0), -x.amin(0)).float())
         self._tokens += x.shape[0]
 
     def _add_products(self, x: Float[Tensor, "tokens in"]) -> None:
@@ -140,7 +146,7 @@ class MomentsSum:
             raise UserError(
                 f"non-finite activations enter {where}: try dtype=float32 compute_dtype=float32, or check the model"
             )
-        return Moments(_mirrored(products.div_(self._tokens)), self._abs / self._tokens, self._tokens)
+        return Moments(_mirrored(products.div_(self._tokens)), self._abs / self._tokens, self._tokens, self._max)
 
 
 def _mirrored(upper: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:

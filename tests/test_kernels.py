@@ -50,6 +50,7 @@ def test_moments_of_bfloat16_inputs_are_positive_definite_and_mix_with_other_pre
         assert torch.equal(moments.hessian, moments.hessian.T)
         assert torch.linalg.eigvalsh(moments.hessian.double()).min() > 0.99 * torch.linalg.eigvalsh(exact).min()
         assert torch.allclose(moments.mean_abs.double(), x.double().abs().mean(0), rtol=3e-6)
+        assert torch.equal(moments.max_abs, x.float().abs().amax(0))
 
 
 @needs_bf16

@@ -33,7 +33,7 @@ from gptq_awq.progress import Track
 from gptq_awq.sealed import DamagedError, Sealed, lock_path, once
 
 log = logging.getLogger(__name__)
-SCHEMA = 1
+SCHEMA = 2
 """Raised whenever the meaning of what is recorded changes."""
 
 
@@ -209,6 +209,8 @@ def _packed(seen: Observation) -> tuple[dict[str, Tensor], dict[str, Any]]:
     facts = []
     for i, (site, moments) in enumerate(zip(seen.sites, seen.moments, strict=True)):
         tensors |= {f"{i}.hessian": pack_symmetric(moments.hessian), f"{i}.mean_abs": moments.mean_abs}
+        if moments.max_abs is not None:
+            tensors[f"{i}.max_abs"] = moments.max_abs
         fact: dict[str, Any] = {"linears": site.linears, "width": site.width, "tokens": moments.tokens}
         if site.absorber is not None:
             tensors[f"{i}.rows"] = site.absorber.rows
@@ -225,7 +227,9 @@ def _unpacked(content: Sealed, factors: list[Path], call: Call, device: torch.de
             absorber = Absorber(fact["producer"], tensors[f"{i}.rows"], fact["unit_offset"])
         sites.append(Site(tuple(fact["linears"]), fact["width"], absorber))
         hessian = unpack_symmetric(tensors[f"{i}.hessian"], fact["width"]).to(device)
-        moments.append(Moments(hessian, tensors[f"{i}.mean_abs"].to(device), fact["tokens"], _keep(path, device)))
+        largest = tensors[f"{i}.max_abs"].to(device) if f"{i}.max_abs" in tensors else None
+        mean = tensors[f"{i}.mean_abs"].to(device)
+        moments.append(Moments(hessian, mean, fact["tokens"], largest, _keep(path, device)))
     return Observation(sites, moments, tensors["hidden"].to(device), call)
 
 
