@@ -20,6 +20,7 @@ LAYERS = [
     {"evaluation"},
     {"export"},
     {"plan"},
+    {"work"},
     {"api", "experiment"},
     {"replay", "notebook"},
 ]

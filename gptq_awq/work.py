@@ -1,0 +1,90 @@
+"""What a run needs, loaded: model, windows, tasks, calibration tokens, and the hash that the run goes by.
+
+Whatever can be known to be wrong is found here, or when options are instantiated: before anything slow starts.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gptq_awq import memory
+from gptq_awq.data import TokenSet
+from gptq_awq.export.base import linear_specs
+from gptq_awq.grids.base import Grid
+from gptq_awq.manifest import code_sha256, package_sha256, run_sha256
+from gptq_awq.models.blocks import find_blocks
+from gptq_awq.models.linear import widest
+from gptq_awq.models.load import LoadedModel
+from gptq_awq.pipeline.inputs import resolve_compute_dtype
+from gptq_awq.pipeline.places import landing
+from gptq_awq.pipeline.quantize import needs_calibration
+from gptq_awq.plan import Plan
+from gptq_awq.runs import Run
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run needs, loaded: nothing has been computed yet, nothing is to be undone.
+
+    Attributes:
+        loaded: the model and its tokenizer.
+        windows: to score.
+        tasks: lm-eval's, None for none.
+        tokens: calibration data, None where the method looks at none.
+        grids: module name → where its weight will land.
+        code: hash of this program's source, as it was when the run began.
+        run: the run's content hash and folder.
+    """
+
+    loaded: LoadedModel
+    windows: tuple[TokenSet, ...]
+    tasks: Any
+    tokens: TokenSet | None
+    grids: Mapping[str, Grid]
+    code: str
+    run: Run
+
+
+def load(plan: Plan) -> Work:
+    """Load model and data, and look at all that can be known to be wrong before anything is computed.
+
+    Raises:
+        UserError: naming the option.
+    """
+    package, code = package_sha256(), code_sha256(plan.config)  # now: the files may change while the run goes on
+    loaded = plan.model.load(dtype=plan.dtype, device=str(plan.device))
+    windows = plan.evaluation.token_sets(loaded.tokenizer)
+    tasks = plan.evaluation.load_tasks(plan.seed)
+    calibrates = needs_calibration(plan.method, plan.grid)
+    tokens = plan.data.tokens(loaded.tokenizer, seed=plan.seed) if calibrates else None
+    grids = landing(loaded.model, plan.grid) if plan.method.solver is not None else {}
+    natural = getattr(plan.method.solver, "natural_groups", True)
+    plan.exports.check(linear_specs(loaded.model, grids, natural), loaded.model, loaded.tokenizer)
+    _forecast(loaded, tokens, plan)
+    data = {
+        "model": loaded.sha256,
+        "calibration": tokens and tokens.sha256,
+        "eval": [t.sha256 for t in windows],
+        "tasks": tasks and tasks.sha256(),
+        "device": plan.device.type,
+        "compute_dtype": str(resolve_compute_dtype(plan.settings.compute_dtype, plan.device)),
+        "eval_dtype": str(resolve_compute_dtype(plan.evaluation.compute_dtype, plan.device)),
+    }
+    run_ = Run(run_sha256(plan.config, data, code), plan.out)
+    return Work(loaded, windows, tasks, tokens, grids, package, run_)
+
+
+def _forecast(loaded: LoadedModel, tokens: TokenSet | None, plan: Plan) -> None:
+    """Refuse, before calibration starts, what will not fit."""
+    if tokens is None:
+        return
+    _, blocks = find_blocks(loaded.model)
+    columns = widest(blocks)
+    hidden = loaded.model.config.get_text_config().hidden_size
+    dtype, per_batch = resolve_compute_dtype(plan.settings.compute_dtype, plan.device), plan.settings.tokens_per_batch
+    needed = memory.forecast_bytes(blocks, columns, hidden, tokens.ids.numel(), per_batch, dtype.itemsize)
+    log.info("calibration needs about %.2f GB beyond the model", needed / 1e9)
+    memory.require(needed, plan.device, f"calibrating {loaded.name} (widest layer: {columns} columns)")
