@@ -93,11 +93,11 @@ class Costs:
         traffic = size * (self.block_weights + n * self.block_edges)
         return Cost(blocks * flops, blocks * traffic, _named(dtype))
 
-    def _moments(self, tokens: int, width: int) -> Cost:
-        """Σ x xᵀ on and above its diagonal; the sum is read and written in float32."""
-        triangle = width * (width + 1) / 2
-        traffic = self.compute.itemsize * tokens * width + 2 * 4 * triangle
-        return Cost(2 * tokens * triangle, traffic, _named(self.compute))
+    def _moments(self, tokens: int, width: int, cross: int = 0) -> Cost:
+        """Σ x xᵀ on and above its diagonal, and the whole of Σ x̃ xᵀ; sums are read and written in float32."""
+        products = width * (width + 1) / 2 + cross * width**2
+        traffic = self.compute.itemsize * tokens * width * (1 + cross) + 2 * 4 * products
+        return Cost(2 * tokens * products, traffic, _named(self.compute))
 
     def _factor(self, width: int) -> Cost:
         """One Cholesky factorization and the inverse of its factor, n³/3 each."""

@@ -39,17 +39,25 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def forecast_bytes(
-    blocks: nn.ModuleList, widest: int, hidden: int, tokens: int, tokens_per_batch: int, itemsize: int
+    blocks: nn.ModuleList,
+    widest: int,
+    hidden: int,
+    tokens: int,
+    tokens_per_batch: int,
+    itemsize: int,
+    full: bool = False,
 ) -> int:
     """What calibration allocates at least, beyond the model.
 
     A block in float32 and in the compute dtype (of `itemsize` bytes); the moments, their factor and the
     factorization's scratch for the widest site (five in × in matrices); the streams of all tokens, and what one
     batch holds inside a block. What batches hold that wait for a site to be solved comes on top where it fits.
+    With `full` precision beside, forwards, streams and the block's copies double, and three more in × in matrices say
+    how the two differ.
     """
     largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
-    streams = tokens * hidden * itemsize
-    return (4 + itemsize) * largest + 20 * widest**2 + streams + held_bytes(tokens_per_batch, hidden, widest, itemsize)
+    flowing = tokens * hidden * itemsize + held_bytes(tokens_per_batch, hidden, widest, itemsize)
+    return (4 + itemsize * (1 + full)) * largest + (20 + 12 * full) * widest**2 + (1 + full) * flowing
 
 
 def held_bytes(tokens: int, hidden: int, widest: int, itemsize: int) -> int:

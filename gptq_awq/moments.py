@@ -2,10 +2,14 @@
 
 For tokens x₁…x_n that enter a site:  H = 1/n Σ x xᵀ,  and the mean magnitude a = 1/n Σ |x|. The output error of
 a weight change Δ is then tr(ΔHΔᵀ) per token, whatever the number of tokens.
+
+Where the layers before it are quantized already, a site sees x̃ where full precision sees x. H is of x̃ then, and
+C = 1/n Σ x̃ xᵀ says how the two go together: what the layer should answer, W x, projected on what it is given.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,6 +35,7 @@ class Moments:
         mean_abs: a, (in,) float32.
         tokens: n, real (unpadded) tokens seen.
         max_abs: max |x|, (in,) float32, for SmoothQuant; None where nobody counted it.
+        cross: C, (in, in) float32, rows x̃ and columns x; None where full precision did not run beside.
         keep: where factors of H are kept for other runs; by default nowhere.
     """
 
@@ -38,14 +43,35 @@ class Moments:
     mean_abs: Float[Tensor, "in"]
     tokens: int
     max_abs: Float[Tensor, "in"] | None = None
+    cross: Float[Tensor, "in in"] | None = None
     keep: "Keep" = field(default=lambda _key, compute: compute(), repr=False, compare=False)
     _factors: dict = field(default_factory=dict, repr=False, compare=False)
+    _shared: dict = field(default_factory=dict, repr=False, compare=False)
 
     def rescaled(self, scales: Float[Tensor, "in"]) -> "Moments":
         """The moments of x / s, as they are after a transform divided the site's input by `scales`."""
         s = scales.to(self.hessian)
         largest = None if self.max_abs is None else self.max_abs / s
-        return Moments(self.hessian / (s[:, None] * s[None, :]), self.mean_abs / s, self.tokens, largest)
+        products = s[:, None] * s[None, :]
+        cross = None if self.cross is None else self.cross / products
+        return Moments(self.hessian / products, self.mean_abs / s, self.tokens, largest, cross)
+
+    def drift(self) -> Float[Tensor, "in in"]:
+        """D = 1/n Σ (x - x̃) x̃ᵀ = Cᵀ - H: what full precision has and this site lacks, as far as x̃ can tell.
+
+        Raises:
+            ValueError: C was not gathered.
+        """
+        if self.cross is None:
+            raise ValueError("the solver needs C: give Moments their `cross`")
+        return self.cross.T - self.hessian
+
+    def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """What a solver computes for a site's first linear, for its other ones. The last key's value is kept."""
+        if key not in self._shared:
+            self._shared.clear()
+            self._shared[key] = compute()
+        return self._shared[key]
 
     def dead(self) -> Bool[Tensor, "in"]:
         """Columns whose input was always zero."""
@@ -87,29 +113,39 @@ Keep = Callable[[tuple[float, bool], Callable[[], Factor]], Factor]
 
 
 class MomentsSum:
-    """Streams activations into Σ x xᵀ, Σ |x| and max |x|, each token counted once, padding never.
+    """Streams activations into Σ x xᵀ, Σ |x| and max |x|, and Σ x̃ xᵀ; each token is counted once, padding never.
 
     Products are summed in float32, whatever the activations' precision: errors of 1e-7 (bfloat16: 3e-6), relative
     (benchmarks/moments.py), far under damping. The sum of few tokens is singular, but never indefinite beyond that.
+    Where x̃ and x are one, so are H and C: bit for bit in bfloat16, to 1e-6 in float32.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
         self._width, self._device = width, device
         self._native: RankK | None = None  # sums of bfloat16 activations, where the CPU has an instruction for it
         self._xx: Tensor | None = None  # all others'
+        self._cross: Tensor | None = None
         self._abs = torch.zeros(width, device=device)
         self._max = torch.zeros(width, device=device)
         self._tokens = 0
 
-    def add(self, x: Float[Tensor, "*batch in"], mask: Bool[Tensor, "*batch"] | None) -> None:
-        """Add a batch of inputs."""
-        x = x.reshape(-1, x.shape[-1]) if mask is None else x[mask]
-        with phase("moments", *x.shape):
+    def add(
+        self,
+        x: Float[Tensor, "*batch in"],
+        mask: Bool[Tensor, "*batch"] | None,
+        full: Float[Tensor, "*batch in"] | None = None,
+    ) -> None:
+        """Add a batch of inputs; `full`: what full precision has in their place."""
+        x = _real(x, mask)
+        paired = () if full is None else (_real(full, mask),)
+        with phase("moments", *x.shape, *(1 for _ in paired)):
             if x.dtype == torch.bfloat16 and x.device.type == "cpu" and rank_k.available():
                 self._native = self._native or RankK(self._width)
-                self._native.add(x.contiguous().view(torch.uint16).numpy())
+                self._native.add(*(part.contiguous().view(torch.uint16).numpy() for part in (x, *paired)))
             else:
                 self._add_products(x)
+                for other in paired:
+                    self._add_cross(x, other)
             if len(x):
                 self._max = torch.maximum(self._max, torch.maximum(x.amax(0), -x.amin(0)).float())
         self._tokens += x.shape[0]
@@ -127,6 +163,15 @@ class MomentsSum:
                 self._xx[a:b, a:].addmm_(x[:, a:b].T, x[:, a:])
         self._abs += x.abs().sum(0, dtype=torch.float32)
 
+    def _add_cross(self, x: Float[Tensor, "tokens in"], full: Float[Tensor, "tokens in"]) -> None:
+        """Add to Σ x̃ xᵀ."""
+        if self._cross is None:
+            self._cross = torch.zeros(self._width, self._width, device=self._device)
+        if x.device.type == "cuda" and x.dtype != torch.float32:
+            self._cross += torch.mm(x.T, full, out_dtype=torch.float32)
+        else:
+            self._cross.addmm_(x.float().T, full.float())
+
     @phase("moments")
     def finish(self, where: str) -> Moments:
         """Normalize by the token count; `where` names the site in errors.
@@ -137,16 +182,26 @@ class MomentsSum:
         if self._tokens == 0:
             raise UserError("calibration holds no real token: check data.path and data.packing")
         products, self._xx = self._xx, None
+        cross, self._cross = self._cross, None
         if self._native is not None:
             own = torch.from_numpy(self._native.products)[: self._width, : self._width]
             products = own.contiguous() if products is None else products.add_(own)
             self._abs += torch.from_numpy(self._native.magnitude)[: self._width]
+            if self._native.cross is not None:
+                cross = torch.from_numpy(self._native.cross)[: self._width, : self._width].contiguous()
         assert products is not None
-        if not torch.isfinite(self._abs).all():
+        if not torch.isfinite(self._abs).all() or (cross is not None and not torch.isfinite(cross).all()):
             raise UserError(
                 f"non-finite activations enter {where}: try dtype=float32 compute_dtype=float32, or check the model"
             )
-        return Moments(_mirrored(products.div_(self._tokens)), self._abs / self._tokens, self._tokens, self._max)
+        cross = None if cross is None else cross.div_(self._tokens)
+        mean = self._abs / self._tokens
+        return Moments(_mirrored(products.div_(self._tokens)), mean, self._tokens, self._max, cross)
+
+
+def _real(x: Float[Tensor, "*batch in"], mask: Bool[Tensor, "*batch"] | None) -> Float[Tensor, "tokens in"]:
+    """The real tokens, one after the other."""
+    return x.reshape(-1, x.shape[-1]) if mask is None else x[mask]
 
 
 def _mirrored(upper: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:

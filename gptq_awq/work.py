@@ -13,6 +13,7 @@ from gptq_awq.data import TokenSet
 from gptq_awq.export.base import linear_specs
 from gptq_awq.grids.base import Grid
 from gptq_awq.manifest import code_sha256, package_sha256, run_sha256
+from gptq_awq.models.activations import check_activations
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import widest
 from gptq_awq.models.load import LoadedModel
@@ -56,12 +57,17 @@ def load(plan: Plan) -> Work:
     """
     package, code = package_sha256(), code_sha256(plan.config)  # now: the files may change while the run goes on
     loaded = plan.model.load(dtype=plan.dtype, device=str(plan.device))
+    check_activations(loaded.model, plan.act, plan.kv)
     windows = plan.evaluation.token_sets(loaded.tokenizer)
     tasks = plan.evaluation.load_tasks(plan.seed)
     calibrates = needs_calibration(plan.method, plan.grid)
     tokens = plan.data.tokens(loaded.tokenizer, seed=plan.seed) if calibrates else None
     grids = landing(loaded.model, plan.grid) if plan.method.solver is not None else {}
     natural = getattr(plan.method.solver, "natural_groups", True)
+    if plan.exports.formats and (plan.act.label or plan.kv.label):
+        log.warning(
+            "checkpoints hold weights only: act=%s, kv=%s are for the engine to do", plan.act.label, plan.kv.label
+        )
     plan.exports.check(linear_specs(loaded.model, grids, natural), loaded.model, loaded.tokenizer)
     _forecast(loaded, tokens, plan)
     data = {
@@ -85,6 +91,8 @@ def _forecast(loaded: LoadedModel, tokens: TokenSet | None, plan: Plan) -> None:
     columns = widest(blocks)
     hidden = loaded.model.config.get_text_config().hidden_size
     dtype, per_batch = resolve_compute_dtype(plan.settings.compute_dtype, plan.device), plan.settings.tokens_per_batch
-    needed = memory.forecast_bytes(blocks, columns, hidden, tokens.ids.numel(), per_batch, dtype.itemsize)
+    needed = memory.forecast_bytes(
+        *(blocks, columns, hidden, tokens.ids.numel(), per_batch, dtype.itemsize), full=plan.method.needs_full
+    )
     log.info("calibration needs about %.2f GB beyond the model", needed / 1e9)
     memory.require(needed, plan.device, f"calibrating {loaded.name} (widest layer: {columns} columns)")

@@ -1,4 +1,4 @@
-"""C += XᵀX of bfloat16 X with float32 sums, on CPUs that have dpbf16ps (AVX512-BF16).
+"""C += XᵀX, and XᵀY, of bfloat16 X and Y with float32 sums, on CPUs that have dpbf16ps (AVX512-BF16).
 
 torch.mm rounds a bfloat16 product's result to bfloat16, which is no Hessian to factor. This kernel keeps it in
 float32, computes only tiles on and above the diagonal (half the work), and runs at the speed of torch's bfloat16
@@ -148,40 +148,51 @@ def _pack(x, panels, magnitude):  # pragma: no cover (compiled)
 
 
 @numba.njit(parallel=True, cache=True)
-def _multiply(panels, pairs, out):  # pragma: no cover (compiled)
-    """Add panel_Iᵀ panel_J to `out` (panels · PANEL, same) for each row (I, J) of `pairs`."""
+def _multiply(lefts, rights, pairs, out):  # pragma: no cover (compiled)
+    """Add left_Iᵀ right_J to `out` (panels · PANEL, same) for each row (I, J) of `pairs`."""
     for index in numba.prange(len(pairs)):
         row, column = pairs[index]
         for r in range(0, PANEL, ROWS):
             address = out.ctypes.data + 4 * ((row * PANEL + r) * out.shape[1] + column * PANEL)
-            left, right = panels[row].ctypes.data + 4 * r, panels[column].ctypes.data
-            add_tile(left, right, panels.shape[1], address, out.shape[1])  # pyright: ignore[reportCallIssue]
+            left, right = lefts[row].ctypes.data + 4 * r, rights[column].ctypes.data
+            add_tile(left, right, lefts.shape[1], address, out.shape[1])  # pyright: ignore[reportCallIssue]
 
 
 class RankK:
-    """Sums XᵀX and |x| over batches of X.
+    """Sums XᵀX and |x| over batches of X, and XᵀY where Y is given.
 
     Attributes:
         products: (≥ n, ≥ n) float32: Σ xᵀx on and above the diagonal of its first n rows and columns; below it,
             and beyond, what doesn't matter.
         magnitude: (≥ n,) float32: Σ |x|.
+        cross: (≥ n, ≥ n) float32: Σ xᵀy in its first n rows and columns; None where no Y was given. Of Y = X it is
+            `products`, bit for bit.
     """
 
     def __init__(self, n: int) -> None:
         columns = -(-n // PANEL)
         self.products = np.zeros((columns * PANEL, columns * PANEL), np.float32)
         self.magnitude = np.zeros(columns * PANEL, np.float32)
+        self.cross: np.ndarray | None = None
         self._pairs = np.stack(np.triu_indices(columns), 1)
-        self._panels = np.empty((columns, 0, PANEL), np.uint32)
+        self._panels = [np.empty((columns, 0, PANEL), np.uint32)] * 2
 
-    def add(self, x: np.ndarray) -> None:
-        """Add a batch: (tokens, n) uint16, the bits of bfloat16 numbers."""
-        columns = len(self._panels)
+    def add(self, x: np.ndarray, y: np.ndarray | None = None) -> None:
+        """Add a batch: (tokens, n) uint16 each, the bits of bfloat16 numbers."""
         for start in range(0, len(x), MAX_TOKENS):
-            part = x[start : start + MAX_TOKENS]
-            words = -(-len(part) // 2)
-            if self._panels.shape[1] < words:
-                self._panels = np.empty((columns, words, PANEL), np.uint32)
-            panels = self._panels[:, :words]
-            _pack(part, panels, self.magnitude.reshape(columns, PANEL))
-            _multiply(panels, self._pairs, self.products)
+            part = slice(start, start + MAX_TOKENS)
+            panels = self._packed(0, x[part], self.magnitude)
+            _multiply(panels, panels, self._pairs, self.products)
+            if y is not None:
+                if self.cross is None:
+                    self.cross = np.zeros_like(self.products)
+                others = self._packed(1, y[part], np.empty_like(self.magnitude))
+                _multiply(panels, others, np.argwhere(np.ones((len(panels), len(panels)))), self.cross)
+
+    def _packed(self, which: int, part: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
+        columns, words = len(self._panels[which]), -(-len(part) // 2)
+        if self._panels[which].shape[1] < words:
+            self._panels[which] = np.empty((columns, words, PANEL), np.uint32)
+        panels = self._panels[which][:, :words]
+        _pack(part, panels, magnitude.reshape(columns, PANEL))
+        return panels

@@ -47,6 +47,7 @@ class Inputs:
     Args:
         error_propagation: see `Method`. Without it, `observe` advances the streams, on the block as it is then.
         absorbers: whether sites shall know theirs.
+        full: whether streams carry full precision's hidden states too (`Method.needs_full`).
         settings: see `Settings`; `keeps_activations` says what `activations` came to.
         record: where what full precision shows is read from; it is completed first, for all later runs.
     """
@@ -61,17 +62,20 @@ class Inputs:
         absorbers: bool,
         record: Record | None = None,
         track: Track = no_track,
+        full: bool = False,
     ) -> None:
         self.dtype = resolve_compute_dtype(settings.compute_dtype, next(model.parameters()).device)
         self._advance = not error_propagation
         self.keeps_activations = settings.activations == "keep" or (
-            settings.activations == "auto" and error_propagation and _activations_fit(model, blocks, tokens, self.dtype)
+            settings.activations == "auto"
+            and error_propagation
+            and _activations_fit(model, blocks, tokens, self.dtype, forwards=1 + full)
         )
         self._sites: list[Site] = []
         heads: int | None = getattr(getattr(model, "config", None), "num_attention_heads", None)
 
         def observer(tokens: TokenSet, absorbers: bool) -> Observer:
-            streams = open_streams(model, blocks, tokens, settings.tokens_per_batch, self.dtype, track)
+            streams = open_streams(model, blocks, tokens, settings.tokens_per_batch, self.dtype, track, full)
             return Observer(streams, absorbers, heads)
 
         # A record serves all methods, so it knows absorbers whether this one wants them or not.
@@ -106,10 +110,15 @@ class Inputs:
         return self._observer.observe(runner, index, self.sites(block, index), self._advance)
 
 
-def _activations_fit(model: nn.Module, blocks: nn.ModuleList, tokens: TokenSet, dtype: torch.dtype) -> bool:
-    """Whether what waiting batches hold fits into half of the free memory; what else is needed has the other half."""
+def _activations_fit(
+    model: nn.Module, blocks: nn.ModuleList, tokens: TokenSet, dtype: torch.dtype, forwards: int
+) -> bool:
+    """Whether what waiting batches hold fits into half of the free memory; what else is needed has the other half.
+
+    Each batch waits in one or two `forwards`, as `staged_forward` has them.
+    """
     hidden = model.get_input_embeddings().weight.shape[1]  # pyright: ignore[reportCallIssue]
-    held = memory.held_bytes(tokens.ids.numel(), hidden, widest(blocks), dtype.itemsize)
+    held = forwards * memory.held_bytes(tokens.ids.numel(), hidden, widest(blocks), dtype.itemsize)
     free = memory.available_bytes(next(model.parameters()).device)
     fits = held <= free / 2
     log.info(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from gptq_awq.errors import UserError
 from gptq_awq.solvers.base import Solver
-from gptq_awq.transforms.base import Transform
+from gptq_awq.transforms.base import ModelTransform, Transform
 
 
 @dataclass(frozen=True)
@@ -15,21 +15,41 @@ class Method:
     Attributes:
         name: as tables print it.
         solver: lands weights on the grid; None leaves the model alone (full precision).
-        transforms: applied in order, before the solver.
+        transforms: applied in order, before the solver; those of the whole model before all others.
         error_propagation: calibrate every layer on the inputs it will see, those of the model quantized so
             far (GPTQ). False calibrates on full-precision inputs everywhere (AWQ's own code).
         cast: without a solver: the 16-bit type that all parameters are rounded to; None: none.
 
     Raises:
-        UserError: a type there isn't.
+        UserError: a type there isn't; full precision beside the quantized model, without error propagation.
     """
 
     name: str
     solver: Solver | None
-    transforms: Mapping[str, Transform] = field(default_factory=dict)
+    transforms: Mapping[str, Transform | ModelTransform] = field(default_factory=dict)
     error_propagation: bool = True
     cast: str | None = None
 
     def __post_init__(self) -> None:
         if self.cast not in (None, "bfloat16", "float16"):
             raise UserError(f"method.cast={self.cast}: choose bfloat16, float16 or null")
+        if self.needs_full and not self.error_propagation:
+            raise UserError(
+                f"method.error_propagation=false: method={self.name} corrects what the layers before have lost, "
+                "and without error propagation it sees no loss; set it to true"
+            )
+
+    @property
+    def needs_full(self) -> bool:
+        """Whether calibration carries full precision's hidden states beside the quantized model's."""
+        return bool(getattr(self.solver, "needs_cross", False))
+
+    @property
+    def of_model(self) -> list[ModelTransform]:
+        """Transforms of the whole model."""
+        return [each for each in self.transforms.values() if isinstance(each, ModelTransform)]
+
+    @property
+    def of_blocks(self) -> list[Transform]:
+        """Transforms of one block at a time, which look at calibration data."""
+        return [each for each in self.transforms.values() if isinstance(each, Transform)]

@@ -229,7 +229,7 @@ def _unpacked(content: Sealed, factors: list[Path], call: Call, device: torch.de
         hessian = unpack_symmetric(tensors[f"{i}.hessian"], fact["width"]).to(device)
         largest = tensors[f"{i}.max_abs"].to(device) if f"{i}.max_abs" in tensors else None
         mean = tensors[f"{i}.mean_abs"].to(device)
-        moments.append(Moments(hessian, mean, fact["tokens"], largest, _keep(path, device)))
+        moments.append(Moments(hessian, mean, fact["tokens"], largest, keep=_keep(path, device)))
     return Observation(sites, moments, tensors["hidden"].to(device), call)
 
 

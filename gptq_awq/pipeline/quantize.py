@@ -1,16 +1,19 @@
 """The block loop: observe, transform, solve, advance.
 
+    for transform in transforms of the whole model: transform.prepare(model)
     for block in model.blocks:
         moments ← one forward of all calibration batches          (only if a transform needs them)
         for transform in transforms: transform.apply(block, …)
         for site in block.sites:                                   qkv → o → gate/up → down
-            moments ← staged forward up to the site                (only if the solver needs them)
+            moments ← staged forward up to the site                (only if the solver needs them;
+                      of full precision beside it too, if the method compares the two)
             for linear in site: linear.weight ← solver.solve(linear.weight, moments, grid)
         advance the streams to the next block
 
 Weights change in the model that was passed in; forwards run in `compute_dtype` on a copy of one block.
 """
 
+import copy
 import time
 from collections.abc import Generator, Iterator, Mapping
 from typing import Any
@@ -76,6 +79,7 @@ def quantize(
         if method.cast is not None:
             _cast(model, getattr(torch, method.cast))
         return
+    prepared = {each.name: Scaling(None, each.prepare(model)) for each in method.of_model}
     grids = landing(model, grid)
     ends = _round_ends(model, grids, prefix, method)
     if ends.weights:
@@ -86,15 +90,16 @@ def quantize(
         if tokens is None:
             raise UserError(f"method={method.name} calibrates: give it tokens (data=…)")
         inputs = Inputs(
-            *(model, blocks, tokens, settings, method.error_propagation, bool(method.transforms)),
+            *(model, blocks, tokens, settings, method.error_propagation, bool(method.of_blocks)),
             record=record,
             track=track,
+            full=method.needs_full,
         )
     finished = kept.finished(blocks, inputs.streams if inputs else None)
     yield from restore(finished, prefix, blocks, grids)
     rest = range(len(finished), len(blocks))
     for index in track(rest, f"quantize ({method.name})", len(rest)):
-        step = _BlockStep(blocks[index], index, f"{prefix}.{index}", method, grids)
+        step = _BlockStep(blocks[index], index, f"{prefix}.{index}", method, grids, prepared)
         with torch.no_grad():
             step.run(inputs)
         done = BlockResult(index, step.weights, step.rows)
@@ -105,17 +110,26 @@ def quantize(
 def needs_calibration(method: Method, grid: GridChoice) -> bool:
     """Whether any part of the method looks at calibration data."""
     solver = method.solver
-    return solver is not None and (bool(method.transforms) or solver.needs_hessian or grid.needs_hessian)
+    return solver is not None and (bool(method.of_blocks) or solver.needs_hessian or grid.needs_hessian)
 
 
 class _BlockStep:
     """One turn of the loop: everything that happens to one block."""
 
-    def __init__(self, block: nn.Module, index: int, name: str, method: Method, grids: Mapping[str, Grid]) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        index: int,
+        name: str,
+        method: Method,
+        grids: Mapping[str, Grid],
+        prepared: dict[str, Scaling],
+    ) -> None:
         self.block, self.runner, self.index, self.name, self.method = block, block, index, name, method
         self.grids = {n.removeprefix(f"{name}."): grid for n, grid in grids.items() if n.startswith(f"{name}.")}
         self.weights: dict[str, QuantizedWeight] = {}
         self.rows: list[Row] = []
+        self._prepared = prepared
         self._scalings: dict[str, dict[str, Scaling]] = {}
 
     def run(self, inputs: Inputs | None) -> None:
@@ -130,21 +144,30 @@ class _BlockStep:
             self._run_staged(inputs)
         else:
             seen = self._observe(inputs)
-            for site, moments in zip(seen.sites, self._transform(seen), strict=True):
+            transformed = self._transform(seen)
+            full = self._full_precision()
+            for site, moments in zip(seen.sites, transformed, strict=True):
                 self._solve(site, moments)
             if self.method.error_propagation and inputs.streams is not None:
-                inputs.streams.advance(self.runner, self.index)
+                inputs.streams.advance(self.runner, self.index, full)
 
     def _run_staged(self, inputs: Inputs) -> None:
         assert inputs.streams is not None
-        if self.method.transforms:
+        if self.method.of_blocks:
             seen = self._observe(inputs)
             self._transform(seen)
             sites = seen.sites
         else:
             sites = inputs.sites(self.block, self.index)
             _check_coverage(self.block, sites, self.name)
-        staged_forward(self.runner, self.index, sites, inputs.streams, self._solve, inputs.keeps_activations)
+        staged_forward(
+            *(self.runner, self.index, sites, inputs.streams, self._solve, inputs.keeps_activations),
+            full=self._full_precision(),
+        )
+
+    def _full_precision(self) -> nn.Module | None:
+        """The block as it is before it is solved, in the basis that transforms gave it; None where no one asks."""
+        return copy.deepcopy(self.runner) if self.method.needs_full else None
 
     def _observe(self, inputs: Inputs) -> Observation:
         seen = inputs.observe(self.block, self.runner, self.index)
@@ -154,7 +177,7 @@ class _BlockStep:
     def _transform(self, seen: Observation) -> list[Moments]:
         """Moments of all sites' inputs, as they are after the transforms."""
         moments = seen.moments
-        for transform in self.method.transforms.values():
+        for transform in self.method.of_blocks:
             scalings = transform.apply(self.block, seen.sites, moments, self.grids, self._inputs_of(seen))
             for site, scaling in zip(seen.sites, scalings, strict=True):
                 self._scalings.setdefault(site.name, {})[transform.name] = scaling
@@ -200,7 +223,9 @@ class _BlockStep:
                     "(data.samples), or allow method.solver.fallback=rtn"
                 ) from error
             dequantized = solution.quantized.dequantize()
-            report = LinearReport(full_name, self.index, site, self.method, moments, self._scalings.get(site.name, {}))
+            report = LinearReport(
+                full_name, self.index, site, self.method, moments, self._prepared | self._scalings.get(site.name, {})
+            )
             self.rows.append(report.row(weight, dequantized, solution, time.perf_counter() - started))
             self.weights[full_name] = solution.quantized
             target.copy_(dequantized)

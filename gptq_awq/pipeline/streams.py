@@ -1,7 +1,11 @@
 """Streams: the calibration data as it flows from block to block.
 
 A stream is one batch of calibration windows as hidden states, with the arguments every block wants beside
-them. The states live in the compute dtype; blocks rewrite them in place of the old ones.
+them. The states live in the compute dtype; blocks put new ones in place of the old ones, which nobody changes.
+
+Methods that compare the quantized model with full precision (`Method.needs_full`) have the latter's hidden states
+beside. Before block k is solved, `hidden` is what the quantized model feeds it and `full` what full precision does;
+afterwards both are its outputs.
 """
 
 from collections.abc import Sequence
@@ -26,11 +30,13 @@ class Stream:
         hidden: what enters the next block.
         calls: the other arguments of every block.
         mask: True at real tokens; None when all are.
+        full: what enters the next block in the full-precision model; None where no one asks.
     """
 
     hidden: Float[Tensor, "batch tokens width"]
     calls: list[Call]
     mask: Bool[Tensor, "batch tokens"] | None
+    full: Float[Tensor, "batch tokens width"] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,22 +47,32 @@ class Streams:
     probe: Stream
 
     @torch.no_grad()
-    def advance(self, block: nn.Module, index: int) -> None:
-        """Pass every batch through `block`."""
+    def advance(self, block: nn.Module, index: int, full: nn.Module | None = None) -> None:
+        """Pass every batch through `block`, and its full-precision states, if it has any, through `full`."""
         for stream in self.batches:
-            with phase("forward", *stream.hidden.shape[:2]), faster_attention_of(block):
-                stream.hidden = stream.calls[index].run(block, stream.hidden)
+            call = stream.calls[index]
+            with faster_attention_of(block):
+                with phase("forward", *stream.hidden.shape[:2]):
+                    stream.hidden = call.run(block, stream.hidden)
+                if full is not None and stream.full is not None:
+                    with phase("forward", *stream.hidden.shape[:2]):
+                        stream.full = call.run(full, stream.full)
 
     def hidden(self) -> list[Float[Tensor, "batch tokens width"]]:
-        """What enters the next block, batch by batch."""
-        return [stream.hidden for stream in self.batches]
+        """What enters the next block, batch by batch; then the same in full precision, where that is kept."""
+        full = [stream.full for stream in self.batches if stream.full is not None]
+        return [stream.hidden for stream in self.batches] + full
 
     def restore(self, hidden: Sequence[Float[Tensor, "batch tokens width"]]) -> None:
-        """Go on from hidden states that were kept. Raises ValueError where they are not of these batches."""
-        for stream, kept in zip(self.batches, hidden, strict=True):
-            if kept.shape != stream.hidden.shape or kept.dtype != stream.hidden.dtype:
-                raise ValueError(f"a stream of shape {tuple(kept.shape)} for one of {tuple(stream.hidden.shape)}")
+        """Go on from what `hidden` was. Raises ValueError where it is not of these batches."""
+        for now, kept in zip(self.hidden(), hidden, strict=True):
+            if kept.shape != now.shape or kept.dtype != now.dtype:
+                raise ValueError(f"a stream of shape {tuple(kept.shape)} for one of {tuple(now.shape)}")
+        count = len(self.batches)
+        for stream, kept in zip(self.batches, hidden[:count], strict=True):
             stream.hidden = kept.to(stream.hidden.device)
+        for stream, kept in zip(self.batches, hidden[count:], strict=False):
+            stream.full = kept.to(stream.hidden.device)
 
     def probe_input(self) -> Float[Tensor, "1 tokens width"]:
         """The first real tokens that enter the next block."""
@@ -71,8 +87,9 @@ def open_streams(
     tokens_per_batch: int,
     compute_dtype: torch.dtype,
     track: Track = no_track,
+    full: bool = False,
 ) -> Streams:
-    """Embed the calibration tokens and record what every block is called with."""
+    """Embed the calibration tokens and record what every block is called with; `full`: see `Stream`."""
     recorder = BlockCalls(model, blocks)
     windows, seqlen = tokens.ids.shape
     per_batch = max(1, tokens_per_batch // seqlen)
@@ -80,7 +97,8 @@ def open_streams(
     def stream(ids: Tensor, mask: Tensor | None) -> Stream:
         hidden, calls = recorder.record(ids, mask)
         on_device = None if mask is None else mask.to(hidden.device)
-        return Stream(hidden.to(compute_dtype), calls, on_device)
+        hidden = hidden.to(compute_dtype)
+        return Stream(hidden, calls, on_device, hidden if full else None)
 
     starts = range(0, windows, per_batch)
     batches = []

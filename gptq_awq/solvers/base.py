@@ -1,6 +1,7 @@
 """What a solver is, and what it answers.
 
-A solver lands one linear's weight on a grid: a frozen dataclass with `name`, `needs_hessian` and `solve`.
+A solver lands one linear's weight on a grid: a frozen dataclass with `name`, `needs_hessian` and `solve`, and
+`needs_cross` if it is true.
 """
 
 from dataclasses import dataclass
@@ -42,6 +43,14 @@ class Solver(Protocol):
     @property
     def needs_hessian(self) -> bool:
         """Whether calibration statistics must be gathered for `solve`."""
+        ...
+
+    @property
+    def needs_cross(self) -> bool:
+        """Whether `solve` must know how its inputs relate to full precision's: `moments.cross`.
+
+        The pipeline runs the full-precision model beside the quantized one then, for twice the forwards.
+        """
         ...
 
     def solve(self, weight: Float[Tensor, "out in"], moments: Moments | None, grid: Grid) -> Solution:

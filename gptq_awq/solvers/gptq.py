@@ -51,6 +51,7 @@ class GPTQ:
     fallback: str = "none"
     name: str = "gptq"
     needs_hessian: bool = True
+    needs_cross: bool = False
 
     def __post_init__(self) -> None:
         if not self.damping >= 0:

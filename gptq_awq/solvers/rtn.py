@@ -17,6 +17,7 @@ class RTN:
 
     name: str = "rtn"
     needs_hessian: bool = False
+    needs_cross: bool = False
 
     def solve(self, weight: Float[Tensor, "out in"], moments: Moments | None, grid: Grid) -> Solution:
         """Fit and round each group by itself; moments serve the grid's range search and the loss only."""
