@@ -30,6 +30,7 @@ from gptq_awq.export.write import Exported, write_card
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.journal import Journal
 from gptq_awq.manifest import config_sha256, environment
+from gptq_awq.models.activations import quantized_activations
 from gptq_awq.models.load import LoadedModel
 from gptq_awq.pipeline.inputs import resolve_compute_dtype
 from gptq_awq.pipeline.observe import Record, observations_sha256
@@ -150,7 +151,7 @@ def _compute(plan: Plan, work: Work, tracker: Tracker, clock: Clock, track: Trac
         with clock.phase("export"):
             checkpoints = _export(plan, work, quantized.weights, track)
             quantized.weights.clear()
-    with clock.phase("evaluate"):
+    with clock.phase("evaluate"), quantized_activations(loaded.model, plan.act, plan.kv):
         scored = score(loaded.model, loaded.tokenizer, baseline, plan.seed, track)
     manifest = _manifest(plan, work, baseline, checkpoints) | {"resumed": quantized.resumed}
     result = _result(plan, loaded, quantized.footprint, scored.metrics, clock, manifest)
@@ -301,6 +302,8 @@ def _result(
         manifest=manifest,
         config=plan.config,
         grid=None if full else plan.grid.label,
+        act=plan.act.label,
+        kv=plan.kv.label,
     )
 
 
@@ -325,6 +328,8 @@ def _manifest(plan: Plan, work: Work, baseline: Baseline, checkpoints: Sequence[
         "code": work.code,
         "compute_dtype": str(resolve_compute_dtype(plan.settings.compute_dtype, plan.device)),
         "eval_dtype": str(baseline.compute_dtype if plan.dtype == "float32" else loaded.model.dtype),
+        "act": plan.act.label,
+        "kv": plan.kv.label,
         "seed": plan.seed,
     } | environment()
 

@@ -15,6 +15,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.evaluation.protocol import Evaluation
 from gptq_awq.export.write import Exports
 from gptq_awq.grids.base import GridChoice
+from gptq_awq.grids.dynamic import DynamicGrid, Unrounded
 from gptq_awq.models.load import checked_device
 from gptq_awq.pipeline.inputs import Settings
 from gptq_awq.pipeline.method import Method
@@ -28,6 +29,8 @@ class Plan:
     config: Mapping[str, Any]
     method: Method
     grid: GridChoice
+    act: DynamicGrid
+    kv: DynamicGrid
     settings: Settings
     model: Any
     data: Any
@@ -56,6 +59,8 @@ def preflight(cfg: DictConfig) -> Plan:
             config=OmegaConf.to_container(cfg, resolve=True),  # pyright: ignore[reportArgumentType]
             method=_build(cfg.method),
             grid=_build(cfg.grid),
+            act=_build(cfg.act) if "act" in cfg else Unrounded(),  # a replayed run may be older than the option
+            kv=_build(cfg.kv) if "kv" in cfg else Unrounded(),
             settings=Settings(cfg.compute_dtype, _positive(cfg, "tokens_per_batch"), cfg.get("activations", "auto")),
             model=_build(cfg.model),
             data=_build(cfg.data),

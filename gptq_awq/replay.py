@@ -25,6 +25,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.evaluation.evaluate import full_precision, score
 from gptq_awq.experiment import LEDGER
 from gptq_awq.manifest import environment
+from gptq_awq.models.activations import quantized_activations
 from gptq_awq.pipeline.places import changes_output
 from gptq_awq.pipeline.quantize import quantize
 from gptq_awq.plan import Plan, preflight
@@ -98,7 +99,8 @@ def replay(run_dir: Path, track: Track, scores: bool = False, device: str | None
         )
     difference = _first_other_layer(plan, work, ledger, track)
     if difference is None and baseline is not None:
-        metrics = score(work.loaded.model, work.loaded.tokenizer, baseline, plan.seed, track).metrics
+        with quantized_activations(work.loaded.model, plan.act, plan.kv):
+            metrics = score(work.loaded.model, work.loaded.tokenizer, baseline, plan.seed, track).metrics
         difference = _first_other_metric(stored.metrics, metrics)
     return Replay(len(ledger), difference, circumstances)
 

@@ -41,7 +41,8 @@ class Result:
     `seconds` maps phases to wall time; `ledger` is a path relative to the run's folder. `manifest` holds
     hashes and versions; its `tokens.eval` maps each evaluated text ("wikitext2", "lm_eval/TASK") to the hash
     of its tokens. `grid` is the number format ("int", "nf4", "q4_k_m"); rows of before there was a choice
-    have none.
+    have none. `act` and `kv` are those of activations and of cached keys and values while the model was scored
+    ("int8"); None: they were not rounded.
     """
 
     method: str
@@ -61,6 +62,8 @@ class Result:
     config: Mapping[str, Any]
     error: str | None = None
     grid: str | None = None
+    act: str | None = None
+    kv: str | None = None
 
     def write(self, out_dir: Path | str, name: str = FILE_NAME) -> Path:
         """Write `out_dir/results.json` whole or not at all; returns its path. Raises OSError (disk full)."""
@@ -80,7 +83,7 @@ class Result:
 
 
 KEYS = tuple(field.name for field in fields(Result))
-OPTIONAL = ("error", "grid")
+OPTIONAL = ("error", "grid", "act", "kv")
 
 
 @dataclass(frozen=True)

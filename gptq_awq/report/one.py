@@ -47,4 +47,6 @@ def _title(result: Result) -> str:
         parts.append(text.group(result.group_size))
     if result.sym is not None:
         parts.append("symmetric" if result.sym else "asymmetric")
+    parts += [f"activations {result.act}"] if result.act else []
+    parts += [f"keys and values {result.kv}"] if result.kv else []
     return ", ".join(parts)

@@ -118,7 +118,7 @@ def tidy(tables: Iterable[Table], verdicts: Verdicts) -> str:
 
 
 def _tidy_row(run: Mapping[str, Any], verdicts: Verdicts) -> dict[str, Any]:
-    plain = ("path", "model", "method", "grid", "bits", "group_size", "sym")
+    plain = ("path", "model", "method", "grid", "bits", "group_size", "sym", "act", "kv")
     sizes = ("bits_per_weight", "size_bytes", "baseline_size_bytes", "peak_memory_bytes")
     row = {key: run[key] for key in plain + sizes} | ({"runs": run["count"]} if "count" in run else {})
     for name, value in run["metrics"].items():

@@ -6,8 +6,9 @@ from typing import Any
 
 from gptq_awq.report.rows import Row
 
-IDENTITY = ("method", "grid", "bits", "group_size", "sym")
+IDENTITY = ("method", "grid", "bits", "group_size", "sym", "act", "kv")
 SHOWN = {"method.name", "model", "model.name", "grid", "method", *IDENTITY, *(f"grid.{key}" for key in IDENTITY)}
+LABELLED = ("act", "kv")  # by labels that say all of their options
 # What changes no number, or is in its metric's name.
 ASIDE = ("out", "tracking", "export", "eval", "hydra", "resume", "profile", "activations")
 LATE = ("model", "device", "compute_dtype", "tokens_per_batch", "seed")
@@ -93,7 +94,7 @@ def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
     named = (settings.get(f"data.{key}") for key in ("path", "name", "_target_"))
     if text := next(filter(None, named), None):
         settings["data"] = str(text).rpartition("/")[2].removeprefix("gptq_awq.data.")
-    return {k: v for k, v in _numeric(settings).items() if k not in SHOWN}
+    return {k: v for k, v in _numeric(settings).items() if k not in SHOWN and k.partition(".")[0] not in LABELLED}
 
 
 def _numeric(settings: Mapping[str, Any]) -> dict[str, Any]:

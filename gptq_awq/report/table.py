@@ -67,6 +67,8 @@ def _row(
     yield ("bits", "setting"), Cell(text.number(run["bits"], digits="g"), run["bits"])
     yield ("group", "setting"), Cell(group, run["group_size"])
     yield ("sym", "setting"), _word("" if run["sym"] is None else str(run["sym"]).lower())
+    yield ("act", "setting"), _word(run["act"] or "")
+    yield ("kv", "setting"), _word(run["kv"] or "")
     for key, value in settings.items():
         yield (key, "setting"), _word(value)
     if "count" in run:

@@ -1,0 +1,147 @@
+"""A model that runs on rounded activations, and reads rounded keys and values: fake quantization, for scoring.
+
+    with quantized_activations(model, act, kv):
+        ...                                        # forwards and generate() of `model`
+
+`act` rounds what enters the linears of the blocks, once for all that read the same tensor; the output head stays as it
+is, as its weights do. Products are of the dequantized values, in the model's own precision: what integer kernels
+compute, but for rounding errors of sums.
+
+`kv` rounds what a key-value cache is handed, so keys after their rotation, and every query reads them from there, its
+own token's included. A block that is called without a cache gets one that keeps nothing. A key or value is rounded
+alone, never with later ones: generating token by token reads what one forward over the whole text reads.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gptq_awq.errors import UserError
+from gptq_awq.grids.dynamic import DynamicGrid
+from gptq_awq.models.blocks import find_blocks, hooks
+from gptq_awq.models.linear import is_linear
+
+CACHE_ARGUMENTS = ("past_key_values", "layer_past")
+"""What blocks of transformers call the cache."""
+PROBE_TOKENS = 2
+
+
+@contextmanager
+def quantized_activations(model: PreTrainedModel, act: DynamicGrid, kv: DynamicGrid) -> Iterator[None]:
+    """Within: `model` computes with activations on `act`, keys and values on `kv`; grids without a label round nothing.
+
+    Raises:
+        UserError: naming the option, where the model has no cache to round or groups don't divide its channels.
+    """
+    with ExitStack() as stack:
+        if act.label is not None:
+            stack.enter_context(_rounded_sites(model, act))
+        if kv.label is not None:
+            stack.enter_context(_rounded_cache(model, kv))
+        yield
+
+
+def check_activations(model: PreTrainedModel, act: DynamicGrid, kv: DynamicGrid) -> None:
+    """Try both on a forward of two tokens.
+
+    Raises:
+        UserError: as `quantized_activations`, which would otherwise raise it when the model is scored.
+    """
+    if act.label is None and kv.label is None:
+        return
+    probe = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=model.device)
+    with torch.no_grad(), quantized_activations(model, act, kv):
+        model(probe, use_cache=False)
+
+
+@contextmanager
+def _rounded_sites(model: nn.Module, act: DynamicGrid) -> Iterator[None]:
+    """Within: linears of the blocks read rounded inputs."""
+    _, blocks = find_blocks(model)
+    last: list[tuple[Tensor, int, Tensor]] = []  # what was rounded last: queries, keys and values read one tensor
+
+    def round_input(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0]
+        if not (last and last[0][0] is x and last[0][1] == x._version):
+            last[:] = [(x, x._version, _on_grid("act", act, x))]
+        return last[0][2], *args[1:]
+
+    with hooks([m.register_forward_pre_hook(round_input) for m in blocks.modules() if is_linear(m)]):
+        yield
+
+
+class RoundedCache:
+    """A cache that is handed rounded keys and values. `inner` keeps them, and answers whatever else is asked.
+
+    Attributes:
+        updates: how many there have been.
+    """
+
+    def __init__(self, grid: DynamicGrid, inner: Any = None) -> None:
+        self._grid, self._inner = grid, inner
+        self.updates = 0
+
+    def update(
+        self,
+        key: Float[Tensor, "batch heads tokens d"],
+        value: Float[Tensor, "batch heads tokens e"],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """The keys and values to attend to, `inner`'s earlier ones first; new ones are rounded per token and head."""
+        self.updates += 1
+        key, value = _on_grid("kv", self._grid, key), _on_grid("kv", self._grid, value)
+        return (key, value) if self._inner is None else self._inner.update(key, value, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Of `inner`."""
+        return getattr(self._inner, name)
+
+
+@contextmanager
+def _rounded_cache(model: nn.Module, kv: DynamicGrid) -> Iterator[None]:
+    """Within: every block is called with a rounding cache around its own, and must use it."""
+    _, blocks = find_blocks(model)
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(_rounded_cache_of(block, kv))
+        yield
+
+
+@contextmanager
+def _rounded_cache_of(block: nn.Module, kv: DynamicGrid) -> Iterator[None]:
+    signature = inspect.signature(block.forward)
+    argument = next((name for name in CACHE_ARGUMENTS if name in signature.parameters), None)
+    if argument is None:
+        raise _no_cache(block, kv)
+    given: list[RoundedCache] = []
+
+    def wrap(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        call = signature.bind(*args, **kwargs)
+        given[:] = [RoundedCache(kv, call.arguments.get(argument))]
+        call.arguments[argument] = given[0]
+        return call.args, call.kwargs
+
+    def check(_module: nn.Module, _args: tuple, _output: Any) -> None:
+        if not given.pop().updates:
+            raise _no_cache(block, kv)
+
+    with hooks([block.register_forward_pre_hook(wrap, with_kwargs=True), block.register_forward_hook(check)]):
+        yield
+
+
+def _no_cache(block: nn.Module, kv: DynamicGrid) -> UserError:
+    return UserError(f"kv={kv.label}: a {type(block).__name__} keeps no keys and values in a cache; choose kv=none")
+
+
+def _on_grid(option: str, grid: DynamicGrid, x: Float[Tensor, "*rows channels"]) -> Float[Tensor, "*rows channels"]:
+    try:
+        return grid.rounded(x)
+    except ValueError as error:
+        raise UserError(f"{option}.{error}") from error
