@@ -35,3 +35,23 @@ def test_names_that_no_linear_has_are_found():
 def test_what_makes_no_sense_is_refused_at_once(wrong):
     with pytest.raises(UserError):
         PerLayerGrid(**wrong)
+
+
+def test_patterns_on_full_names_go_first_and_the_first_of_them_counts():
+    overrides = {"model.layers.0.*": 8, "*.down_proj": {"bits": 6, "group_size": 16}, "re:.*[.]3[.].*up_proj": 2}
+    grid = PerLayerGrid(bits=4, blocks={1: 3}, overrides=overrides)
+    assert grid.at(place(0, "mlp.down_proj")).bits == 8
+    assert grid.at(place(1, "mlp.down_proj")) == IntGrid(6, 16, False, "minmax", "float16")
+    assert [grid.at(place(i, "mlp.up_proj")).bits for i in range(4)] == [8, 3, 4, 2]
+
+
+def test_patterns_that_match_nothing_or_come_too_late_are_found():
+    grid = PerLayerGrid(overrides={"*.down_proj": 6, "*.0.mlp.down_proj": 8, "*.dwon_proj": 8})
+    wrong = grid.unmatched([place(i, "mlp.down_proj") for i in range(4)])
+    assert wrong == ["grid.overrides.*.0.mlp.down_proj", "grid.overrides.*.dwon_proj"]
+
+
+@pytest.mark.parametrize("overrides", [{"*": 9}, {"re:(": 4}, {"*": {"bitz": 4}}, {"*": {"group_size": 0}}])
+def test_overrides_that_make_no_sense_are_refused_at_once(overrides):
+    with pytest.raises(UserError):
+        PerLayerGrid(overrides=overrides)

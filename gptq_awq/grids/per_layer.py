@@ -1,11 +1,22 @@
-"""Integer grids of different widths in one model: bits by the linear's name and by the block it is in."""
+"""Integer grids of different widths in one model: bits by a linear's full name, by its block, by its kind.
 
+Full names are matched by patterns, `model.layers.0.*`, or `re:` and a regular expression, the first that matches
+counting. They go before a block's number, and that before the last part of a name.
+"""
+
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
 
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, Place
 from gptq_awq.grids.integer import IntGrid
+
+Override = int | Mapping[str, Any]
+"""Bits, or any of `FIELDS`."""
+FIELDS = ("bits", "group_size", "sym", "search")
 
 
 @dataclass(frozen=True)
@@ -18,9 +29,11 @@ class PerLayerGrid:
         sym: see `IntGrid`, as are search and scale_dtype.
         modules: last part of a linear's name (`down_proj`) → bits.
         blocks: number of a block → bits, before `modules`; negative ones count from the last.
+        overrides: pattern on a linear's full name → bits, or a map of bits, group_size, sym, search; before both.
 
     Raises:
-        UserError: bits that no integer grid has, a block that is no number.
+        UserError: bits or group sizes that no integer grid has, a block that is no number, a pattern or option that
+            there isn't.
     """
 
     bits: int = 4
@@ -30,16 +43,21 @@ class PerLayerGrid:
     scale_dtype: str = "float16"
     modules: Mapping[str, int] = field(default_factory=dict)
     blocks: Mapping[str | int, int] = field(default_factory=dict)
+    overrides: Mapping[str, Override] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for bits in (self.bits, *self.modules.values(), *self.blocks.values()):
             self._grid(bits)
         self._numbered()
+        for pattern, override in self.overrides.items():
+            matches(pattern, "")
+            self._overridden(pattern, override)
 
     @property
     def needs_hessian(self) -> bool:
-        """Only the `hessian` range search does."""
-        return self.search == "hessian"
+        """Whether any of its grids searches ranges by the Hessian."""
+        own = [override for override in self.overrides.values() if isinstance(override, Mapping)]
+        return "hessian" in (self.search, *(override.get("search") for override in own))
 
     @property
     def label(self) -> str:
@@ -50,23 +68,53 @@ class PerLayerGrid:
         """The grid of one linear; None for embeddings and the output head."""
         if place.block < 0:
             return None
+        for pattern, override in self.overrides.items():
+            if matches(pattern, place.name):
+                return self._overridden(pattern, override)
         blocks = self._numbered()
         of_module = self.modules.get(place.name.rsplit(".", 1)[-1], self.bits)
         return self._grid(blocks.get(place.block, blocks.get(place.block - place.blocks, of_module)))
 
     def unmatched(self, places: Iterable[Place]) -> list[str]:
-        """Entries of `modules` and `blocks` that no linear of a model goes by: misspelt, or another model's."""
+        """Entries of the three maps that no linear of a model goes by: misspelt, or another model's.
+
+        A pattern whose every match is an earlier pattern's is one of them.
+        """
         inner = [place for place in places if place.block >= 0]
         names = {place.name.rsplit(".", 1)[-1] for place in inner}
         numbers = {n for place in inner for n in (place.block, place.block - place.blocks)}
-        wrong = [f"grid.modules.{name}" for name in self.modules if name not in names]
+        firsts = {next((p for p in self.overrides if matches(p, place.name)), None) for place in inner}
+        wrong = [f"grid.overrides.{pattern}" for pattern in self.overrides if pattern not in firsts]
+        wrong += [f"grid.modules.{name}" for name in self.modules if name not in names]
         return wrong + [f"grid.blocks.{number}" for number in self._numbered() if number not in numbers]
 
-    def _grid(self, bits: int) -> IntGrid:
-        return IntGrid(bits, self.group_size, self.sym, self.search, self.scale_dtype)  # pyright: ignore[reportArgumentType]
+    def _overridden(self, pattern: str, override: Override) -> IntGrid:
+        if not isinstance(override, Mapping):
+            return self._grid(override)
+        if wrong := [key for key in override if key not in FIELDS]:
+            raise UserError(f"grid.overrides.{pattern}.{wrong[0]}: choose among {', '.join(FIELDS)}")
+        return self._grid(**{"bits": self.bits} | dict(override))
+
+    def _grid(self, bits: int, **other: Any) -> IntGrid:
+        options = {"group_size": self.group_size, "sym": self.sym, "search": self.search} | other
+        return IntGrid(bits, scale_dtype=self.scale_dtype, **options)  # pyright: ignore[reportArgumentType]
 
     def _numbered(self) -> dict[int, int]:
         try:
             return {int(number): bits for number, bits in self.blocks.items()}
         except ValueError as error:
             raise UserError(f"grid.blocks={dict(self.blocks)}: give a block's number") from error
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a name is all that a pattern describes: a glob, or `re:` and a regular expression.
+
+    Raises:
+        UserError: no regular expression.
+    """
+    if not pattern.startswith("re:"):
+        return fnmatchcase(name, pattern)
+    try:
+        return re.fullmatch(pattern.removeprefix("re:"), name) is not None
+    except re.error as error:
+        raise UserError(f"grid.overrides.{pattern}: {error}") from error

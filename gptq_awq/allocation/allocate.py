@@ -1,0 +1,195 @@
+"""Allocate bits: sensitivities (kept in the cache, whatever the budget), then the cheapest choice that fits it."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from gptq_awq.allocation.knapsack import cheapest
+from gptq_awq.allocation.sensitivity import Cost, Measure, first_windows, measured_costs
+from gptq_awq.data import TokenSet
+from gptq_awq.errors import UserError
+from gptq_awq.files import replacing
+from gptq_awq.grids.allocated import AllocatedGrid
+from gptq_awq.grids.integer import IntGrid
+from gptq_awq.models.blocks import find_blocks
+from gptq_awq.models.linear import matrix
+from gptq_awq.pipeline.inputs import Inputs, Settings, resolve_compute_dtype
+from gptq_awq.pipeline.method import Method
+from gptq_awq.pipeline.observe import observations_sha256
+from gptq_awq.progress import Track, no_track
+from gptq_awq.sealed import Sealed, once
+from gptq_awq.solvers.rtn import RTN
+
+FILE_NAME = "allocation.json"
+SCHEMA = 1
+"""Raised whenever the meaning of sensitivities changes."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Bits by linear, and what they are predicted to cost.
+
+    Attributes:
+        grid: the resolved choice of grids.
+        costs: of every linear at every choice.
+        chosen: bits by linear.
+        bits_per_weight: stored, scales and zeros included, of all linears.
+        predicted: sum of the costs; with sensitivity=fisher or kl, the predicted KL in nats per token.
+    """
+
+    grid: AllocatedGrid
+    costs: Sequence[Cost]
+    chosen: Mapping[str, int]
+    bits_per_weight: float
+    predicted: float
+
+    def summary(self) -> dict[str, Any]:
+        """For the manifest."""
+        histogram = {str(b): list(self.chosen.values()).count(b) for b in self.grid.choices}
+        facts = {"sensitivity": self.grid.sensitivity, "linears_by_bits": histogram}
+        return facts | {"bits_per_weight": self.bits_per_weight, "predicted": self.predicted}
+
+    def write(self, folder: Path) -> None:
+        """Write `folder/allocation.json`. Raises OSError."""
+        choices = list(self.grid.choices)
+        linears = {
+            cost.name: {
+                "bits": self.chosen[cost.name],
+                "predicted": cost.costs[choices.index(self.chosen[cost.name])],
+                "costs": dict(zip(map(str, choices), cost.costs, strict=True)),
+            }
+            for cost in self.costs
+        }
+        with replacing(folder / FILE_NAME) as scratch:
+            scratch.write_text(json.dumps(self.summary() | {"linears": linears}, indent=1) + "\n")
+
+
+def allocate(
+    model: PreTrainedModel,
+    tokens: TokenSet,
+    method: Method,
+    grid: AllocatedGrid,
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
+    seed: int = 0,
+    model_sha256: str = "",
+    cache: Path | None = None,
+    track: Track = no_track,
+) -> Allocation:
+    """The bits of every linear in the model's blocks; the model is not changed.
+
+    Args:
+        model: full precision.
+        tokens: calibration data.
+        method: its solver rounds where grid.rounding=solver; its transforms are not looked at.
+        grid: budget and choices.
+        settings: how calibration computes.
+        seed: draws what fisher needs.
+        model_sha256: stands for the weights in the cache's keys.
+        cache: where sensitivities and moments are kept; None keeps none.
+        track: reports progress.
+
+    Raises:
+        UserError: a budget below the least choice; H that won't factor.
+    """
+    costs = _kept_costs(model, tokens, method, grid, settings, seed, model_sha256, cache, track)
+    natural = getattr(method.solver, "natural_groups", True)
+    sizes = {cost.name: [stored_bits(model, cost.name, grid.grid(b), natural) for b in grid.choices] for cost in costs}
+    weights = sum(matrix(model.get_submodule(cost.name)).numel() for cost in costs)
+    chosen = allocated_bits(grid, costs, sizes, _budget(grid, weights))
+    at = {name: list(grid.choices).index(bits) for name, bits in chosen.items()}
+    stored = sum(sizes[name][k] for name, k in at.items())
+    predicted = sum(cost.costs[at[cost.name]] for cost in costs)
+    return Allocation(replace(grid, allocated=chosen), costs, chosen, stored / weights, predicted)
+
+
+def allocated_bits(
+    grid: AllocatedGrid, costs: Sequence[Cost], sizes: Mapping[str, Sequence[int]], budget: int
+) -> dict[str, int]:
+    """Bits by linear: least sum of costs with the sum of sizes (in bits) within the budget.
+
+    Raises:
+        UserError: a budget below the least choice.
+    """
+    groups: dict[str, list[Cost]] = {}
+    for cost in costs:
+        groups.setdefault(cost.site if grid.tie == "site" else cost.name, []).append(cost)
+    together = np.array([np.sum([cost.costs for cost in group], 0) for group in groups.values()])
+    size = np.array([np.sum([sizes[cost.name] for cost in group], 0) for group in groups.values()], dtype=np.int64)
+    least = int(size.min(1).sum())
+    if least > budget:
+        option = "budget_bits" if grid.budget_bytes is None else "budget_bytes"
+        raise UserError(
+            f"grid.{option}={getattr(grid, option)}: the least of grid.choices takes {least / max(budget, 1):.2f} times "
+            "as much with its scales; raise the budget or group_size"
+        )
+    picked = cheapest(together, size, budget)
+    return {cost.name: grid.choices[k] for group, k in zip(groups.values(), picked, strict=True) for cost in group}
+
+
+def stored_bits(model: nn.Module, name: str, grid: IntGrid, natural: bool = True) -> int:
+    """Bits that a checkpoint stores of one linear: what its results row will count."""
+    rows, columns = matrix(model.get_submodule(name)).shape
+    groups = 1 if grid.group_size == -1 else -(-columns // grid.group_size)
+    order = 0 if natural else 32 * columns
+    return round(rows * (columns * grid.bits + groups * grid.overhead_bits)) + order
+
+
+def _budget(grid: AllocatedGrid, weights: int) -> int:
+    if grid.budget_bytes is not None:
+        return 8 * grid.budget_bytes
+    assert grid.budget_bits is not None
+    return int(grid.budget_bits * weights + 1e-6)
+
+
+def _kept_costs(
+    model: PreTrainedModel,
+    tokens: TokenSet,
+    method: Method,
+    grid: AllocatedGrid,
+    settings: Settings,
+    seed: int,
+    model_sha256: str,
+    cache: Path | None,
+    track: Track,
+) -> list[Cost]:
+    """Sensitivities from the cache, or computed and kept there."""
+
+    def compute() -> Sealed:
+        costs = _costs(model, tokens, method, grid, settings, seed, track)
+        return Sealed({}, {"costs": [asdict(cost) for cost in costs]})
+
+    if cache is None:
+        content = compute()
+    else:
+        dtype = resolve_compute_dtype(settings.compute_dtype, model.device)
+        observed = observations_sha256(model, model_sha256, tokens, dtype, settings.tokens_per_batch)
+        question = replace(grid, budget_bits=None, budget_bytes=0, tie="linear", allocated={})
+        depends_on = [SCHEMA, observed, str(question), str(method.solver), seed, torch.get_num_threads()]
+        key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
+        content = once(cache / "sensitivities" / f"{key}.safetensors", "sensitivities", compute)
+    return [Cost(c["name"], c["site"], tuple(c["costs"])) for c in content.facts["costs"]]
+
+
+def _costs(
+    model: PreTrainedModel,
+    tokens: TokenSet,
+    method: Method,
+    grid: AllocatedGrid,
+    settings: Settings,
+    seed: int,
+    track: Track,
+) -> list[Cost]:
+    _, blocks = find_blocks(model)
+    measure = Measure(grid.sensitivity, model, first_windows(tokens, grid.windows), seed, track)
+    inputs = Inputs(model, blocks, tokens, settings, error_propagation=False, absorbers=False, track=track)
+    solver = RTN() if grid.rounding == "rtn" or method.solver is None else method.solver
+    grids = [grid.grid(bits) for bits in grid.choices]
+    return list(measured_costs(inputs, model, solver, grids, measure, track))

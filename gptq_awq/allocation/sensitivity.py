@@ -1,0 +1,185 @@
+"""What it costs the model to round one linear to b bits, all else being in full precision.
+
+With Δ = Ŵ - W of an actual rounding, H = mean x xᵀ of the full-precision inputs, e_r = (Δ H Δᵀ)_rr the mean squared
+error of output r:
+
+fisher   ½ Σ_r E[g_r²] e_r, nats per token: the second-order KL from the full-precision model. g is the gradient of
+         -log p(y) by the linear's outputs at one token, y drawn from the model's own distribution, summed over the
+         window's positions. Two approximations: outputs and tokens are taken to be independent (the diagonal of
+         K-FAC's factor, arXiv 1503.05671). One backward pass.
+kl       the measured KL with that linear alone at the width in the middle of the choices, carried to the other widths
+         in proportion to Σ_r e_r. One forward per linear.
+error    Σ_r e_r / tr(WHWᵀ): relative, blind to what the rest of the model makes of it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gptq_awq.data import TokenSet
+from gptq_awq.errors import UserError
+from gptq_awq.evaluation.divergence import divergence
+from gptq_awq.evaluation.perplexity import TokenScores, token_losses
+from gptq_awq.grids.base import Grid
+from gptq_awq.linalg import NotPositiveDefiniteError
+from gptq_awq.models.blocks import find_blocks, hooks
+from gptq_awq.models.linear import is_linear, matrix
+from gptq_awq.moments import Moments
+from gptq_awq.pipeline.inputs import Inputs
+from gptq_awq.progress import Track, no_track
+from gptq_awq.solvers.base import Solver
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One linear's.
+
+    Attributes:
+        name: in the model.
+        site: name, in the model, of the linears that read its input.
+        costs: by choice; what unit they have is the measure's business.
+    """
+
+    name: str
+    site: str
+    costs: tuple[float, ...]
+
+
+class Measure:
+    """Costs of roundings, by one of the three measures.
+
+    Args:
+        kind: fisher, kl or error.
+        tokens: that gradients or losses are measured on.
+        seed: draws fisher's y.
+    """
+
+    def __init__(self, kind: str, model: PreTrainedModel, tokens: TokenSet, seed: int, track: Track) -> None:
+        self._model, self._tokens = model, tokens
+        self._fisher: Mapping[str, Tensor] = output_fisher(model, tokens, seed, track) if kind == "fisher" else {}
+        self._full: TokenScores | None = None
+        if kind == "kl":
+            if tokens.mask is not None:
+                raise UserError("grid.sensitivity=kl needs data.packing=windows; fisher takes documents too")
+            self._full = token_losses(model, tokens, track)
+
+    def __call__(self, name: str, rounded: Sequence[Float[Tensor, "out in"]], moments: Moments) -> tuple[float, ...]:
+        """The cost of each of a linear's roundings."""
+        weight = matrix(self._model.get_submodule(name))
+        W = weight.float()
+        errors = [_row_errors(r - W, moments.hessian) for r in rounded]
+        if self._fisher:
+            return tuple(float((self._fisher[name] * e).sum()) / 2 for e in errors)
+        sums = [float(e.sum()) for e in errors]
+        if self._full is None:
+            signal = float(_row_errors(W, moments.hessian).sum())
+            return tuple(e / signal if signal else 0.0 for e in sums)
+        middle = len(rounded) // 2
+        kl = self._measured(weight, rounded[middle], self._full)
+        return tuple(kl * e / sums[middle] if sums[middle] else 0.0 for e in sums)
+
+    def _measured(self, weight: Tensor, rounded: Tensor, full: TokenScores) -> float:
+        """KL from full precision with one weight rounded."""
+        own = weight.clone()
+        try:
+            weight.copy_(rounded)
+            return max(0.0, float(divergence(self._model, self._tokens, full).kl.double().mean()))
+        finally:
+            weight.copy_(own)
+
+
+def measured_costs(
+    inputs: Inputs,
+    model: nn.Module,
+    solver: Solver,
+    grids: Sequence[Grid],
+    measure: Measure,
+    track: Track = no_track,
+) -> Iterator[Cost]:
+    """The cost of every linear at every width, each rounded by `solver` on full-precision inputs.
+
+    Raises:
+        UserError: H that won't factor.
+    """
+    prefix, blocks = find_blocks(model)
+    for index in track(range(len(blocks)), "sensitivities", len(blocks)):
+        block = blocks[index]
+        with torch.no_grad():
+            runner = inputs.runner(block) if inputs.streams is not None else block
+            seen = inputs.observe(block, runner, index)
+            for site, moments in zip(seen.sites, seen.moments, strict=True):
+                for linear in site.linears:
+                    name = f"{prefix}.{index}.{linear}"
+                    rounded = _rounded(name, matrix(block.get_submodule(linear)).float(), solver, moments, grids)
+                    yield Cost(name, f"{prefix}.{index}.{site.name}", measure(name, rounded, moments))
+
+
+def output_fisher(
+    model: PreTrainedModel, tokens: TokenSet, seed: int = 0, track: Track = no_track
+) -> dict[str, Float[Tensor, "out"]]:
+    """E[g_r²] of every linear in the model's blocks, see the module's docstring; the mean over real tokens."""
+    prefix, blocks = find_blocks(model)
+    names = [f"{prefix}.{name}" for name, module in blocks.named_modules() if is_linear(module)]
+    sums: dict[str, Tensor] = {}
+    draw = torch.Generator().manual_seed(seed)
+    weighed = [model.get_submodule(name).register_forward_hook(_summing(sums, name)) for name in names]
+    entering: list[Tensor] = []  # gradients are asked for by these alone: parameters need none
+
+    def begin(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+        entering[:] = [output.detach().requires_grad_()]
+        return entering[0]
+
+    count = 0
+    with hooks([*weighed, model.get_input_embeddings().register_forward_hook(begin)]):
+        for index, window in enumerate(track(tokens.ids.long(), "gradients", len(tokens.ids))):
+            real = window if tokens.mask is None else window[tokens.mask[index]]
+            _backward(model, real[None].to(model.device), draw, entering)
+            count += len(real)
+    return {name: sums[name] / count for name in names if name in sums}
+
+
+def _backward(model: PreTrainedModel, ids: Tensor, draw: torch.Generator, entering: list[Tensor]) -> None:
+    with torch.enable_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[0].float()
+        p = logits.detach().softmax(-1).cpu()
+        drawn = torch.multinomial(p, 1, generator=draw)[:, 0].to(logits.device)
+        loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
+        loss.backward(inputs=entering)
+
+
+def _summing(sums: dict[str, Tensor], name: str):
+    """A forward hook that adds up the squared gradients by a linear's output."""
+
+    def add(gradient: Tensor) -> None:
+        squares = gradient.float().square().flatten(0, -2).sum(0)
+        sums[name] = sums[name] + squares if name in sums else squares
+
+    def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:
+        output.register_hook(add)
+
+    return hook
+
+
+def _rounded(
+    name: str, weight: Float[Tensor, "out in"], solver: Solver, moments: Moments, grids: Sequence[Grid]
+) -> list[Tensor]:
+    try:
+        return [solver.solve(weight, moments, grid).quantized.dequantize() for grid in grids]
+    except NotPositiveDefiniteError as error:
+        raise UserError(
+            f"{name}: {error}; raise method.solver.damping, give more calibration text (data.samples), or take "
+            "grid.rounding=rtn"
+        ) from error
+
+
+def _row_errors(delta: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> Float[Tensor, "out"]:
+    return ((delta @ hessian) * delta).sum(1).clamp(min=0)
+
+
+def first_windows(tokens: TokenSet, windows: int) -> TokenSet:
+    """The first rows of a token set."""
+    return replace(tokens, ids=tokens.ids[:windows], mask=None if tokens.mask is None else tokens.mask[:windows])

@@ -1,0 +1,92 @@
+"""Integer grids whose bits are allocated under a budget, by what each linear's rounding costs the model's output.
+
+The grid only holds the question (budget, choices) and, once it is known, the answer: bits by linear. Between
+preflight and quantization `gptq_awq.allocation` finds it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gptq_awq.errors import UserError
+from gptq_awq.grids.base import Grid, Place
+from gptq_awq.grids.integer import IntGrid
+
+
+@dataclass(frozen=True)
+class AllocatedGrid:
+    """`IntGrid`s of the bits that fit the budget best.
+
+    Attributes:
+        budget_bits: stored bits per weight, on average over the blocks' linears, scales and zeros included.
+        budget_bytes: of all those linears, instead of budget_bits.
+        choices: bits to choose among.
+        tie: what gets the same bits: each `linear` by itself, or the linears of a `site` (q, k and v; gate and up),
+            which some engines fuse.
+        sensitivity: what a rounding costs: `fisher`, `error` or `kl` (see allocation/sensitivity.py).
+        rounding: what the costs are measured on: the method's `solver`, or `rtn`, which is quicker.
+        windows: calibration windows that gradients (fisher) or losses (kl) are measured on.
+        group_size: columns that share a scale; -1 for the whole row.
+        sym: see `IntGrid`, as are search and scale_dtype.
+        allocated: bits by a linear's full name; empty until they are known.
+
+    Raises:
+        UserError: both budgets or none, bits that no integer grid has, a word there isn't.
+    """
+
+    budget_bits: float | None = 4.0
+    budget_bytes: int | None = None
+    choices: Sequence[int] = (2, 3, 4, 5, 6, 8)
+    tie: Literal["linear", "site"] = "linear"
+    sensitivity: Literal["fisher", "error", "kl"] = "fisher"
+    rounding: Literal["solver", "rtn"] = "solver"
+    windows: int = 8
+    group_size: int = 64
+    sym: bool = False
+    search: str = "minmax"
+    scale_dtype: str = "float16"
+    allocated: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.budget_bits is None) == (self.budget_bytes is None):
+            raise UserError("grid.budget_bits and grid.budget_bytes: give one of them, and null for the other")
+        if not self.choices:
+            raise UserError("grid.choices=[]: give some bits to choose among, such as [2,3,4,6]")
+        words = {"tie": ("linear", "site"), "sensitivity": ("fisher", "error", "kl"), "rounding": ("solver", "rtn")}
+        for option, known in words.items():
+            if getattr(self, option) not in known:
+                raise UserError(f"grid.{option}={getattr(self, option)}: choose one of {', '.join(known)}")
+        if self.windows < 1:
+            raise UserError(f"grid.windows={self.windows}: give at least 1")
+        for bits in self.choices:
+            self.grid(bits)
+
+    @property
+    def bits(self) -> float:
+        """Of most linears' codes; before they are known, of the widest choice."""
+        return max(self.choices, key=list(self.allocated.values()).count) if self.allocated else max(self.choices)
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Until bits are known, whatever the method: costs are output errors. Then, only the `hessian` search does."""
+        return not self.allocated or self.search == "hessian"
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return "allocated"
+
+    def at(self, place: Place) -> Grid | None:
+        """The grid of one linear; None for embeddings and the output head.
+
+        Before bits are known blocks take turns among the choices: a checkpoint format must be able to hold any mix.
+        """
+        if place.block < 0:
+            return None
+        turn = self.choices[place.block % len(self.choices)]
+        return self.grid(self.allocated.get(place.name, turn))
+
+    def grid(self, bits: int) -> IntGrid:
+        """The grid of one width."""
+        options: dict[str, Any] = {"search": self.search, "scale_dtype": self.scale_dtype}
+        return IntGrid(bits, self.group_size, self.sym, **options)
