@@ -256,7 +256,7 @@ def test_a_mixture_of_experts_is_refused_rather_than_half_quantized():
 
 
 def test_unknown_presets_are_refused_with_the_choices():
-    with pytest.raises(UserError, match=r"method=typo: choose one of awq, awq_gptq, bf16, fp, fp16, gptq, rtn"):
+    with pytest.raises(UserError, match=r"method=typo: choose one of .*awq, awq_gptq, .*gptaq, gptq, .*rtn"):
         quantize_model(tiny_model("llama"), tiny_tokens(), "typo")
 
 

@@ -73,7 +73,7 @@ class GPTQ:
             NotPositiveDefiniteError: H could not be factored and no fallback is declared.
         """
         if moments is None:
-            raise ValueError("GPTQ needs the moments of the layer's input")
+            raise ValueError(f"{self.name} needs the moments of the layer's input")
         W = weight.clone()
         # 1. Columns that never see an input cannot matter.
         W.masked_fill_(moments.dead(), 0)
@@ -84,6 +84,7 @@ class GPTQ:
             if self.fallback == "none":
                 raise
             return Solution(RTN().solve(weight, moments, grid).quantized, "rtn", fallback=str(error))
+        W = self.target(W, moments, U, order)
         # 3. Fit all groups now, in natural order, or leave each to be fitted when its turn comes.
         hessian = moments.hessian if grid.needs_hessian else None
         group_of_column = group_of_columns(W.shape[1], grid.group_size)
@@ -106,6 +107,19 @@ class GPTQ:
         quantized = QuantizedWeight.of(grid, codes, fitted.all(), group_of_column, loss)
         raised = f"damping raised from {self.damping:g} to {damping:g}" if damping != self.damping else None
         return Solution(quantized, self.name, damping, raised)
+
+    def target(
+        self,
+        W: Float[Tensor, "out in"],
+        moments: Moments,  # noqa: ARG002
+        U: Float[Tensor, "in in"],  # noqa: ARG002
+        order: Int[Tensor, "in"] | None,  # noqa: ARG002
+    ) -> Float[Tensor, "out in"]:
+        """The weight that rounding starts from, in natural column order; GPTQ's is the layer's own.
+
+        Methods of the same recursion that aim elsewhere (gptaq.py, qronos.py) say so here.
+        """
+        return W
 
 
 @dataclass

@@ -1,0 +1,67 @@
+"""Qronos (Zhang et al., arXiv 2505.11695): correct the past's error, let later columns absorb what rounding adds.
+
+For inputs X̃ of the quantized model and X of full precision, min ‖W X - Ŵ X̃‖² column by column: round the next column
+to where it corrects the error best while the later ones stay, then choose the later ones anew by least squares. The
+paper proves (thm. 3.1) that only the first column takes its correction; after it, least squares has absorbed all of
+the drift and the rest is GPTQ's recursion. With G = X̃ Xᵀ, H = X̃ X̃ᵀ, columns numbered in the order of rounding:
+
+    q_1   = quant( (W G_:,1ᵀ - Σ_{j>1} W_:,j H_j1) / H_11 )                        (eq. 6)
+    W_>1 ← argmin over V of ‖W X - q_1 X̃_1 - V X̃_>1‖²                             (eq. 7)
+    then GPTQ's columns 2…in, with the Cholesky factor of (H_>1)⁻¹
+
+The least squares answer for all columns is W* = W Gᵀ H⁻¹ = W + W D H⁻¹, D = (X - X̃) X̃ᵀ, and what GPTQ's recursion makes
+of W* once column 1 is q_1 is eq. 7, whatever q_1 is. So Qronos is GPTQ from W*, but for where the first column is
+rounded: at w_1 + (W D)_1 / H_11, eq. 6, with the later columns moved as GPTQ moves them. Both are one shift of W, and
+the sweep is GPTQ's own.
+
+Damping adds λI to H and G alike: it holds W* near W where X̃ says little. The paper's λ is 1e-6 of H's largest
+eigenvalue; here it is `damping`, as GPTQ's. X = X̃ gives W* = W, and GPTQ.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gptq_awq.moments import Moments
+from gptq_awq.solvers.gptaq import check_strength, columns_back, columns_in
+from gptq_awq.solvers.gptq import GPTQ
+
+
+@dataclass(frozen=True)
+class Qronos(GPTQ):
+    """Least squares for the drift, GPTQ's feedback for rounding; options as GPTQ's, and one.
+
+    Attributes:
+        strength: how much of the drift is corrected, 0 (GPTQ) to 1 (the paper): what is answered is W X̃ + strength ·
+            W (X - X̃).
+    """
+
+    strength: float = 1.0
+    name: str = "qronos"
+    needs_cross: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_strength(self.strength)
+
+    def target(
+        self,
+        W: Float[Tensor, "out in"],
+        moments: Moments,
+        U: Float[Tensor, "in in"],
+        order: Int[Tensor, "in"] | None,
+    ) -> Float[Tensor, "out in"]:
+        """W*, moved to where the first column is rounded.
+
+        Raises:
+            ValueError: moments have no `cross`.
+        """
+        first = 0 if order is None else int(order[0])
+        residual = self.strength * (W @ moments.drift())
+        shift = (columns_in(residual, order) @ U.T) @ U
+        # Column 1 is rounded at w_1 + residual_1 / H_11; the others absorb its distance from W* as if it were an error.
+        corrected = residual[:, first] / moments.hessian[first, first].clamp(min=torch.finfo(U.dtype).tiny)
+        shift -= ((shift[:, 0] - corrected) / U[0, 0])[:, None] * U[0]
+        return torch.where(moments.dead(), W, W + columns_back(shift, order))
