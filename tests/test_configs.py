@@ -17,11 +17,11 @@ def test_every_yaml_composes_and_instantiates(group, choice):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("config", overrides=[f"{group}={choice}", "out=somewhere"])
     OmegaConf.resolve(cfg)
-    for node in ("method", "grid", "model", "data", "eval", "export", "tracking"):
+    for node in ("method", "grid", "act", "kv", "model", "data", "eval", "export", "tracking"):
         instantiate(cfg[node], _convert_="all")
 
 
 def test_the_contract_groups_are_there():
-    assert {"method", "model", "data", "eval", "export", "tracking", "grid"} <= set(GROUPS)
+    assert {"method", "model", "data", "eval", "export", "tracking", "grid", "act", "kv"} <= set(GROUPS)
     methods = {choice for group, choice in CHOICES if group == "method"}
     assert methods >= {"fp", "rtn", "gptq", "awq", "awq_gptq"}

@@ -364,3 +364,13 @@ def test_the_command_prints_the_table_or_one_line_on_what_to_change(tmp_path: Pa
         out, err = capsys.readouterr()
         assert out == ""
         assert len(err.splitlines()) == 1
+
+
+def test_what_was_rounded_beside_weights_is_a_column_only_where_something_was(tmp_path: Path) -> None:
+    plain = replace(RESULT, config={"act": {"bits": 16}, "kv": {"bits": 16}})
+    w4a8 = replace(RESULT, act="int8", config={"act": {"bits": 8}, "kv": {"bits": 16}})
+    assert "act" not in cells(comparison(load(write(tmp_path / "one", a=plain))))[0]
+    rows = cells(comparison(load(write(tmp_path / "two", a=plain, b=w4a8))))
+    assert sorted(row["act"] for row in rows) == ["", "int8"]
+    assert all("kv" not in row and row["bits"] == "4" for row in rows)
+    assert "activations int8" in rendered(w4a8)[next(iter(rendered(w4a8)))]
