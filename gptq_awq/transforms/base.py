@@ -1,4 +1,7 @@
-"""What a transform is: a function-preserving change of basis, applied to a block before it is rounded."""
+"""What a transform is: a function-preserving change of basis, applied to a block before it is rounded.
+
+One that needs the whole model at once is a `ModelTransform`: it comes before the block loop, whatever its place.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,5 +50,28 @@ class Transform(Protocol):
         """Transform one block (float32 or the model's dtype), one `Scaling` per site.
 
         `grids` says where each of the block's linears will land, by name within the block.
+        """
+        ...
+
+
+@runtime_checkable
+class ModelTransform(Protocol):
+    """A change of basis of the whole model, such as a rotation of its residual stream.
+
+    A frozen dataclass: its repr, which says all its options, tells apart what is recorded of models it changed.
+    """
+
+    @property
+    def name(self) -> str:
+        """As the ledger names it."""
+        ...
+
+    def prepare(self, model: nn.Module) -> dict[str, Any]:
+        """Change a causal LM in place, the same way at every call; its logits stay. A tied head becomes untied.
+
+        Returns what the ledger shall say (JSON values).
+
+        Raises:
+            UserError: a model that it would change.
         """
         ...

@@ -1,0 +1,89 @@
+"""What lies outside of a causal LM's blocks: embeddings that write the residual stream, the last norm, the head."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from gptq_awq.errors import UserError
+from gptq_awq.models.blocks import find_blocks, hooks
+from gptq_awq.models.linear import is_linear
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The modules outside of the blocks that read or write the residual stream.
+
+    Attributes:
+        embeddings: of tokens and positions, (·, width) each.
+        norm: between the last block and the head.
+        head: the output layer.
+        inputs: a probe's hidden states as they enter the norm.
+    """
+
+    embeddings: tuple[nn.Embedding, ...]
+    norm: nn.Module
+    head: nn.Module
+    inputs: Float[Tensor, "tokens width"]
+
+    @property
+    def width(self) -> int:
+        """Of the residual stream."""
+        return self.inputs.shape[-1]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Any, ids: Int[Tensor, "1 tokens"]) -> "Ends":
+        """Observed in one forward of a few tokens.
+
+        Raises:
+            UserError: something else lies between embeddings, blocks, norm and head, such as a projection.
+        """
+        prefix, _ = find_blocks(model)
+        head, seen = model.get_output_embeddings(), []
+
+        def watch(module: nn.Module, args: tuple) -> None:
+            seen.append((module, args[0] if args else None))
+
+        outside = [m for name, m in model.named_modules() if not name.startswith(prefix) and not any(m.children())]
+        with hooks([m.register_forward_pre_hook(watch) for m in outside if any(True for _ in m.parameters())]):
+            model(ids, use_cache=False)
+        order = [module for module, _ in seen]
+        embeddings = tuple(dict.fromkeys(m for m in order if isinstance(m, nn.Embedding)))
+        rest = [m for m in order if not isinstance(m, nn.Embedding)]
+        one_norm = len(rest) == 2 and rest[1] is head and is_linear(head) and rest[0].get_parameter("weight").dim() == 1
+        inputs = next((x for module, x in seen if one_norm and module is rest[0]), None)
+        if inputs is None or any(e.embedding_dim != inputs.shape[-1] for e in embeddings):
+            names = ", ".join(type(m).__name__ for m in rest)
+            raise UserError(f"method: {type(model).__name__} has {names} outside of its blocks, not a norm and a head")
+        return cls(embeddings, rest[0], head, inputs.reshape(-1, inputs.shape[-1]).float())
+
+    def subtracts_mean(self) -> bool:
+        """Whether the norm's output stays the same when a constant is added to its input, as a LayerNorm's does."""
+        norm = self._bare(0.5)
+        plain, shifted = norm(self.inputs), norm(self.inputs + self.inputs.std())
+        return float((shifted - plain).norm()) < 1e-3 * float(plain.norm())
+
+    def unit_offset(self) -> bool:
+        """Whether the norm multiplies by (1 + weight): then a weight of 0 leaves something."""
+        return bool(self._bare(0.0)(self.inputs).abs().max() > 0)
+
+    def _bare(self, weight: float) -> nn.Module:
+        """A copy of the norm with that weight everywhere, and no bias."""
+        norm = copy.deepcopy(self.norm).float()
+        norm.get_parameter("weight").data.fill_(weight)
+        if isinstance(bias := getattr(norm, "bias", None), Tensor):
+            bias.data.zero_()
+        return norm
+
+
+def untie(model: Any) -> None:
+    """Give a head that is tied to the embedding a matrix of its own, of the same numbers. Nothing else changes."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False

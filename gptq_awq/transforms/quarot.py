@@ -1,0 +1,233 @@
+"""QuaRot's offline rotation (Ashkboos et al., arXiv 2404.00456): a random Hadamard basis for the residual stream.
+
+With Q orthogonal, the model is rewritten so that its residual stream is Qᵀx instead of x:
+
+    norms        their weights go into the linears that read them (SliceGPT, arXiv 2401.15024); Q commutes with the rest
+    embeddings   E ← E Q            writers   W ← Qᵀ W,  b ← Qᵀ b   (attention's and the MLP's last linear)
+    readers      W ← W Q            head      W ← W Q               (a tied one becomes a matrix of its own)
+
+Q = diag(±1) H/√n. Outliers of single channels, of activations and of weights, are spread over all of them. With
+`heads`, each value head is rotated too: W_v ← HᵀW_v by rows, W_o ← W_o H by columns. A LayerNorm, which subtracts the
+mean, commutes with every Q that has Q1 = 1: a reflection after Q makes it so.
+
+Who reads, who writes and which rows are a value head's is observed (models/topology.py), and every block, rotated, has
+to give the rotated output of the block before. What QuaRot rotates while the model runs (inputs of down_proj, keys, all
+heads together) needs other engines than those we export to, and is left out.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from gptq_awq.errors import UserError
+from gptq_awq.hadamard import largest_order, times_hadamard
+from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call, find_blocks
+from gptq_awq.models.ends import Ends, untie
+from gptq_awq.models.linear import Site, is_linear, matrix
+from gptq_awq.models.topology import VERIFY_TOLERANCE, observe_sites, relative_error
+from gptq_awq.profiling import phase
+
+LOGITS_TOLERANCE = {torch.float32: 1e-3}
+"""Largest relative change of the logits; 16-bit weights are rounded anew, which is far more than in float32."""
+ROUNDED_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Q, as a product from the right. With `mean_kept`, Q 1 = 1.
+
+    Attributes:
+        signs: (n,) ±1.
+        mean_kept: see above: for models whose norms subtract the mean.
+    """
+
+    signs: Float[Tensor, "n"]
+    mean_kept: bool = False
+
+    def __call__(self, x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
+        """X Q, in float32 or wider."""
+        y = times_hadamard(x * self.signs.to(x))
+        if not self.mean_kept:
+            return y
+        unit = torch.full_like(self.signs, len(self.signs) ** -0.5, dtype=x.dtype, device=x.device)
+        w = unit - times_hadamard(unit * self.signs.to(x))  # the reflection maps one to the other
+        length = w.square().sum()
+        return y - 2 * (y @ w)[..., None] * w / length if length > 0 else y
+
+
+@dataclass(frozen=True)
+class QuaRot:
+    """Rotate the residual stream and the value heads of a whole model, before its blocks are looked at.
+
+    Attributes:
+        seed: draws the signs.
+        heads: rotate the value heads too.
+    """
+
+    seed: int = 0
+    heads: bool = True
+    name: str = "quarot"
+
+    @phase("rotate")
+    @torch.no_grad()
+    def prepare(self, model: nn.Module) -> dict[str, Any]:
+        """Rotate a causal LM in place; its logits stay what they are. Returns what the ledger shall say.
+
+        Raises:
+            UserError: a model that such a rotation changes. Where a block is named, it is still as it was.
+        """
+        prefix, blocks = find_blocks(model)
+        device = next(model.parameters()).device
+        ids = torch.arange(1, PROBE_TOKENS + 1, device=device)[None]
+        before = model(ids, use_cache=False).logits.float()
+        ends = Ends.of(model, ids)
+        draw = torch.Generator().manual_seed(self.seed)
+        Q = Rotation(_signs(ends.width, draw), ends.subtracts_mean())
+        hidden, calls = BlockCalls(model, blocks).record(ids)
+        hidden, sites, order = hidden.float(), [], 0
+        heads: int | None = getattr(getattr(model, "config", None), "num_attention_heads", None)
+        for index, block in enumerate(blocks):
+            work = _Work(f"{prefix}.{index}", copy.deepcopy(block).float(), calls[index], hidden)
+            work.sites = sites = observe_sites(block, hidden, calls[index], True, heads, sites)
+            if self.heads:
+                order = _rotate_heads(work, _head_size(model, ends.width), draw)
+            hidden = _rotate_block(work, Q)
+            block.load_state_dict(work.block.state_dict())
+        untie(model)
+        _rotate_ends(ends, Q)
+        error = relative_error(model(ids, use_cache=False).logits.float(), before)
+        if error > LOGITS_TOLERANCE.get(next(model.parameters()).dtype, ROUNDED_TOLERANCE):
+            raise _refused(f"the logits of {type(model).__name__}", error)
+        return {"order": largest_order(ends.width), "heads_order": order, "seed": self.seed, "logits_error": error}
+
+
+@dataclass
+class _Work:
+    """A float32 copy of one block that is being rotated, and what enters the original."""
+
+    name: str
+    block: nn.Module
+    call: Call
+    hidden: Float[Tensor, "1 tokens width"]
+    sites: Sequence[Site] = ()
+
+    def run(self, hidden: Tensor) -> Tensor:
+        return self.call.run(self.block, hidden)
+
+
+def _rotate_block(work: _Work, Q: Rotation) -> Float[Tensor, "1 tokens width"]:
+    """Fuse the norms, rotate readers and writers, and verify. Returns the output of the block before."""
+    width, expected, readers = work.hidden.shape[-1], work.run(work.hidden), set()
+    for site in work.sites:
+        norm = site.absorber and work.block.get_submodule(site.absorber.producer)
+        if site.absorber is None or norm is None or is_linear(norm) or site.width != width:
+            continue
+        linears = [work.block.get_submodule(name) for name in site.linears]
+        fuse(norm, site.absorber.unit_offset, site.absorber.rows, linears)
+        for linear in linears:
+            matrix(linear).copy_(Q(matrix(linear)))
+        rotate_bias(norm, Q)
+        readers.update(site.linears)
+    for name, linear in work.block.named_modules():
+        if is_linear(linear) and name not in readers and len(matrix(linear)) == width:
+            matrix(linear).copy_(Q(matrix(linear).T).T)
+            rotate_bias(linear, Q)
+    error = relative_error(work.run(Q(work.hidden)), Q(expected))
+    if not error < VERIFY_TOLERANCE:
+        raise _refused(work.name, error)
+    return expected
+
+
+def _rotate_ends(ends: Ends, Q: Rotation) -> None:
+    """Rotate embeddings and head, the last norm fused into it, in place."""
+    for embedding in ends.embeddings:
+        embedding.weight.data.copy_(Q(embedding.weight.data.float()))
+    fuse(ends.norm, ends.unit_offset(), torch.arange(ends.width), [ends.head])
+    rotate_bias(ends.norm, Q)
+    matrix(ends.head).copy_(Q(matrix(ends.head).float()))
+
+
+def fuse(norm: nn.Module, unit_offset: bool, rows: Int[Tensor, "in"], linears: Sequence[nn.Module]) -> None:
+    """Move a norm's weight into the linears that read it, in place; its bias is left as it is, divided by the weight.
+
+    Raises:
+        UserError: a bias beside a weight of 0, which no linear can make up for.
+    """
+    offset = 1.0 if unit_offset else 0.0
+    weight, bias = norm.get_parameter("weight").data, getattr(norm, "bias", None)
+    factor = weight + offset
+    for linear in linears:
+        matrix(linear).mul_(factor[rows.to(factor.device)].to(matrix(linear)))
+    if bias is not None:
+        if bool((factor == 0).any()):
+            raise UserError("method=quarot: a norm has weights of 0 beside a bias, so it can't be fused")
+        bias.data.div_(factor)
+    weight.fill_(1.0 - offset)
+
+
+def rotate_bias(module: nn.Module, Q: Rotation) -> None:
+    """b ← Qᵀ b, in place, where there is one."""
+    bias = getattr(module, "bias", None)
+    if bias is not None:
+        bias.data.copy_(Q(bias.data.float()))
+
+
+def _rotate_heads(work: _Work, size: int, draw: torch.Generator) -> int:
+    """Rotate the value heads between every linear and the site it feeds head by head. Returns the Hadamard order.
+
+    Which pairs those are is tried: an activation between the two, as in an MLP, would not let a rotation pass.
+
+    Raises:
+        UserError: there are none.
+    """
+    expected, H = work.run(work.hidden), Rotation(_signs(size, draw))
+    found = False
+    for site in work.sites:
+        absorber = site.absorber
+        producer = absorber and work.block.get_submodule(absorber.producer)
+        if absorber is None or producer is None or not is_linear(producer) or site.width % size:
+            continue
+        touched = [producer, *(work.block.get_submodule(name) for name in site.linears)]
+        kept = [copy.deepcopy(module.state_dict()) for module in touched]
+        _rotate_rows(producer, absorber.rows.view(-1, size), H)
+        for linear in touched[1:]:
+            W = matrix(linear)
+            W.copy_(H(W.unflatten(1, (-1, size))).flatten(1))
+        if relative_error(work.run(work.hidden), expected) < VERIFY_TOLERANCE:
+            found = True
+        else:
+            for module, state in zip(touched, kept, strict=True):
+                module.load_state_dict(state)
+    if not found:
+        raise UserError(f"method=quarot: {work.name} has no values to rotate head by head; set heads=false")
+    return largest_order(size)
+
+
+def _rotate_rows(producer: nn.Module, heads: Int[Tensor, "heads size"], H: Rotation) -> None:
+    """Rotate each head's output channels, once where several heads of the site share them (grouped queries)."""
+    bias = getattr(producer, "bias", None)
+    for rows in torch.unique(heads, dim=0):
+        matrix(producer)[rows] = H(matrix(producer)[rows].T).T
+        if bias is not None:
+            bias.data[rows] = H(bias.data[rows])
+
+
+def _head_size(model: nn.Module, width: int) -> int:
+    config: Any = model.config
+    return getattr(config, "head_dim", None) or width // config.num_attention_heads
+
+
+def _signs(n: int, draw: torch.Generator) -> Float[Tensor, "n"]:
+    return torch.randint(0, 2, (n,), generator=draw).mul(2).sub(1).float()
+
+
+def _refused(what: str, error: float) -> UserError:
+    return UserError(
+        f"method=quarot: a rotated residual stream changes {what} by {error:.1g}: a norm after attention or the MLP "
+        "(Gemma 2 and 3, post-norm OPT) does not commute with a rotation; choose another method"
+    )
