@@ -31,7 +31,6 @@ from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.journal import Journal
 from gptq_awq.manifest import config_sha256, environment
 from gptq_awq.models.activations import quantized_activations
-from gptq_awq.models.load import LoadedModel
 from gptq_awq.pipeline.inputs import resolve_compute_dtype
 from gptq_awq.pipeline.observe import Record, observations_sha256
 from gptq_awq.pipeline.places import changes_output
@@ -141,7 +140,7 @@ def _compute(plan: Plan, work: Work, tracker: Tracker, clock: Clock, track: Trac
     with clock.phase("baseline"):
         baseline = full_precision(
             *(loaded.model, loaded.tokenizer, loaded.sha256, work.windows, work.tasks, cache_dir(), track),
-            keep_output=plan.method.cast is not None or changes_output(loaded.model, work.grids),
+            keep_output=_changes_output(plan, work),
             compute_dtype=plan.evaluation.compute_dtype,
         )
     with clock.phase("quantize"):
@@ -154,13 +153,19 @@ def _compute(plan: Plan, work: Work, tracker: Tracker, clock: Clock, track: Trac
     with clock.phase("evaluate"), quantized_activations(loaded.model, plan.act, plan.kv):
         scored = score(loaded.model, loaded.tokenizer, baseline, plan.seed, track)
     manifest = _manifest(plan, work, baseline, checkpoints) | {"resumed": quantized.resumed}
-    result = _result(plan, loaded, quantized.footprint, scored.metrics, clock, manifest)
+    result = _result(plan, work, quantized.footprint, scored.metrics, clock, manifest)
     with _writing(plan.out):
         _store(plan, result, scored.scores)
     for checkpoint in checkpoints:
         row = json.loads((plan.out / FILE_NAME).read_text())
         write_card(checkpoint.path, row, [checkpoint.verified])
     return result
+
+
+def _changes_output(plan: Plan, work: Work) -> bool:
+    """Whether the output layer won't be the full-precision model's, which KL is measured from."""
+    method = plan.method
+    return method.cast is not None or bool(method.of_model) or changes_output(work.loaded.model, work.grids)
 
 
 def _store(plan: Plan, result: Result, scores: Scores) -> None:
@@ -246,7 +251,8 @@ def _record(plan: Plan, work: Work) -> Record | None:
         return None
     settings = plan.settings
     dtype = resolve_compute_dtype(settings.compute_dtype, plan.device)
-    key = observations_sha256(work.loaded.model, work.loaded.sha256, work.tokens, dtype, settings.tokens_per_batch)
+    observed = " ".join([work.loaded.sha256, *map(repr, plan.method.of_model)])  # of the model as they leave it
+    key = observations_sha256(work.loaded.model, observed, work.tokens, dtype, settings.tokens_per_batch)
     return Record(Journal(cache_dir() / "moments" / key, key), plan.cache_bytes)
 
 
@@ -278,13 +284,13 @@ def _export(plan: Plan, work: Work, weights: Mapping[str, QuantizedWeight], trac
 
 def _result(
     plan: Plan,
-    loaded: LoadedModel,
+    work: Work,
     footprint: Footprint,
     metrics: Mapping[str, Any],
     clock: Clock,
     manifest: Mapping[str, Any],
 ) -> Result:
-    full = plan.method.solver is None
+    full, loaded = plan.method.solver is None, work.loaded
     return Result(
         method=plan.method.name,
         bits=PLAIN_BITS if full else plan.grid.bits,
@@ -295,7 +301,7 @@ def _result(
         status="done",
         metrics=metrics,
         size_bytes=footprint.model_bytes(loaded.model),
-        baseline_size_bytes=Footprint().model_bytes(loaded.model),
+        baseline_size_bytes=work.baseline_bytes,
         seconds=clock.total(),
         peak_memory_bytes=memory.peak_bytes(plan.device),
         ledger=LEDGER,

@@ -15,11 +15,13 @@ from gptq_awq.grids.base import Grid
 from gptq_awq.manifest import code_sha256, package_sha256, run_sha256
 from gptq_awq.models.activations import check_activations
 from gptq_awq.models.blocks import find_blocks
+from gptq_awq.models.ends import untie
 from gptq_awq.models.linear import widest
 from gptq_awq.models.load import LoadedModel
 from gptq_awq.pipeline.inputs import resolve_compute_dtype
 from gptq_awq.pipeline.places import landing
 from gptq_awq.pipeline.quantize import needs_calibration
+from gptq_awq.pipeline.size import Footprint
 from gptq_awq.plan import Plan
 from gptq_awq.runs import Run
 
@@ -38,6 +40,7 @@ class Work:
         grids: module name → where its weight will land.
         code: hash of this program's source, as it was when the run began.
         run: the run's content hash and folder.
+        baseline_bytes: of the full-precision model, in 16 bits.
     """
 
     loaded: LoadedModel
@@ -47,6 +50,7 @@ class Work:
     grids: Mapping[str, Grid]
     code: str
     run: Run
+    baseline_bytes: int
 
 
 def load(plan: Plan) -> Work:
@@ -58,6 +62,9 @@ def load(plan: Plan) -> Work:
     package, code = package_sha256(), code_sha256(plan.config)  # now: the files may change while the run goes on
     loaded = plan.model.load(dtype=plan.dtype, device=str(plan.device))
     check_activations(loaded.model, plan.act, plan.kv)
+    baseline_bytes = Footprint().model_bytes(loaded.model)
+    if plan.method.of_model:  # which give a tied head weights of its own: formats and grids shall see it so
+        untie(loaded.model)
     windows = plan.evaluation.token_sets(loaded.tokenizer)
     tasks = plan.evaluation.load_tasks(plan.seed)
     calibrates = needs_calibration(plan.method, plan.grid)
@@ -80,7 +87,7 @@ def load(plan: Plan) -> Work:
         "eval_dtype": str(resolve_compute_dtype(plan.evaluation.compute_dtype, plan.device)),
     }
     run_ = Run(run_sha256(plan.config, data, code), plan.out)
-    return Work(loaded, windows, tasks, tokens, grids, package, run_)
+    return Work(loaded, windows, tasks, tokens, grids, package, run_, baseline_bytes)
 
 
 def _forecast(loaded: LoadedModel, tokens: TokenSet | None, plan: Plan) -> None:
