@@ -32,13 +32,14 @@ KINDS = {
     "tokens": "token ids of texts",
     "baselines": "full-precision scores: losses, hidden states, lm-eval answers",
     "moments": "second moments and factors of full-precision inputs",
+    "sensitivities": "what rounding each linear costs, for allocating bits",
     "progress": "finished blocks of runs that were interrupted",
     "runs": "where finished runs lie",
     "assets": "downloads: models and texts, checked by sha256",
     "models": "GGUF files as transformers folders",
     "engines": "environments of inference engines",
 }
-DISPENSABLE = ("tokens", "baselines", "moments")
+DISPENSABLE = ("tokens", "baselines", "moments", "sensitivities")
 """What is dropped by itself where there is too much of it."""
 
 

@@ -9,7 +9,7 @@ import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from gptq_awq import memory
+from gptq_awq.allocation.allocate import Allocation, allocate
 from gptq_awq.assets import cache_dir
 from gptq_awq.cache import prune
 from gptq_awq.costs import profiled
@@ -27,6 +28,7 @@ from gptq_awq.evaluation.evaluate import Baseline, full_precision, score
 from gptq_awq.export.base import Source
 from gptq_awq.export.verify import Probe
 from gptq_awq.export.write import Exported, write_card
+from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.journal import Journal
 from gptq_awq.manifest import config_sha256, environment
@@ -143,6 +145,7 @@ def _compute(plan: Plan, work: Work, tracker: Tracker, clock: Clock, track: Trac
             keep_output=_changes_output(plan, work),
             compute_dtype=plan.evaluation.compute_dtype,
         )
+    plan, allocation = _allocated(plan, work, clock, track)
     with clock.phase("quantize"):
         quantized = _quantize(plan, work, tracker, track, recorder)
     checkpoints: list[Exported] = []
@@ -153,13 +156,30 @@ def _compute(plan: Plan, work: Work, tracker: Tracker, clock: Clock, track: Trac
     with clock.phase("evaluate"), quantized_activations(loaded.model, plan.act, plan.kv):
         scored = score(loaded.model, loaded.tokenizer, baseline, plan.seed, track)
     manifest = _manifest(plan, work, baseline, checkpoints) | {"resumed": quantized.resumed}
+    if allocation is not None:
+        manifest |= {"allocation": allocation.summary()}
     result = _result(plan, work, quantized.footprint, scored.metrics, clock, manifest)
     with _writing(plan.out):
-        _store(plan, result, scored.scores)
+        _store(plan, result, scored.scores, allocation)
     for checkpoint in checkpoints:
         row = json.loads((plan.out / FILE_NAME).read_text())
         write_card(checkpoint.path, row, [checkpoint.verified])
     return result
+
+
+def _allocated(plan: Plan, work: Work, clock: Clock, track: Track) -> tuple[Plan, Allocation | None]:
+    """The plan with the bits that its budget allows each linear, where its grid has a budget."""
+    if not isinstance(plan.grid, AllocatedGrid) or plan.method.solver is None or work.tokens is None:
+        return plan, None
+    loaded = work.loaded
+    with clock.phase("allocate"):
+        allocation = allocate(
+            *(loaded.model, work.tokens, plan.method, plan.grid, plan.settings, plan.seed),
+            model_sha256=loaded.sha256,
+            cache=cache_dir(),
+            track=track,
+        )
+    return replace(plan, grid=allocation.grid), allocation
 
 
 def _changes_output(plan: Plan, work: Work) -> bool:
@@ -168,12 +188,14 @@ def _changes_output(plan: Plan, work: Work) -> bool:
     return method.cast is not None or bool(method.of_model) or changes_output(work.loaded.model, work.grids)
 
 
-def _store(plan: Plan, result: Result, scores: Scores) -> None:
+def _store(plan: Plan, result: Result, scores: Scores, allocation: Allocation | None) -> None:
     """Write everything aside, then give it its name: a full disk leaves an earlier run's results whole."""
     with tempfile.TemporaryDirectory(dir=plan.out, prefix=".storing-") as folder:
         aside = Path(folder)
         result.write(aside)
         scores.write(aside)
+        if allocation is not None:
+            allocation.write(aside)
         (aside / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(dict(plan.config))))
         (plan.out / UNFINISHED).replace(aside / LEDGER)
         for name in FILES:

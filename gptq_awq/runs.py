@@ -21,7 +21,7 @@ from gptq_awq.manifest import environment
 from gptq_awq.results import FILE_NAME, Result
 
 log = logging.getLogger(__name__)
-FILES = ("config.yaml", "ledger.jsonl", "scores.npz", "checkpoints", FILE_NAME)
+FILES = ("config.yaml", "ledger.jsonl", "allocation.json", "scores.npz", "checkpoints", FILE_NAME)
 """What a finished run is made of; the row comes last, so that it never stands without the rest."""
 
 

@@ -127,8 +127,8 @@ def allocated_bits(
     if least > budget:
         option = "budget_bits" if grid.budget_bytes is None else "budget_bytes"
         raise UserError(
-            f"grid.{option}={getattr(grid, option)}: the least of grid.choices takes {least / max(budget, 1):.2f} times "
-            "as much with its scales; raise the budget or group_size"
+            f"grid.{option}={getattr(grid, option)}: the least of grid.choices takes {least / max(budget, 1):.2f} "
+            "times as much with its scales; raise the budget or group_size"
         )
     picked = cheapest(together, size, budget)
     return {cost.name: grid.choices[k] for group, k in zip(groups.values(), picked, strict=True) for cost in group}
