@@ -2,9 +2,7 @@
 
 The logits of a window are large (2048 tokens x 49152 words are 400 MB) where its hidden states are small (5
 MB), so scores keep hidden states and compute logits a few tokens at a time. What a model does between the two
-differs: most apply a linear layer alone, Gemma 2 caps its logits, Granite and Cohere scale them. No table of
-those here: the model's own forward is run with its decoder replaced by one that returns the given hidden
-states, and is believed only after it has reproduced the model's logits on a probe.
+differs (see models/halves.py), so a split is believed only after it has reproduced the model's logits on a probe.
 """
 
 import hashlib
@@ -21,6 +19,7 @@ from transformers.utils import ModelOutput
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.precision import lowered, lowered_head
 from gptq_awq.kernels.threads import match_torch
+from gptq_awq.models.halves import logits
 from gptq_awq.profiling import phase
 from gptq_awq.sealed import tensor_bytes
 
@@ -92,13 +91,12 @@ class Head:
         layer `output` (None: its own).
         """
         hidden = hidden.to(self.model.device)[None]
-        placeholder = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         if words is not None and len(range(self.vocab)[words]) < self.vocab:
             output = {name: value[words] for name, value in (output or dict(self.output.named_parameters())).items()}
         size = (hidden.shape[1], *([] if words is None else [words.stop - words.start]))
         lower = lowered_head(self.compute_dtype, self.model.device)
-        with self.with_output(output), phase("score/head", *size), self._decoder_returning(hidden), lower:
-            return self.model(input_ids=placeholder, use_cache=False).logits[0].float()
+        with self.with_output(output), phase("score/head", *size), lower:
+            return logits(self.model, self.decoder, self.template, hidden)[0].float()
 
     @contextmanager
     def with_output(self, parameters: Parameters | None) -> Iterator[None]:
@@ -146,19 +144,6 @@ class Head:
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(tensor_bytes(value))
         return digest.hexdigest()
-
-    @contextmanager
-    def _decoder_returning(self, hidden: Float[Tensor, "1 tokens width"]) -> Iterator[None]:
-        """Within: the decoder does nothing and returns `hidden`."""
-        output = type(self.template)(**{**self.template, "last_hidden_state": hidden})
-        before = self.decoder.__dict__.get("forward")
-        self.decoder.forward = lambda *_args, **_kwargs: output
-        try:
-            yield
-        finally:
-            del self.decoder.forward
-            if before is not None:  # some libraries (accelerate) set an instance's forward too
-                self.decoder.forward = before
 
 
 def _same(logits: Float[Tensor, "tokens vocab"], expected: Float[Tensor, "tokens vocab"]) -> bool:

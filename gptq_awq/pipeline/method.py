@@ -1,4 +1,4 @@
-"""A method: transforms, then one solver. `configs/method/NAME.yaml` is such a preset; there is no other registry."""
+"""A method: transforms, one solver, tuning. `configs/method/NAME.yaml` is such a preset; there is no other registry."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from gptq_awq.errors import UserError
 from gptq_awq.solvers.base import Solver
 from gptq_awq.transforms.base import ModelTransform, Transform
+from gptq_awq.tuning.base import BlockTuning, ModelTuning
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Method:
         error_propagation: calibrate every layer on the inputs it will see, those of the model quantized so
             far (GPTQ). False calibrates on full-precision inputs everywhere (AWQ's own code).
         cast: without a solver: the 16-bit type that all parameters are rounded to; None: none.
+        tuning: applied in order, after the solver; those of the whole model after all blocks.
 
     Raises:
         UserError: a type there isn't; full precision beside the quantized model, without error propagation.
@@ -29,6 +31,7 @@ class Method:
     transforms: Mapping[str, Transform | ModelTransform] = field(default_factory=dict)
     error_propagation: bool = True
     cast: str | None = None
+    tuning: Mapping[str, BlockTuning | ModelTuning] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.cast not in (None, "bfloat16", "float16"):
@@ -42,7 +45,17 @@ class Method:
     @property
     def needs_full(self) -> bool:
         """Whether calibration carries full precision's hidden states beside the quantized model's."""
-        return bool(getattr(self.solver, "needs_cross", False))
+        return bool(getattr(self.solver, "needs_cross", False)) or bool(self.tuning_of_blocks)
+
+    @property
+    def tuning_of_blocks(self) -> list[BlockTuning]:
+        """Tuning of each block in its turn."""
+        return [each for each in self.tuning.values() if isinstance(each, BlockTuning)]
+
+    @property
+    def tuning_of_model(self) -> list[ModelTuning]:
+        """Tuning of the whole model, after its last block."""
+        return [each for each in self.tuning.values() if isinstance(each, ModelTuning)]
 
     @property
     def of_model(self) -> list[ModelTransform]:

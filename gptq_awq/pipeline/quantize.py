@@ -8,7 +8,9 @@
             moments ← staged forward up to the site                (only if the solver needs them;
                       of full precision beside it too, if the method compares the two)
             for linear in site: linear.weight ← solver.solve(linear.weight, moments, grid)
+        for tuning in tuning of blocks: tuning.apply_block(block, …)
         advance the streams to the next block
+    for tuning in tuning of the whole model: tuning.apply(model, …)
 
 Weights change in the model that was passed in; forwards run in `compute_dtype` on a copy of one block.
 """
@@ -19,7 +21,7 @@ from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
@@ -30,17 +32,20 @@ from gptq_awq.linalg import NotPositiveDefiniteError
 from gptq_awq.models.blocks import find_blocks, hooks
 from gptq_awq.models.linear import Site, is_linear, matrix
 from gptq_awq.moments import Moments
-from gptq_awq.pipeline.inputs import Inputs, Settings
+from gptq_awq.pipeline.inputs import Inputs, Settings, resolve_compute_dtype
 from gptq_awq.pipeline.ledger import LinearReport
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.observe import Observation, Record
 from gptq_awq.pipeline.places import landing
 from gptq_awq.pipeline.progress import BlockResult, Progress, Row, restore
 from gptq_awq.pipeline.staged import staged_forward
+from gptq_awq.pipeline.streams import Streams
+from gptq_awq.pipeline.tuned import entering, examples, noted, tuned_model
 from gptq_awq.profiling import phase
 from gptq_awq.progress import Track, no_track
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.transforms.base import ModuleInputs, Scaling
+from gptq_awq.tuning.teacher import Teacher
 
 
 def quantize(
@@ -74,11 +79,32 @@ def quantize(
             that a grid has no room for.
     """
     match_torch()
-    prefix, blocks = find_blocks(model)
     if method.solver is None:
         if method.cast is not None:
             _cast(model, getattr(torch, method.cast))
         return
+    if not method.tuning_of_model:
+        yield from _blocks(model, tokens, method, grid, settings, track, record, progress)
+        return
+    if tokens is None:
+        raise _wants_tokens(method)
+    teacher = Teacher(model, tokens, resolve_compute_dtype(settings.compute_dtype, next(model.parameters()).device))
+    results = list(_blocks(model, tokens, method, grid, settings, track, record, progress))
+    yield from tuned_model(model, method, results, teacher, tokens, track)
+
+
+def _blocks(
+    model: nn.Module,
+    tokens: TokenSet | None,
+    method: Method,
+    grid: GridChoice,
+    settings: Settings,
+    track: Track,
+    record: Record | None,
+    progress: Journal | None,
+) -> Iterator[BlockResult]:
+    """The block loop."""
+    prefix, blocks = find_blocks(model)
     prepared = {each.name: Scaling(None, each.prepare(model)) for each in method.of_model}
     grids = landing(model, grid)
     ends = _round_ends(model, grids, prefix, method)
@@ -88,7 +114,7 @@ def quantize(
     inputs = None
     if needs_calibration(method, grid):
         if tokens is None:
-            raise UserError(f"method={method.name} calibrates: give it tokens (data=…)")
+            raise _wants_tokens(method)
         inputs = Inputs(
             *(model, blocks, tokens, settings, method.error_propagation, bool(method.of_blocks)),
             record=record,
@@ -107,10 +133,16 @@ def quantize(
         yield done
 
 
+def _wants_tokens(method: Method) -> UserError:
+    return UserError(f"method={method.name} calibrates: give it tokens (data=…)")
+
+
 def needs_calibration(method: Method, grid: GridChoice) -> bool:
     """Whether any part of the method looks at calibration data."""
     solver = method.solver
-    return solver is not None and (bool(method.of_blocks) or solver.needs_hessian or grid.needs_hessian)
+    return solver is not None and (
+        bool(method.of_blocks or method.tuning) or solver.needs_hessian or grid.needs_hessian
+    )
 
 
 class _BlockStep:
@@ -131,6 +163,7 @@ class _BlockStep:
         self.rows: list[Row] = []
         self._prepared = prepared
         self._scalings: dict[str, dict[str, Scaling]] = {}
+        self._full: nn.Module | None = None
 
     def run(self, inputs: Inputs | None) -> None:
         assert self.method.solver is not None
@@ -140,6 +173,14 @@ class _BlockStep:
             return
         if inputs.streams is not None:
             self.runner = inputs.runner(self.block)
+        tuning = self.method.tuning_of_blocks
+        entered = entering(inputs.streams, bool(tuning))
+        self._solve_all(inputs)
+        if tuning and inputs.streams is not None:
+            self._tune(inputs.streams, entered)
+
+    def _solve_all(self, inputs: Inputs) -> None:
+        assert self.method.solver is not None
         if self.method.error_propagation and self.method.solver.needs_hessian:
             self._run_staged(inputs)
         else:
@@ -160,14 +201,36 @@ class _BlockStep:
         else:
             sites = inputs.sites(self.block, self.index)
             _check_coverage(self.block, sites, self.name)
+        full = self._full_precision()
+        paired = self.method.solver is not None and self.method.solver.needs_cross
         staged_forward(
             *(self.runner, self.index, sites, inputs.streams, self._solve, inputs.keeps_activations),
-            full=self._full_precision(),
+            full=full if paired else None,
         )
+        if full is not None and not paired:
+            inputs.streams.advance_full(full, self.index)
 
     def _full_precision(self) -> nn.Module | None:
         """The block as it is before it is solved, in the basis that transforms gave it; None where no one asks."""
-        return copy.deepcopy(self.runner) if self.method.needs_full else None
+        self._full = copy.deepcopy(self.runner) if self.method.needs_full else None
+        return self._full
+
+    def _tune(self, streams: Streams, entered: list[Tensor]) -> None:
+        """Let the solved block learn from full precision's outputs, and what enters the next block with it."""
+        assert self._full is not None
+        seen = examples(streams, self.index, entered)
+        weights = {name.removeprefix(f"{self.name}."): weight for name, weight in self.weights.items()}
+        originals = {name: matrix(self._full.get_submodule(name)).float() for name in weights}
+        for tuning in self.method.tuning_of_blocks:
+            with phase("tune"):
+                weights, details = tuning.apply_block(self.block, weights, originals, seen)
+            self.weights = {f"{self.name}.{name}": weight for name, weight in weights.items()}
+            self.rows = noted(self.rows, self.weights, tuning.name, details)
+        if self.runner is not self.block:
+            self.runner.load_state_dict(self.block.state_dict())
+        for stream, hidden in zip(streams.batches, entered, strict=True):
+            stream.hidden = hidden
+        streams.advance(self.runner, self.index)
 
     def _observe(self, inputs: Inputs) -> Observation:
         seen = inputs.observe(self.block, self.runner, self.index)

@@ -58,6 +58,14 @@ class Streams:
                     with phase("forward", *stream.hidden.shape[:2]):
                         stream.full = call.run(full, stream.full)
 
+    @torch.no_grad()
+    def advance_full(self, full: nn.Module, index: int) -> None:
+        """Pass every batch's full-precision states through `full`, nothing else."""
+        for stream in self.batches:
+            assert stream.full is not None
+            with phase("forward", *stream.hidden.shape[:2]), faster_attention_of(full):
+                stream.full = stream.calls[index].run(full, stream.full)
+
     def hidden(self) -> list[Float[Tensor, "batch tokens width"]]:
         """What enters the next block, batch by batch; then the same in full precision, where that is kept."""
         full = [stream.full for stream in self.batches if stream.full is not None]

@@ -1,0 +1,1 @@
+"""What learns by gradients, after weights have landed on their grid: one paper, one file."""

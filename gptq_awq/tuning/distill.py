@@ -1,0 +1,206 @@
+"""End-to-end tuning of scales and norms: the last step of EfficientQAT (Chen et al., arXiv 2407.11062, sec. 3.3).
+
+With every code fixed, the step sizes s of all linears and the model's vectors (norms, biases) learn together:
+
+    min over s, norms of  mean over calibration tokens of  KL( p_full-precision ‖ p_quantized )
+
+The paper minimises the next-token loss on thousands of windows; the divergence from the full-precision model says far
+more per token (a whole distribution, not one word), so a few passes over the calibration set suffice. Adam on δ = log s
+changes all scales by about the same fraction a step. One number per group learns, 64 times fewer than weights: this is
+why it generalises from a few thousand tokens, where learning the codes this way does not (docs/methods/distill.md).
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from gptq_awq.data import TokenSet
+from gptq_awq.errors import UserError
+from gptq_awq.grids.base import QuantizedWeight
+from gptq_awq.models.halves import logits
+from gptq_awq.models.linear import matrix
+from gptq_awq.progress import Track
+from gptq_awq.tuning.linear import rescaled, tuned_linears
+from gptq_awq.tuning.teacher import Teacher, decoder_of, inputs_of
+
+CHUNK_TOKENS = 128
+"""Positions whose logits are computed at a time: 25 MB in float32 for 49152 words."""
+BETAS = 0.9, 0.95
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Scales and norms, tuned end to end.
+
+    Attributes:
+        epochs: passes over the calibration set.
+        tokens_per_step: in whole windows, at least one.
+        scale_lr: largest relative change of a scale in one step; it rises over `warmup` and falls to 0.
+        vector_lr: largest change of a norm's or bias's entry in one step.
+        warmup: fraction of the steps.
+        seed: of the order of windows.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    epochs: float = 2.0
+    tokens_per_step: int = 512
+    scale_lr: float = 5e-3
+    vector_lr: float = 1e-3
+    warmup: float = 0.1
+    seed: int = 0
+    name: str = "distill"
+
+    def __post_init__(self) -> None:
+        for option in ("epochs", "scale_lr", "vector_lr", "warmup"):
+            if getattr(self, option) < 0:
+                raise UserError(f"method.tuning.distill.{option}={getattr(self, option)}: give a number from 0 on")
+        if self.tokens_per_step < 1:
+            raise UserError(f"method.tuning.distill.tokens_per_step={self.tokens_per_step}: give at least 1")
+
+    def apply(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, QuantizedWeight],
+        teacher: Teacher,
+        tokens: TokenSet,
+        track: Track,
+    ) -> tuple[dict[str, QuantizedWeight], dict[str, Any]]:
+        """Tune a quantized model in place.
+
+        Args:
+            model: its linears hold the dequantized `weights`.
+            weights: of all linears that are tuned.
+            teacher: what it learns from.
+            tokens: those that the teacher saw.
+            track: reports progress.
+
+        Returns:
+            The weights, rescaled, and for the ledger the mean KL of the first and of the last pass.
+
+        Raises:
+            UserError: a grid whose scales cannot be tuned; a loss that is not finite.
+        """
+        student = _Student(model, weights, teacher.dtype)
+        windows = max(1, self.tokens_per_step // tokens.ids.shape[1])
+        steps = round(self.epochs * len(tokens.ids) / windows)
+        optimizer = student.optimizer(self.scale_lr, self.vector_lr)
+        losses = []
+        for step, rows in enumerate(track(self._order(len(tokens.ids), windows, steps), "tune (distill)", steps)):
+            losses.append(student.learn(rows, teacher, tokens))
+            rate = min(1.0, (step + 1) / max(1, self.warmup * steps)) * (1 - step / steps)
+            student.step(optimizer, rate)
+        per_pass = max(1, round(len(tokens.ids) / windows))
+        first, last = losses[:per_pass], losses[-per_pass:]
+        details = {"steps": steps, "kl_first_pass": _mean(first), "kl_last_pass": _mean(last)} if losses else {}
+        return student.write(model, weights), details
+
+    def _order(self, rows: int, windows: int, steps: int) -> Iterator[Tensor]:
+        """Rows of each step: every one once, in random order, before any comes again."""
+        generator = torch.Generator().manual_seed(self.seed)
+        left = torch.empty(0, dtype=torch.int64)
+        for _ in range(steps):
+            while len(left) < windows:
+                left = torch.cat([left, torch.randperm(rows, generator=generator)])
+            yield left[:windows]
+            left = left[windows:]
+
+
+class _Student:
+    """A copy of the quantized model in compute dtype, whose scales and vectors learn in float32."""
+
+    def __init__(self, model: nn.Module, weights: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> None:
+        self._model = copy.deepcopy(model).to(dtype).requires_grad_(False)
+        self._decoder = decoder_of(self._model)
+        self._linears = tuned_linears(self._model, weights, "method.tuning.distill")
+        own = dict(model.named_parameters())
+        named = {n: p for n, p in self._model.named_parameters() if p.dim() == 1 and n in own}
+        self._vectors = {n: p.requires_grad_(True) for n, p in named.items()}
+        self._masters = {n: own[n].detach().float().clone() for n in named}
+        self._template = None
+
+    def optimizer(self, scale_lr: float, vector_lr: float) -> torch.optim.Optimizer:
+        """Adam over scales and vectors; `lr` of each group is its largest."""
+        scales = {"params": [linear.delta for linear in self._linears.values()], "largest": scale_lr}
+        vectors = {"params": list(self._masters.values()), "largest": vector_lr}
+        return torch.optim.Adam([scales, vectors], lr=0.0, betas=BETAS, eps=1e-12)
+
+    def learn(self, rows: Int[Tensor, "windows"], teacher: Teacher, tokens: TokenSet) -> float:
+        """The loss of some windows; gradients are added up in the parameters."""
+        device = next(self._model.parameters()).device
+        out = self._decoder(**inputs_of(tokens, rows, device), use_cache=False)
+        self._template = out
+        mask = None if tokens.mask is None else tokens.mask[rows].to(device)
+        hidden, target = out["last_hidden_state"], teacher.hidden[rows]
+        hidden, target = (x.flatten(0, 1) if mask is None else x[mask] for x in (hidden, target))
+        loss, grad = self._divergence(hidden, target, teacher)
+        if not torch.isfinite(grad).all():
+            raise UserError("method.tuning.distill: the loss is not finite; lower scale_lr and vector_lr")
+        hidden.backward(grad)
+        return loss
+
+    def _divergence(self, hidden: Tensor, target: Tensor, teacher: Teacher) -> tuple[float, Tensor]:
+        """Mean KL, and its gradient in the hidden states; logits of a few tokens at a time."""
+        total, grads = 0.0, []
+        for start in range(0, len(hidden), CHUNK_TOKENS):
+            part = hidden[start : start + CHUNK_TOKENS].detach().requires_grad_()
+            with torch.no_grad():
+                full = teacher.logits(target[start : start + CHUNK_TOKENS])
+            own = logits(self._model, self._decoder, self._template, part[None])[0]  # pyright: ignore[reportArgumentType]
+            kl = _SumKL.apply(own, full)
+            (kl / len(hidden)).backward()  # pyright: ignore[reportOperatorIssue, reportAttributeAccessIssue]
+            grads.append(part.grad)
+            total += float(kl.detach())  # pyright: ignore[reportAttributeAccessIssue]
+        return total / len(hidden), torch.cat(grads)
+
+    def step(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
+        """Go that fraction of the largest step, and forget the gradients."""
+        for name, vector in self._vectors.items():
+            self._masters[name].grad = None if vector.grad is None else vector.grad.float()
+            vector.grad = None
+        for group in optimizer.param_groups:
+            group["lr"] = group["largest"] * rate
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for name, vector in self._vectors.items():
+                vector.copy_(self._masters[name])
+
+    @torch.no_grad()
+    def write(self, model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> dict[str, QuantizedWeight]:
+        """What was learned, put into the model."""
+        own, tuned = dict(model.named_parameters()), {}
+        for name, linear in self._linears.items():
+            tuned[name] = rescaled(weights[name], linear.delta)
+            matrix(model.get_submodule(name)).copy_(tuned[name].dequantize())
+        for name, master in self._masters.items():
+            own[name].copy_(master)
+        return tuned
+
+
+class _SumKL(Function):
+    """Σ over tokens of KL(p‖q) of two sets of logits; the gradient in q's logits is q - p."""
+
+    @staticmethod
+    def forward(ctx, own: Tensor, full: Tensor) -> Tensor:
+        log_p, log_q = full.float().log_softmax(-1), own.float().log_softmax(-1)
+        p = log_p.exp()
+        kl = (p * (log_p - log_q)).sum()
+        ctx.save_for_backward(log_q.exp_().sub_(p).to(own.dtype))
+        return kl
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        return difference * grads[0].to(difference.dtype), None
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,116 @@
+"""A linear whose rounded weight is tuned: Ŵ exp(δ), one δ per row and group, codes as they are.
+
+Whatever the format, Ŵ is proportional to a group's scale (and minimum), so with G = ∂L/∂Ŵ
+
+    ∂L/∂δ = Σ over the group of G ⊙ Ŵ
+
+and the tuned scale is s exp(δ). Formats whose scales are codes of a second level have no such freedom.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from gptq_awq.errors import UserError
+from gptq_awq.grids.base import QuantizedWeight
+from gptq_awq.grids.integer import stored
+from gptq_awq.models.linear import matrix
+
+
+class Groups:
+    """Products with, and sums over, a weight's groups of columns."""
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        columns, size = weight.codes.shape[1], weight.grid.group_size
+        self._size = columns if size == -1 else size
+        self._whole = columns - columns % self._size
+        self._of_column: Int[Tensor, "in"] | None = None if weight.natural_order else weight.group_of_column
+        self._count = weight.scales.shape[1]
+
+    def times(self, w: Float[Tensor, "out in"], factor: Float[Tensor, "out groups"]) -> Float[Tensor, "out in"]:
+        """Every column times its group's factor."""
+        if self._of_column is not None:
+            return w * factor.index_select(1, self._of_column.to(w.device))
+        whole = w[:, : self._whole].unflatten(1, (-1, self._size)) * factor[:, : self._whole // self._size, None]
+        if self._whole == w.shape[1]:
+            return whole.flatten(1)
+        return torch.cat([whole.flatten(1), w[:, self._whole :] * factor[:, -1:]], 1)
+
+    def sums(self, w: Float[Tensor, "out in"]) -> Float[Tensor, "out groups"]:
+        """The sum over every group's columns."""
+        if self._of_column is not None:
+            return w.new_zeros(len(w), self._count).index_add_(1, self._of_column.to(w.device), w)
+        whole = w[:, : self._whole].unflatten(1, (-1, self._size)).sum(2)
+        if self._whole == w.shape[1]:
+            return whole
+        return torch.cat([whole, w[:, self._whole :].sum(1, keepdim=True)], 1)
+
+
+class _Scaled(Function):
+    """X (Ŵ exp δ)ᵀ."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, delta: Tensor, rounded: Tensor, groups: Groups) -> Tensor:
+        W = groups.times(rounded.float(), delta.exp()).to(x.dtype)
+        ctx.save_for_backward(x, W)
+        ctx.groups = groups
+        return x @ W.T
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        x, W = ctx.saved_tensors
+        (g,) = grads
+        G = (g.flatten(0, -2).T @ x.flatten(0, -2)).float()
+        return g @ W if ctx.needs_input_grad[0] else None, ctx.groups.sums(G.mul_(W)), None, None
+
+
+class TunedLinear(nn.Module):
+    """Stands in for a linear (or GPT-2's Conv1D) while its scales are tuned.
+
+    Attributes:
+        delta: δ, (out, groups) float32.
+        bias: the linear's own.
+    """
+
+    def __init__(self, linear: nn.Module, weight: QuantizedWeight) -> None:
+        super().__init__()
+        self.bias: nn.Parameter | None = linear.bias  # pyright: ignore[reportAttributeAccessIssue]
+        self.delta = nn.Parameter(torch.zeros_like(weight.scales, dtype=torch.float32))
+        self._rounded = matrix(linear)
+        self._groups = Groups(weight)
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """The linear's output, with tuned scales."""
+        out = _Scaled.apply(x, self.delta, self._rounded, self._groups)
+        return out if self.bias is None else out + self.bias
+
+
+def tuned_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight], where: str) -> dict[str, TunedLinear]:
+    """Put a `TunedLinear` in the place of every linear in `weights`, by name; the model's weights are rounded already.
+
+    Raises:
+        UserError: a format whose scales cannot be tuned; `where` names the option.
+    """
+    tuned = {}
+    for name, weight in weights.items():
+        if weight.store or getattr(weight.grid, "scale_dtype", None) is None:
+            raise UserError(f"{where}: scales of grid={weight.grid.label} are no free numbers and cannot be tuned")
+        parent, _, last = name.rpartition(".")
+        tuned[name] = TunedLinear(model.get_submodule(name), weight)
+        setattr(model.get_submodule(parent), last, tuned[name])
+    return tuned
+
+
+@torch.no_grad()
+def rescaled(weight: QuantizedWeight, delta: Float[Tensor, "out groups"]) -> QuantizedWeight:
+    """The weight with scales s exp(δ), as its format stores them; codes stay."""
+    factor = delta.exp()
+    scales = stored(weight.scales * factor, weight.grid.scale_dtype)  # pyright: ignore[reportAttributeAccessIssue]
+    zeros = weight.zeros
+    if weight.grid.arithmetic.kind == "minimum":  # in weight units
+        zeros = zeros * (scales / weight.scales)
+    return replace(weight, scales=scales, zeros=zeros, loss=None)

@@ -1,0 +1,59 @@
+"""What end-to-end tuning learns from: the full-precision model's predictions, without the full-precision model."""
+
+import copy
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gptq_awq.data import TokenSet
+from gptq_awq.errors import UserError
+from gptq_awq.models.halves import logits
+from gptq_awq.profiling import phase
+
+
+class Teacher:
+    """The full-precision model's predictions on the calibration tokens: last hidden states, and the head alone.
+
+    Args:
+        model: the full-precision model, not changed yet.
+        tokens: calibration data.
+        dtype: of the forward and of what is kept.
+    """
+
+    def __init__(self, model: nn.Module, tokens: TokenSet, dtype: torch.dtype) -> None:
+        full = copy.deepcopy(model).to(dtype)
+        self._decoder, device = decoder_of(full), next(full.parameters()).device
+        self.dtype = dtype
+        states = []
+        with torch.no_grad():
+            for row in range(len(tokens.ids)):
+                with phase("forward", 1, tokens.ids.shape[1]):
+                    out = self._decoder(**inputs_of(tokens, slice(row, row + 1), device), use_cache=False)
+                states.append(out["last_hidden_state"])
+            self._template = self._decoder(**inputs_of(tokens, slice(0, 1), device), use_cache=False)
+        self.hidden: Float[Tensor, "n seqlen width"] = torch.cat(states)
+        for module in self._decoder.modules():  # only the head is wanted from here on
+            if module is not full.get_input_embeddings() and module is not full.get_output_embeddings():  # pyright: ignore
+                module._parameters.clear()
+        self._model = full
+
+    def logits(self, hidden: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocab"]:
+        """Of full-precision hidden states."""
+        return logits(self._model, self._decoder, self._template, hidden[None])[0]
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part that ends in hidden states. Raises UserError where there is none."""
+    decoder = model.get_decoder()  # pyright: ignore[reportCallIssue]
+    if decoder is None or decoder is model:
+        raise UserError(f"method.tuning: {type(model).__name__} is not made of a decoder and a head")
+    return decoder
+
+
+def inputs_of(tokens: TokenSet, rows: slice | Tensor, device: torch.device) -> dict[str, Tensor]:
+    """Some windows, as a model takes them."""
+    inputs = {"input_ids": tokens.ids[rows].to(device)}
+    if tokens.mask is not None:
+        inputs["attention_mask"] = tokens.mask[rows].to(device, torch.long)
+    return inputs
