@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gptq_awq.grids.arithmetic import Arithmetic
 from gptq_awq.grids.base import Fitted, Grid, extremes
+from gptq_awq.grids.hqq import half_quadratic
 from gptq_awq.grids.integer import check_sizes, scale_bits
 from gptq_awq.grids.search import best, check_search, shrinks
 
@@ -24,7 +25,7 @@ class AffineGrid(Grid):
     Attributes:
         bits: 2 to 8.
         group_size: columns that share a scale; -1 for the whole row.
-        search: how a group's range is chosen: minmax, mse or hessian (search.py).
+        search: how a group's range is chosen: minmax, mse or hessian (search.py), or hqq: its minimum (hqq.py).
         scale_dtype: precision that scales and minimums are stored in.
 
     Raises:
@@ -33,12 +34,13 @@ class AffineGrid(Grid):
 
     bits: int = 4
     group_size: int = 32
-    search: Literal["minmax", "mse", "hessian"] = "minmax"
+    search: Literal["minmax", "mse", "hessian", "hqq"] = "minmax"
     scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
 
     def __post_init__(self) -> None:
         check_sizes(self.bits, self.group_size)
-        check_search(self.search)
+        if self.search != "hqq":
+            check_search(self.search)
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -64,6 +66,9 @@ class AffineGrid(Grid):
         low, high = extremes(w)
         if self.search == "minmax":
             return Fitted(*self._params(low, high))
+        if self.search == "hqq":
+            scale, minimum = self._params(low, high)
+            return Fitted(scale, self._stored(half_quadratic(w, scale, minimum, self.arithmetic)))
         # Shrunk towards its middle: the range need not hold zero.
         middle, half = (low + high) / 2, (high - low) / 2
         p = shrinks(w)
@@ -75,4 +80,9 @@ class AffineGrid(Grid):
         dtype = getattr(torch, self.scale_dtype)
         most = torch.finfo(dtype).max
         scale = (high - low) / self.arithmetic.max_code
-        return scale.clamp(max=most).to(dtype).to(low.dtype), low.clamp(-most, most).to(dtype).to(low.dtype)
+        return scale.clamp(max=most).to(dtype).to(low.dtype), self._stored(low)
+
+    def _stored(self, minimum: Tensor) -> Tensor:
+        dtype = getattr(torch, self.scale_dtype)
+        most = torch.finfo(dtype).max
+        return minimum.clamp(-most, most).to(dtype).to(minimum.dtype)
