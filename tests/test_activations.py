@@ -7,18 +7,19 @@ import torch
 from tiny_models import CONFIGS, tiny_model, tiny_tokens
 
 from gptq_awq.errors import UserError
-from gptq_awq.grids.dynamic import DynamicFP8, DynamicInt, Unrounded
+from gptq_awq.grids.dynamic import DynamicFP8, DynamicGrid, DynamicInt, Unrounded
 from gptq_awq.models.activations import check_activations, quantized_activations
 from gptq_awq.models.blocks import find_blocks, hooks
 from gptq_awq.models.linear import is_linear
 
-NONE, INT8, INT4 = Unrounded(), DynamicInt(8), DynamicInt(4)
+NONE: DynamicGrid = Unrounded()
+INT8, INT4 = DynamicInt(8), DynamicInt(4)
 KV8, KV4 = DynamicInt(8, sym=False), DynamicInt(4, sym=False)
 FAMILIES = sorted(CONFIGS)
 
 
 @torch.no_grad()
-def logits(model, tokens, act=NONE, kv=NONE):
+def logits(model, tokens, act: DynamicGrid = NONE, kv: DynamicGrid = NONE):
     with quantized_activations(model, act, kv):
         return model(tokens, use_cache=False).logits
 
