@@ -1,5 +1,8 @@
 """A rotated model is the same model, in a basis without outliers."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from quantized_weights import NoTokenizer
@@ -21,6 +24,7 @@ from gptq_awq.models.ends import untie
 from gptq_awq.models.topology import relative_error
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.quantize import needs_calibration
+from gptq_awq.pipeline.size import Footprint
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.transforms.quarot import QuaRot, Rotation
 
@@ -152,3 +156,20 @@ def test_untying_changes_no_logit():
     untie(model)
     assert torch.equal(model(tiny_tokens()).logits, before)
     assert not model.config.tie_word_embeddings
+
+
+def test_a_run_scores_and_exports_a_rotated_model_with_a_tied_head(cli, tiny, tiny_folder, tmp_path):
+    folder = tmp_path / "tied"
+    shutil.copytree(tiny_folder, folder)
+    tied().save_pretrained(folder)
+    done = cli(
+        *tiny, f"model.path={folder}", "method=quarot", "bits=8", "sym=true", "group_size=32",
+        "export.formats=[hf,gptq]", "out=run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert row["metrics"]["tiny/kl"] < 1e-3
+    assert {"hf", "gptq"} == set(row["manifest"]["checkpoints"])
+    assert row["baseline_size_bytes"] == Footprint().model_bytes(tied())
+    for name in ("hf", "gptq"):
+        assert (tmp_path / "run" / "checkpoints" / name / "verification.json").exists()

@@ -6,7 +6,7 @@ For input channel j of a site, with W the site's linears stacked:
 
 The op before the site absorbs 1/s, so the unquantized model is unchanged. α = 1/2 gives both factors of each channel
 the same range, √(max |x_j| · max |w_j|). Nothing is searched for, and no rounding is looked at: it is meant for
-quantized activations. Where only weights are rounded it makes them harder to round, and AWQ is the method to take.
+quantized activations. Where only weights are rounded, AWQ is the method to take.
 """
 
 from collections.abc import Mapping
