@@ -1,6 +1,7 @@
 """Laws of rounded activations and key-value caches: where they enter, what they compute, that nothing else changes."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -123,7 +124,8 @@ def test_a_site_is_quantized_once(monkeypatch):
 
 def test_kv_grid_sees_keys_after_rotation(monkeypatch):
     """And what it sees is what a cache keeps: grouped heads, not yet repeated."""
-    model, tokens = tiny_model("llama"), tiny_tokens()
+    model: Any = tiny_model("llama")
+    tokens = tiny_tokens()
     kept = model(tokens, use_cache=True).past_key_values
     seen = []
     rounded = DynamicInt.rounded
@@ -178,12 +180,12 @@ def test_what_a_user_can_get_wrong_names_its_option(options, line):
 
 
 def test_what_does_not_fit_the_model_is_found_before_it_is_scored():
-    model = tiny_model("llama")
+    model: Any = tiny_model("llama")
     with pytest.raises(UserError, match=r"act.group_size=48: does not divide 64 channels"):
         check_activations(model, DynamicInt(8, group_size=48), NONE)
     with pytest.raises(UserError, match=r"kv.group_size=48: does not divide 16 channels"):
         check_activations(model, NONE, DynamicInt(8, group_size=48))
-    for block in find_blocks(model)[1]:  # a block that attends without a cache, as a recurrent one would
+    for block in model.model.layers:  # a block that attends without a cache, as a recurrent one would
         attend = block.self_attn.forward
         block.self_attn.forward = lambda *args, attend=attend, **kw: attend(*args, **kw | {"past_key_values": None})
     with pytest.raises(UserError, match=r"kv=int4 asym: a LlamaDecoderLayer keeps no keys"):
