@@ -149,7 +149,8 @@ def test_a_cache_changes_nothing(family):
 
 
 def test_greedy_decoding_is_the_same_with_and_without_a_cache():
-    model, tokens = tiny_model("llama"), tiny_tokens(rows=2, length=8)
+    model: Any = tiny_model("llama")
+    tokens = tiny_tokens(rows=2, length=8)
     with quantized_activations(model, INT8, KV4):
         with_cache, without = (
             model.generate(tokens, max_new_tokens=12, do_sample=False, use_cache=x) for x in (True, False)
