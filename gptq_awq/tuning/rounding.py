@@ -1,0 +1,246 @@
+"""Learned rounding, block by block: SignRound (Cheng et al., arXiv 2309.05516), started from codes that are good.
+
+Every weight has a latent u in code units, u = w / s + z at first, and rounds to ⌊u⌉; scales learn too, s exp(δ):
+
+    Ŵ = s exp(δ) (clip(⌊u⌉, 0, 2^b - 1) - z),    min over u, δ of ‖block(X̃; Ŵ) - block_full-precision(X)‖²
+
+with the straight-through estimator ∂L/∂u = s G, G = ∂L/∂Ŵ. SignRound starts from u = w / s + z, that is from
+rounding to nearest. Here u starts inside of the cell of the code that the solver chose, at the point nearest to w but
+no closer to an edge than `margin`: with rtn as the solver and margin 0 that is SignRound, with gptq it goes on from
+GPTQ.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from gptq_awq.errors import UserError
+from gptq_awq.grids.base import QuantizedWeight
+from gptq_awq.models.linear import matrix
+from gptq_awq.tuning.base import Example
+from gptq_awq.tuning.linear import Groups, rescaled
+
+
+@dataclass(frozen=True)
+class LearnedRounding:
+    """Rounding and scales learned per block.
+
+    Attributes:
+        epochs: passes over the calibration set.
+        tokens_per_step: in whole windows, at least one.
+        rounding_lr: largest change of a latent in one step, in code units; it falls to 0 linearly.
+        scale_lr: largest relative change of a scale in one step.
+        vector_lr: largest change of a norm's or bias's entry in one step.
+        margin: how far from an edge of its code's cell a latent starts at least, in code units, below 0.5.
+        optimizer: "sign" (SignRound's) or "adam".
+        seed: of the order of windows.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    epochs: float = 4.0
+    tokens_per_step: int = 1024
+    rounding_lr: float = 0.01
+    scale_lr: float = 2e-3
+    vector_lr: float = 0.0
+    margin: float = 0.1
+    optimizer: Literal["sign", "adam"] = "adam"
+    seed: int = 0
+    name: str = "rounding"
+
+    def __post_init__(self) -> None:
+        for option in ("epochs", "rounding_lr", "scale_lr", "vector_lr"):
+            if getattr(self, option) < 0:
+                raise UserError(f"method.tuning.rounding.{option}={getattr(self, option)}: give a number from 0 on")
+        if not 0 <= self.margin < 0.5:
+            raise UserError(f"method.tuning.rounding.margin={self.margin}: give a number from 0 to below 0.5")
+        if self.optimizer not in ("sign", "adam"):
+            raise UserError(f"method.tuning.rounding.optimizer={self.optimizer}: choose sign or adam")
+        if self.tokens_per_step < 1:
+            raise UserError(f"method.tuning.rounding.tokens_per_step={self.tokens_per_step}: give at least 1")
+
+    @torch.enable_grad()
+    def apply_block(
+        self,
+        block: nn.Module,
+        weights: Mapping[str, QuantizedWeight],
+        originals: Mapping[str, Float[Tensor, "out in"]],
+        examples: Sequence[Example],
+    ) -> tuple[dict[str, QuantizedWeight], dict[str, Any]]:
+        """Learn one block's codes and scales, in place.
+
+        Raises:
+            UserError: a grid that isn't made of uniform integer codes.
+        """
+        windows = [(x, y, e) for e in examples for x, y in zip(e.inputs, e.targets, strict=True)]
+        per_step = max(1, self.tokens_per_step // examples[0].inputs.shape[1])
+        steps = round(self.epochs * len(windows) / per_step)
+        student = _StudentBlock(block, weights, originals, examples[0].inputs.dtype, self.margin)
+        optimizer = student.optimizer(self.rounding_lr, self.scale_lr, self.vector_lr, self.optimizer)
+        generator, order, losses = torch.Generator().manual_seed(self.seed), [], []
+        for step in range(steps):
+            if len(order) < per_step:
+                order += torch.randperm(len(windows), generator=generator).tolist()
+            chosen, order = [windows[i] for i in order[:per_step]], order[per_step:]
+            losses.append(student.learn(chosen))
+            student.step(optimizer, 1 - step / steps)
+        tuned, changed = student.write(block, weights)
+        return tuned, _details(losses, per_step, len(windows)) | {"codes_changed": changed}
+
+
+def _details(losses: list[float], per_step: int, windows: int) -> dict[str, Any]:
+    if not losses:
+        return {"steps": 0}
+    per_pass = max(1, windows // per_step)
+    first, last = losses[:per_pass], losses[-per_pass:]
+    return {"steps": len(losses), "error_first_pass": sum(first) / len(first), "error_last_pass": sum(last) / len(last)}
+
+
+class _Rounded(Function):
+    """X Ŵᵀ; see the module's equations."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, latent: Tensor, delta: Tensor, layer: "RoundedLinear") -> Tensor:
+        W = layer.weight(latent, delta).to(x.dtype)
+        ctx.save_for_backward(x, W, latent, delta)
+        ctx.layer = layer
+        return x @ W.T
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        x, W, latent, delta = ctx.saved_tensors
+        (g,), layer = grads, ctx.layer
+        G = (g.flatten(0, -2).T @ x.flatten(0, -2)).float()
+        of_delta = layer.groups.sums(G * W)
+        of_latent = layer.groups.times(G, layer.scales * delta.exp())
+        of_latent[(latent < -0.5) | (latent > layer.max_code + 0.5)] = 0.0
+        return g @ W if ctx.needs_input_grad[0] else None, of_latent, of_delta, None
+
+
+class RoundedLinear(nn.Module):
+    """Stands in for a linear while its rounding is learned.
+
+    Attributes:
+        latent: u, (out, in) float32.
+        delta: δ, (out, groups) float32.
+    """
+
+    def __init__(self, linear: nn.Module, weight: QuantizedWeight, original: Tensor, margin: float) -> None:
+        super().__init__()
+        self.bias: nn.Parameter | None = linear.bias  # pyright: ignore[reportAttributeAccessIssue]
+        self.groups, self.scales, self.max_code = Groups(weight), weight.scales.float(), weight.grid.arithmetic.max_code
+        self._zeros = self.groups.times(torch.ones_like(original), weight.zeros.float())
+        codes, room = weight.codes.float(), 0.5 - max(margin, 1e-3)
+        u = self.groups.times(original, 1 / self.scales) + self._zeros
+        self.latent = nn.Parameter(torch.minimum(torch.maximum(u, codes - room), codes + room))
+        self.delta = nn.Parameter(torch.zeros_like(self.scales))
+
+    def codes(self, latent: Tensor) -> Tensor:
+        """⌊u⌉, clipped."""
+        return latent.round().clamp_(0, self.max_code)
+
+    def weight(self, latent: Tensor, delta: Tensor) -> Tensor:
+        """Ŵ."""
+        return self.groups.times(self.codes(latent).sub_(self._zeros), self.scales * delta.exp())
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """The linear's output, rounded as it is now."""
+        out = _Rounded.apply(x, self.latent, self.delta, self)
+        return out if self.bias is None else out + self.bias
+
+
+class _StudentBlock:
+    """A copy of a block in compute dtype, whose roundings learn in float32."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        weights: Mapping[str, QuantizedWeight],
+        originals: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        margin: float,
+    ) -> None:
+        self._block = copy.deepcopy(block).to(dtype).requires_grad_(False)
+        self._linears: dict[str, RoundedLinear] = {}
+        for name, weight in weights.items():
+            if weight.grid.arithmetic.kind != "affine" or weight.store:
+                raise UserError(
+                    f"method.tuning.rounding: learns codes of uniform grids only, not grid={weight.grid.label}"
+                )
+            parent, _, last = name.rpartition(".")
+            linear = RoundedLinear(self._block.get_submodule(name), weight, originals[name], margin)
+            setattr(self._block.get_submodule(parent), last, linear)
+            self._linears[name] = linear
+        own = dict(block.named_parameters())
+        learning = {n: p for n, p in self._block.named_parameters() if p.dim() == 1 and n in own}
+        self._vectors = {n: p.requires_grad_(True) for n, p in learning.items()}
+        self._masters = {n: own[n].detach().float().clone() for n in learning}
+
+    def optimizer(self, rounding: float, scale: float, vector: float, kind: str) -> torch.optim.Optimizer:
+        """Over latents, scales and vectors; `largest` is each one's largest step."""
+        linears = list(self._linears.values())
+        groups = [
+            {"params": [linear.latent for linear in linears], "largest": rounding},
+            {"params": [linear.delta for linear in linears], "largest": scale},
+            {"params": list(self._masters.values()), "largest": vector},
+        ]
+        if kind == "sign":
+            return _SignSGD([g for g in groups if g["largest"]])
+        return torch.optim.Adam([g for g in groups if g["largest"]], lr=0.0, betas=(0.9, 0.95), eps=1e-15)
+
+    def learn(self, chosen: list[tuple[Tensor, Tensor, Example]]) -> float:
+        """The relative error of some windows' outputs; gradients are added up in the parameters."""
+        x, y = torch.stack([c[0] for c in chosen]), torch.stack([c[1] for c in chosen]).float()
+        out = chosen[0][2].call.run(self._block, x).float()
+        loss = (out - y).square().mean()
+        loss.backward()
+        return float(loss.detach() / y.square().mean())
+
+    def step(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
+        """Go that fraction of the largest step, and forget the gradients."""
+        for name, vector in self._vectors.items():
+            self._masters[name].grad = None if vector.grad is None else vector.grad.float()
+            vector.grad = None
+        for group in optimizer.param_groups:
+            group["lr"] = group["largest"] * rate
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for name, vector in self._vectors.items():
+                vector.copy_(self._masters[name])
+
+    @torch.no_grad()
+    def write(
+        self, block: nn.Module, weights: Mapping[str, QuantizedWeight]
+    ) -> tuple[dict[str, QuantizedWeight], float]:
+        """What was learned, put into the block; the weights, and the share of codes that changed."""
+        own, tuned, changed, total = dict(block.named_parameters()), {}, 0, 0
+        for name, linear in self._linears.items():
+            codes = linear.codes(linear.latent).to(torch.uint8)
+            changed, total = changed + int((codes != weights[name].codes).sum()), total + codes.numel()
+            tuned[name] = rescaled(replace(weights[name], codes=codes), linear.delta)
+            matrix(block.get_submodule(name)).copy_(tuned[name].dequantize())
+        for name, master in self._masters.items():
+            own[name].copy_(master)
+        return tuned, changed / max(1, total)
+
+
+class _SignSGD(torch.optim.Optimizer):
+    """Every parameter goes by ±lr a step."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # noqa: ARG002
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad.sign(), alpha=group["lr"])
