@@ -108,9 +108,15 @@ def tuned_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight], wher
 @torch.no_grad()
 def rescaled(weight: QuantizedWeight, delta: Float[Tensor, "out groups"]) -> QuantizedWeight:
     """The weight with scales s exp(δ), as its format stores them; codes stay."""
-    factor = delta.exp()
-    scales = stored(weight.scales * factor, weight.grid.scale_dtype)  # pyright: ignore[reportAttributeAccessIssue]
-    zeros = weight.zeros
-    if weight.grid.arithmetic.kind == "minimum":  # in weight units
-        zeros = zeros * (scales / weight.scales)
-    return replace(weight, scales=scales, zeros=zeros, loss=None)
+    scales, zeros, grid = weight.scales * delta.exp(), weight.zeros, weight.grid
+    dtype: str = grid.scale_dtype  # pyright: ignore[reportAttributeAccessIssue]
+    if grid.arithmetic.kind != "minimum":
+        return replace(weight, scales=stored(scales, dtype), loss=None)
+    # Minimums are in weight units, and stored as scales are; a scale may be 0, and stays it.
+    return replace(weight, scales=_in(dtype, scales), zeros=_in(dtype, zeros * delta.exp()), loss=None)
+
+
+def _in(dtype: str, x: Tensor) -> Tensor:
+    """Numbers of either sign as `dtype` holds them."""
+    most = torch.finfo(getattr(torch, dtype)).max
+    return x.clamp(-most, most).to(getattr(torch, dtype)).to(x.dtype)
