@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from gptq_awq.export.base import LinearSpec, Source
-from gptq_awq.grids.base import QuantizedWeight
+from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.moments import Moments
 from gptq_awq.solvers.gptq import GPTQ
@@ -23,7 +23,7 @@ def int_grid(bits=4, group_size=32, sym=False, dtype="float16", min_zero=0) -> I
     return IntGrid(bits, group_size, sym, scale_dtype=dtype, min_zero=min_zero)
 
 
-def quantized(grid: IntGrid, order="natural", rows=32, columns=96, seed=0) -> QuantizedWeight:
+def quantized(grid: Grid, order="natural", rows=32, columns=96, seed=0) -> QuantizedWeight:
     """A random weight with outliers, whose codes and zeros reach both ends of their range."""
     draw = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=draw) * torch.logspace(-3, 1, rows)[:, None]
