@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gptq_awq.errors import UserError
 from gptq_awq.report import render
+from gptq_awq.report.anchors import Anchors, check, markdown, met
 from gptq_awq.report.rows import (
     Folders,
     Row,
@@ -95,12 +96,15 @@ def parser() -> argparse.ArgumentParser:
         "--metric", action="append", default=[], metavar="NAME", help="show this metric only (may be repeated)"
     )
     options.add_argument("--model", action="append", default=[], metavar="NAME", help="show this model only")
+    options.add_argument(
+        "--against", metavar="NAME", help="compare with the figures of an experiment, such as reproduce/opt-125m"
+    )
     options.add_argument("--over", metavar="SETTING", help="mean and deviation of runs that differ in it only: seed")
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0, or 2 with one line on stderr for a mistake the user can fix."""
+    """The command line: 0; 1 where figures aren't met (--against); 2 with a line on stderr for the user's mistakes."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         return _main(parser().parse_args(argv))
@@ -113,6 +117,7 @@ def _main(options: argparse.Namespace) -> int:
     kinds = [kind for kind in options.format.split(",") if kind]
     if wrong := [kind for kind in kinds if kind not in FORMATS]:
         raise UserError(f"--format {wrong[0]}: choose of {', '.join(FORMATS)}")
+    expected = Anchors.read(options.against) if options.against else None
     df = load(*options.roots)
     if df.empty:
         raise UserError("no results.json below ROOT: did a run finish there?")
@@ -126,7 +131,13 @@ def _main(options: argparse.Namespace) -> int:
     sys.stdout.write(report.markdown() + "\n")
     if options.out is not None:
         _write(report, options.out, kinds)
-    return 0
+    return 0 if expected is None else _compare(rows, expected)
+
+
+def _compare(rows: Sequence[Row], expected: Anchors) -> int:
+    checked = check(rows, expected)
+    sys.stdout.write(f"\n{markdown(checked, expected)}\n")
+    return 0 if met(checked) else 1
 
 
 def _write(report: Report, folder: Path, kinds: Sequence[str]) -> None:
