@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptq_awq.errors import UserError
-from gptq_awq.report import Row, check_protocols, distinguishable, measured, records
+from gptq_awq.report import Row, check_protocols, distinguishable, is_full_precision, measured, records
 from gptq_awq.results import load
 
 if TYPE_CHECKING:
@@ -41,17 +41,22 @@ class Point:
 
 
 def points(runs: Iterable[Row], metric: str) -> dict[str, list[Point]]:
-    """The runs that have `metric`, by method, the fewest bits first; full precision has no place in it."""
+    """The runs that have `metric`, by line (`_line`), the fewest bits first; full precision has no place in it."""
     by_method: dict[str, list[Point]] = {}
     for run in sorted(runs, key=lambda run: (run["method"], run["bits_per_weight"])):
         metrics = run["metrics"]
-        if metric not in metrics or run["method"] == "fp":
+        if metric not in metrics or is_full_precision(run):
             continue
         value = metrics.get(f"{metric}/delta", metrics[metric])
         low, high = metrics.get(f"{metric}/delta_ci95") or (value, value)
         hollow = f"{metric}/delta_ci95" in metrics and not distinguishable(metrics, metric)
-        by_method.setdefault(run["method"], []).append(Point(run["bits_per_weight"], value, low, high, hollow))
+        by_method.setdefault(_line(run), []).append(Point(run["bits_per_weight"], value, low, high, hollow))
     return by_method
+
+
+def _line(run: Row) -> str:
+    """A run's method, and what its activations and cache are rounded to: W4A8 is on another line than W4A16."""
+    return ", ".join([run["method"], *(f"{key} {run[key]}" for key in ("act", "kv") if run[key])])
 
 
 def choose(rows: Iterable[Row], model: str | None, metric: str | None) -> tuple[list[Row], str]:

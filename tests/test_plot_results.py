@@ -63,6 +63,13 @@ def test_a_line_runs_from_few_bits_to_many_and_marks_what_is_not_distinguishable
     assert lines["gptq"][1].low == pytest.approx(2.8)
 
 
+def test_what_else_is_rounded_has_lines_of_its_own(plot: ModuleType, tmp_path: Path) -> None:
+    for name, method, act in (("a", "fp", None), ("b", "fp", "int8"), ("c", "gptq", None), ("d", "gptq", "int8")):
+        (tmp_path / name).mkdir()
+        replace(RESULT, method=method, act=act, metrics={PPL: 20.0}).write(tmp_path / name)
+    assert list(plot.points(records(load(tmp_path)), PPL)) == ["fp, act int8", "gptq", "gptq, act int8"]
+
+
 @pytest.mark.parametrize("options", [[], ["--metric", "wikitext2/kl"]])
 def test_a_picture_is_drawn_and_the_same_runs_give_the_same_file(
     options: list[str], plot: ModuleType, root: Path, tmp_path: Path

@@ -374,3 +374,26 @@ def test_what_was_rounded_beside_weights_is_a_column_only_where_something_was(tm
     assert sorted(row["act"] for row in rows) == ["", "int8"]
     assert all("kv" not in row and row["bits"] == "4" for row in rows)
     assert "activations int8" in rendered(w4a8)[next(iter(rendered(w4a8)))]
+
+
+def test_runs_are_the_best_among_those_whose_activations_are_rounded_alike(tmp_path: Path) -> None:
+    better, worse = METRICS | {PPL: 21.0}, METRICS | {PPL: 30.0}
+    runs = {
+        **{"a": replace(RESULT, metrics=better), "b": replace(RESULT, method="awq")},
+        **{
+            "c": replace(RESULT, metrics=worse, act="int4"),
+            "d": replace(RESULT, method="awq", metrics=worse, kv="int4"),
+        },
+        "e": replace(RESULT, method="awq", metrics=METRICS | {PPL: 40.0}, act="int4"),
+    }
+    markdown = comparison(load(write(tmp_path, **runs)))
+    found = {(row["method"], row.get("act"), row.get("kv")): row[PPL].startswith("**") for row in cells(markdown)}
+    assert {key for key, best in found.items() if best} == {("gptq", "", ""), ("gptq", "int4", "")}
+    assert "Bold: the best at its number of bits, activations, cache." in markdown
+
+
+def test_full_precision_with_rounded_activations_is_a_run_like_others(tmp_path: Path) -> None:
+    full = replace(RESULT, method="fp", bits=16, group_size=None, sym=None)
+    for act, untested in ((None, False), ("int8", True)):
+        markdown = comparison(load(write(tmp_path / str(act), a=replace(full, act=act))))
+        assert ("cannot be tested in full" in markdown) is untested

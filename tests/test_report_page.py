@@ -168,6 +168,18 @@ def test_what_is_pareto_optimal_is_ringed(opened: Any) -> None:
     opened.find_element("id", "reset").click()
 
 
+def test_only_runs_whose_activations_are_rounded_alike_share_a_front(browser: Any, tmp_path: Path) -> None:
+    runs = {"a": run("fp", 16, 0.0), "b": run("gptq", 4, 0.1), "c": run("rtn", 4, 0.3)}
+    runs |= {"d": replace(run("fp", 16, 0.05), act="int8"), "e": replace(run("gptq", 4, 0.2), act="int8", kv="int4")}
+    for name, result in runs.items():
+        write(tmp_path / "runs", name, result)
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path), "--format", "html"]) == 0
+    browser.get((tmp_path / "report.html").as_uri())
+    assert count(browser, "#frontier .mark") == 4  # all but full precision
+    assert count(browser, "#frontier .front") == 3
+    assert count(browser, "#frontier .ring") == 3  # all but rtn
+
+
 def test_runs_are_chosen_for_the_layer_plots(opened: Any) -> None:
     before = count(opened, "#layers .legend span")
     opened.execute_script("document.querySelector('#layers details').open = true")

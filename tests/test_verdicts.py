@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binomtest, ttest_1samp
 
 from gptq_awq.report import verdicts as module
-from gptq_awq.report.rows import Row
+from gptq_awq.report.rows import Row, is_full_precision, measured
 from gptq_awq.report.verdicts import Verdict, best_of_bits, higher_is_better, read_scores, verdicts
 from gptq_awq.scores import FILE_NAME, Scores
 from gptq_awq.statistics import bootstrap_tests, holm
@@ -26,7 +26,16 @@ class Runs:
         self.rows: list[Row] = []
         self.arrays: dict[str, dict[str, np.ndarray]] = {}
 
-    def add(self, path: str, loss: float, bits: float = 4, method: str = "gptq", flipped: int = 0) -> None:
+    def add(
+        self,
+        path: str,
+        loss: float,
+        bits: float = 4,
+        method: str = "gptq",
+        flipped: int = 0,
+        act: str | None = None,
+        kv: str | None = None,
+    ) -> None:
         noise = self.rng.normal(0, 0.05, BLOCKS)
         nll = self.text + loss + noise
         kl = np.abs(loss + noise)
@@ -52,7 +61,8 @@ class Runs:
             AGREE: agree.mean(),
             ACC: items.mean(),
         }
-        self.rows.append({"path": path, "method": method, "bits": bits, "bits_per_weight": bits, "metrics": metrics})
+        row = {"path": path, "method": method, "bits": bits, "bits_per_weight": bits, "metrics": metrics}
+        self.rows.append(row | {"act": act, "kv": kv})
 
     def verdicts(self):
         return verdicts(self.rows, lambda path: self.arrays.get(path, {}))
@@ -128,6 +138,36 @@ def test_full_precision_and_what_did_not_come_out_as_a_number_compete_with_nobod
     runs.rows[2]["metrics"][PPL] = math.nan
     runs.add("whole", loss=0.2, bits=2)
     assert not any(verdict.best for (_, name), verdict in runs.verdicts().items() if name == PPL)
+
+
+def test_runs_compete_where_activations_and_cache_are_rounded_alike():
+    runs = Runs()
+    losses = {"gptq": 0.1, "rtn": 0.3}
+    alike = [(None, None), ("int8", None), ("int4", None), (None, "int4"), ("int8", "int4")]
+    for index, (act, kv) in enumerate(alike):
+        for method, loss in losses.items():
+            runs.add(f"{method} {index}", loss + index, method=method, act=act, kv=kv)
+    runs.add("alone", 9.0, act="int6")
+    found = runs.verdicts()
+    assert {path for (path, name), verdict in found.items() if verdict.best} == {f"gptq {i}" for i in range(5)}
+    assert len(best_of_bits(runs.rows)) == 5 * len(measured(runs.rows[0]["metrics"]))
+    compared = {path for (path, _), verdict in found.items() if verdict.p_best is not None}
+    assert compared == {f"rtn {i}" for i in range(5)}
+
+
+def test_rounded_activations_alone_are_not_full_precision():
+    rounded = ({}, {"act": "int8"}, {"kv": "int4"}, {"act": "int8", "kv": "int4"})
+    assert [is_full_precision({"method": "fp"} | each) for each in rounded] == [True, False, False, False]
+    assert not is_full_precision({"method": "gptq"})
+    runs = Runs()
+    for path, loss in (("a", 0.1), ("b", 0.2)):
+        runs.add(path, loss, bits=16, method="fp", act="int8")
+    runs.add("full", loss=0.0, bits=16, method="fp")
+    runs.add("full again", loss=0.01, bits=16, method="fp")
+    found = runs.verdicts()
+    assert found["a", PPL].best
+    assert found["b", PPL].p_best is not None
+    assert not found["full", PPL].best
 
 
 def test_without_scores_the_interval_decides_and_the_best_is_not_compared():

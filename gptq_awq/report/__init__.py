@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 
 from gptq_awq.report.command import main, make_report
 from gptq_awq.report.one import final_table
-from gptq_awq.report.rows import Row, check_protocols, distinguishable, measured, records, total_seconds
+from gptq_awq.report.rows import (
+    Row,
+    check_protocols,
+    distinguishable,
+    is_full_precision,
+    measured,
+    records,
+    total_seconds,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,6 +30,7 @@ __all__ = [
     "comparison",
     "distinguishable",
     "final_table",
+    "is_full_precision",
     "main",
     "make_report",
     "measured",

@@ -50,6 +50,11 @@ def _weights(run: Row) -> str:
     return (run["manifest"].get("model") or {}).get("sha256") or ""
 
 
+def is_full_precision(run: Row) -> bool:
+    """Whether nothing of a run is rounded: no weight, no activation, nothing in the cache."""
+    return run["method"] == FULL_PRECISION and not run.get("act") and not run.get("kv")
+
+
 def is_perplexity(name: str) -> bool:
     """Whether a metric is a perplexity: `wikitext2/ppl@2048`."""
     return "ppl" in name.rpartition("/")[2]

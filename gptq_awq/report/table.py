@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gptq_awq.report import text
-from gptq_awq.report.rows import FULL_PRECISION, Row, is_perplexity, measured, total_seconds
+from gptq_awq.report.rows import Row, is_full_precision, is_perplexity, measured, total_seconds
 from gptq_awq.report.settings import varied
 from gptq_awq.report.verdicts import Verdict, Verdicts
 
+_TIES = "; ≈: not distinguishable from it"
 Kind = Literal["setting", "size", "metric", "difference", "cost"]
 
 
@@ -113,7 +114,7 @@ def _notes(runs: Sequence[Row], names: Sequence[str], verdicts: Verdicts) -> lis
         return [note for note in notes if note]
     tested, ranked = any(v.p is not None for v in found), any(v.p_best is not None for v in found)
     if any(v.best for v in found):
-        notes.append(f"Bold: the best at its number of bits{'; ≈: not distinguishable from it' if ranked else ''}.")
+        notes.append(f"Bold: the best at its number of bits{_rounded(runs)}{_TIES if ranked else ''}.")
     if tested or ranked:
         notes.append(
             "Not distinguishable: by paired tests on the same tokens and items, adjusted by Holm's method over the "
@@ -129,10 +130,16 @@ def _notes(runs: Sequence[Row], names: Sequence[str], verdicts: Verdicts) -> lis
     return [note for note in notes if note]
 
 
+def _rounded(runs: Iterable[Row]) -> str:
+    """What else of the runs has bits."""
+    names = {"act": "activations", "kv": "cache"}
+    return "".join(f", {name}" for key, name in names.items() if any(run.get(key) for run in runs))
+
+
 def _by_interval(run: Row, name: str, verdicts: Verdicts) -> bool:
     """Whether only the run's own interval says if `name` differs from full precision."""
     low, high = run["metrics"].get(f"{name}/delta_ci95") or (0, 0)
-    known = run["method"] != FULL_PRECISION and (low, high) != (0, 0)
+    known = not is_full_precision(run) and (low, high) != (0, 0)
     return known and verdicts.get((run["path"], name), Verdict()).p is None
 
 

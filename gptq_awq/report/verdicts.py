@@ -1,5 +1,7 @@
 """What can be told apart: every run from full precision, and every run from the best one of its bits.
 
+Bits are those of weights, activations and cache: W4A8 competes with W4A8, not with W4A16.
+
 Tests are paired, over the blocks of tokens and the items that both runs scored (`scores.npz`): the studentized block
 bootstrap of the mean loss (of which perplexity is a function), KL and agreement; McNemar's exact test for items
 that are right or wrong, else the bootstrap over items. Each of the two families is adjusted by Holm's method over all
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from gptq_awq.report.rows import FULL_PRECISION, Row, distinguishable, is_perplexity, measured
+from gptq_awq.report.rows import Row, distinguishable, is_full_precision, is_perplexity, measured
 from gptq_awq.scores import Scores
 from gptq_awq.statistics import LEVEL, MIN_BLOCKS, bootstrap_tests, holm, mcnemar
 
@@ -35,7 +37,7 @@ class Verdict:
         p: that chance alone makes it differ from full precision.
         p_holm: the same, adjusted for all such tests of the table.
         same: not distinguishable from full precision; by the run's own interval, unadjusted, where p is None.
-        best: the best of the runs of as many bits.
+        best: the best of the runs of as many bits: of weights, activations and cache.
         p_best, p_best_holm: that chance alone makes it differ from the best of the runs of as many bits.
     """
 
@@ -53,6 +55,9 @@ class Verdict:
 
 
 Verdicts = Mapping[tuple[str, str], Verdict]
+Bits = tuple[float, str | None, str | None]
+"""Of weights, and the labels of what activations and cache are rounded to: None where they aren't."""
+Leaders = Mapping[tuple[Bits, str], tuple[Row, Sequence[Row]]]
 Arrays = Mapping[str, Float[np.ndarray, "values"]]
 
 
@@ -119,14 +124,15 @@ def higher_is_better(name: str) -> bool:
     )
 
 
-def best_of_bits(runs: Iterable[Row]) -> dict[tuple[float, str], tuple[Row, list[Row]]]:
+def best_of_bits(runs: Iterable[Row]) -> Leaders:
     """The best run and the others, by nominal bits and metric; only where there are two or more to choose from."""
-    groups: dict[tuple[float, str], list[Row]] = defaultdict(list)
+    groups: dict[tuple[Bits, str], list[Row]] = defaultdict(list)
     for run in runs:
-        if run["method"] != FULL_PRECISION and run["bits"] is not None:
+        if not is_full_precision(run) and run["bits"] is not None:
+            bits = run["bits"], run.get("act"), run.get("kv")
             for name in measured(run["metrics"]):
                 if isinstance(value := run["metrics"][name], (int, float)) and not math.isnan(value):
-                    groups[run["bits"], name].append(run)
+                    groups[bits, name].append(run)
     found = {}
     for (bits, name), group in groups.items():
         if len(group) > 1:
@@ -146,9 +152,7 @@ def _against_full_precision(arrays: Mapping[str, Arrays], known: Iterable[str]) 
     return tests
 
 
-def _against_best(
-    leaders: Mapping[tuple[float, str], tuple[Row, Sequence[Row]]], arrays: Mapping[str, Arrays]
-) -> list[_Test]:
+def _against_best(leaders: Leaders, arrays: Mapping[str, Arrays]) -> list[_Test]:
     tests: dict[tuple[str, str], _Test] = {}
     for (_, name), (best, others) in leaders.items():
         key = series(name)

@@ -12,7 +12,7 @@ import orjson
 
 from gptq_awq.report.profile import profiles
 from gptq_awq.report.provenance import provenance
-from gptq_awq.report.rows import FULL_PRECISION, Row, measured
+from gptq_awq.report.rows import Row, is_full_precision, measured
 from gptq_awq.report.table import Cell, Table
 from gptq_awq.report.verdicts import Verdict, Verdicts, higher_is_better
 
@@ -74,7 +74,8 @@ def _run(run: Row, label: str, layers: Any, verdicts: Verdicts, names: Iterable[
         "method": run["method"],
         "bits": run["bits"],
         "label": label,
-        "full": run["method"] == FULL_PRECISION,
+        "full": is_full_precision(run),
+        "rounded": [run.get("act"), run.get("kv")],
         "bpw": run["bits_per_weight"],
         "mb": None if run["size_bytes"] is None else run["size_bytes"] / 1e6,
         "metrics": [_point(metrics, name, verdicts.get((run["path"], name), Verdict())) for name in names],

@@ -29,6 +29,11 @@ function paretoOptimal(points, higher) {
     .sort((a, b) => a.x - b.x);
 }
 
+// Weights of as many bits compete only where activations and cache are rounded alike: a front for each.
+function paretoFronts(points, higher) {
+  return [...Map.groupBy(points, (p) => JSON.stringify(p.run.rounded)).values()].map((group) => paretoOptimal(group, higher));
+}
+
 function frontierPlot(model, points, size, metric, width) {
   const box = { left: 56, right: width - 12, top: 28, bottom: 372 };
   const plot = svg("svg", { viewBox: `0 0 ${width} 412`, role: "img", "aria-label": `${metric.name} over size, ${model}` });
@@ -45,8 +50,9 @@ function frontierPlot(model, points, size, metric, width) {
   const y = log ? logarithmic(low / 1.15, high * 1.15, box.bottom, box.top + 8) : linear(low - (high - low) * 0.06, high + (high - low) * 0.06, box.bottom, box.top + 8);
   const delta = points.some((p) => p.run.metrics[data.metrics.indexOf(metric)][1] != null) && !metric.higher;
   axes(plot, x, y, box, { x: size === "mb" ? "MB" : "bits per weight, scales and zeros included", y: (delta ? "Δ " : "") + metric.name });
-  const best = paretoOptimal(points, metric.higher);
-  plot.append(svg("path", { class: "front", d: best.map((p, i) => `${i ? "L" : "M"}${x(p.x)},${y(place(p.y))}`).join("") }));
+  const fronts = paretoFronts(points, metric.higher), best = fronts.flat();
+  for (const front of fronts)
+    plot.append(svg("path", { class: "front", d: front.map((p, i) => `${i ? "L" : "M"}${x(p.x)},${y(place(p.y))}`).join("") }));
   for (const p of finite) if (Number.isFinite(p.low) && Number.isFinite(p.high))
     plot.append(svg("line", { x1: x(p.x), x2: x(p.x), y1: y(place(p.low)), y2: y(place(p.high)), stroke: colour(p.run.method), opacity: 0.6 }));
   for (const p of finite) {
