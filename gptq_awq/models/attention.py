@@ -21,6 +21,43 @@ MIN_TOKENS = 32
 """In shorter windows a panel of queries is mostly empty."""
 
 
+MAX_TOKENS = 1024
+"""In longer windows the matrices of all attention weights outgrow a CPU's caches, and memory."""
+
+
+def differentiable_attention(dtype: torch.dtype) -> AbstractContextManager:
+    """Within: causal attention of short windows in matrix products, whose gradients take half the time of torch's."""
+    return _Products(dtype)
+
+
+class _Products(TorchFunctionMode):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None):
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention and attends(self._dtype, *args, **kwargs):
+            q, k, v = args
+            if q.shape[2] <= MAX_TOKENS:
+                return _in_products(q, k, v, kwargs.get("scale") or q.shape[3] ** -0.5)
+        return func(*args, **kwargs)
+
+
+def _in_products(
+    q: Float[Tensor, "batch heads tokens d"],
+    k: Float[Tensor, "batch kv tokens d"],
+    v: Float[Tensor, "batch kv tokens e"],
+    scale: float,
+) -> Float[Tensor, "batch heads tokens e"]:
+    """softmax(Q Kᵀ scale, causal) V."""
+    (batch, heads, tokens, _), shared = q.shape, q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(shared, 1).flatten(0, 1) for x in (k, v))
+    later = torch.full((tokens, tokens), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+    scores = torch.baddbmm(later.expand(batch * heads, -1, -1), q.flatten(0, 1), k.transpose(1, 2), alpha=scale)
+    return (scores.softmax(-1) @ v).unflatten(0, (batch, heads))
+
+
 def faster_attention_of(block: nn.Module) -> AbstractContextManager:
     """Within: the fastest attention for forwards of `block`, as it is now. Not to be entered inside of a greenlet."""
     parameter = next(block.parameters())

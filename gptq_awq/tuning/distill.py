@@ -23,6 +23,7 @@ from torch.autograd import Function
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import QuantizedWeight
+from gptq_awq.models.attention import differentiable_attention
 from gptq_awq.models.halves import logits
 from gptq_awq.models.linear import matrix
 from gptq_awq.progress import Track
@@ -135,7 +136,8 @@ class _Student:
     def learn(self, rows: Int[Tensor, "windows"], teacher: Teacher, tokens: TokenSet) -> float:
         """The loss of some windows; gradients are added up in the parameters."""
         device = next(self._model.parameters()).device
-        out = self._decoder(**inputs_of(tokens, rows, device), use_cache=False)
+        with differentiable_attention(teacher.dtype):
+            out = self._decoder(**inputs_of(tokens, rows, device), use_cache=False)
         self._template = out
         mask = None if tokens.mask is None else tokens.mask[rows].to(device)
         hidden, target = out["last_hidden_state"], teacher.hidden[rows]

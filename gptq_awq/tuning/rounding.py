@@ -22,6 +22,7 @@ from torch.autograd import Function
 
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import QuantizedWeight
+from gptq_awq.models.attention import differentiable_attention
 from gptq_awq.models.linear import matrix
 from gptq_awq.tuning.base import Example
 from gptq_awq.tuning.linear import Groups, rescaled
@@ -109,18 +110,17 @@ class _Rounded(Function):
     @staticmethod
     def forward(ctx, x: Tensor, latent: Tensor, delta: Tensor, layer: "RoundedLinear") -> Tensor:
         W = layer.weight(latent, delta).to(x.dtype)
-        ctx.save_for_backward(x, W, latent, delta)
+        ctx.save_for_backward(x, W, delta)
         ctx.layer = layer
         return x @ W.T
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
-        x, W, latent, delta = ctx.saved_tensors
+        x, W, delta = ctx.saved_tensors
         (g,), layer = grads, ctx.layer
         G = (g.flatten(0, -2).T @ x.flatten(0, -2)).float()
         of_delta = layer.groups.sums(G * W)
         of_latent = layer.groups.times(G, layer.scales * delta.exp())
-        of_latent[(latent < -0.5) | (latent > layer.max_code + 0.5)] = 0.0
         return g @ W if ctx.needs_input_grad[0] else None, of_latent, of_delta, None
 
 
@@ -198,7 +198,8 @@ class _StudentBlock:
     def learn(self, chosen: list[tuple[Tensor, Tensor, Example]]) -> float:
         """The relative error of some windows' outputs; gradients are added up in the parameters."""
         x, y = torch.stack([c[0] for c in chosen]), torch.stack([c[1] for c in chosen]).float()
-        out = chosen[0][2].call.run(self._block, x).float()
+        with differentiable_attention(x.dtype):
+            out = chosen[0][2].call.run(self._block, x).float()
         loss = (out - y).square().mean()
         loss.backward()
         return float(loss.detach() / y.square().mean())
@@ -213,6 +214,8 @@ class _StudentBlock:
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
+            for linear in self._linears.values():  # beyond the last code nothing changes: don't let them stray
+                linear.latent.clamp_(-0.5, linear.max_code + 0.5)
             for name, vector in self._vectors.items():
                 vector.copy_(self._masters[name])
 
