@@ -86,6 +86,14 @@ def test_tied_sites_get_the_same_bits():
         assert len({found.chosen[q.replace("q_proj", f"{x}_proj")] for x in "qkv"}) == 1
 
 
+def test_a_tied_model_is_uniform_and_shares_the_sensitivities(tmp_path):
+    for budget, bits in ((UNIFORM_3, 3), (UNIFORM_3 + 0.9, 3), (20.0, 8)):
+        found = allocation(tmp_path, tie="model", budget_bits=budget)
+        assert set(found.chosen.values()) == {bits}
+    allocation(tmp_path)
+    assert len(list((tmp_path / "sensitivities").glob("*.safetensors"))) == 1
+
+
 def test_the_model_is_what_it_was():
     model = tiny_model("llama")
     for sensitivity in ("kl", "fisher"):

@@ -18,7 +18,7 @@ from gptq_awq import results
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
-GRIDS = {"weight_only": 16, "methods": 16, "calibration": 15, "one_pass": 12}
+GRIDS = {"weight_only": 16, "methods": 16, "calibration": 15, "one_pass": 12, "frontier": 13}
 SEARCHES = [name for name in EXPERIMENTS if name.startswith("search_")]
 
 

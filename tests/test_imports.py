@@ -13,7 +13,7 @@ LAYERS = [
     {"journal"},
     {"assets", "linalg", "hadamard", "results", "memory", "manifest", "plugins", "statistics", "scores"},
     {"moments", "tracking", "report", "cache", "runs"},
-    {"grids", "data", "sweep"},
+    {"grids", "data", "sweep", "frontier"},
     {"models", "solvers"},
     {"transforms", "tuning", "costs"},
     {"pipeline"},

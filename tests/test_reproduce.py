@@ -1,6 +1,7 @@
 """Laws of the comparison with published figures, and of the experiments that hold them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -109,13 +110,13 @@ def test_a_table_that_makes_no_sense_is_refused(wrong):
 @pytest.mark.parametrize("name", TABLES)
 def test_every_run_of_every_table_builds_and_meets_one_figure(name):
     cfg = composed(name)
-    anchors = Anchors.of(OmegaConf.to_container(cfg.hydra.callbacks.sweep_end.anchors))
+    anchors = instantiate(cfg.hydra.callbacks.sweep_end).anchors
     assert anchors == Anchors.read(f"reproduce/{name}")
     rows = []
     for number, overrides in enumerate(jobs(cfg)):
         one = composed(name, *overrides)
         plain = {key: value for key, value in one.items() if key != "hydra"}
-        config = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
+        config: Any = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
         built = {node: instantiate(config[node], _convert_="all") for node in ("method", "grid", "data", "eval")}
         row = {key: config[key] for key in ("bits", "group_size", "sym")} | {"model": config["model"]["name"]}
         metrics = {anchors.metric: float(number + 1), f"{anchors.metric}/baseline": 1.0}

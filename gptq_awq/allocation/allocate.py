@@ -120,7 +120,8 @@ def allocated_bits(
     """
     groups: dict[str, list[Cost]] = {}
     for cost in costs:
-        groups.setdefault(cost.site if grid.tie == "site" else cost.name, []).append(cost)
+        tied = {"linear": cost.name, "site": cost.site, "model": ""}[grid.tie]
+        groups.setdefault(tied, []).append(cost)
     together = np.array([np.sum([cost.costs for cost in group], 0) for group in groups.values()])
     size = np.array([np.sum([sizes[cost.name] for cost in group], 0) for group in groups.values()], dtype=np.int64)
     least = int(size.min(1).sum())

@@ -21,8 +21,8 @@ class AllocatedGrid:
         budget_bits: stored bits per weight, on average over the blocks' linears, scales and zeros included.
         budget_bytes: of all those linears, instead of budget_bits.
         choices: bits to choose among.
-        tie: what gets the same bits: each `linear` by itself, or the linears of a `site` (q, k and v; gate and up),
-            which some engines fuse.
+        tie: what gets the same bits: each `linear` by itself; the linears of a `site` (q, k and v; gate and up),
+            which some engines fuse; or all of the `model`: uniform bits, the most that fit.
         sensitivity: what a rounding costs: `fisher`, `error` or `kl` (see allocation/sensitivity.py).
         rounding: what the costs are measured on: the method's `solver`, or `rtn`, which is quicker.
         windows: calibration windows that gradients (fisher) or losses (kl) are measured on.
@@ -37,7 +37,7 @@ class AllocatedGrid:
     budget_bits: float | None = 4.0
     budget_bytes: int | None = None
     choices: Sequence[int] = (2, 3, 4, 5, 6, 8)
-    tie: Literal["linear", "site"] = "linear"
+    tie: Literal["linear", "site", "model"] = "linear"
     sensitivity: Literal["fisher", "error", "kl"] = "fisher"
     rounding: Literal["solver", "rtn"] = "solver"
     windows: int = 8
@@ -52,8 +52,8 @@ class AllocatedGrid:
             raise UserError("grid.budget_bits and grid.budget_bytes: give one of them, and null for the other")
         if not self.choices:
             raise UserError("grid.choices=[]: give some bits to choose among, such as [2,3,4,6]")
-        words = {"tie": ("linear", "site"), "sensitivity": ("fisher", "error", "kl"), "rounding": ("solver", "rtn")}
-        for option, known in words.items():
+        sensitivities, ties = ("fisher", "error", "kl"), ("linear", "site", "model")
+        for option, known in {"tie": ties, "sensitivity": sensitivities, "rounding": ("solver", "rtn")}.items():
             if getattr(self, option) not in known:
                 raise UserError(f"grid.{option}={getattr(self, option)}: choose one of {', '.join(known)}")
         if self.windows < 1:
