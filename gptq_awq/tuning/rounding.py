@@ -78,8 +78,10 @@ class LearnedRounding:
         """Learn one block's codes and scales, in place.
 
         Raises:
-            UserError: a grid that isn't made of uniform integer codes.
+            UserError: a grid that isn't made of uniform integer codes; padded calibration.
         """
+        if any(e.mask is not None for e in examples):  # its calls hold masks of whole batches, not of windows
+            raise UserError("method.tuning.rounding: learns from unpadded windows only; choose data.packing=windows")
         windows = [(x, y, e) for e in examples for x, y in zip(e.inputs, e.targets, strict=True)]
         per_step = max(1, self.tokens_per_step // examples[0].inputs.shape[1])
         steps = round(self.epochs * len(windows) / per_step)
@@ -87,7 +89,7 @@ class LearnedRounding:
         optimizer = student.optimizer(self.rounding_lr, self.scale_lr, self.vector_lr, self.optimizer)
         generator, order, losses = torch.Generator().manual_seed(self.seed), [], []
         for step in range(steps):
-            if len(order) < per_step:
+            while len(order) < per_step:
                 order += torch.randperm(len(windows), generator=generator).tolist()
             chosen, order = [windows[i] for i in order[:per_step]], order[per_step:]
             losses.append(student.learn(chosen))
