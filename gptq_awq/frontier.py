@@ -3,8 +3,8 @@
     python run.py experiment=frontier
     python -m gptq_awq.frontier ROOT [ROOT …] [--out frontier.png]
 
-Predicted is the sum of sensitivities that the allocation went by (gptq_awq/allocation), an estimate of the KL unless they
-are relative errors; measured is the run's own KL from full precision.
+Predicted is the sum of sensitivities that the allocation went by (gptq_awq/allocation): an estimate of the KL, unless
+they are relative errors. Measured is the run's own KL from full precision.
 """
 
 import argparse
@@ -62,14 +62,15 @@ def points(runs: Iterable[Row], metric: str) -> list[Point]:
 
 def _point(run: Row, metric: str) -> Point | None:
     allocation = run["manifest"].get("allocation")
-    if metric not in run["metrics"] or (allocation is None and run["grid"] not in (None, "int")) or run["sym"] is None:
-        return None  # another number format, or no rounding at all
-    tied = allocation is None or run["config"]["grid"].get("tie") == "model"
-    predicts = allocation is not None and allocation["sensitivity"] in PREDICTS_KL
+    integers = run["grid"] in (None, "int") and run["sym"] is not None  # no other format, and rounded at all
+    if metric not in run["metrics"] or not (allocation or integers):
+        return None
+    kind, predicted = "uniform", None
+    if allocation:
+        kind = "uniform" if run["config"]["grid"].get("tie") == "model" else "allocated"
+        predicted = allocation["predicted"] if allocation["sensitivity"] in PREDICTS_KL else None
     kl = run["metrics"][metric]
     low, high = run["metrics"].get(f"{metric}/ci95") or (kl, kl)
-    predicted = allocation["predicted"] if predicts else None
-    kind = "uniform" if tied else "allocated"
     return Point(kind, run["bits_per_weight"], run["size_bytes"], predicted, kl, low, high)
 
 

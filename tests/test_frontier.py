@@ -85,7 +85,7 @@ def test_a_sweep_and_its_frontier(cli, tiny, tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     runs = load(tmp_path / "runs")
     assert len(runs) == 4
-    assert (runs["manifest"].map(lambda m: m["allocation"]["predicted"]) > 0).all()
+    assert all(manifest["allocation"]["predicted"] > 0 for manifest in runs["manifest"])
     picture = tmp_path / "frontier.svg"
     assert main([str(tmp_path / "runs"), "--out", str(picture)]) == 0
     told = capsys.readouterr().out
