@@ -38,3 +38,12 @@ def test_the_worked_example_runs_as_written(tmp_path, tiny_folder, tiny_text):
     row = results.load(tmp_path / "out").iloc[0]
     assert row["method"] == "diffusion"
     assert results.read_ledger(tmp_path / "out" / "ledger.jsonl")["solver"].eq("diffusion").all()
+
+
+def test_the_index_of_methods_has_every_page_and_its_links_lead_somewhere():
+    folder = ROOT / "docs" / "methods"
+    linked = set(re.findall(r"\]\(([^)#]+)", (folder / "README.md").read_text()))
+    assert linked >= {path.name for path in folder.glob("*.md")} - {"README.md"}
+    for page in folder.glob("*.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (folder / target).exists(), f"{page.name} links to {target}"

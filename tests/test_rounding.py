@@ -210,7 +210,11 @@ def test_the_blocks_error_falls(bits, optimizer):
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sign"])
-def test_codes_stay_codes_however_far_latents_go(optimizer):
+def test_codes_stay_codes_and_latents_near_them_however_large_steps_are(optimizer, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "gptq_awq.tuning.rounding.RoundedLinear", lambda *args: made.append(RoundedLinear(*args)) or made[-1]
+    )
     block, weights, originals, examples = problem()
     wild = LearnedRounding(epochs=10, tokens_per_step=8, rounding_lr=4.0, optimizer=optimizer)
     tuned, _ = wild.apply_block(block, weights, originals, examples)
@@ -218,6 +222,7 @@ def test_codes_stay_codes_however_far_latents_go(optimizer):
         assert weight.codes.max() <= 7
         assert torch.isfinite(weight.dequantize()).all()
         assert torch.equal(getattr(block, name).weight, weight.dequantize())
+    assert [bool(((each.latent >= -0.5) & (each.latent <= 7.5)).all()) for each in made] == [True, True]
 
 
 @pytest.mark.parametrize("windows", [3, 5, 8])
