@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from quantized_weights import quantized
+from quantized_weights import NoTokenizer, assert_decodes, quantized
 from test_pipeline import SMALL, tokens
 from test_resume import KilledError
 from tiny_models import CONFIGS, tiny_model
@@ -16,6 +16,9 @@ from gptq_awq import quantize_model, results
 from gptq_awq.api import load_method
 from gptq_awq.data import make_token_set
 from gptq_awq.errors import UserError
+from gptq_awq.export import mlx
+from gptq_awq.export.base import Source
+from gptq_awq.export.mlx import MLXFormat
 from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.base import Grid
 from gptq_awq.grids.integer import IntGrid
@@ -189,6 +192,14 @@ def test_the_model_holds_what_its_weights_say(name, grid):
         assert row["codes_sha256"] == weight.sha256()
     assert all(is_linear(tuned.model.get_submodule(key)) for key in tuned.weights)
     assert not any(parameter.requires_grad for parameter in tuned.model.parameters())
+
+
+@pytest.mark.parametrize("grid", [AffineGrid(3, 32), IntGrid(4, 32, scale_dtype="float16")])
+def test_a_checkpoint_holds_what_was_tuned(grid, tmp_path, monkeypatch):
+    monkeypatch.setattr(mlx, "_has_mlx", lambda: False)
+    method = Method("m", GPTQ(), tuning={"distill": LEARNING})
+    tuned = quantize_model(sharp_model(), tokens(), method, grid=grid, settings=SMALL)
+    assert_decodes(MLXFormat(), Source(tuned.model, NoTokenizer(), "tiny", tuned.weights), tmp_path)
 
 
 def kl_gradients(model, weights, data, full):
