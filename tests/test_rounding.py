@@ -251,10 +251,8 @@ class Recorded(Call):
     "grid", [TableGrid("nf4", 32), TableGrid("nf4", 32, double_quant=True), AffineGrid(3, 32), KGrid("q6_k")]
 )
 def test_formats_without_integer_zeros_and_free_scales_are_refused_by_name(grid):
-    block, weights, originals, examples = problem()
-    other = weights | {"down": quantized(grid, rows=32, columns=256)}
     with pytest.raises(UserError, match=f"method.tuning.rounding: .*grid={grid.label}".replace("+", r"\+")):
-        LEARNING.apply_block(block, other, originals | {"down": torch.zeros(32, 256)}, examples)
+        LEARNING.check(grid)
 
 
 @pytest.mark.parametrize(

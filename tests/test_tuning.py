@@ -99,7 +99,7 @@ def one_linear(weight, bias=None):
 def test_a_linears_gradients_are_autograds(case):
     weight, draw = WEIGHTS[case], torch.Generator().manual_seed(1)
     bias = torch.randn(len(weight.codes), generator=draw)
-    layer = tuned_linears(one_linear(weight, bias), {"lin": weight}, "here")["lin"]
+    layer = tuned_linears(one_linear(weight, bias), {"lin": weight})["lin"]
     x = torch.randn(2, 5, weight.codes.shape[1], generator=draw)
     towards = torch.randn(2, 5, len(weight.codes), generator=draw)
     delta = 0.1 * torch.randn(weight.scales.shape, generator=draw)
@@ -123,7 +123,7 @@ def test_a_linears_gradients_are_autograds(case):
 def test_a_rescaled_weight_is_what_its_layer_computed(case):
     weight = WEIGHTS[case]
     delta = 0.1 * torch.randn(weight.scales.shape, generator=torch.Generator().manual_seed(2))
-    layer = tuned_linears(one_linear(weight), {"lin": weight}, "here")["lin"]
+    layer = tuned_linears(one_linear(weight), {"lin": weight})["lin"]
     layer.delta.data.copy_(delta)
     x = torch.eye(weight.codes.shape[1])
     tuned = rescaled(weight, delta)
@@ -287,13 +287,12 @@ def test_one_seed_learns_one_result_and_another_seed_another():
 
 @pytest.mark.parametrize("grid", [KGrid("q4_k"), TableGrid("nf4", 32, double_quant=True)])
 def test_formats_whose_scales_are_not_free_are_refused_by_name(grid):
-    weight = quantized(grid, columns=256)
-    with pytest.raises(UserError, match=rf"method.tuning.distill: scales of grid={re.escape(grid.label)} "):
-        tuned_linears(one_linear(weight), {"lin": weight}, "method.tuning.distill")
+    with pytest.raises(UserError, match=rf"method.tuning.distill: the format of grid={re.escape(grid.label)} "):
+        LEARNING.check(grid)
 
 
 def test_a_run_on_such_a_format_is_refused():
-    with pytest.raises(UserError, match=r"method.tuning.distill: scales of grid=nf4"):
+    with pytest.raises(UserError, match=r"method.tuning.distill: the format of grid=nf4"):
         run(LEARNING, grid=TableGrid("nf4", 32, double_quant=True))
 
 

@@ -107,6 +107,9 @@ def _blocks(
     prefix, blocks = find_blocks(model)
     prepared = {each.name: Scaling(None, each.prepare(model)) for each in method.of_model}
     grids = landing(model, grid)
+    for tuning in method.tuning.values():
+        for each in {each for name, each in grids.items() if name.startswith(f"{prefix}.")}:
+            tuning.check(each)
     ends = _round_ends(model, grids, prefix, method)
     if ends.weights:
         yield ends

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from gptq_awq.data import TokenSet
-from gptq_awq.grids.base import QuantizedWeight
+from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.models.blocks import Call
 from gptq_awq.progress import Track
 from gptq_awq.tuning.teacher import Teacher
@@ -43,6 +43,10 @@ class BlockTuning(Protocol):
         """As the ledger names it."""
         ...
 
+    def check(self, grid: Grid) -> None:
+        """Raise UserError for a grid that can't be tuned, before anything slow begins."""
+        ...
+
     def apply_block(
         self,
         block: nn.Module,
@@ -61,6 +65,10 @@ class ModelTuning(Protocol):
     @property
     def name(self) -> str:
         """As the ledger names it."""
+        ...
+
+    def check(self, grid: Grid) -> None:
+        """Raise UserError for a grid that can't be tuned, before anything slow begins."""
         ...
 
     def apply(

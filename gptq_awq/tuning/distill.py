@@ -22,12 +22,12 @@ from torch.autograd import Function
 
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
-from gptq_awq.grids.base import QuantizedWeight
+from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.models.attention import differentiable_attention
 from gptq_awq.models.halves import logits
 from gptq_awq.models.linear import matrix
 from gptq_awq.progress import Track
-from gptq_awq.tuning.linear import rescaled, tuned_linears
+from gptq_awq.tuning.linear import check_scales, rescaled, tuned_linears
 from gptq_awq.tuning.teacher import Teacher, decoder_of, inputs_of
 
 CHUNK_TOKENS = 128
@@ -66,6 +66,10 @@ class Distill:
         if self.tokens_per_step < 1:
             raise UserError(f"method.tuning.distill.tokens_per_step={self.tokens_per_step}: give at least 1")
 
+    def check(self, grid: Grid) -> None:
+        """Raise UserError for a grid whose scales cannot be tuned."""
+        check_scales(grid, "method.tuning.distill")
+
     def apply(
         self,
         model: nn.Module,
@@ -87,7 +91,7 @@ class Distill:
             The weights, rescaled, and for the ledger the mean KL of the first and of the last pass.
 
         Raises:
-            UserError: a grid whose scales cannot be tuned; a loss that is not finite.
+            UserError: a loss that is not finite.
         """
         student = _Student(model, weights, teacher.dtype)
         windows = max(1, self.tokens_per_step // tokens.ids.shape[1])
@@ -120,7 +124,7 @@ class _Student:
     def __init__(self, model: nn.Module, weights: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> None:
         self._model = copy.deepcopy(model).to(dtype).requires_grad_(False)
         self._decoder = decoder_of(self._model)
-        self._linears = tuned_linears(self._model, weights, "method.tuning.distill")
+        self._linears = tuned_linears(self._model, weights)
         own = dict(model.named_parameters())
         named = {n: p for n, p in self._model.named_parameters() if p.dim() == 1 and n in own}
         self._vectors = {n: p.requires_grad_(True) for n, p in named.items()}

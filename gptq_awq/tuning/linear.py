@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from gptq_awq.errors import UserError
-from gptq_awq.grids.base import QuantizedWeight
+from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import stored
 from gptq_awq.models.linear import matrix
 
@@ -89,16 +89,16 @@ class TunedLinear(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
-def tuned_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight], where: str) -> dict[str, TunedLinear]:
-    """Put a `TunedLinear` in the place of every linear in `weights`, by name; the model's weights are rounded already.
+def check_scales(grid: Grid, where: str) -> None:
+    """Raise UserError for a format whose scales cannot be tuned; `where` names the option."""
+    if getattr(grid, "scale_dtype", None) is None or grid.span != grid.group_size:
+        raise UserError(f"{where}: the format of grid={grid.label} leaves no freedom to tune its scales")
 
-    Raises:
-        UserError: a format whose scales cannot be tuned; `where` names the option.
-    """
+
+def tuned_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> dict[str, TunedLinear]:
+    """Put a `TunedLinear` in the place of every linear in `weights`; the model's weights are rounded already."""
     tuned = {}
     for name, weight in weights.items():
-        if weight.store or getattr(weight.grid, "scale_dtype", None) is None:
-            raise UserError(f"{where}: scales of grid={weight.grid.label} are no free numbers and cannot be tuned")
         parent, _, last = name.rpartition(".")
         tuned[name] = TunedLinear(model.get_submodule(name), weight)
         setattr(model.get_submodule(parent), last, tuned[name])

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from gptq_awq.errors import UserError
-from gptq_awq.grids.base import QuantizedWeight
+from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.models.attention import differentiable_attention
 from gptq_awq.models.linear import matrix
 from gptq_awq.tuning.base import Example
-from gptq_awq.tuning.linear import Groups, rescaled
+from gptq_awq.tuning.linear import Groups, check_scales, rescaled
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,12 @@ class LearnedRounding:
             raise UserError(f"method.tuning.rounding.optimizer={self.optimizer}: choose sign or adam")
         if self.tokens_per_step < 1:
             raise UserError(f"method.tuning.rounding.tokens_per_step={self.tokens_per_step}: give at least 1")
+
+    def check(self, grid: Grid) -> None:
+        """Raise UserError for a grid that isn't made of uniform integer codes with free scales."""
+        if grid.arithmetic.kind != "affine":
+            raise UserError(f"method.tuning.rounding: learns codes of uniform grids only, not of grid={grid.label}")
+        check_scales(grid, "method.tuning.rounding")
 
     @torch.enable_grad()
     def apply_block(
@@ -172,10 +178,6 @@ class _StudentBlock:
         self._block = copy.deepcopy(block).to(dtype).requires_grad_(False)
         self._linears: dict[str, RoundedLinear] = {}
         for name, weight in weights.items():
-            if weight.grid.arithmetic.kind != "affine" or weight.store:
-                raise UserError(
-                    f"method.tuning.rounding: learns codes of uniform grids only, not grid={weight.grid.label}"
-                )
             parent, _, last = name.rpartition(".")
             linear = RoundedLinear(self._block.get_submodule(name), weight, originals[name], margin)
             setattr(self._block.get_submodule(parent), last, linear)
