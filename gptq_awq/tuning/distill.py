@@ -29,6 +29,7 @@ from gptq_awq.models.linear import matrix
 from gptq_awq.progress import Track
 from gptq_awq.tuning.linear import check_scales, rescaled, tuned_linears
 from gptq_awq.tuning.teacher import Teacher, decoder_of, inputs_of
+from gptq_awq.tuning.vectors import Vectors
 
 CHUNK_TOKENS = 128
 """Positions whose logits are computed at a time: 25 MB in float32 for 49152 words."""
@@ -125,16 +126,13 @@ class _Student:
         self._model = copy.deepcopy(model).to(dtype).requires_grad_(False)
         self._decoder = decoder_of(self._model)
         self._linears = tuned_linears(self._model, weights)
-        own = dict(model.named_parameters())
-        named = {n: p for n, p in self._model.named_parameters() if p.dim() == 1 and n in own}
-        self._vectors = {n: p.requires_grad_(True) for n, p in named.items()}
-        self._masters = {n: own[n].detach().float().clone() for n in named}
+        self._vectors = Vectors(self._model, model)
         self._template = None
 
     def optimizer(self, scale_lr: float, vector_lr: float) -> torch.optim.Optimizer:
         """Adam over scales and vectors; `lr` of each group is its largest."""
         scales = {"params": [linear.delta for linear in self._linears.values()], "largest": scale_lr}
-        vectors = {"params": list(self._masters.values()), "largest": vector_lr}
+        vectors = {"params": list(self._vectors.masters.values()), "largest": vector_lr}
         return torch.optim.Adam([scales, vectors], lr=0.0, betas=BETAS, eps=1e-12)
 
     def learn(self, rows: Int[Tensor, "windows"], teacher: Teacher, tokens: TokenSet) -> float:
@@ -168,26 +166,16 @@ class _Student:
 
     def step(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
         """Go that fraction of the largest step, and forget the gradients."""
-        for name, vector in self._vectors.items():
-            self._masters[name].grad = None if vector.grad is None else vector.grad.float()
-            vector.grad = None
-        for group in optimizer.param_groups:
-            group["lr"] = group["largest"] * rate
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            for name, vector in self._vectors.items():
-                vector.copy_(self._masters[name])
+        self._vectors.step(optimizer, rate)
 
     @torch.no_grad()
     def write(self, model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> dict[str, QuantizedWeight]:
         """What was learned, put into the model."""
-        own, tuned = dict(model.named_parameters()), {}
+        tuned = {}
         for name, linear in self._linears.items():
             tuned[name] = rescaled(weights[name], linear.delta)
             matrix(model.get_submodule(name)).copy_(tuned[name].dequantize())
-        for name, master in self._masters.items():
-            own[name].copy_(master)
+        self._vectors.write(model)
         return tuned
 
 

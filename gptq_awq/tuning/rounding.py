@@ -26,6 +26,7 @@ from gptq_awq.models.attention import differentiable_attention
 from gptq_awq.models.linear import matrix
 from gptq_awq.tuning.base import Example
 from gptq_awq.tuning.linear import Groups, check_scales, rescaled
+from gptq_awq.tuning.vectors import Vectors
 
 
 @dataclass(frozen=True)
@@ -182,10 +183,7 @@ class _StudentBlock:
             linear = RoundedLinear(self._block.get_submodule(name), weight, originals[name], margin)
             setattr(self._block.get_submodule(parent), last, linear)
             self._linears[name] = linear
-        own = dict(block.named_parameters())
-        learning = {n: p for n, p in self._block.named_parameters() if p.dim() == 1 and n in own}
-        self._vectors = {n: p.requires_grad_(True) for n, p in learning.items()}
-        self._masters = {n: own[n].detach().float().clone() for n in learning}
+        self._vectors = Vectors(self._block, block)
 
     def optimizer(self, rounding: float, scale: float, vector: float, kind: str) -> torch.optim.Optimizer:
         """Over latents, scales and vectors; `largest` is each one's largest step."""
@@ -193,7 +191,7 @@ class _StudentBlock:
         groups = [
             {"params": [linear.latent for linear in linears], "largest": rounding},
             {"params": [linear.delta for linear in linears], "largest": scale},
-            {"params": list(self._masters.values()), "largest": vector},
+            {"params": list(self._vectors.masters.values()), "largest": vector},
         ]
         if kind == "sign":
             return _SignSGD([g for g in groups if g["largest"]])
@@ -210,32 +208,23 @@ class _StudentBlock:
 
     def step(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
         """Go that fraction of the largest step, and forget the gradients."""
-        for name, vector in self._vectors.items():
-            self._masters[name].grad = None if vector.grad is None else vector.grad.float()
-            vector.grad = None
-        for group in optimizer.param_groups:
-            group["lr"] = group["largest"] * rate
-        optimizer.step()
-        optimizer.zero_grad()
+        self._vectors.step(optimizer, rate)
         with torch.no_grad():
             for linear in self._linears.values():  # beyond the last code nothing changes: don't let them stray
                 linear.latent.clamp_(-0.5, linear.max_code + 0.5)
-            for name, vector in self._vectors.items():
-                vector.copy_(self._masters[name])
 
     @torch.no_grad()
     def write(
         self, block: nn.Module, weights: Mapping[str, QuantizedWeight]
     ) -> tuple[dict[str, QuantizedWeight], float]:
         """What was learned, put into the block; the weights, and the share of codes that changed."""
-        own, tuned, changed, total = dict(block.named_parameters()), {}, 0, 0
+        tuned, changed, total = {}, 0, 0
         for name, linear in self._linears.items():
             codes = linear.codes(linear.latent).to(torch.uint8)
             changed, total = changed + int((codes != weights[name].codes).sum()), total + codes.numel()
             tuned[name] = rescaled(replace(weights[name], codes=codes), linear.delta)
             matrix(block.get_submodule(name)).copy_(tuned[name].dequantize())
-        for name, master in self._masters.items():
-            own[name].copy_(master)
+        self._vectors.write(block)
         return tuned, changed / max(1, total)
 
 
