@@ -30,6 +30,7 @@ from torch.profiler import ProfilerActivity, record_function
 PREFIX = "gptq_awq::"
 PHASES = {
     "load": "model, data, texts",
+    "rotate": "the whole model into another basis",
     "embed": "calibration tokens to hidden states",
     "sites": "which linears share an input, what may absorb a scale",
     "forward": "calibration batches through the blocks",
@@ -37,6 +38,7 @@ PHASES = {
     "factor": "inverse Cholesky of H",
     "search": "scales, ranges",
     "solve": "rounding, with error feedback",
+    "tune": "gradients: codes, scales, norms",
     "ledger": "errors and hashes of every linear",
     "disk": "finished blocks, recorded moments",
     "score/forward": "evaluation texts to last hidden states",
