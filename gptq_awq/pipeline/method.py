@@ -45,7 +45,12 @@ class Method:
     @property
     def needs_full(self) -> bool:
         """Whether calibration carries full precision's hidden states beside the quantized model's."""
-        return bool(getattr(self.solver, "needs_cross", False)) or bool(self.tuning_of_blocks)
+        return self.needs_cross or bool(self.tuning_of_blocks)
+
+    @property
+    def needs_cross(self) -> bool:
+        """Whether the solver compares a site's inputs with full precision's; one that doesn't say so doesn't."""
+        return bool(getattr(self.solver, "needs_cross", False))
 
     @property
     def tuning_of_blocks(self) -> list[BlockTuning]:

@@ -205,7 +205,7 @@ class _BlockStep:
             sites = inputs.sites(self.block, self.index)
             _check_coverage(self.block, sites, self.name)
         full = self._full_precision()
-        paired = self.method.solver is not None and self.method.solver.needs_cross
+        paired = self.method.needs_cross
         staged_forward(
             *(self.runner, self.index, sites, inputs.streams, self._solve, inputs.keeps_activations),
             full=full if paired else None,

@@ -50,13 +50,10 @@ class Streams:
     def advance(self, block: nn.Module, index: int, full: nn.Module | None = None) -> None:
         """Pass every batch through `block`, and its full-precision states, if it has any, through `full`."""
         for stream in self.batches:
-            call = stream.calls[index]
-            with faster_attention_of(block):
-                with phase("forward", *stream.hidden.shape[:2]):
-                    stream.hidden = call.run(block, stream.hidden)
-                if full is not None and stream.full is not None:
-                    with phase("forward", *stream.hidden.shape[:2]):
-                        stream.full = call.run(full, stream.full)
+            with phase("forward", *stream.hidden.shape[:2]), faster_attention_of(block):
+                stream.hidden = stream.calls[index].run(block, stream.hidden)
+        if full is not None:
+            self.advance_full(full, index)
 
     @torch.no_grad()
     def advance_full(self, full: nn.Module, index: int) -> None:

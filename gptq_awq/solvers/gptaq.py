@@ -22,26 +22,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gptq_awq.errors import UserError
 from gptq_awq.moments import Moments
-from gptq_awq.solvers.gptq import GPTQ
+from gptq_awq.solvers.drift import DriftCorrected, columns_back, columns_in, in_order
 
 
 @dataclass(frozen=True)
-class GPTAQ(GPTQ):
-    """GPTQ with asymmetric calibration; options as GPTQ's, and one.
+class GPTAQ(DriftCorrected):
+    """GPTQ with asymmetric calibration; `strength` is of the residual that is made up for."""
 
-    Attributes:
-        strength: how much of the residual is made up for, 0 (GPTQ) to 1 (the paper).
-    """
-
-    strength: float = 1.0
     name: str = "gptaq"
-    needs_cross: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_strength(self.strength)
 
     def target(
         self,
@@ -60,24 +49,3 @@ class GPTAQ(GPTQ):
         )
         shift = (columns_in(W, order) @ half) @ U
         return torch.where(moments.dead(), W, W + self.strength * columns_back(shift, order))
-
-
-def check_strength(strength: float) -> None:
-    """Raise UserError unless it is a fraction."""
-    if not 0 <= strength <= 1:
-        raise UserError(f"method.solver.strength={strength}: give a fraction from 0 (as gptq) to 1")
-
-
-def in_order(square: Float[Tensor, "in in"], order: Int[Tensor, "in"] | None) -> Float[Tensor, "in in"]:
-    """Rows and columns in the order that columns are rounded in."""
-    return square if order is None else square.index_select(0, order).index_select(1, order)
-
-
-def columns_in(W: Float[Tensor, "out in"], order: Int[Tensor, "in"] | None) -> Float[Tensor, "out in"]:
-    """Columns in the order that they are rounded in."""
-    return W if order is None else W.index_select(1, order)
-
-
-def columns_back(W: Float[Tensor, "out in"], order: Int[Tensor, "in"] | None) -> Float[Tensor, "out in"]:
-    """The inverse of `columns_in`."""
-    return W if order is None else W.index_select(1, torch.argsort(order))

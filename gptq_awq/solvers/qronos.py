@@ -25,26 +25,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gptq_awq.moments import Moments
-from gptq_awq.solvers.gptaq import check_strength, columns_back, columns_in
-from gptq_awq.solvers.gptq import GPTQ
+from gptq_awq.solvers.drift import DriftCorrected, columns_back, columns_in
 
 
 @dataclass(frozen=True)
-class Qronos(GPTQ):
-    """Least squares for the drift, GPTQ's feedback for rounding; options as GPTQ's, and one.
+class Qronos(DriftCorrected):
+    """Least squares for the drift, GPTQ's feedback for rounding: what is answered is W X̃ + strength · W (X - X̃)."""
 
-    Attributes:
-        strength: how much of the drift is corrected, 0 (GPTQ) to 1 (the paper): what is answered is W X̃ + strength ·
-            W (X - X̃).
-    """
-
-    strength: float = 1.0
     name: str = "qronos"
-    needs_cross: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_strength(self.strength)
 
     def target(
         self,

@@ -11,7 +11,7 @@ why it generalises from a few thousand tokens, where learning the codes this way
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from gptq_awq.models.halves import logits
 from gptq_awq.models.linear import matrix
 from gptq_awq.progress import Track
 from gptq_awq.tuning.linear import check_scales, rescaled, tuned_linears
+from gptq_awq.tuning.passes import first_and_last, shuffled
 from gptq_awq.tuning.teacher import Teacher, decoder_of, inputs_of
 from gptq_awq.tuning.vectors import Vectors
 
@@ -99,24 +100,15 @@ class Distill:
         steps = round(self.epochs * len(tokens.ids) / windows)
         optimizer = student.optimizer(self.scale_lr, self.vector_lr)
         losses = []
-        for step, rows in enumerate(track(self._order(len(tokens.ids), windows, steps), "tune (distill)", steps)):
+        order = shuffled(len(tokens.ids), windows, steps, self.seed)
+        for step, rows in enumerate(track(order, "tune (distill)", steps)):
             losses.append(student.learn(rows, teacher, tokens))
             rate = min(1.0, (step + 1) / max(1, self.warmup * steps)) * (1 - step / steps)
             student.step(optimizer, rate)
-        per_pass = max(1, round(len(tokens.ids) / windows))
-        first, last = losses[:per_pass], losses[-per_pass:]
-        details = {"steps": steps, "kl_first_pass": _mean(first), "kl_last_pass": _mean(last)} if losses else {}
-        return student.write(model, weights), details
-
-    def _order(self, rows: int, windows: int, steps: int) -> Iterator[Tensor]:
-        """Rows of each step: every one once, in random order, before any comes again."""
-        generator = torch.Generator().manual_seed(self.seed)
-        left = torch.empty(0, dtype=torch.int64)
-        for _ in range(steps):
-            while len(left) < windows:
-                left = torch.cat([left, torch.randperm(rows, generator=generator)])
-            yield left[:windows]
-            left = left[windows:]
+        if not losses:
+            return student.write(model, weights), {}
+        first, last = first_and_last(losses, max(1, round(len(tokens.ids) / windows)))
+        return student.write(model, weights), {"steps": steps, "kl_first_pass": first, "kl_last_pass": last}
 
 
 class _Student:
@@ -194,7 +186,3 @@ class _SumKL(Function):
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
         (difference,) = ctx.saved_tensors
         return difference * grads[0].to(difference.dtype), None
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

@@ -26,6 +26,7 @@ from gptq_awq.models.attention import differentiable_attention
 from gptq_awq.models.linear import matrix
 from gptq_awq.tuning.base import Example
 from gptq_awq.tuning.linear import Groups, check_scales, rescaled
+from gptq_awq.tuning.passes import first_and_last, shuffled
 from gptq_awq.tuning.vectors import Vectors
 
 
@@ -94,12 +95,9 @@ class LearnedRounding:
         steps = round(self.epochs * len(windows) / per_step)
         student = _StudentBlock(block, weights, originals, examples[0].inputs.dtype, self.margin)
         optimizer = student.optimizer(self.rounding_lr, self.scale_lr, self.vector_lr, self.optimizer)
-        generator, order, losses = torch.Generator().manual_seed(self.seed), [], []
-        for step in range(steps):
-            while len(order) < per_step:
-                order += torch.randperm(len(windows), generator=generator).tolist()
-            chosen, order = [windows[i] for i in order[:per_step]], order[per_step:]
-            losses.append(student.learn(chosen))
+        losses = []
+        for step, rows in enumerate(shuffled(len(windows), per_step, steps, self.seed)):
+            losses.append(student.learn([windows[i] for i in rows.tolist()]))
             student.step(optimizer, 1 - step / steps)
         tuned, changed = student.write(block, weights)
         return tuned, _details(losses, per_step, len(windows)) | {"codes_changed": changed}
@@ -108,9 +106,8 @@ class LearnedRounding:
 def _details(losses: list[float], per_step: int, windows: int) -> dict[str, Any]:
     if not losses:
         return {"steps": 0}
-    per_pass = max(1, windows // per_step)
-    first, last = losses[:per_pass], losses[-per_pass:]
-    return {"steps": len(losses), "error_first_pass": sum(first) / len(first), "error_last_pass": sum(last) / len(last)}
+    first, last = first_and_last(losses, max(1, windows // per_step))
+    return {"steps": len(losses), "error_first_pass": first, "error_last_pass": last}
 
 
 class _Rounded(Function):
