@@ -251,6 +251,26 @@ def test_a_killed_run_pairs_as_an_uninterrupted_one(tmp_path):
         assert torch.equal(before.cross, after.cross)
 
 
+class Silent:
+    """A solver as docs/add_a_method.md has them: it says nothing of cross moments."""
+
+    name, needs_hessian = "silent", True
+
+    def __init__(self) -> None:
+        self.seen: list[Moments] = []
+
+    def solve(self, weight, moments, grid):
+        self.seen.append(moments)
+        return GPTQ().solve(weight, moments, grid)
+
+
+def test_a_solver_that_says_nothing_of_cross_moments_gets_none():
+    solver = Silent()
+    list(quantize(tiny_model("llama"), tokens(), Method("silent", solver), GRID, SMALL))  # pyright: ignore[reportArgumentType]
+    assert solver.seen
+    assert all(moments.cross is None for moments in solver.seen)
+
+
 def test_without_error_propagation_there_is_no_drift_to_correct():
     with pytest.raises(UserError, match=r"method.error_propagation=false"):
         Method("m", Watching(GPTQ(), []), error_propagation=False)
