@@ -181,13 +181,13 @@ def test_after_a_block_the_streams_hold_full_precisions_outputs(needs_hessian, m
     held = []
     from gptq_awq.pipeline import quantize as module
 
-    solve = module._BlockStep.run
+    solve = module.BlockStep.run
 
     def noting(self, inputs):
         solve(self, inputs)
         held.append([s.full for s in inputs.streams.batches])
 
-    monkeypatch.setattr(module._BlockStep, "run", noting)
+    monkeypatch.setattr(module.BlockStep, "run", noting)
     transforms = {} if needs_hessian else {"awq": AWQ(ratio_steps=3)}
     run(replace(Watching(RTN(), []), needs_hessian=needs_hessian), transforms=transforms)
     model = tiny_model("llama")
