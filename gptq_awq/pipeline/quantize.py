@@ -28,6 +28,7 @@ from gptq_awq.journal import Journal
 from gptq_awq.kernels.threads import match_torch
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import Site
+from gptq_awq.pipeline.block import BlockStep
 from gptq_awq.pipeline.inputs import Inputs, Settings, resolve_compute_dtype
 from gptq_awq.pipeline.ledger import LinearReport
 from gptq_awq.pipeline.method import Method
