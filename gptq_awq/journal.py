@@ -1,11 +1,12 @@
 """A journal: the finished blocks of a computation on disk, so that it goes on after a crash where it was.
 
-One sealed file per block, and one with the stream that enters the next block:
+One sealed file per block, and one for each batch that enters the next block:
 
-    stream-0004 is written, then block-0004, then stream-0003 is deleted.
+    stream-0004/… are written, then block-0004, then stream-0003 is deleted.
 
-So at any moment, block files 0…n-1 and stream-(n-1) are a consistent state of n finished blocks. Every file carries the
-journal's key, the hash of all that the computation depends on; files that carry another are foreign.
+So at any moment, block files 0…n-1 and the folder stream-(n-1) are a consistent state of n finished blocks. Several
+processes may each keep some batches, as long as all are kept before one of them appends the block. Every file carries
+the journal's key, the hash of all that the computation depends on; files that carry another are foreign.
 """
 
 import shutil
@@ -27,15 +28,17 @@ class Journal:
     folder: Path
     key: str
 
-    def append(
-        self, index: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], stream: Sequence[Tensor] = ()
-    ) -> None:
-        """Block `index` is finished; `stream` enters the next one. On disk when this returns. Raises OSError."""
-        if stream:
-            states = {f"{i:06d}": hidden for i, hidden in enumerate(stream)}
-            Sealed(states, {"key": self.key}).write(self._stream(index))
+    def keep_batch(self, index: int, batch: int, states: Sequence[Tensor]) -> None:
+        """What one batch takes from block `index` into the next. On disk when this returns. Raises OSError."""
+        tensors = {f"{i}": state for i, state in enumerate(states)}
+        Sealed(tensors, {"key": self.key}).write(self._batch(index, batch))
+
+    def append(self, index: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Block `index` is finished, and all its batches kept. On disk when this returns. Raises OSError."""
         Sealed(tensors, {"key": self.key, "content": facts}).write(self._block(index))
-        self._stream(index - 1).unlink(missing_ok=True)
+        for folder in self.folder.glob("stream-*"):
+            if folder.name < self._stream(index).name:  # of later blocks there may be some already
+                shutil.rmtree(folder, ignore_errors=True)
 
     def count(self) -> int:
         """How many leading blocks are there, not yet looked into."""
@@ -49,15 +52,15 @@ class Journal:
         content = self._read(self._block(index))
         return Sealed(content.tensors, content.facts["content"])
 
-    def stream(self, index: int) -> list[Tensor]:
-        """What enters block `index` + 1. Raises FileNotFoundError, DamagedError."""
-        content = self._read(self._stream(index))
-        return [content.tensors[name] for name in sorted(content.tensors)]
+    def batch(self, index: int, batch: int) -> list[Tensor]:
+        """What one batch takes from block `index` into the next. Raises FileNotFoundError, DamagedError."""
+        tensors = self._read(self._batch(index, batch)).tensors
+        return [tensors[f"{i}"] for i in range(len(tensors))]
 
     def drop_streams(self) -> None:
         """Forget the streams: all blocks are finished."""
-        for path in self.folder.glob("stream-*"):
-            path.unlink(missing_ok=True)
+        for folder in self.folder.glob("stream-*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -68,7 +71,10 @@ class Journal:
         return self.folder / f"block-{index:04d}.safetensors"
 
     def _stream(self, index: int) -> Path:
-        return self.folder / f"stream-{index:04d}.safetensors"
+        return self.folder / f"stream-{index:04d}"
+
+    def _batch(self, index: int, batch: int) -> Path:
+        return self._stream(index) / f"{batch:06d}.safetensors"
 
     def _read(self, path: Path) -> Sealed:
         content = Sealed.read(path)

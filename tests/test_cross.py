@@ -20,6 +20,7 @@ from gptq_awq.pipeline.observe import in_dtype
 from gptq_awq.pipeline.quantize import quantize
 from gptq_awq.pipeline.staged import staged_forward
 from gptq_awq.pipeline.streams import open_streams
+from gptq_awq.sealed import DamagedError
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.transforms.awq import AWQ
@@ -224,13 +225,13 @@ def test_padding_changes_no_cross():
         assert (a.cross - b.cross).norm() < 1e-3 * a.cross.norm()
 
 
-def test_restoring_refuses_streams_without_full_precision():
-    model = tiny_model("llama")
+def test_restoring_refuses_streams_without_full_precision(tmp_path):
+    model, journal = tiny_model("llama"), Journal(tmp_path / "j", "key")
     _, blocks = find_blocks(model)
     full, plain = (open_streams(model, blocks, tokens(), 64, torch.float32, full=f) for f in (True, False))
-    assert len(full.hidden()) == 2 * len(plain.hidden())
-    with pytest.raises(ValueError, match="zip"):
-        full.restore(plain.hidden())
+    plain.keep(journal, 0)
+    with pytest.raises(DamagedError, match="1 hidden states"):
+        full.restore(journal, 0)
 
 
 def test_a_killed_run_pairs_as_an_uninterrupted_one(tmp_path):

@@ -1,6 +1,7 @@
 """Sealed files and journals: what is read is what was written, and no crash leaves anything between."""
 
 import logging
+import shutil
 import threading
 
 import pytest
@@ -101,7 +102,9 @@ def _take(path, said):
 def journal(folder, blocks=3):
     written = Journal(folder, "key")
     for index in range(blocks):
-        written.append(index, TENSORS, {"index": index}, [torch.full((2, 2), float(index)), torch.ones(1)])
+        for batch in range(2):
+            written.keep_batch(index, batch, [torch.full((2, 2), float(index)), torch.full((1,), float(batch))])
+        written.append(index, TENSORS, {"index": index})
     return written
 
 
@@ -109,7 +112,8 @@ def test_a_journal_gives_back_its_blocks_and_the_last_stream_only(tmp_path):
     written = journal(tmp_path / "j")
     assert written.count() == 3
     assert [written.block(i).facts["index"] for i in range(3)] == [0, 1, 2]
-    assert torch.equal(written.stream(2)[0], torch.full((2, 2), 2.0))
+    assert torch.equal(written.batch(2, 0)[0], torch.full((2, 2), 2.0))
+    assert torch.equal(written.batch(2, 1)[1], torch.ones(1))
     assert len(list((tmp_path / "j").glob("stream-*"))) == 1
     written.drop_streams()
     assert not list((tmp_path / "j").glob("stream-*"))
@@ -117,15 +121,27 @@ def test_a_journal_gives_back_its_blocks_and_the_last_stream_only(tmp_path):
     assert not (tmp_path / "j").exists()
 
 
-@pytest.mark.parametrize("killed_after", ["stream", "block"])
-def test_a_kill_between_two_files_leaves_a_consistent_state(tmp_path, killed_after):
+@pytest.mark.parametrize("killed", ["among batches", "before the block", "after the block"])
+def test_a_kill_between_two_files_leaves_a_consistent_state(tmp_path, killed):
     written = journal(tmp_path / "j", 2)
-    kept = (tmp_path / "j" / "stream-0001.safetensors").read_bytes()
-    written.append(2, TENSORS, {}, [torch.ones(1)])
-    (tmp_path / "j" / "stream-0001.safetensors").write_bytes(kept)  # not yet deleted
-    if killed_after == "stream":
-        (tmp_path / "j" / "block-0002.safetensors").unlink()
-    assert len(written.stream(written.count() - 1)) == (2 if killed_after == "stream" else 1)
+    kept = tmp_path / "kept"
+    shutil.copytree(tmp_path / "j" / "stream-0001", kept)
+    written.keep_batch(2, 0, [torch.full((2, 2), 2.0)])
+    if killed != "among batches":
+        written.keep_batch(2, 1, [torch.full((2, 2), 2.0)])
+    if killed == "after the block":
+        written.append(2, TENSORS, {})
+        shutil.copytree(kept, tmp_path / "j" / "stream-0001")  # not yet deleted
+    last = written.count() - 1
+    assert last == (2 if killed == "after the block" else 1)
+    assert all(torch.equal(written.batch(last, batch)[0], torch.full((2, 2), float(last))) for batch in range(2))
+
+
+def test_appending_a_block_leaves_batches_that_others_take_further_already(tmp_path):
+    written = journal(tmp_path / "j", 2)
+    written.keep_batch(2, 1, [torch.ones(1)])
+    written.append(1, TENSORS, {})
+    assert [folder.name for folder in sorted((tmp_path / "j").glob("stream-*"))] == ["stream-0001", "stream-0002"]
 
 
 def test_another_computations_files_are_foreign(tmp_path):
@@ -133,4 +149,4 @@ def test_another_computations_files_are_foreign(tmp_path):
     with pytest.raises(DamagedError, match="another computation"):
         Journal(tmp_path / "j", "other").block(0)
     with pytest.raises(DamagedError, match="another computation"):
-        Journal(tmp_path / "j", "other").stream(2)
+        Journal(tmp_path / "j", "other").batch(2, 0)

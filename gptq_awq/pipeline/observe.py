@@ -146,9 +146,10 @@ def recorded(
         rest = track(passing(observer, blocks, dtype, start), "calibrate (full precision)", count - start)
         try:
             for index, seen in enumerate(rest, start):
-                stream = observer.streams.hidden() if index + 1 < count else ()
                 with phase("disk"):
-                    journal.append(index, *_packed(seen), stream=stream)
+                    if index + 1 < count:
+                        observer.streams.keep(journal, index)
+                    journal.append(index, *_packed(seen))
         except OSError as error:
             log.warning("the moments are not kept for later runs: %s", error)
             journal.clear()
@@ -189,7 +190,7 @@ def _whole(journal: Journal) -> int:
 def _restored(journal: Journal, streams: Streams, start: int) -> int:
     """Let the streams enter block `start`; where that can't be, begin at block 0."""
     try:
-        streams.restore(journal.stream(start - 1))
+        streams.restore(journal, start - 1)
     except (DamagedError, FileNotFoundError) as error:
         log.warning("the recorded stream in %s is damaged (%s): calibrating anew", journal.folder, error)
         journal.clear()

@@ -53,7 +53,9 @@ class Progress:
             return
         tensors, facts = _packed(prefix, block, done)
         try:
-            self.journal.append(done.index, tensors, facts, streams.hidden() if streams else ())
+            if streams is not None:
+                streams.keep(self.journal, done.index)
+            self.journal.append(done.index, tensors, facts)
         except OSError as error:
             log.warning("progress is not kept, a killed run would start again: %s", error)
             self.journal.clear()
@@ -68,8 +70,8 @@ class Progress:
             for index in range(min(self.journal.count(), len(blocks))):
                 contents.append(self.journal.block(index))
             if contents and streams is not None and len(contents) < len(blocks):
-                streams.restore(self.journal.stream(len(contents) - 1))
-        except (DamagedError, FileNotFoundError, ValueError) as error:
+                streams.restore(self.journal, len(contents) - 1)
+        except (DamagedError, FileNotFoundError) as error:
             log.warning("the progress in %s can't be used (%s): starting again", self.journal.folder, error)
             self.journal.clear()
             return []

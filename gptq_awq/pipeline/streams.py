@@ -8,7 +8,6 @@ beside. Before block k is solved, `hidden` is what the quantized model feeds it 
 afterwards both are its outputs.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +15,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from gptq_awq.data import TokenSet
+from gptq_awq.journal import Journal
 from gptq_awq.models.attention import faster_attention_of
 from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call
 from gptq_awq.profiling import phase
 from gptq_awq.progress import Track, no_track
+from gptq_awq.sealed import DamagedError
 
 
 @dataclass
@@ -27,12 +28,14 @@ class Stream:
     """One batch on its way through the model (the one mutable value of the pipeline).
 
     Attributes:
+        number: of the batch, in the order of the calibration windows; -1: the probe.
         hidden: what enters the next block.
         calls: the other arguments of every block.
         mask: True at real tokens; None when all are.
         full: what enters the next block in the full-precision model; None where no one asks.
     """
 
+    number: int
     hidden: Float[Tensor, "batch tokens width"]
     calls: list[Call]
     mask: Bool[Tensor, "batch tokens"] | None
@@ -63,21 +66,28 @@ class Streams:
             with phase("forward", *stream.hidden.shape[:2]), faster_attention_of(full):
                 stream.full = stream.calls[index].run(full, stream.full)
 
-    def hidden(self) -> list[Float[Tensor, "batch tokens width"]]:
-        """What enters the next block, batch by batch; then the same in full precision, where that is kept."""
-        full = [stream.full for stream in self.batches if stream.full is not None]
-        return [stream.hidden for stream in self.batches] + full
+    def keep(self, journal: Journal, index: int) -> None:
+        """Keep what every batch takes from block `index` into the next, a file for each. Raises OSError."""
+        for stream in self.batches:
+            states = [stream.hidden] if stream.full is None else [stream.hidden, stream.full]
+            journal.keep_batch(index, stream.number, states)
 
-    def restore(self, hidden: Sequence[Float[Tensor, "batch tokens width"]]) -> None:
-        """Go on from what `hidden` was. Raises ValueError where it is not of these batches."""
-        for now, kept in zip(self.hidden(), hidden, strict=True):
-            if kept.shape != now.shape or kept.dtype != now.dtype:
-                raise ValueError(f"a stream of shape {tuple(kept.shape)} for one of {tuple(now.shape)}")
-        count = len(self.batches)
-        for stream, kept in zip(self.batches, hidden[:count], strict=True):
-            stream.hidden = kept.to(stream.hidden.device)
-        for stream, kept in zip(self.batches, hidden[count:], strict=False):
-            stream.full = kept.to(stream.hidden.device)
+    def restore(self, journal: Journal, index: int) -> None:
+        """Go on from what `keep` kept after block `index`; where it raises, nothing has changed.
+
+        Raises:
+            FileNotFoundError, DamagedError: a batch is not there, or is not one of these.
+        """
+        kept = [journal.batch(index, stream.number) for stream in self.batches]
+        for stream, states in zip(self.batches, kept, strict=True):
+            now = stream.hidden
+            if any(x.shape != now.shape or x.dtype != now.dtype for x in states):
+                raise DamagedError(f"a batch of shape {tuple(states[0].shape)} for one of {tuple(now.shape)}")
+            if len(states) != 1 + (stream.full is not None):
+                raise DamagedError(f"{len(states)} hidden states of a batch")
+        for stream, (hidden, *full) in zip(self.batches, kept, strict=True):
+            stream.hidden = hidden.to(stream.hidden.device)
+            stream.full = full[0].to(stream.hidden.device) if full else None
 
     def probe_input(self) -> Float[Tensor, "1 tokens width"]:
         """The first real tokens that enter the next block."""
@@ -99,15 +109,15 @@ def open_streams(
     windows, seqlen = tokens.ids.shape
     per_batch = max(1, tokens_per_batch // seqlen)
 
-    def stream(ids: Tensor, mask: Tensor | None) -> Stream:
+    def stream(number: int, ids: Tensor, mask: Tensor | None) -> Stream:
         hidden, calls = recorder.record(ids, mask)
         on_device = None if mask is None else mask.to(hidden.device)
         hidden = hidden.to(compute_dtype)
-        return Stream(hidden, calls, on_device, hidden if full else None)
+        return Stream(number, hidden, calls, on_device, hidden if full else None)
 
-    starts = range(0, windows, per_batch)
+    numbers = range(-(-windows // per_batch))
     batches = []
-    for start in track(starts, "embed calibration text", len(starts)):
-        part = slice(start, start + per_batch)
-        batches.append(stream(tokens.ids[part], None if tokens.mask is None else tokens.mask[part]))
-    return Streams(batches, stream(tokens.ids[:1, :PROBE_TOKENS], None))
+    for number in track(numbers, "embed calibration text", len(numbers)):
+        part = slice(number * per_batch, (number + 1) * per_batch)
+        batches.append(stream(number, tokens.ids[part], None if tokens.mask is None else tokens.mask[part]))
+    return Streams(batches, stream(-1, tokens.ids[:1, :PROBE_TOKENS], None))
