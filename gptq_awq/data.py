@@ -10,10 +10,7 @@ Every message names the option to change: `option` is its prefix on the command 
 """
 
 import hashlib
-import json
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -27,32 +24,13 @@ from torch import Tensor
 from gptq_awq.assets import ASSETS, HubRows, cache_dir, fetch, hub_asset
 from gptq_awq.errors import UserError
 from gptq_awq.sealed import Sealed, once
+from gptq_awq.text import READERS, Text, joined_as_gptq, make_text, read_jsonl, wikitext_articles
 
 LONG_TEXT = 200_000
 """Characters from which on tokenizing takes longer than reading the ids from the cache."""
 TOKENS_SCHEMA = 1
 """Raised whenever the meaning of what is kept changes."""
 Tokenizer = Any  # transformers' tokenizer classes share no useful static type
-
-
-@dataclass(frozen=True)
-class Text:
-    """Documents, where they came from, and the hash of their joined text (utf-8).
-
-    `name` starts metric names (`wikitext2/ppl@2048`), so two texts that score differently need two names.
-    `joiner` stands between documents wherever they are read as one text.
-    """
-
-    name: str
-    documents: tuple[str, ...]
-    source: str
-    sha256: str
-    joiner: str = "\n\n"
-
-    @property
-    def joined(self) -> str:
-        """The documents as one text."""
-        return self.joiner.join(self.documents)
 
 
 @dataclass(frozen=True)
@@ -126,7 +104,7 @@ class WikiText2(Corpus):
         articles = wikitext_articles(served.path.read_bytes().decode())
         if self.join == "raw":
             return make_text(name, articles, served.source, joiner="")
-        return make_text(name, map(_joined_as_gptq, articles), served.source, joiner="\n\n")
+        return make_text(name, map(joined_as_gptq, articles), served.source, joiner="\n\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +141,7 @@ class HubText(Corpus):
         name = f"{self.name}-{self.split}"
         bundled = "data=wikitext2" if option == "data" else f"data@{option}=wikitext2"
         served = fetch(hub_asset(name, rows), hint=f"Choose {bundled} or {_own_file(option)} instead")
-        return make_text(name, _jsonl(served.path, self.field, option), served.source, self.joiner)
+        return make_text(name, read_jsonl(served.path, self.field, option), served.source, self.joiner)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,72 +159,13 @@ class LocalText(Corpus):
         path = Path(self.path).expanduser()
         if not path.is_file():
             raise UserError(f"{option}.path={self.path}: there is no such file")
-        read = _READERS.get(path.suffix.lower())
+        read = READERS.get(path.suffix.lower())
         if read is None:
-            raise UserError(f"{option}.path={self.path}: the suffix must be one of {', '.join(_READERS)}")
+            raise UserError(f"{option}.path={self.path}: the suffix must be one of {', '.join(READERS)}")
         text = make_text(path.stem, read(path, self.field, option), str(path), self.joiner)
         if not text.joined.strip():
             raise UserError(f"{option}.path={self.path}: the file holds no text")
         return text
-
-
-def make_text(name: str, documents: Iterable[str], source: str, joiner: str = "\n\n") -> Text:
-    """A `Text`, hashed."""
-    documents = tuple(documents)
-    digest = hashlib.sha256(joiner.join(documents).encode()).hexdigest()
-    return Text(name, documents, source, digest, joiner)
-
-
-def wikitext_articles(raw: str) -> list[str]:
-    """Cut raw WikiText before each title (" = Title = " between blank lines); joined, they are `raw`."""
-    articles = re.split(r"^(?= \n = [^=\n]+ = \n \n)", raw, flags=re.MULTILINE)
-    return [article for article in articles if article]
-
-
-def _joined_as_gptq(article: str) -> str:
-    """The hub's rows of an article (its lines, where "" stands for the blank ones), "\\n\\n" between them."""
-    return "\n\n".join("" if line == " \n" else line for line in re.findall(r".*\n", article))
-
-
-def _plain(path: Path, field: str, option: str) -> list[str]:  # noqa: ARG001
-    try:
-        return [path.read_bytes().decode()]  # not read_text, which would rewrite line ends
-    except UnicodeDecodeError as error:
-        raise UserError(f"{option}.path={path}: is not utf-8 text ({error.reason})") from error
-
-
-def _jsonl(path: Path, field: str, option: str) -> list[str]:
-    rows = []
-    for line in _plain(path, field, option)[0].split("\n"):
-        try:
-            rows.append(json.loads(line) if line.strip() else None)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{option}.path={path}: line {len(rows) + 1} is not JSON ({error})") from error
-    values = [row.get(field) if isinstance(row, dict) else None for row in rows if row is not None]
-    return _all_text(values, path, field, option)
-
-
-def _parquet(path: Path, field: str, option: str) -> list[str]:
-    import pyarrow.lib
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.lib.ArrowInvalid as error:
-        raise UserError(f"{option}.path={path}: is not a parquet file ({error})") from error
-    if field not in file.schema_arrow.names:
-        raise UserError(f"{option}.field={field}: {path} has the fields {', '.join(file.schema_arrow.names)}")
-    return _all_text(file.read([field])[field].to_pylist(), path, field, option)
-
-
-def _all_text(values: list, path: Path, field: str, option: str) -> list[str]:
-    for number, value in enumerate(values, start=1):
-        if not isinstance(value, str):
-            raise UserError(f"{option}.field={field}: row {number} of {path} has no text there")
-    return values
-
-
-_READERS = {".txt": _plain, ".text": _plain, ".raw": _plain, ".jsonl": _jsonl, ".parquet": _parquet}
 
 
 # ----------------------------------------------------------------------------------------------------- tokens

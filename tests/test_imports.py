@@ -11,7 +11,7 @@ LAYERS = [
     {"errors", "progress", "files", "runlog", "profiling", "kernels", "__init__"},
     {"sealed"},
     {"journal"},
-    {"assets", "linalg", "hadamard", "results", "memory", "manifest", "plugins", "statistics", "scores"},
+    {"assets", "linalg", "hadamard", "text", "results", "memory", "manifest", "plugins", "statistics", "scores"},
     {"moments", "tracking", "report", "cache", "runs"},
     {"grids", "data", "sweep", "frontier"},
     {"models", "solvers"},
