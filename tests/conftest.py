@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Tests are many and their tensors tiny: threads would only wait for each other. Before torch and numba load.
@@ -96,3 +97,15 @@ def tiny(tiny_folder, tiny_text):
         *("data.samples=8", "data.seqlen=32", f"eval.perplexity.path={tiny_text}"),
         *("eval.perplexity.seqlen=32", "eval.perplexity.windows=16"),
     )
+
+
+@pytest.fixture
+def wandb_home(tmp_path: Path, monkeypatch) -> Iterator[Path]:
+    """wandb without a network, an account, a console, or files outside of `tmp_path`."""
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    yield tmp_path
+    if wandb := sys.modules.get("wandb"):
+        wandb.teardown()  # it reads these variables once

@@ -2,19 +2,14 @@
 
 import json
 import logging
-import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_wandb import FakeWandb, serving
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -45,18 +40,6 @@ RESULT = Result(
     manifest={"tokens": {"eval": {"wikitext2": "ab12"}}},
     config={"seed": 7, "method": {"solver": {"damping": 0.01}}},
 )
-
-
-@pytest.fixture
-def wandb_home(tmp_path: Path, monkeypatch) -> Iterator[Path]:
-    """wandb without a network, an account, a console, or files outside of `tmp_path`."""
-    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / name))
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    yield tmp_path
-    if wandb := sys.modules.get("wandb"):
-        wandb.teardown()  # it reads these variables once
 
 
 def offline_records(folder: Path) -> Iterator[Any]:
@@ -243,76 +226,6 @@ def test_the_attempts_of_one_run_are_one_wandb_run_and_the_tables_have_every_blo
     assert [row["name"] for row in table(wandb_home, "ledger")] == [row["name"] for row in block_rows(0, 1, 2)]
 
 
-@pytest.mark.parametrize("end", ["failed", pytest.param("killed", marks=pytest.mark.slow)])  # wandb sends every 15 s
-def test_a_run_goes_on_in_the_same_run_of_a_server(end: str, wandb_home: Path, monkeypatch) -> None:
-    fake = FakeWandb()
-    with serving(fake) as address:
-        for name, value in online(address).items():
-            monkeypatch.setenv(name, value)
-        attempt(wandb_home, end, lambda: len(fake.rows(RUN[:16])) >= 3)
-        tracker = WandbTracking(mode="online", dir=str(wandb_home)).start({}, "run", "sweep again", RUN)
-        for block in (2, 3):  # the third block was told before the end, but its progress not yet stored
-            tracker.log({"quantize/relative_error": block / 10}, step=block)
-        tracker.finish(RESULT)  # this server takes no tables: that loses them and nothing else
-    assert set(fake.runs) == {RUN[:16]}
-    assert fake.runs[RUN[:16]]["groupName"] == "sweep again"
-    rows = fake.rows(RUN[:16])
-    told = [(row["block"], row["quantize/relative_error"]) for row in rows if "block" in row]
-    assert told == [(0, 0), (1, 0.1), (2, 0.2), (2, 0.2), (3, 0.3)]
-    assert [row["_step"] for row in rows] == sorted({row["_step"] for row in rows})
-
-
-def attempt(home: Path, end: str, told: Callable[[], bool]) -> None:
-    """A process that tells three blocks, and then fails or is killed."""
-    code = """
-import sys, time
-from dataclasses import replace
-from test_tracking import RESULT
-from gptq_awq.tracking import WandbTracking
-tracker = WandbTracking(mode="online", dir=sys.argv[1]).start({}, "run", "sweep", sys.argv[2])
-for block in (0, 1, 2):
-    tracker.log({"quantize/relative_error": block / 10}, step=block)
-if sys.argv[3] == "killed":
-    time.sleep(600)
-tracker.finish(replace(RESULT, status="failed"))
-"""
-    command = [sys.executable, "-c", code, str(home), RUN, end]
-    process = subprocess.Popen(command, cwd=Path(__file__).parent, start_new_session=True)
-    try:
-        wait_for(lambda: told() and (end == "killed" or process.poll() is not None))
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def test_the_id_of_a_run_that_was_deleted_does_not_leave_its_successor_untracked(wandb_home: Path, monkeypatch) -> None:
-    fake = FakeWandb(deleted=RUN[:16])
-    with serving(fake) as address:
-        for name, value in online(address).items():
-            monkeypatch.setenv(name, value)
-        tracker = WandbTracking(mode="online", dir=str(wandb_home)).start({}, "run", run_id=RUN)
-        assert not isinstance(tracker, NoTracking)
-        tracker.finish(RESULT)
-    assert len(fake.runs) == 1
-    assert RUN[:16] not in fake.runs
-
-
-def online(address: str) -> dict[str, str]:
-    return {
-        "WANDB_BASE_URL": address,
-        "WANDB_API_KEY": "0" * 40,
-        "WANDB_MODE": "online",
-    }
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.05)
-
-
 # Plots and names
 
 
@@ -380,20 +293,6 @@ def test_a_runs_name_says_what_tells_it_from_others_of_its_sweep() -> None:
 
 
 # Failures
-
-
-def test_a_server_that_never_answers_costs_seconds_and_no_run(wandb_home: Path, monkeypatch, caplog) -> None:
-    monkeypatch.setattr("gptq_awq.tracking.LIMITS", {"init_timeout": 1.0, "finish_timeout": 1.0})
-    with serving(FakeWandb(silent=True)) as address:
-        for name, value in online(address).items():
-            monkeypatch.setenv(name, value)
-        started = time.monotonic()
-        with caplog.at_level(logging.WARNING):
-            tracker = WandbTracking(mode="online", dir=str(wandb_home)).start({}, name="run", run_id=RUN)
-        assert time.monotonic() - started < 30  # wandb looks who the user is for ten seconds before
-    assert isinstance(tracker, NoTracking)
-    assert "tracking.mode=offline" in caplog.text
-    assert "\n" not in caplog.records[-1].getMessage()
 
 
 def test_a_wandb_that_cannot_be_imported_leaves_the_run_untracked(monkeypatch, caplog) -> None:
