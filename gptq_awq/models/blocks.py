@@ -5,9 +5,10 @@ are called with (positions, masks, per-layer attention kinds) is recorded from a
 every block replaced by a stub that passes the hidden states through.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,60 +72,110 @@ def hooks(handles: Iterable[Any]) -> Iterator[None]:
             handle.remove()
 
 
-@contextmanager
-def _stubbed(blocks: nn.ModuleList, outputs: list[Any], record: list[Any]) -> Iterator[None]:
-    """Replace every block's forward by one that records its arguments and returns its hidden states.
+class _Stub(nn.Module):
+    """Stands in a block's place while the model runs, and answers all else that it is asked as the block would."""
 
-    `outputs` are real outputs, whose structure (tensor or tuple) the stubs imitate.
-    """
+    def __init__(self, block: nn.Module, answer: Callable[..., Any]) -> None:
+        super().__init__()
+        self._stands_for = (block,)  # in a tuple, or it would be a child
+        self._answer = answer
 
-    def stub(index: int):
-        def forward(*args, **kwargs):
-            hidden = args[0] if args else kwargs.pop("hidden_states")
-            record[index] = (hidden, Call(args[1:], kwargs))
-            return (hidden, *outputs[index][1:]) if isinstance(outputs[index], tuple) else hidden
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As it was told."""
+        return self._answer(*args, **kwargs)
 
-        return forward
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._stands_for[0], name)
 
-    for i, block in enumerate(blocks):
-        block.forward = stub(i)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
+
+class _AllSeenError(Exception):
+    """Ends a forward once every block was called."""
 
 
 class BlockCalls:
-    """Records, for a batch of tokens, the input of the first block and every block's other arguments."""
+    """Runs a model without its blocks: what enters the first, what each is called with, what comes of the last's output.
+
+    Args:
+        model: a causal language model, or its decoder.
+        blocks: its blocks.
+    """
 
     def __init__(self, model: nn.Module, blocks: nn.ModuleList) -> None:
         self._model, self._blocks = model, blocks
-        self._outputs: list[Any] = [None] * len(blocks)
+        self._there = tuple(blocks)
         self._device = next(model.parameters()).device
+        self._outputs: dict[type, Any] = {}  # by class: what a block returns
         self._see_outputs()
-
-    def _see_outputs(self) -> None:
-        """One real forward of two tokens shows what each block returns."""
-
-        def keep(index: int):
-            def hook(_module, _args, output):
-                self._outputs[index] = output
-
-            return hook
-
-        handles = (block.register_forward_hook(keep(i)) for i, block in enumerate(self._blocks))
-        with hooks(handles), torch.no_grad():
-            self._model(torch.zeros(1, 2, dtype=torch.long, device=self._device), use_cache=False)
 
     @torch.no_grad()
     def record(
         self, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> tuple[Float[Tensor, "batch tokens width"], list[Call]]:
-        """Hidden states that enter the first block, and one `Call` per block."""
-        seen: list[Any] = [None] * len(self._blocks)
+        """Hidden states that enter the first block, and one `Call` per block.
+
+        Raises:
+            UserError: the model does not call all of its blocks.
+        """
+        entered: list[Tensor] = []
+        calls: dict[int, Call] = {}
+
+        def answer(index: int, *args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            entered.append(hidden)
+            calls[index] = Call(args[1:], kwargs)
+            if len(calls) == len(self._there):
+                raise _AllSeenError
+            return self._like(index, hidden)
+
+        with self._answering(answer), suppress(_AllSeenError):
+            self._run(ids, mask)
+        if len(calls) < len(self._there):
+            raise UserError(f"model: calls {len(calls)} of its {len(self._there)} blocks; all of them are needed")
+        return entered[0], [calls[index] for index in range(len(self._there))]
+
+    @torch.no_grad()
+    def finish(self, ids: Int[Tensor, "batch tokens"], hidden: Float[Tensor, "batch tokens width"]) -> Any:
+        """What the model returns for these tokens, if `hidden` is what its last block makes of them."""
+
+        def answer(index: int, *args: Any, **kwargs: Any) -> Any:
+            last = index == len(self._there) - 1
+            return self._like(index, hidden if last else args[0] if args else kwargs["hidden_states"])
+
+        with self._answering(answer):
+            return self._run(ids)
+
+    @torch.no_grad()
+    def _see_outputs(self) -> None:
+        """One forward of two tokens, through the first block of each class, shows what blocks return."""
+
+        def answer(index: int, *args: Any, **kwargs: Any) -> Any:
+            block = self._there[index]
+            if type(block) in self._outputs:
+                return self._like(index, args[0] if args else kwargs["hidden_states"])
+            return self._outputs.setdefault(type(block), block(*args, **kwargs))
+
+        with self._answering(answer):
+            self._run(torch.zeros(1, 2, dtype=torch.long))
+
+    def _like(self, index: int, hidden: Tensor) -> Any:
+        """`hidden` as the block would return it: alone, or before other things."""
+        output = self._outputs[type(self._there[index])]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def _run(self, ids: Tensor, mask: Tensor | None = None) -> Any:
         attention = None if mask is None else mask.to(self._device, torch.long)
-        # The head's logits are not wanted: one position is the least that models can be asked for.
-        with _stubbed(self._blocks, self._outputs, seen):
-            self._model(ids.to(self._device), attention_mask=attention, use_cache=False, logits_to_keep=1)
-        return seen[0][0], [call for _, call in seen]
+        return self._model(input_ids=ids.to(self._device), attention_mask=attention, use_cache=False)
+
+    @contextmanager
+    def _answering(self, answer: Callable[..., Any]) -> Iterator[None]:
+        """Within: in place of block i, `answer(i, …)` is called; neither the block nor any of its hooks is."""
+        try:
+            for i, block in enumerate(self._there):
+                self._blocks[i] = _Stub(block, partial(answer, i))
+            yield
+        finally:
+            for i, block in enumerate(self._there):
+                self._blocks[i] = block

@@ -1,0 +1,115 @@
+"""Modules whose tensors stay elsewhere, come into memory when they are wanted, and leave again.
+
+    with resident(block):
+        ...                         # its weights are there; an ordinary module's always are
+
+A module that is called outside of this comes for the time of the call. In its absence its parameters keep their names,
+shapes, types and identity (tied ones stay tied), over a single NaN: whoever reads them by mistake will notice.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+Read = Callable[[], Mapping[str, Tensor]]
+"""Parameters by name."""
+
+
+class Residence:
+    """Where the parameters of some modules are while they are away.
+
+    Args:
+        modules: that come and go together; tied ones share parameters.
+        parameters: theirs, each under one name that `read` knows.
+        read: what they are, in any precision.
+        read_ahead: is told that `read` will be wanted soon.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        parameters: Mapping[str, nn.Parameter],
+        read: Read,
+        read_ahead: Callable[[], None],
+    ) -> None:
+        self.parameters = dict(parameters)
+        self._read, self._read_ahead = read, read_ahead
+        self._wanted = 0
+        self._here = False
+        self._empty()
+        for module in modules:
+            module.residence = self  # pyright: ignore[reportArgumentType]
+            module.register_forward_pre_hook(self._come)
+            module.register_forward_hook(self._go, always_call=True)
+
+    def moved(self, read: Read, read_ahead: Callable[[], None]) -> None:
+        """From now on they are what `read` says."""
+        self._read, self._read_ahead = read, read_ahead
+
+    def read_ahead(self) -> None:
+        """They will be wanted soon."""
+        if not self._here:
+            self._read_ahead()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within: they are in memory, and what is written to them lasts as long."""
+        self._wanted += 1
+        try:
+            self._fill()
+            yield
+        finally:
+            self._wanted -= 1
+            if not self._wanted:
+                self._empty()
+
+    def _fill(self) -> None:
+        if self._here:
+            return
+        tensors = self._read()
+        for name, parameter in self.parameters.items():
+            parameter.data = tensors[name].to(parameter.device, parameter.dtype)
+        self._here = True
+
+    def _empty(self) -> None:
+        self._here = False
+        for parameter in self.parameters.values():
+            nan = torch.full((), torch.nan, dtype=parameter.dtype, device=parameter.device)
+            parameter.data = nan.expand(parameter.shape)
+
+    def _come(self, _module: nn.Module, _args: tuple) -> None:
+        self._fill()
+
+    def _go(self, _module: nn.Module, _args: tuple, _output: object) -> None:
+        if not self._wanted:
+            self._empty()
+
+    def __deepcopy__(self, _memo: dict) -> "Residence":
+        """A copy of a module is an ordinary one: it is always there."""
+        copy = object.__new__(Residence)
+        copy.parameters, copy._wanted, copy._here = {}, 1, True
+        return copy
+
+
+def residence(module: nn.Module) -> Residence | None:
+    """Of a module that comes and goes; None for one that is always there."""
+    found = module.__dict__.get("residence")
+    return found if found is not None and found.parameters else None
+
+
+@contextmanager
+def resident(*modules: nn.Module) -> Iterator[None]:
+    """Within: the modules' weights are in memory."""
+    with ExitStack() as stack:
+        for module in modules:
+            home = residence(module)
+            if home is not None:
+                stack.enter_context(home.held())
+        yield
+
+
+def streamed(model: nn.Module) -> bool:
+    """Whether any of the model's modules comes and goes."""
+    return any(residence(module) is not None for module in model.modules())

@@ -1,0 +1,106 @@
+"""A model that needn't fit into memory: its blocks, embedding and head stay in their files until they are wanted."""
+
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from gptq_awq.errors import UserError
+from gptq_awq.models.blocks import find_blocks
+from gptq_awq.models.checkpoint import Checkpoint
+from gptq_awq.models.residence import Residence
+
+SMALL = 2**20
+"""Numbers. What lies outside of the blocks and has fewer, such as the last norm, is kept in memory."""
+
+
+def open_streamed(
+    folder: Path, config: Any, dtype: torch.dtype, device: torch.device, option: str, **code: Any
+) -> PreTrainedModel:
+    """The causal language model of a transformers folder, with nearly nothing of it in memory.
+
+    Raises:
+        UserError: naming `option`, where the folder lacks a tensor, or has none in safetensors files.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **code)
+    model.tie_weights()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    checkpoint = Checkpoint(folder, model, option)
+    _put_nothing(model, dtype, device)
+    model.eval()
+    names = _names_in(checkpoint, model, option)
+    kept = dict(model.named_parameters())
+    for modules in _units(model):
+        own = {id(p): p for module in modules for p in module.parameters()}
+        parameters = {names[key]: p for key, p in own.items()}
+        wanted = list(parameters)
+        Residence(modules, parameters, partial(checkpoint.read, wanted), partial(checkpoint.read_ahead, wanted))
+        kept = {name: p for name, p in kept.items() if id(p) not in own}
+    for name, tensor in checkpoint.read([names[id(p)] for p in kept.values()]).items():
+        parameter = model.get_parameter(name)
+        parameter.data = tensor.to(device, parameter.dtype)
+    for name in {*model.state_dict()} - {name for name, _ in model.named_parameters(remove_duplicate=False)}:
+        if name in checkpoint:
+            model.get_buffer(name).copy_(checkpoint.read([name])[name])
+    return model
+
+
+def _put_nothing(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
+    """Parameters of the right type on the right device, over a single number each; buffers as they are, there."""
+    exact, new = _kept_in_float32(model, dtype), {}
+    for name, old in model.named_parameters():
+        number = torch.full((), torch.nan, dtype=torch.float32 if exact(name) else dtype, device=device)
+        new[id(old)] = nn.Parameter(number.expand(old.shape), requires_grad=False)
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            module._parameters[name] = None if old is None else new[id(old)]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+
+
+def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Whether transformers loads that parameter in float32, whatever the model's dtype: a router's bias, for one."""
+    patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
+    return lambda name: any(re.search(pattern, name) for pattern in patterns)
+
+
+def _names_in(checkpoint: Checkpoint, model: PreTrainedModel, option: str) -> dict[int, str]:
+    """The id of every parameter → its name in the checkpoint; a tied one has several names, of which one is there.
+
+    Raises:
+        UserError: none is there; two are, with different numbers.
+    """
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in checkpoint:
+            continue
+        first = names.setdefault(id(parameter), name)
+        if first != name and not torch.equal(*checkpoint.read([first, name]).values()):
+            raise UserError(
+                f"{option}: config.json ties {first} and {name}, and the files hold different tensors; "
+                "set tie_word_embeddings there to what is meant"
+            )
+    missing = [name for name, p in model.named_parameters() if id(p) not in names]
+    if missing:
+        raise UserError(f"{option}: holds no weights for {missing[0]} ({len(missing)} missing)")
+    return names
+
+
+def _units(model: PreTrainedModel) -> Iterator[list[nn.Module]]:
+    """What comes and goes together: each block; each large module outside of them, with those that share its weight."""
+    prefix, blocks = find_blocks(model)
+    yield from ([block] for block in blocks)
+    outside: dict[int, list[nn.Module]] = {}
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        if not name.startswith(f"{prefix}.") and sum(p.numel() for p in own) >= SMALL:
+            outside.setdefault(id(own[0]), []).append(module)
+    yield from outside.values()
