@@ -96,7 +96,7 @@ class _AllSeenError(Exception):
 
 
 class BlockCalls:
-    """Runs a model without its blocks: what enters the first, what each is called with, what comes of the last's output.
+    """A model run without its blocks: what enters the first, what each is called with, what becomes of the last's.
 
     Args:
         model: a causal language model, or its decoder.

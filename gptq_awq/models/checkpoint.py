@@ -1,7 +1,7 @@
 """The tensors of a transformers folder, by the names that a model knows them by, read when they are asked for.
 
-Checkpoints name and cut tensors in their own way (an expert's three matrices one by one, where the model has all experts'
-in one tensor): transformers' rules for loading say how, and are applied here to the tensors of one block at a time.
+Checkpoints name and cut tensors in their own way (an expert's three matrices one by one, where the model has all
+experts' in one tensor): transformers' rules for loading say how, and are applied here to a block's tensors at a time.
 """
 
 import copy
@@ -44,7 +44,7 @@ class Checkpoint:
         self._model = model
         self._files = _files_of_tensors(folder)
         if not self._files:
-            raise UserError(f"{option}: only safetensors files can be streamed; set memory_budget=null to load it whole")
+            raise UserError(f"{option}: has no safetensors files, which alone can be streamed; leave memory_budget out")
         self._recipes: dict[str, _Recipe] = {}
         rules = get_model_conversion_mapping(model)
         names = model.state_dict()

@@ -44,9 +44,9 @@ class Residence:
             module.register_forward_pre_hook(self._come)
             module.register_forward_hook(self._go, always_call=True)
 
-    def moved(self, read: Read, read_ahead: Callable[[], None]) -> None:
+    def moved(self, read: Read) -> None:
         """From now on they are what `read` says."""
-        self._read, self._read_ahead = read, read_ahead
+        self._read, self._read_ahead = read, lambda: None
 
     def read_ahead(self) -> None:
         """They will be wanted soon."""
@@ -108,6 +108,12 @@ def resident(*modules: nn.Module) -> Iterator[None]:
             if home is not None:
                 stack.enter_context(home.held())
         yield
+
+
+def read_ahead(module: nn.Module) -> None:
+    """The module will be wanted soon: let the system fetch it, if it isn't in memory."""
+    if (home := residence(module)) is not None:
+        home.read_ahead()
 
 
 def streamed(model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from gptq_awq.files import locked
 from gptq_awq.journal import Journal
 from gptq_awq.models.blocks import Call
 from gptq_awq.models.linear import Absorber, Site
+from gptq_awq.models.residence import read_ahead, resident
 from gptq_awq.models.topology import observe_sites
 from gptq_awq.moments import Factor, Keep, Moments, pack_symmetric, unpack_symmetric
 from gptq_awq.pipeline.staged import observe_forward
@@ -117,7 +118,9 @@ def passing(observer: Observer, blocks: nn.ModuleList, dtype: torch.dtype, start
     """Observe the blocks one after the other, each before the caller changes it; keeps nothing."""
     sites: list[Site] = []
     for index in range(start, len(blocks)):
-        with torch.no_grad():
+        if index + 1 < len(blocks):
+            read_ahead(blocks[index + 1])
+        with torch.no_grad(), resident(blocks[index]):
             sites = observer.sites(blocks[index], index, sites)
             seen = observer.observe(in_dtype(blocks[index], dtype), index, sites, advance=True)
         yield seen
@@ -200,7 +203,8 @@ def _restored(journal: Journal, streams: Streams, start: int) -> int:
 
 def _forecast(observer: Observer, blocks: nn.ModuleList) -> int:
     """Bytes of the moments of all blocks, if all are like the first."""
-    sites = observe_sites(blocks[0], observer.streams.probe_input(), observer.streams.probe.calls[0], absorbers=False)
+    with resident(blocks[0]):
+        sites = replace(observer, absorbers=False).sites(blocks[0], 0)
     return len(blocks) * sum(4 * site.width**2 for site in sites)
 
 

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight, group_of_columns
 from gptq_awq.journal import Journal
-from gptq_awq.models.linear import matrix
+from gptq_awq.models.residence import residence
 from gptq_awq.pipeline.streams import Streams
 from gptq_awq.profiling import phase
 from gptq_awq.sealed import DamagedError, Sealed
@@ -57,39 +58,64 @@ class Progress:
                 streams.keep(self.journal, done.index)
             self.journal.append(done.index, tensors, facts)
         except OSError as error:
+            if residence(block) is not None:
+                raise UserError(f"a streamed model's finished blocks go to the cache, and it can't: {error}") from error
             log.warning("progress is not kept, a killed run would start again: %s", error)
             self.journal.clear()
             self.journal = None
 
-    def finished(self, blocks: nn.ModuleList, streams: Streams | None) -> list[Sealed]:
-        """What is kept of the leading blocks; `streams` then enter the block after them."""
+    def finished(self, count: int, streams: Streams | None) -> int:
+        """How many of the leading blocks, of `count`, are kept; `streams` then enter the block after them."""
         if self.journal is None:
-            return []
-        contents: list[Sealed] = []
+            return 0
+        done = min(self.journal.count(), count)
         try:
-            for index in range(min(self.journal.count(), len(blocks))):
-                contents.append(self.journal.block(index))
-            if contents and streams is not None and len(contents) < len(blocks):
-                streams.restore(self.journal, len(contents) - 1)
+            for index in range(done):
+                self.journal.block(index)
+            if done and streams is not None and done < count:
+                streams.restore(self.journal, done - 1)
         except (DamagedError, FileNotFoundError) as error:
             log.warning("the progress in %s can't be used (%s): starting again", self.journal.folder, error)
             self.journal.clear()
-            return []
-        return contents
+            return 0
+        return done
+
+    def restore(
+        self, finished: int, prefix: str, blocks: nn.ModuleList, grids: Mapping[str, Grid]
+    ) -> Iterator[BlockResult]:
+        """Put finished blocks back into the model, in place."""
+        for index in range(finished):
+            name, block = f"{prefix}.{index}", blocks[index]
+            self.settle(name, block, index, grids)
+            assert self.journal is not None
+            content = self.journal.block(index)
+            weights = dict(_weights(content, grids))
+            if residence(block) is None:
+                state = _state(content, weights, block, name)
+                block.load_state_dict({key.removeprefix(f"{name}."): value for key, value in state.items()})
+            yield BlockResult(index, weights, content.facts["rows"], restored=True)
+
+    def settle(self, name: str, block: nn.Module, index: int, grids: Mapping[str, Grid]) -> None:
+        """From now on a streamed block, which is finished, comes from the journal."""
+        if (home := residence(block)) is None:
+            return
+        assert self.journal is not None
+        journal = self.journal
+
+        def read() -> dict[str, Tensor]:
+            content = journal.block(index)
+            return _state(content, dict(_weights(content, grids)), block, name)
+
+        home.moved(read)
 
 
-def restore(
-    contents: list[Sealed], prefix: str, blocks: nn.ModuleList, grids: Mapping[str, Grid]
-) -> Iterator[BlockResult]:
-    """Put finished blocks back into the model, in place."""
-    for index, content in enumerate(contents):
-        block = blocks[index]
-        weights = dict(_weights(content, grids))
-        with torch.no_grad():
-            for name, weight in weights.items():
-                matrix(block.get_submodule(name.removeprefix(f"{prefix}.{index}."))).copy_(weight.dequantize())
-            block.load_state_dict(_under("plain/", content.tensors), strict=False)
-        yield BlockResult(index, weights, content.facts["rows"], restored=True)
+def _state(content: Sealed, weights: Mapping[str, QuantizedWeight], block: nn.Module, name: str) -> dict[str, Tensor]:
+    """What a finished block holds, by names in the model."""
+    state = {f"{name}.{key}": value for key, value in _under("plain/", content.tensors).items()}
+    for linear, weight in weights.items():
+        flipped = isinstance(block.get_submodule(linear.removeprefix(f"{name}.")), Conv1D)
+        state[f"{linear}.weight"] = weight.dequantize().T if flipped else weight.dequantize()
+    return state
 
 
 def _packed(prefix: str, block: nn.Module, done: BlockResult) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -28,13 +28,14 @@ from gptq_awq.journal import Journal
 from gptq_awq.kernels.threads import match_torch
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import Site
+from gptq_awq.models.residence import read_ahead, residence, resident, streamed
 from gptq_awq.pipeline.block import BlockStep
 from gptq_awq.pipeline.inputs import Inputs, Settings, resolve_compute_dtype
 from gptq_awq.pipeline.ledger import LinearReport
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.observe import Record
 from gptq_awq.pipeline.places import landing
-from gptq_awq.pipeline.progress import BlockResult, Progress, restore
+from gptq_awq.pipeline.progress import BlockResult, Progress
 from gptq_awq.pipeline.tuned import tuned_model
 from gptq_awq.progress import Track, no_track
 from gptq_awq.solvers.rtn import RTN
@@ -73,6 +74,8 @@ def quantize(
             that a grid has no room for.
     """
     match_torch()
+    if streamed(model):
+        _check_blockwise(method, progress)
     if method.solver is None:
         if method.cast is not None:
             _cast(model, getattr(torch, method.cast))
@@ -118,16 +121,36 @@ def _blocks(
             track=track,
             full=method.needs_full,
         )
-    finished = kept.finished(blocks, inputs.streams if inputs else None)
-    yield from restore(finished, prefix, blocks, grids)
-    rest = range(len(finished), len(blocks))
+    finished = kept.finished(len(blocks), inputs.streams if inputs else None)
+    yield from kept.restore(finished, prefix, blocks, grids)
+    rest = range(finished, len(blocks))
     for index in track(rest, f"quantize ({method.name})", len(rest)):
         step = BlockStep(blocks[index], index, f"{prefix}.{index}", method, grids, prepared)
-        with torch.no_grad():
+        if index + 1 < len(blocks):
+            read_ahead(blocks[index + 1])
+        with torch.no_grad(), resident(blocks[index]):
             step.run(inputs)
-        done = BlockResult(index, step.weights, step.rows)
-        kept.save(f"{prefix}.{index}", blocks[index], done, inputs.streams if inputs else None)
+            done = BlockResult(index, step.weights, step.rows)
+            kept.save(f"{prefix}.{index}", blocks[index], done, inputs.streams if inputs else None)
+        kept.settle(f"{prefix}.{index}", blocks[index], index, grids)
         yield done
+
+
+def _check_blockwise(method: Method, progress: Journal | None) -> None:
+    """Refuse, for a model whose blocks come one at a time, what needs more.
+
+    Raises:
+        UserError: naming the part of the method; no place for finished blocks.
+    """
+    whole = [*(each.name for each in method.of_model), *(each.name for each in method.tuning_of_model)]
+    whole += [f"method.cast={method.cast}"] if method.cast else []
+    if whole:
+        raise UserError(
+            f"method={method.name}: {whole[0]} works on the whole model, which is streamed from disk block by block; "
+            "choose a method without it, or a memory_budget that the model fits into"
+        )
+    if progress is None:
+        raise ValueError("a streamed model needs a journal: its finished blocks go there")
 
 
 def _wants_tokens(method: Method) -> UserError:
@@ -159,12 +182,17 @@ def _round_ends(model: nn.Module, grids: Mapping[str, Grid], blocks: str, method
         if name.startswith(f"{blocks}."):
             continue
         started = time.perf_counter()
-        target = model.get_submodule(name).get_parameter("weight").data
-        weight = target.float()
-        solution = RTN().solve(weight, None, grid)
-        dequantized = solution.quantized.dequantize()
-        target.copy_(dequantized)
+        module = model.get_submodule(name)
+        with resident(module):
+            target = module.get_parameter("weight").data
+            weight = target.float()
+            solution = RTN().solve(weight, None, grid)
+            dequantized = solution.quantized.dequantize()
+            target.copy_(dequantized)
         report = LinearReport(name, -1, Site((name,), weight.shape[1]), method, None, {})
         ends.rows.append(report.row(weight, dequantized, solution, time.perf_counter() - started))
         ends.weights[name] = solution.quantized
+        if (home := residence(module)) is not None:
+            (own,) = home.parameters  # the embedding's, or the head's: it has no bias
+            home.moved(lambda own=own, kept=solution.quantized: {own: kept.dequantize()})
     return ends

@@ -18,6 +18,7 @@ from gptq_awq.data import TokenSet
 from gptq_awq.journal import Journal
 from gptq_awq.models.attention import faster_attention_of
 from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call
+from gptq_awq.models.residence import resident
 from gptq_awq.profiling import phase
 from gptq_awq.progress import Track, no_track
 from gptq_awq.sealed import DamagedError
@@ -105,6 +106,19 @@ def open_streams(
     full: bool = False,
 ) -> Streams:
     """Embed the calibration tokens and record what every block is called with; `full`: see `Stream`."""
+    with resident(model.get_input_embeddings()):  # pyright: ignore[reportCallIssue]
+        return _opened(model, blocks, tokens, tokens_per_batch, compute_dtype, track, full)
+
+
+def _opened(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    tokens: TokenSet,
+    tokens_per_batch: int,
+    compute_dtype: torch.dtype,
+    track: Track,
+    full: bool,
+) -> Streams:
     recorder = BlockCalls(model, blocks)
     windows, seqlen = tokens.ids.shape
     per_batch = max(1, tokens_per_batch // seqlen)
