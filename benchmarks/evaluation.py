@@ -22,7 +22,8 @@ from gptq_awq import quantize_model
 from gptq_awq.data import LocalText, WikiText2, evaluation_windows
 from gptq_awq.evaluation.divergence import compare
 from gptq_awq.evaluation.head import Head
-from gptq_awq.evaluation.perplexity import next_token_nll, window_states
+from gptq_awq.evaluation.perplexity import next_token_nll
+from gptq_awq.evaluation.states import window_states
 from gptq_awq.models.load import AssetModel, LocalModel
 
 Score = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]

@@ -20,9 +20,10 @@ from gptq_awq.evaluation.perplexity import (
     check_finite,
     checked_windows,
     token_nll,
-    window_states,
 )
+from gptq_awq.evaluation.states import states_of
 from gptq_awq.evaluation.tiles import comparison
+from gptq_awq.models.residence import resident
 from gptq_awq.profiling import phase
 from gptq_awq.progress import Track, no_track
 
@@ -52,17 +53,18 @@ def divergence(
     is not finite, ValueError where the full-precision output layer is not the baseline's.
     """
     head = Head.of(model, compute_dtype)
-    with head.with_output(output):
+    with resident(head.output), head.with_output(output):
         if head.sha256() != baseline.head_sha256:
             raise ValueError("the output layer is not the full-precision one: KL would compare two heads")
     windows = checked_windows(model, tokens)
     nll, kl = torch.empty_like(baseline.nll), torch.empty_like(baseline.nll)
     agree = torch.empty_like(baseline.nll, dtype=torch.bool)
-    for index, window in enumerate(track(windows, f"{tokens.name}: quantized", len(windows))):
-        states = window_states(head, window)
-        compared = compare(head, baseline.hidden[index], states, window[1:], output)
-        nll[index], kl[index], agree[index] = compared
-        check_finite(nll[index] + kl[index], tokens.name, index)
+    seen = states_of(head, windows, f"{tokens.name}: quantized", track)
+    with resident(head.output):
+        for index, states in enumerate(track(seen, f"{tokens.name}: quantized", len(windows))):
+            compared = compare(head, baseline.hidden[index], states, windows[index, 1:], output)
+            nll[index], kl[index], agree[index] = compared
+            check_finite(nll[index] + kl[index], tokens.name, index)
     return Divergence(nll, kl, agree)
 
 

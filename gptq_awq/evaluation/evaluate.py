@@ -26,6 +26,7 @@ from gptq_awq.evaluation.divergence import Divergence, divergence
 from gptq_awq.evaluation.floor import Floor, floors
 from gptq_awq.evaluation.head import Parameters
 from gptq_awq.evaluation.perplexity import TokenScores, perplexity
+from gptq_awq.models.residence import resident
 from gptq_awq.pipeline.inputs import resolve_compute_dtype
 from gptq_awq.progress import Track, no_track
 from gptq_awq.scores import Scores
@@ -94,7 +95,9 @@ def full_precision(
     output = None
     if keep_output and tokens:
         layer = model.get_output_embeddings()
-        output = {name: p.data.clone() for name, p in layer.named_parameters()} if layer is not None else None
+        if layer is not None:
+            with resident(layer):
+                output = {name: p.data.clone() for name, p in layer.named_parameters()}
     if tasks is None:
         return Baseline(tuple(tokens), scores, output=output, compute_dtype=dtype, floors=noise)
     from gptq_awq.evaluation.harness import run_tasks

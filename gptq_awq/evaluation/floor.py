@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 from gptq_awq.data import TokenSet
 from gptq_awq.evaluation.divergence import compare
 from gptq_awq.evaluation.head import Head
-from gptq_awq.evaluation.perplexity import checked_windows, next_token_nll, window_states
+from gptq_awq.evaluation.perplexity import checked_windows, next_token_nll
+from gptq_awq.evaluation.states import states_of
+from gptq_awq.models.residence import resident
 from gptq_awq.sealed import Sealed, once
 
 TRIAL_TOKENS = 2048
@@ -48,11 +50,12 @@ def floor(model: PreTrainedModel, tokens: TokenSet, dtype: torch.dtype) -> Floor
     windows = checked_windows(model, replace(tokens, ids=tokens.ids[:count]))
     plain, lower = Head.of(model), Head.of(model, dtype)
     kl, change = [], []
-    for window in windows:
-        full, states = window_states(plain, window), window_states(lower, window)
-        nll, divergence, _ = compare(lower, full, states, window[1:], full_head=plain)
-        kl.append(divergence.double())
-        change.append(nll.double() - next_token_nll(plain, full, window[1:]).double())
+    seen = [states_of(head, windows, f"{tokens.name}: {head.compute_dtype}") for head in (plain, lower)]
+    with resident(plain.output):
+        for window, full, states in zip(windows, *seen, strict=True):
+            nll, divergence, _ = compare(lower, full, states, window[1:], full_head=plain)
+            kl.append(divergence.double())
+            change.append(nll.double() - next_token_nll(plain, full, window[1:]).double())
     return Floor(float(torch.cat(kl).mean()), float(torch.cat(change).mean()))
 
 

@@ -19,7 +19,9 @@ from transformers.utils import ModelOutput
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.precision import lowered, lowered_head
 from gptq_awq.kernels.threads import match_torch
+from gptq_awq.models.blocks import BlockCalls, find_blocks
 from gptq_awq.models.halves import logits
+from gptq_awq.models.residence import resident, streamed
 from gptq_awq.profiling import phase
 from gptq_awq.sealed import tensor_bytes
 
@@ -63,7 +65,7 @@ class Head:
         if output is None or decoder is None or decoder is model:
             raise _unsupported(model)
         probe = torch.arange(1, PROBE_TOKENS + 1, device=model.device)[None]
-        with torch.no_grad():
+        with torch.no_grad(), resident(output), _without_absent_blocks(model):
             template = decoder(input_ids=probe, use_cache=False, return_dict=True)
             expected = model(input_ids=probe, use_cache=False).logits[0].float()
             if not isinstance(template, ModelOutput) or "last_hidden_state" not in template:
@@ -144,6 +146,16 @@ class Head:
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(tensor_bytes(value))
         return digest.hexdigest()
+
+
+@contextmanager
+def _without_absent_blocks(model: PreTrainedModel) -> Iterator[None]:
+    """Within: blocks that would have to be read from disk are left out; a head is the same after any hidden states."""
+    if not streamed(model):
+        yield
+        return
+    with BlockCalls(model, find_blocks(model)[1]).skipped():
+        yield
 
 
 def _same(logits: Float[Tensor, "tokens vocab"], expected: Float[Tensor, "tokens vocab"]) -> bool:

@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.head import Head
+from gptq_awq.evaluation.states import states_of
 from gptq_awq.evaluation.tiles import predictions
+from gptq_awq.models.residence import resident
 from gptq_awq.profiling import phase
 from gptq_awq.progress import Track, no_track
 
@@ -49,15 +51,16 @@ def token_losses(
     windows = checked_windows(model, tokens)
     nll = torch.empty(len(windows), windows.shape[1] - 1)
     hidden = None
-    for index, window in enumerate(track(windows, f"{tokens.name}: full precision", len(windows))):
-        states = window_states(head, window)
-        if hidden is None:
-            hidden = torch.empty(len(windows), *states.shape, dtype=states.dtype)
-        hidden[index] = states
-        nll[index] = next_token_nll(head, states, window[1:])
-        check_finite(nll[index], tokens.name, index)
-    assert hidden is not None
-    return TokenScores(nll, hidden, head.sha256())
+    seen = states_of(head, windows, f"{tokens.name}: full precision", track)
+    with resident(head.output):
+        for index, states in enumerate(track(seen, f"{tokens.name}: full precision", len(windows))):
+            if hidden is None:
+                hidden = torch.empty(len(windows), *states.shape, dtype=states.dtype)
+            hidden[index] = states
+            nll[index] = next_token_nll(head, states, windows[index, 1:])
+            check_finite(nll[index], tokens.name, index)
+        assert hidden is not None
+        return TokenScores(nll, hidden, head.sha256())
 
 
 def next_token_nll(
@@ -85,11 +88,6 @@ def checked_windows(model: PreTrainedModel, tokens: TokenSet) -> Int[Tensor, "wi
     if limit is not None and length > limit:
         raise UserError(f"eval.perplexity.seqlen={length} is longer than the model's context of {limit} tokens")
     return tokens.ids.long()
-
-
-def window_states(head: Head, window: Int[Tensor, "tokens"]) -> Float[Tensor, "scored width"]:
-    """The head's input at every position that predicts a token of the window: all but the last."""
-    return head.hidden(window[None].to(head.model.device))[0, :-1]
 
 
 def token_nll(log_p: Float[Tensor, "tokens vocab"], targets: Int[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:

@@ -147,6 +147,16 @@ class BlockCalls:
         with self._answering(answer):
             return self._run(ids)
 
+    @contextmanager
+    def skipped(self) -> Iterator[None]:
+        """Within: blocks return what they are given, and the model runs without them."""
+
+        def answer(index: int, *args: Any, **kwargs: Any) -> Any:
+            return self._like(index, args[0] if args else kwargs["hidden_states"])
+
+        with self._answering(answer):
+            yield
+
     @torch.no_grad()
     def _see_outputs(self) -> None:
         """One forward of two tokens, through the first block of each class, shows what blocks return."""

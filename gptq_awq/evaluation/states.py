@@ -1,0 +1,61 @@
+"""Last hidden states of evaluation windows: window by window, or, where blocks come from disk, block by block."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gptq_awq.evaluation.head import Head
+from gptq_awq.evaluation.precision import lowered
+from gptq_awq.models.blocks import BlockCalls, Call, find_blocks
+from gptq_awq.models.residence import read_ahead, resident, streamed
+from gptq_awq.profiling import phase
+from gptq_awq.progress import Track, no_track
+
+
+def states_of(
+    head: Head, windows: Int[Tensor, "windows tokens"], name: str, track: Track = no_track
+) -> Iterable[Float[Tensor, "scored width"]]:
+    """The head's input, for each window in turn, at every position that predicts a token of it: all but the last.
+
+    One forward per window, as the caller asks for them. All windows' at once where the model is streamed, each block
+    being read once for all of them; `track` and `name` report on that.
+    """
+    if streamed(head.model):
+        return _blockwise(head, windows, name, track)
+    return (window_states(head, window) for window in windows)
+
+
+def window_states(head: Head, window: Int[Tensor, "tokens"]) -> Float[Tensor, "scored width"]:
+    """The head's input at every position of one window but the last."""
+    return head.hidden(window[None].to(head.model.device))[0, :-1]
+
+
+@torch.no_grad()
+def _blockwise(
+    head: Head, windows: Int[Tensor, "windows tokens"], name: str, track: Track
+) -> list[Float[Tensor, "scored width"]]:
+    _, blocks = find_blocks(head.decoder)
+    embedding = head.model.get_input_embeddings()
+    with resident(embedding), lowered(head.compute_dtype):
+        recorder = BlockCalls(head.decoder, blocks)
+        records = [recorder.record(window[None]) for window in windows]
+    hidden, calls = [h for h, _ in records], [c for _, c in records]
+    for index in track(range(len(blocks)), f"{name}: blocks", len(blocks)):
+        if index + 1 < len(blocks):
+            read_ahead(blocks[index + 1])
+        with resident(blocks[index]), lowered(head.compute_dtype):
+            hidden = _through(blocks[index], hidden, [call[index] for call in calls])
+    with resident(embedding), lowered(head.compute_dtype):  # the decoder embeds the window again, on its way to the last norm
+        outputs = [recorder.finish(window[None], h) for window, h in zip(windows, hidden, strict=True)]
+    return [output["last_hidden_state"][0, :-1] for output in outputs]
+
+
+def _through(block: torch.nn.Module, hidden: Sequence[Tensor], calls: Sequence[Call]) -> list[Tensor]:
+    """Each window through one block."""
+    out = []
+    for states, call in zip(hidden, calls, strict=True):
+        with phase("score/forward", *states.shape[:2]):
+            out.append(call.run(block, states))
+    return out
