@@ -1,7 +1,7 @@
 """Dense linear algebra of the solvers: damping and the inverse Cholesky factor."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gptq_awq.kernels import rank_k
@@ -11,23 +11,26 @@ MAX_DAMPING = 1.0
 DAMPING_STEP = 10.0
 BLOCK = 384
 """Columns of a symmetric matrix that are multiplied at a time: wider blocks waste more below the diagonal."""
-TRIANGLE = 96
-"""Triangular matrices up to this size are inverted in one call."""
 
 
 class NotPositiveDefiniteError(Exception):
     """No damping up to `MAX_DAMPING` made the Hessian positive definite."""
 
 
-def inverse_cholesky(hessian: Float[Tensor, "n n"], damping: float) -> tuple[Float[Tensor, "n n"], float]:
+def inverse_cholesky(
+    hessian: Float[Tensor, "n n"], damping: float, order: Int[Tensor, "n"] | None = None
+) -> tuple[Float[Tensor, "n n"], float]:
     """Upper Cholesky factor U of the damped inverse: UᵀU = (H + λ mean(diag H) I)⁻¹.
 
     Row i of U, divided by U_ii, is what GPTQ propagates after fixing column i (arXiv 2210.17323, eq. 4 and
-    sec. 3.3 step 3). Where a factorization fails, damping λ is multiplied by ten until it succeeds.
+    sec. 3.3 step 3). Where a factorization fails, damping λ is multiplied by ten until it succeeds. Takes n³ flops and,
+    beside H, memory for U alone.
 
     Args:
-        hessian: symmetric positive semi-definite, in the precision to compute in.
+        hessian: symmetric positive semi-definite, in the precision to compute in; where its diagonal is zero (a column
+            that no token reaches), one is taken for it.
         damping: λ, as a fraction of the mean diagonal (percdamp).
+        order: of columns, that U shall be in; None: as they are.
 
     Returns:
         U, and the damping that was used.
@@ -35,42 +38,73 @@ def inverse_cholesky(hessian: Float[Tensor, "n n"], damping: float) -> tuple[Flo
     Raises:
         NotPositiveDefiniteError: λ = 1 did not suffice (H is broken: non-finite or indefinite).
     """
-    mean_diagonal = hessian.diagonal().mean()
+    diagonal = hessian.diagonal()
+    diagonal = torch.where(diagonal == 0, 1.0, diagonal)
+    backwards = (torch.arange(len(hessian), device=hessian.device) if order is None else order).flip(0)
     used = damping
     while True:
-        factor = _try_inverse_cholesky(hessian, used * mean_diagonal)
-        if factor is not None:
-            return factor, used
+        factor = _reordered(hessian, backwards)
+        factor.diagonal().copy_(diagonal[backwards] + used * diagonal.mean())
+        if _invert_factor(factor) and bool(torch.isfinite(factor.sum())):
+            return _reversed(factor), used
+        del factor
         if used >= MAX_DAMPING:
             raise NotPositiveDefiniteError(f"the Hessian is not positive definite even with damping {used:g}")
         used = min(max(used * DAMPING_STEP, 1e-3), MAX_DAMPING)
 
 
-def _try_inverse_cholesky(hessian: Tensor, shift: Tensor) -> Tensor | None:
-    """U = J L⁻¹ J, with J reversing the order of columns and L Lᵀ = J H J: the inverse of H is never formed."""
-    damped = hessian.flip(0, 1)
-    damped.diagonal().add_(shift)
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    if failed.item():
-        return None
-    upper = _inverse_of_lower(lower, damped.zero_()).flip(0, 1)
-    return upper if bool(torch.isfinite(upper.sum())) else None
-
-
-def _inverse_of_lower(lower: Float[Tensor, "n n"], out: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """Inverse of a lower triangular matrix into `out`, zeros before, half by half.
-
-    [A 0; B C]⁻¹ = [A⁻¹ 0; -C⁻¹BA⁻¹ C⁻¹], in matmuls: n³/3 flops, a third of solving for the identity.
-    """
-    n = len(lower)
-    if n <= TRIANGLE:
-        identity = torch.eye(n, dtype=lower.dtype, device=lower.device)
-        return out.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
-    h = n // 2
-    a = _inverse_of_lower(lower[:h, :h], out[:h, :h])
-    c = _inverse_of_lower(lower[h:, h:], out[h:, h:])
-    out[h:, :h] = -(c @ (lower[h:, :h] @ a))
+def _reordered(matrix: Float[Tensor, "n n"], order: Int[Tensor, "n"]) -> Float[Tensor, "n n"]:
+    """Rows and columns in that order; nothing else as large is made."""
+    out = torch.empty_like(matrix)
+    for a in range(0, len(order), BLOCK):
+        out[a : a + BLOCK] = matrix[order[a : a + BLOCK]].index_select(1, order)
     return out
+
+
+def _reversed(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """Rows and columns from the last to the first, in place."""
+    n = len(matrix)
+    for a in range(0, n // 2, BLOCK):
+        b = min(a + BLOCK, n // 2)
+        first = matrix[a:b].flip(0, 1)
+        matrix[a:b] = matrix[n - b : n - a].flip(0, 1)
+        matrix[n - b : n - a] = first
+    if n % 2:
+        matrix[n // 2] = matrix[n // 2].flip(0)
+    return matrix
+
+
+def _invert_factor(a: Float[Tensor, "n n"]) -> bool:
+    """a ← L⁻¹ with L Lᵀ = a, in place, by halves; False where a is not positive definite. H = J a J gives U = J L⁻¹ J.
+
+    [A ·; B C]: L₁₁⁻¹ of A; L₂₁ = B L₁₁⁻ᵀ; L₂₂⁻¹ of C - L₂₁L₂₁ᵀ; and -L₂₂⁻¹L₂₁L₁₁⁻¹ below. Nearly all of it is matmuls,
+    each in an order that lets results replace their inputs. What is above the diagonal is never read.
+    """
+    n = len(a)
+    if n <= 2 * BLOCK:
+        lower, failed = torch.linalg.cholesky_ex(a)
+        if failed.item():
+            return False
+        a.copy_(torch.linalg.solve_triangular(lower, torch.eye(n, dtype=a.dtype, device=a.device), upper=False))
+        return True
+    h = n // 2
+    top, left, rest = a[:h, :h], a[h:, :h], a[h:, h:]
+    if not _invert_factor(top):
+        return False
+    for i in reversed(range(0, h, BLOCK)):
+        j = min(i + BLOCK, h)
+        left[:, i:j] = left[:, :j] @ top[i:j, :j].T
+    for i in range(0, n - h, BLOCK):
+        rest[i:, i : i + BLOCK].addmm_(left[i:], left[i : i + BLOCK].T, alpha=-1)
+    if not _invert_factor(rest):
+        return False
+    for i in range(0, h, BLOCK):
+        left[:, i : i + BLOCK] = left[:, i:] @ top[i:, i : i + BLOCK]
+    for i in reversed(range(0, n - h, BLOCK)):
+        j = min(i + BLOCK, n - h)
+        left[i:j] = -(rest[i:j, :j] @ left[:j])
+    a[:h, h:] = 0
+    return True
 
 
 def native_dtype(device: torch.device) -> torch.dtype:

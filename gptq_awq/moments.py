@@ -96,13 +96,8 @@ class Moments:
     def _factor(self, damping: float, act_order: bool) -> "Factor":
         diagonal = torch.where(self.dead(), 1.0, self.hessian.diagonal())
         order = torch.argsort(diagonal, descending=True) if act_order else None
-        if order is None:
-            h = self.hessian.clone()
-        else:
-            h, diagonal = self.hessian.index_select(0, order).index_select(1, order), diagonal[order]
-        h.diagonal().copy_(diagonal)
-        with phase("factor", len(h)):
-            factor, used = inverse_cholesky(h, damping)
+        with phase("factor", len(diagonal)):
+            factor, used = inverse_cholesky(self.hessian, damping, order)
         return factor, order, used
 
 

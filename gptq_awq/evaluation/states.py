@@ -47,7 +47,8 @@ def _blockwise(
             read_ahead(blocks[index + 1])
         with resident(blocks[index]), lowered(head.compute_dtype):
             hidden = _through(blocks[index], hidden, [call[index] for call in calls])
-    with resident(embedding), lowered(head.compute_dtype):  # the decoder embeds the window again, on its way to the last norm
+    # The decoder embeds the window again, on its way to the last norm.
+    with resident(embedding), lowered(head.compute_dtype):
         outputs = [recorder.finish(window[None], h) for window, h in zip(windows, hidden, strict=True)]
     return [output["last_hidden_state"][0, :-1] for output in outputs]
 
