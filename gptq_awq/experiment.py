@@ -33,6 +33,7 @@ from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.journal import Journal
 from gptq_awq.manifest import config_sha256, environment
 from gptq_awq.models.activations import quantized_activations
+from gptq_awq.models.residence import streamed
 from gptq_awq.pipeline.inputs import resolve_compute_dtype
 from gptq_awq.pipeline.observe import Record, observations_sha256
 from gptq_awq.pipeline.places import changes_output
@@ -244,11 +245,14 @@ def _quantize(plan: Plan, work: Work, tracker: Tracker, track: Track, recorder: 
     with _writing(plan.out):
         ledger = Ledger.create(plan.out / UNFINISHED)
     footprint, weights, restored = Footprint(), {}, 0
-    journal = work.run.journal if plan.resume else None
+    journal = work.run.journal
+    if not plan.resume:
+        journal.clear()
+    settings = replace(plan.settings, scratch=journal.folder / "spilled")
     steps = quantize(
-        *(work.loaded.model, work.tokens, plan.method, plan.grid, plan.settings, track),
+        *(work.loaded.model, work.tokens, plan.method, plan.grid, settings, track),
         record=_record(plan, work),
-        progress=journal,
+        progress=journal if plan.resume or streamed(work.loaded.model) else None,
     )
     with closing(recorder.closely(steps)) as steps:  # ends its progress bar before an error is told
         for block in steps:

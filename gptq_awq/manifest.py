@@ -19,7 +19,9 @@ REPORTING = tuple(
 )
 """What no number comes from."""
 PACKAGE = Path(__file__).parent
-NOT_COMPUTED = ("out", "tracking", "resume", "profile", "activations", "cache_gb", "objective")
+NOT_COMPUTED = (
+    *("out", "tracking", "resume", "profile", "activations", "memory_budget", "stream", "cache_gb", "objective"),
+)
 """Options that change no number."""
 
 

@@ -12,11 +12,17 @@ from torch import nn
 from gptq_awq.errors import UserError
 
 
-def available_bytes(device: torch.device) -> int:
-    """Memory that may still be allocated on `device`."""
+def available_bytes(device: torch.device, budget: int | None = None) -> int:
+    """Memory that may still be allocated on `device`; `budget`: of all that this process takes, but for GPUs."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
+    return free if budget is None else min(free, max(0, budget - resident_bytes()))
+
+
+def resident_bytes() -> int:
+    """Memory that this process has now."""
+    return psutil.Process().memory_info().rss
 
 
 def reset_peak(device: torch.device) -> None:
@@ -66,11 +72,12 @@ def held_bytes(tokens: int, hidden: int, widest: int, itemsize: int) -> int:
     return tokens * itemsize * (2 * hidden + max(4 * hidden, 2 * widest))
 
 
-def require(needed: int, device: torch.device, what: str) -> None:
-    """Raise UserError unless `needed` bytes are free on `device`."""
-    free = available_bytes(device)
+def require(needed: int, device: torch.device, what: str, budget: int | None = None) -> None:
+    """Raise UserError unless `needed` bytes are free on `device`, and within `budget`."""
+    free = available_bytes(device, budget)
     if needed > free:
+        place = f"on {device}" if budget is None else f"of memory_budget={budget}"
         raise UserError(
-            f"{what} needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on {device}: lower "
+            f"{what} needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free {place}: lower "
             "data.samples, data.seqlen or tokens_per_batch, choose a smaller model, or another device"
         )

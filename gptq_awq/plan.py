@@ -1,5 +1,6 @@
 """The plan of a run: its config turned into objects, which refuse what they cannot do. Nothing slow happens here."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from gptq_awq import memory
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.protocol import Evaluation
 from gptq_awq.export.write import Exports
@@ -32,6 +34,7 @@ class Plan:
     act: DynamicGrid
     kv: DynamicGrid
     settings: Settings
+    stream: bool | None
     model: Any
     data: Any
     evaluation: Evaluation
@@ -44,6 +47,13 @@ class Plan:
     profile: bool
     cache_bytes: int
     out: Path
+
+    @property
+    def room(self) -> int | None:
+        """Bytes that the model's weights may take; a larger one is streamed. None: there is no limit."""
+        if self.stream is None:
+            return memory.available_bytes(torch.device("cpu"), self.settings.memory_budget) // 2
+        return 0 if self.stream else None
 
 
 def preflight(cfg: DictConfig) -> Plan:
@@ -61,7 +71,11 @@ def preflight(cfg: DictConfig) -> Plan:
             grid=_build(cfg.grid),
             act=_build(cfg.act) if "act" in cfg else Unrounded(),  # a replayed run may be older than the option
             kv=_build(cfg.kv) if "kv" in cfg else Unrounded(),
-            settings=Settings(cfg.compute_dtype, _positive(cfg, "tokens_per_batch"), cfg.get("activations", "auto")),
+            settings=Settings(
+                *(cfg.compute_dtype, _positive(cfg, "tokens_per_batch"), cfg.get("activations", "auto")),
+                memory_budget=_memory_budget(cfg),
+            ),
+            stream=_stream(cfg),
             model=_build(cfg.model),
             data=_build(cfg.data),
             evaluation=_build(cfg.eval),
@@ -120,6 +134,31 @@ def _build(node: Any) -> Any:
         if cause is not None:
             raise cause from None
         raise UserError(str(error).splitlines()[0]) from error
+
+
+def _stream(cfg: DictConfig) -> bool | None:
+    """Whether the model is streamed; None: by its size."""
+    value = cfg.get("stream", False)
+    if value not in ("auto", True, False):
+        raise UserError(f"stream={value}: choose auto, true or false")
+    return None if value == "auto" else value
+
+
+def _memory_budget(cfg: DictConfig) -> int | None:
+    """In bytes; None: all that is free."""
+    value = cfg.get("memory_budget")
+    if value is None:
+        return None
+    parts = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(|[kmgt]i?)b?\s*", str(value).lower())
+    try:
+        assert parts is not None
+        unit = 1024 if parts[2].endswith("i") else 1000
+        budget = float(parts[1]) * unit ** " kmgt".index(parts[2][:1] or " ")
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"memory_budget={value}: give bytes, such as 4e9, 4GB or 4GiB") from error
+    if budget < (least := 2**30):
+        raise UserError(f"memory_budget={value}: this process takes half a GB by itself; give {least} bytes or more")
+    return int(budget)
 
 
 def _positive(cfg: DictConfig, key: str) -> int:

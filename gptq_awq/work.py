@@ -60,7 +60,7 @@ def load(plan: Plan) -> Work:
         UserError: naming the option.
     """
     package, code = package_sha256(), code_sha256(plan.config)  # now: the files may change while the run goes on
-    loaded = plan.model.load(dtype=plan.dtype, device=str(plan.device))
+    loaded = plan.model.load(dtype=plan.dtype, device=str(plan.device), room=plan.room)
     check_activations(loaded.model, plan.act, plan.kv)
     baseline_bytes = Footprint().model_bytes(loaded.model)
     if plan.method.of_model:  # which give a tied head weights of its own: formats and grids shall see it so
@@ -102,4 +102,5 @@ def _forecast(loaded: LoadedModel, tokens: TokenSet | None, plan: Plan) -> None:
         *(blocks, columns, hidden, tokens.ids.numel(), per_batch, dtype.itemsize), full=plan.method.needs_full
     )
     log.info("calibration needs about %.2f GB beyond the model", needed / 1e9)
-    memory.require(needed, plan.device, f"calibrating {loaded.name} (widest layer: {columns} columns)")
+    what = f"calibrating {loaded.name} (widest layer: {columns} columns)"
+    memory.require(needed, plan.device, what, plan.settings.memory_budget)

@@ -182,7 +182,7 @@ def test_too_little_memory_is_said_before_calibration_starts(tiny_folder, tiny_t
     from gptq_awq import experiment, memory
     from gptq_awq.errors import UserError
 
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(memory, "available_bytes", lambda device, budget=None: 1000)
     monkeypatch.setenv("GPTQ_AWQ_CACHE", str(tmp_path / "cache"))
     overrides = [
         *("method=gptq", "model=local", f"model.path={tiny_folder}", "data=local", f"data.path={tiny_text}"),

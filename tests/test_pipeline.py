@@ -80,7 +80,7 @@ def test_recomputed_activations_give_the_same_codes_to_the_last_bit(name):
 
 @pytest.mark.parametrize(("free", "kept"), [(2**40, True), (2**10, False)])
 def test_activations_are_kept_where_they_fit(monkeypatch, free, kept):
-    monkeypatch.setattr(memory, "available_bytes", lambda device: free)
+    monkeypatch.setattr(memory, "available_bytes", lambda device, budget=None: free)
     model = tiny_model("llama")
     inputs = Inputs(model, find_blocks(model)[1], tokens(), SMALL, error_propagation=True, absorbers=False)
     assert inputs.keeps_activations is kept

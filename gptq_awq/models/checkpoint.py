@@ -6,6 +6,7 @@ experts' in one tensor): transformers' rules for loading say how, and are applie
 
 import copy
 import json
+import math
 import os
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
@@ -134,6 +135,15 @@ def _files_of_tensors(folder: Path) -> dict[str, Path]:
         with safe_open(path, framework="pt") as file:
             found |= dict.fromkeys(file.keys(), path)
     return found
+
+
+def folder_numbers(folder: Path) -> int:
+    """How many numbers a folder's safetensors files hold; 0 where it has none."""
+    count = 0
+    for path in set(_files_of_tensors(folder).values()):
+        with safe_open(path, framework="pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return count
 
 
 def _header(path: Path) -> dict[str, tuple[int, int]]:

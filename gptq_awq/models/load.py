@@ -23,6 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 from gptq_awq.assets import ASSETS, cache_dir, fetch, file_sha256, hub_reachable, scratch_folder
 from gptq_awq.errors import UserError
+from gptq_awq.models.checkpoint import folder_numbers
+from gptq_awq.models.streamed import open_streamed
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +53,11 @@ class AssetModel:
     name: str
     asset: str
 
-    def load(self, dtype: str, device: str) -> LoadedModel:
+    def load(self, dtype: str, device: str, room: int | None = None) -> LoadedModel:
         """Fetch it if it is not in the cache, and load it. Raises UserError."""
         served = fetch(ASSETS[self.asset], hint="model=local model.path=DIR needs no network")
         folder = dequantized(served.path, served.sha256, f"model={self.name}")
-        model, tokenizer = load_folder(folder, dtype, device, f"model={self.name}")
+        model, tokenizer = load_folder(folder, dtype, device, f"model={self.name}", room=room)
         return LoadedModel(model, tokenizer, self.name, served.source, served.sha256)
 
 
@@ -67,7 +69,7 @@ class LocalModel:
     name: str | None = None
     trust_remote_code: bool = False
 
-    def load(self, dtype: str, device: str) -> LoadedModel:
+    def load(self, dtype: str, device: str, room: int | None = None) -> LoadedModel:
         """Load it. Raises UserError naming model.path."""
         if self.path is None:
             raise UserError("model.path is not set: name a transformers folder or a .gguf file")
@@ -81,7 +83,7 @@ class LocalModel:
             sha256, folder = folder_sha256(path), path
         else:
             raise UserError(f"{option}: is neither a .gguf file nor a folder with a config.json")
-        model, tokenizer = load_folder(folder, dtype, device, option, self.trust_remote_code)
+        model, tokenizer = load_folder(folder, dtype, device, option, self.trust_remote_code, room)
         return LoadedModel(model, tokenizer, self.name or path.resolve().stem, str(path), sha256)
 
 
@@ -94,22 +96,24 @@ class HubModel:
     revision: str = "main"
     trust_remote_code: bool = False
 
-    def load(self, dtype: str, device: str) -> LoadedModel:
+    def load(self, dtype: str, device: str, room: int | None = None) -> LoadedModel:
         """Download what is missing, and load it. Raises UserError naming model.id."""
         if self.id is None:
             raise UserError("model.id is not set: name a causal language model on the hub, as in ORG/NAME")
         _check(dtype, device)  # before a long download
         folder = hub_snapshot(self.id, self.revision)
-        model, tokenizer = load_folder(folder, dtype, device, f"model.id={self.id}", self.trust_remote_code)
+        option = f"model.id={self.id}"
+        model, tokenizer = load_folder(folder, dtype, device, option, self.trust_remote_code, room)
         name = self.name or self.id.split("/")[-1]
         return LoadedModel(model, tokenizer, name, f"hub {self.id}@{folder.name}", folder_sha256(folder))
 
 
 def load_folder(
-    folder: Path, dtype: str, device: str, option: str, trust_remote_code: bool = False
+    folder: Path, dtype: str, device: str, option: str, trust_remote_code: bool = False, room: int | None = None
 ) -> tuple[PreTrainedModel, Any]:
     """The causal language model and tokenizer of a transformers folder.
 
+    A model of more than `room` bytes is streamed (see `open_streamed`); None: it is loaded whole, whatever its size.
     Raises UserError naming `option` where the folder does not hold one in full, finite and at full precision,
     or naming dtype or device where those cannot be had.
     """
@@ -120,6 +124,8 @@ def load_folder(
         if getattr(config, "quantization_config", None) is not None:
             raise UserError(f"{option}: is quantized already; name the full-precision model")
         tokenizer = AutoTokenizer.from_pretrained(folder, **code)
+        if room is not None and folder_numbers(folder) * DTYPES[dtype].itemsize > room:
+            return _streamed(folder, config, dtype, device, option, trust_remote_code), tokenizer
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=DTYPES[dtype], output_loading_info=True, **code
         )
@@ -129,6 +135,16 @@ def load_folder(
         raise UserError(f"{option}: holds no weights for {missing[0]} ({len(missing)} missing)")
     _check_finite(model, option)
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def _streamed(
+    folder: Path, config: Any, dtype: str, device: str, option: str, trust_remote_code: bool
+) -> PreTrainedModel:
+    code = {"trust_remote_code": trust_remote_code} if trust_remote_code else {}
+    model = open_streamed(folder, config, DTYPES[dtype], torch.device(device), option, **code)
+    _check_causal(model, option)
+    log.info("%s is streamed: its blocks stay in %s until they are wanted", option, folder)
+    return model
 
 
 def dequantized(gguf: Path, sha256: str, option: str) -> Path:

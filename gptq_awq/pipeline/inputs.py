@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,6 +28,8 @@ class Settings:
         tokens_per_batch: calibration tokens per forward.
         activations: of batches that wait while a site is solved: "keep", "recompute", or "auto": kept where a
             forecast says that they fit into half of the free memory.
+        memory_budget: bytes that this process may take; None: all that is free.
+        scratch: folder for hidden states that would take more than an eighth of it; None: they stay in memory.
 
     Raises:
         UserError: another word for `activations`.
@@ -35,6 +38,8 @@ class Settings:
     compute_dtype: str = "auto"
     tokens_per_batch: int = 2048
     activations: str = "auto"
+    memory_budget: int | None = None
+    scratch: Path | None = None
 
     def __post_init__(self) -> None:
         if self.activations not in ("auto", "keep", "recompute"):
@@ -69,13 +74,14 @@ class Inputs:
         self.keeps_activations = settings.activations == "keep" or (
             settings.activations == "auto"
             and error_propagation
-            and _activations_fit(model, blocks, tokens, self.dtype, forwards=1 + full)
+            and _activations_fit(model, blocks, tokens, self.dtype, 1 + full, settings.memory_budget)
         )
         self._sites: list[Site] = []
         heads: int | None = getattr(getattr(model, "config", None), "num_attention_heads", None)
 
         def observer(tokens: TokenSet, absorbers: bool) -> Observer:
-            streams = open_streams(model, blocks, tokens, settings.tokens_per_batch, self.dtype, track, full)
+            spill = _spill(model, tokens, self.dtype, 1 + full, settings)
+            streams = open_streams(model, blocks, tokens, settings.tokens_per_batch, self.dtype, track, full, spill)
             return Observer(streams, absorbers, heads)
 
         # A record serves all methods, so it knows absorbers whether this one wants them or not.
@@ -111,21 +117,36 @@ class Inputs:
 
 
 def _activations_fit(
-    model: nn.Module, blocks: nn.ModuleList, tokens: TokenSet, dtype: torch.dtype, forwards: int
+    model: nn.Module, blocks: nn.ModuleList, tokens: TokenSet, dtype: torch.dtype, forwards: int, budget: int | None
 ) -> bool:
     """Whether what waiting batches hold fits into half of the free memory; what else is needed has the other half.
 
     Each batch waits in one or two `forwards`, as `staged_forward` has them.
     """
-    hidden = model.get_input_embeddings().weight.shape[1]  # pyright: ignore[reportCallIssue]
-    held = forwards * memory.held_bytes(tokens.ids.numel(), hidden, widest(blocks), dtype.itemsize)
-    free = memory.available_bytes(next(model.parameters()).device)
+    held = forwards * memory.held_bytes(tokens.ids.numel(), _width(model), widest(blocks), dtype.itemsize)
+    free = memory.available_bytes(next(model.parameters()).device, budget)
     fits = held <= free / 2
     log.info(
         "activations of waiting batches take up to %.2f GB of %.2f GB free: %s",
         *(held / 1e9, free / 1e9, "kept" if fits else "recomputed at every site (activations=keep holds them)"),
     )
     return fits
+
+
+def _width(model: nn.Module) -> int:
+    """Of hidden states."""
+    return model.get_input_embeddings().weight.shape[1]  # pyright: ignore[reportCallIssue]
+
+
+def _spill(model: nn.Module, tokens: TokenSet, dtype: torch.dtype, forwards: int, settings: Settings) -> Path | None:
+    """The folder for hidden states between blocks; None where memory has room for them."""
+    if settings.scratch is None:
+        return None
+    flowing = forwards * tokens.ids.numel() * _width(model) * dtype.itemsize
+    if flowing <= memory.available_bytes(torch.device("cpu"), settings.memory_budget) / 8:
+        return None
+    log.info("hidden states between blocks, %.2f GB, lie in %s", flowing / 1e9, settings.scratch)
+    return settings.scratch
 
 
 def _first_batch(tokens: TokenSet, tokens_per_batch: int) -> TokenSet:

@@ -9,6 +9,7 @@ afterwards both are its outputs.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,28 +20,60 @@ from gptq_awq.journal import Journal
 from gptq_awq.models.attention import faster_attention_of
 from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call
 from gptq_awq.models.residence import resident
+from gptq_awq.pipeline.spill import Spilled
 from gptq_awq.profiling import phase
 from gptq_awq.progress import Track, no_track
 from gptq_awq.sealed import DamagedError
 
 
-@dataclass
 class Stream:
     """One batch on its way through the model (the one mutable value of the pipeline).
 
     Attributes:
         number: of the batch, in the order of the calibration windows; -1: the probe.
-        hidden: what enters the next block.
         calls: the other arguments of every block.
         mask: True at real tokens; None when all are.
-        full: what enters the next block in the full-precision model; None where no one asks.
+        hidden: what enters the next block.
+        full: what enters it in the full-precision model; None where no one asks.
+        spill: the folder that hidden states lie in; None: in memory.
     """
 
-    number: int
-    hidden: Float[Tensor, "batch tokens width"]
-    calls: list[Call]
-    mask: Bool[Tensor, "batch tokens"] | None
-    full: Float[Tensor, "batch tokens width"] | None = None
+    def __init__(
+        self,
+        number: int,
+        hidden: Float[Tensor, "batch tokens width"],
+        calls: list[Call],
+        mask: Bool[Tensor, "batch tokens"] | None,
+        full: Float[Tensor, "batch tokens width"] | None = None,
+        spill: Path | None = None,
+    ) -> None:
+        self.number, self.calls, self.mask, self.spill = number, calls, mask, spill
+        self.hidden, self.full = hidden, full
+
+    @property
+    def hidden(self) -> Float[Tensor, "batch tokens width"]:
+        """What enters the next block."""
+        return _read(self._hidden)
+
+    @hidden.setter
+    def hidden(self, x: Float[Tensor, "batch tokens width"]) -> None:
+        self._hidden = self._put(x, "hidden")
+
+    @property
+    def full(self) -> Float[Tensor, "batch tokens width"] | None:
+        """The same in full precision."""
+        return None if self._full is None else _read(self._full)
+
+    @full.setter
+    def full(self, x: Float[Tensor, "batch tokens width"] | None) -> None:
+        self._full = None if x is None else self._put(x, "full")
+
+    def _put(self, x: Tensor, what: str) -> Tensor | Spilled:
+        return x if self.spill is None else Spilled.of(x, self.spill / f"{self.number:06d}-{what}")
+
+
+def _read(held: Tensor | Spilled) -> Tensor:
+    return held.read() if isinstance(held, Spilled) else held
 
 
 @dataclass(frozen=True)
@@ -79,14 +112,14 @@ class Streams:
         Raises:
             FileNotFoundError, DamagedError: a batch is not there, or is not one of these.
         """
-        kept = [journal.batch(index, stream.number) for stream in self.batches]
-        for stream, states in zip(self.batches, kept, strict=True):
-            now = stream.hidden
+        for stream in self.batches:
+            states, now = journal.batch(index, stream.number), stream.hidden
             if any(x.shape != now.shape or x.dtype != now.dtype for x in states):
                 raise DamagedError(f"a batch of shape {tuple(states[0].shape)} for one of {tuple(now.shape)}")
             if len(states) != 1 + (stream.full is not None):
                 raise DamagedError(f"{len(states)} hidden states of a batch")
-        for stream, (hidden, *full) in zip(self.batches, kept, strict=True):
+        for stream in self.batches:
+            hidden, *full = journal.batch(index, stream.number)
             stream.hidden = hidden.to(stream.hidden.device)
             stream.full = full[0].to(stream.hidden.device) if full else None
 
@@ -104,10 +137,11 @@ def open_streams(
     compute_dtype: torch.dtype,
     track: Track = no_track,
     full: bool = False,
+    spill: Path | None = None,
 ) -> Streams:
-    """Embed the calibration tokens and record what every block is called with; `full`: see `Stream`."""
+    """Embed the calibration tokens and record what every block is called with; `full`, `spill`: see `Stream`."""
     with resident(model.get_input_embeddings()):  # pyright: ignore[reportCallIssue]
-        return _opened(model, blocks, tokens, tokens_per_batch, compute_dtype, track, full)
+        return _opened(model, blocks, tokens, tokens_per_batch, compute_dtype, track, full, spill)
 
 
 def _opened(
@@ -118,6 +152,7 @@ def _opened(
     compute_dtype: torch.dtype,
     track: Track,
     full: bool,
+    spill: Path | None,
 ) -> Streams:
     recorder = BlockCalls(model, blocks)
     windows, seqlen = tokens.ids.shape
@@ -127,7 +162,7 @@ def _opened(
         hidden, calls = recorder.record(ids, mask)
         on_device = None if mask is None else mask.to(hidden.device)
         hidden = hidden.to(compute_dtype)
-        return Stream(number, hidden, calls, on_device, hidden if full else None)
+        return Stream(number, hidden, calls, on_device, hidden if full else None, None if number < 0 else spill)
 
     numbers = range(-(-windows // per_batch))
     batches = []
