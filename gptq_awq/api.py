@@ -17,8 +17,10 @@ from gptq_awq.errors import UserError
 from gptq_awq.grids.base import GridChoice, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.models.blocks import find_blocks
+from gptq_awq.models.experts import unfuse
 from gptq_awq.models.linear import Site, matrix
 from gptq_awq.moments import Moments
+from gptq_awq.pipeline.experts import ExpertPolicy
 from gptq_awq.pipeline.inputs import resolve_compute_dtype
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.observe import Observer, passing
@@ -113,8 +115,11 @@ def quantize_model(
     grid: GridChoice | None = None,
     settings: Settings = Settings(),  # noqa: B008 (frozen)
     track: Track = no_track,
+    experts: ExpertPolicy = ExpertPolicy(),  # noqa: B008 (frozen)
 ) -> QuantizedModel:
     """Quantize all linears in a causal LM's blocks, in place.
+
+    Fused experts become linears, which `gptq_awq.models.experts.fuse` puts together again for saving.
 
     Args:
         model: a transformers causal LM in eval mode.
@@ -126,6 +131,7 @@ def quantize_model(
         grid: instead of bits, group_size and sym: any grid, or mix of them.
         settings: how calibration computes.
         track: reports progress, see `gptq_awq.progress`.
+        experts: what calibrates experts that few tokens reach.
 
     Raises:
         UserError: as `gptq_awq.pipeline.quantize.quantize` does.
@@ -142,7 +148,7 @@ def quantize_model(
         "scale_dtype": "float16",
     } | search
     done = QuantizedModel(model, {}, [])
-    for block in quantize(model, calibration, method, grid or IntGrid(**options), settings, track):
+    for block in quantize(model, calibration, method, grid or IntGrid(**options), settings, track, experts=experts):
         done.weights.update(block.weights)
         done.ledger.extend(block.rows)
     return done
@@ -173,6 +179,8 @@ def observe_moments(
 ) -> Iterator[SiteInput]:
     """The moments of every site's input in the model as it is, block by block, in the order that sites run.
 
+    Fused experts become linears; those that few tokens reach are shown as all tokens (`ExpertPolicy`) meet them.
+
     Each Hessian has (columns of the input)² floats: of a large model, keep only those that are wanted.
 
     Args:
@@ -186,6 +194,7 @@ def observe_moments(
     """
     if isinstance(calibration, Tensor):
         calibration = make_token_set("calibration", calibration.cpu(), None, "memory")
+    unfuse(model)
     prefix, blocks = find_blocks(model)
     dtype = resolve_compute_dtype(settings.compute_dtype, next(model.parameters()).device)
     streams = open_streams(model, blocks, calibration, settings.tokens_per_batch, dtype)

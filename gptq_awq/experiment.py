@@ -253,6 +253,7 @@ def _quantize(plan: Plan, work: Work, tracker: Tracker, track: Track, recorder: 
         *(work.loaded.model, work.tokens, plan.method, plan.grid, settings, track),
         record=_record(plan, work),
         progress=journal if plan.resume or streamed(work.loaded.model) else None,
+        experts=plan.experts,
     )
     with closing(recorder.closely(steps)) as steps:  # ends its progress bar before an error is told
         for block in steps:
@@ -277,7 +278,8 @@ def _record(plan: Plan, work: Work) -> Record | None:
         return None
     settings = plan.settings
     dtype = resolve_compute_dtype(settings.compute_dtype, plan.device)
-    observed = " ".join([work.loaded.sha256, *map(repr, plan.method.of_model)])  # of the model as they leave it
+    # Of the model as its transforms leave it.
+    observed = " ".join([work.loaded.sha256, *map(repr, plan.method.of_model), repr(plan.experts)])
     key = observations_sha256(work.loaded.model, observed, work.tokens, dtype, settings.tokens_per_batch)
     return Record(Journal(cache_dir() / "moments" / key, key), plan.cache_bytes)
 

@@ -36,6 +36,8 @@ class Moments:
         tokens: n, real (unpadded) tokens seen.
         max_abs: max |x|, (in,) float32, for SmoothQuant; None where nobody counted it.
         cross: C, (in, in) float32, rows x̃ and columns x; None where full precision did not run beside.
+        routed: of an expert: real tokens that reached it by themselves; None: of an ordinary site.
+        policy: what was done as these were few; None: nothing.
         keep: where factors of H are kept for other runs; by default nowhere.
     """
 
@@ -44,9 +46,16 @@ class Moments:
     tokens: int
     max_abs: Float[Tensor, "in"] | None = None
     cross: Float[Tensor, "in in"] | None = None
+    routed: int | None = None
+    policy: str | None = None
     keep: "Keep" = field(default=lambda _key, compute: compute(), repr=False, compare=False)
     _factors: dict = field(default_factory=dict, repr=False, compare=False)
     _shared: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def none(cls, routed: int, policy: str) -> "Moments":
+        """Of no token: nothing is known of the input."""
+        return cls(torch.empty(0, 0), torch.empty(0), 0, routed=routed, policy=policy)
 
     def rescaled(self, scales: Float[Tensor, "in"]) -> "Moments":
         """The moments of x / s, as they are after a transform divided the site's input by `scales`."""
@@ -54,7 +63,8 @@ class Moments:
         largest = None if self.max_abs is None else self.max_abs / s
         products = s[:, None] * s[None, :]
         cross = None if self.cross is None else self.cross / products
-        return Moments(self.hessian / products, self.mean_abs / s, self.tokens, largest, cross)
+        mean = self.mean_abs / s
+        return Moments(self.hessian / products, mean, self.tokens, largest, cross, self.routed, self.policy)
 
     def drift(self) -> Float[Tensor, "in in"]:
         """D = 1/n Σ (x - x̃) x̃ᵀ = Cᵀ - H: what full precision has and this site lacks, as far as x̃ can tell.
@@ -124,6 +134,11 @@ class MomentsSum:
         self._max = torch.zeros(width, device=device)
         self._tokens = 0
 
+    @property
+    def tokens(self) -> int:
+        """How many have been counted."""
+        return self._tokens
+
     def add(
         self,
         x: Float[Tensor, "*batch in"],
@@ -132,6 +147,8 @@ class MomentsSum:
     ) -> None:
         """Add a batch of inputs; `full`: what full precision has in their place."""
         x = _real(x, mask)
+        if not len(x):
+            return
         paired = () if full is None else (_real(full, mask),)
         with phase("moments", *x.shape, *(1 for _ in paired)):
             if x.dtype == torch.bfloat16 and x.device.type == "cpu" and rank_k.available():
@@ -141,8 +158,7 @@ class MomentsSum:
                 self._add_products(x)
                 for other in paired:
                     self._add_cross(x, other)
-            if len(x):
-                self._max = torch.maximum(self._max, torch.maximum(x.amax(0), -x.amin(0)).float())
+            self._max = torch.maximum(self._max, torch.maximum(x.amax(0), -x.amin(0)).float())
         self._tokens += x.shape[0]
 
     def _add_products(self, x: Float[Tensor, "tokens in"]) -> None:
@@ -196,7 +212,9 @@ class MomentsSum:
 
 def _real(x: Float[Tensor, "*batch in"], mask: Bool[Tensor, "*batch"] | None) -> Float[Tensor, "tokens in"]:
     """The real tokens, one after the other."""
-    return x.reshape(-1, x.shape[-1]) if mask is None else x[mask]
+    if mask is None:
+        return x.reshape(-1, x.shape[-1])
+    return x[mask if mask.numel() != x.shape[:-1].numel() else mask.view(x.shape[:-1])]  # batch 1 tokens: MLA
 
 
 def _mirrored(upper: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:

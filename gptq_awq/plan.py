@@ -19,6 +19,7 @@ from gptq_awq.export.write import Exports
 from gptq_awq.grids.base import GridChoice
 from gptq_awq.grids.dynamic import DynamicGrid, Unrounded
 from gptq_awq.models.load import checked_device
+from gptq_awq.pipeline.experts import ExpertPolicy
 from gptq_awq.pipeline.inputs import Settings
 from gptq_awq.pipeline.method import Method
 from gptq_awq.tracking import Tracking
@@ -35,6 +36,7 @@ class Plan:
     kv: DynamicGrid
     settings: Settings
     stream: bool | None
+    experts: ExpertPolicy
     model: Any
     data: Any
     evaluation: Evaluation
@@ -76,6 +78,7 @@ def preflight(cfg: DictConfig) -> Plan:
                 memory_budget=_memory_budget(cfg),
             ),
             stream=_stream(cfg),
+            experts=ExpertPolicy(**cfg.get("experts", {})),
             model=_build(cfg.model),
             data=_build(cfg.data),
             evaluation=_build(cfg.eval),

@@ -16,6 +16,7 @@ from gptq_awq.manifest import code_sha256, package_sha256, run_sha256
 from gptq_awq.models.activations import check_activations
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.ends import untie
+from gptq_awq.models.experts import compute_eagerly, unfuse
 from gptq_awq.models.linear import widest
 from gptq_awq.models.load import LoadedModel
 from gptq_awq.pipeline.inputs import resolve_compute_dtype
@@ -61,6 +62,9 @@ def load(plan: Plan) -> Work:
     """
     package, code = package_sha256(), code_sha256(plan.config)  # now: the files may change while the run goes on
     loaded = plan.model.load(dtype=plan.dtype, device=str(plan.device), room=plan.room)
+    compute_eagerly(loaded.model)
+    if plan.method.solver is not None or plan.act.label is not None:
+        unfuse(loaded.model)
     check_activations(loaded.model, plan.act, plan.kv)
     baseline_bytes = Footprint().model_bytes(loaded.model)
     if plan.method.of_model:  # which give a tied head weights of its own: formats and grids shall see it so

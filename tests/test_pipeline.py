@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import CONFIGS, GROUPED, tiny_model, tiny_tokens
-from transformers import MixtralConfig, MixtralForCausalLM
+from tiny_models import CONFIGS, tiny_model, tiny_tokens
 
 from gptq_awq import memory, quantize_model
 from gptq_awq.api import load_method
@@ -246,13 +245,6 @@ def test_non_finite_weights_are_refused_and_located():
     model.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
     with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj"):
         quantize_model(model, None, "rtn")
-
-
-def test_a_mixture_of_experts_is_refused_rather_than_half_quantized():
-    torch.manual_seed(0)
-    config = MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2)
-    with pytest.raises(UserError, match="mixtures of experts"):
-        quantize_model(MixtralForCausalLM(config).eval(), tiny_tokens(), "gptq")
 
 
 def test_unknown_presets_are_refused_with_the_choices():

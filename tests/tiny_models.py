@@ -43,13 +43,28 @@ CONFIGS = {
     "phi3": lambda: T.Phi3Config(**GROUPED),
 }
 
+ROUTED = GROUPED | {"intermediate_size": 96, "num_experts_per_tok": 2}
+DEEPSEEK = ROUTED | {
+    **{"num_hidden_layers": 3, "num_key_value_heads": 4, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    **{"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 48},
+    **{"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16},
+}
+
+MIXTURES = {
+    "mixtral": lambda: T.MixtralConfig(**ROUTED, num_local_experts=4),
+    "qwen3-moe": lambda: T.Qwen3MoeConfig(**ROUTED, head_dim=16, num_experts=8, moe_intermediate_size=48),
+    "deepseek-v3": lambda: T.DeepseekV3Config(**DEEPSEEK),
+    "gpt-oss": lambda: T.GptOssConfig(**ROUTED, head_dim=16, num_local_experts=4),
+}
+"""With experts, fused as transformers has them; gpt-oss' matrices are transposed and have biases."""
+
 
 def tiny_model(name: str, seed: int = 0) -> T.PreTrainedModel:
     """A random causal LM; the same one for the same name and seed."""
     torch.manual_seed(seed)
-    model = T.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval().requires_grad_(False)
+    model = T.AutoModelForCausalLM.from_config((CONFIGS | MIXTURES)[name]()).eval().requires_grad_(False)
     for parameter in model.parameters():
-        if parameter.dim() == 1:
+        if parameter.dim() == 1 or name in MIXTURES:  # a mixture's routers are nearly or wholly zero, too
             parameter.add_(0.3 * torch.randn_like(parameter))
     return model
 

@@ -73,7 +73,8 @@ class Measure:
         W = weight.float()
         errors = [_row_errors(r - W, moments.hessian) for r in rounded]
         if self._fisher:
-            return tuple(float((self._fisher[name] * e).sum()) / 2 for e in errors)
+            fisher = self._fisher.get(name)  # an expert that no token reaches costs nothing
+            return tuple(0.0 if fisher is None else float((fisher * e).sum()) / 2 for e in errors)
         sums = [float(e.sum()) for e in errors]
         if self._full is None:
             signal = float(_row_errors(W, moments.hessian).sum())

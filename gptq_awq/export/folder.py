@@ -10,9 +10,11 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Source
+from gptq_awq.models.experts import experts_in, fused_tensors
 
 SHARD = "4GB"
 
@@ -26,7 +28,7 @@ def write_folder(
     shard: str = SHARD,
     rename: Callable[[str], str] = str,
 ) -> None:
-    """Write a model in which some weights are packed.
+    """Write a model in which some weights are packed; experts that were fused, as the model's makers store them.
 
     Args:
         source: the model; its unpacked parameters are stored in `dtype`, tied ones once.
@@ -42,6 +44,8 @@ def write_folder(
         UserError: a parameter that `dtype` cannot hold (an overflow).
     """
     tensors = plain_tensors(source, dtype) | {name: tensor.contiguous() for name, tensor in packed.items()}
+    if experts_in(source.model):
+        tensors = revert_weight_conversion(source.model, fused_tensors(source.model, tensors))
     tensors = {rename(name): tensor for name, tensor in tensors.items()}
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard)
     for file, names in split.filename_to_tensors.items():

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
 from gptq_awq.export.folder import read_config, write_folder
+from gptq_awq.models.experts import unfuse
 from gptq_awq.models.linear import is_linear, matrix
 
 QUANTIZED = "gptq_awq_quantized"
@@ -69,6 +70,10 @@ class HFFormat:
         config = read_config(folder) | {QUANTIZED: list(source.weights)}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
+    def plain(self, folder: Path) -> dict[str, Tensor]:
+        """All tensors, by transformers' names, which are not always those in the files."""
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+
     def decoder(self) -> str:
         """transformers itself."""
         return f"transformers {transformers.__version__}"
@@ -76,6 +81,7 @@ class HFFormat:
     def decode(self, folder: Path) -> Iterator[Decoded]:
         """Every weight that was quantized, in the folder's dtype."""
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        unfuse(model)
         for name in read_config(folder)[QUANTIZED]:
             module = model.get_submodule(name)
             weight = matrix(module) if is_linear(module) else module.get_parameter("weight").data

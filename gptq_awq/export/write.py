@@ -17,6 +17,7 @@ from gptq_awq.export.card import model_card
 from gptq_awq.export.gguf import GGUFFormat
 from gptq_awq.export.lint import lint
 from gptq_awq.export.verify import Probe, Record, verify
+from gptq_awq.models.experts import experts_in
 from gptq_awq.progress import Track
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ class Exports:
         for format_ in self.formats:
             if not linears and format_.name not in ("hf", "gguf"):
                 raise UserError(f"export.formats={format_.name}: nothing is quantized; hf and gguf hold plain weights")
+            if format_.name != "hf" and experts_in(model):
+                raise UserError(f"export.formats={format_.name}: mixtures of experts can be stored as hf only, so far")
             format_.check(linears, model.config)
             if isinstance(format_, GGUFFormat):
                 format_.check_tokenizer(tokenizer, len(model.get_input_embeddings().get_parameter("weight")))

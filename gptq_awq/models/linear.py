@@ -9,8 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` multiplies its input by a 2-D weight that we may quantize."""
-    return isinstance(module, nn.Linear | Conv1D)
+    """Whether `module` multiplies its input by a 2-D weight that we may quantize: a router's stays as it is."""
+    return isinstance(module, nn.Linear | Conv1D) and not getattr(module, "routes", False)
 
 
 def matrix(module: nn.Module) -> Float[Tensor, "out in"]:
@@ -74,11 +74,15 @@ class Site:
         width: columns of the input.
         absorber: what may take over a scaling of the input; None: nothing was found that leaves the block's
             function unchanged.
+        expert: number of the expert whose linears these are, which only some tokens reach; None: every token does.
+        analogous: the absorber was found, and verified, on another expert of the same make.
     """
 
     linears: tuple[str, ...]
     width: int
     absorber: Absorber | None = None
+    expert: int | None = None
+    analogous: bool = False
 
     @property
     def name(self) -> str:

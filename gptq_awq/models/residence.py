@@ -48,6 +48,21 @@ class Residence:
         """From now on they are what `read` says."""
         self._read, self._read_ahead = read, lambda: None
 
+    def split(
+        self, whole: nn.Parameter, parts: Sequence[nn.Parameter], views: Callable[[Tensor], Sequence[Tensor]]
+    ) -> None:
+        """From now on one of them is known as several, `NAME.0.weight` and so on, which are `views` of it."""
+        name = next(name for name, parameter in self.parameters.items() if parameter is whole)
+        names, read = [f"{name}.{i}.weight" for i in range(len(parts))], self._read
+        del self.parameters[name]
+        self.parameters |= zip(names, parts, strict=True)
+
+        def split() -> Mapping[str, Tensor]:
+            tensors = dict(read())
+            return tensors | dict(zip(names, views(tensors.pop(name)), strict=True))
+
+        self._read = split
+
     def read_ahead(self) -> None:
         """They will be wanted soon."""
         if not self._here:

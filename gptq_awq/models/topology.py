@@ -11,12 +11,14 @@ a float32 copy of the block:
 3. verify   divide the channels by random s, multiply the site's columns by s: the block's output must not
             change. This also catches channels that somebody else reads (a residual, another site).
 
+Of experts, the first that the probe reaches is looked at, and the others are taken to be like it (models/routed.py).
+
 No table of architectures, and no wrong guess that passes silently.
 """
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +27,8 @@ from torch import Tensor, nn
 
 from gptq_awq.models.blocks import Call, hooks
 from gptq_awq.models.linear import Absorber, Site, channels, is_linear, matrix
+from gptq_awq.models.routed import Seen, alike, completed
+from gptq_awq.models.routed import like as like_that
 
 LEVELS = 64  # distinct factors in one trace: 2.2% apart, far above rounding errors
 TRACE_TOLERANCE = 3e-3
@@ -65,15 +69,39 @@ def observe_sites(
     probe = _Probe(copy.deepcopy(block).float(), hidden.float(), call)
     known = {site.linears: site.absorber for site in like}
 
-    def absorber(site: Site) -> Absorber | None:
+    def absorber(site: Site, before: list[str]) -> Absorber | None:
         guess = known.get(site.linears)
         if site.linears in known and (guess is None or _verify(probe, site, guess)):
             return guess
-        return _find_absorber(probe, site, order, heads)
+        return _find_absorber(probe, site, before, heads)
 
     with torch.no_grad():
         order, sites = _watch(probe)
-        return [replace(site, absorber=absorber(site)) for site in sites] if absorbers else sites
+        return _with_absorbers(sites, order, absorber) if absorbers else sites
+
+
+def _with_absorbers(
+    sites: list[Site], order: list[str], absorber: Callable[[Site, list[str]], Absorber | None]
+) -> list[Site]:
+    """Every site with what may take over a scaling, among what ran before it: of an expert, within that expert."""
+    of_expert = {name: site.expert for site in sites for name in site.linears}
+    first: list[Site] = []  # of each make of expert
+    found: list[Site] = []
+    for site in sites:
+        example = next((each for each in first if alike(each, site) is not None), None)
+        if example is not None or site.linears[0] not in order:
+            found.append(site)
+            continue
+        before = order[: order.index(site.linears[0])]
+        inside = [n for n in before if of_expert.get(n) == site.expert and (site.expert is None or n in of_expert)]
+        found.append(replace(site, absorber=absorber(site, inside)))
+        first += [found[-1]] if site.expert is not None else []
+    return [_like_any(site, first) for site in found]
+
+
+def _like_any(site: Site, first: list[Site]) -> Site:
+    example = next((each for each in first if each is not site and alike(each, site) is not None), None)
+    return site if example is None else like_that(example, site)
 
 
 def _watch(probe: _Probe) -> tuple[list[str], list[Site]]:
@@ -81,6 +109,7 @@ def _watch(probe: _Probe) -> tuple[list[str], list[Site]]:
     order: list[str] = []
     readers: dict[int, list[str]] = {}
     held: list[Tensor] = []  # keeps every input alive, so that ids stay unique
+    arrived: dict[str, int] = {}
 
     def hook(name: str):
         def watch(module, args, _output):
@@ -88,19 +117,20 @@ def _watch(probe: _Probe) -> tuple[list[str], list[Site]]:
             if is_linear(module):
                 held.append(args[0])
                 readers.setdefault(id(args[0]), []).append(name)
+                arrived[name] = args[0].shape[:-1].numel()
 
         return watch
 
     leaves = [(n, m) for n, m in probe.block.named_modules() if not any(m.children())]
     with hooks([m.register_forward_hook(hook(n)) for n, m in leaves]):
         probe.run()
-    widths = {name: matrix(probe.block.get_submodule(name)).shape[1] for names in readers.values() for name in names}
-    return order, [Site(tuple(names), widths[names[0]]) for names in readers.values()]
+    widths = {name: matrix(module).shape[1] for name, module in leaves if is_linear(module)}
+    seen = [Seen(Site(tuple(names), widths[names[0]]), arrived[names[0]]) for names in readers.values()]
+    return order, completed(seen, widths, probe.hidden.shape[:-1].numel())
 
 
-def _find_absorber(probe: _Probe, site: Site, order: list[str], heads: int | None) -> Absorber | None:
-    """The nearest op before `site` that passes trace and verification."""
-    before = order[: order.index(site.linears[0])]
+def _find_absorber(probe: _Probe, site: Site, before: list[str], heads: int | None) -> Absorber | None:
+    """The nearest op that ran before `site` and passes trace and verification."""
     for producer in dict.fromkeys(reversed(before)):
         module = probe.block.get_submodule(producer)
         for rows in _proposals(module, site.width, heads):

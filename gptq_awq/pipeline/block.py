@@ -23,7 +23,10 @@ from gptq_awq.pipeline.staged import staged_forward
 from gptq_awq.pipeline.streams import Streams
 from gptq_awq.pipeline.tuned import entering, examples, noted
 from gptq_awq.profiling import phase
+from gptq_awq.solvers.rtn import RTN
 from gptq_awq.transforms.base import ModuleInputs, Scaling
+
+NOTHING_KNOWN = Scaling(None, {"skipped": "no calibration token reaches this expert"})
 
 
 class BlockStep:
@@ -88,6 +91,7 @@ class BlockStep:
         staged_forward(
             *(self.runner, self.index, sites, inputs.streams, self._solve, inputs.keeps_activations),
             full=full if paired else None,
+            policy=inputs.experts,
         )
         if full is not None and not paired:
             inputs.streams.advance_full(full, self.index)
@@ -121,18 +125,20 @@ class BlockStep:
 
     def _transform(self, seen: Observation) -> list[Moments]:
         """Moments of all sites' inputs, as they are after the transforms."""
-        moments = seen.moments
+        moments = {site.linears: m for site, m in zip(seen.sites, seen.moments, strict=True)}
+        known = [site for site in seen.sites if moments[site.linears].tokens]
         for transform in self.method.of_blocks:
-            scalings = transform.apply(self.block, seen.sites, moments, self.grids, self._inputs_of(seen))
-            for site, scaling in zip(seen.sites, scalings, strict=True):
-                self._scalings.setdefault(site.name, {})[transform.name] = scaling
-            moments = [
-                m if scaling.scales is None else m.rescaled(scaling.scales)
-                for m, scaling in zip(moments, scalings, strict=True)
-            ]
+            stats = [moments[site.linears] for site in known]
+            scalings = transform.apply(self.block, known, stats, self.grids, self._inputs_of(seen))
+            for site in seen.sites:
+                self._scalings.setdefault(site.name, {})[transform.name] = NOTHING_KNOWN
+            for site, scaling in zip(known, scalings, strict=True):
+                self._scalings[site.name][transform.name] = scaling
+                if scaling.scales is not None:
+                    moments[site.linears] = moments[site.linears].rescaled(scaling.scales)
         if self.runner is not self.block:
             self.runner.load_state_dict(self.block.state_dict())
-        return moments
+        return list(moments.values())
 
     def _inputs_of(self, seen: Observation) -> ModuleInputs:
         """A function that shows a submodule's calls on the first batch, with the untransformed weights."""
@@ -152,6 +158,9 @@ class BlockStep:
     def _solve(self, site: Site, moments: Moments | None) -> None:
         """Land the site's linears on the grid, in the model and in the copy that computes."""
         assert self.method.solver is not None
+        solver, known = self.method.solver, moments
+        if moments is not None and not moments.tokens:  # an expert's, as experts.policy has it
+            solver, known = RTN(), None
         for name in site.linears:
             started = time.perf_counter()
             target = matrix(self.block.get_submodule(name))
@@ -161,7 +170,7 @@ class BlockStep:
                 raise UserError(f"model: {full_name} has non-finite weights")
             try:
                 with phase("solve"):
-                    solution = self.method.solver.solve(weight, moments, self.grids[name])
+                    solution = solver.solve(weight, known, self.grids[name])
             except NotPositiveDefiniteError as error:
                 raise UserError(
                     f"{full_name}: {error}; raise method.solver.damping, give more calibration text "
@@ -182,15 +191,13 @@ def _check_coverage(block: nn.Module, sites: list[Site], name: str) -> None:
     """Refuse a block with linears that no token reaches: they would stay unquantized without a word.
 
     Raises:
-        UserError: such as in a mixture of experts, where the probe's tokens reach few of them.
+        UserError: neither a token reached it, nor a linear that differs from it in the number of an expert.
     """
     reached = {linear for site in sites for linear in site.linears}
     missed = [site.linears[0] for site in _each_linear(block) if site.linears[0] not in reached]
-    fused = [n for n, p in block.named_parameters() if p.dim() > 2]
-    if missed or fused:
+    if missed:
         raise UserError(
-            f"model: {name}.{(missed + fused)[0]} is not a linear that every token passes; "
-            "mixtures of experts are not supported yet (method=rtn leaves fused experts alone)"
+            f"model: no token passes {name}.{missed[0]}, so nothing calibrates it; method=rtn needs no data"
         )
 
 

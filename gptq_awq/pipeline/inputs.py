@@ -12,6 +12,7 @@ from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.linalg import native_dtype
 from gptq_awq.models.linear import Site, widest
+from gptq_awq.pipeline.experts import ExpertPolicy
 from gptq_awq.pipeline.observe import Observation, Observer, Record, in_dtype, read, recorded
 from gptq_awq.pipeline.streams import Streams, open_streams
 from gptq_awq.progress import Track, no_track
@@ -55,6 +56,7 @@ class Inputs:
         full: whether streams carry full precision's hidden states too (`Method.needs_full`).
         settings: see `Settings`; `keeps_activations` says what `activations` came to.
         record: where what full precision shows is read from; it is completed first, for all later runs.
+        experts: what calibrates experts that few tokens reach.
     """
 
     def __init__(
@@ -68,9 +70,10 @@ class Inputs:
         record: Record | None = None,
         track: Track = no_track,
         full: bool = False,
+        experts: ExpertPolicy = ExpertPolicy(),  # noqa: B008 (frozen)
     ) -> None:
         self.dtype = resolve_compute_dtype(settings.compute_dtype, next(model.parameters()).device)
-        self._advance = not error_propagation
+        self.experts, self._advance = experts, not error_propagation
         self.keeps_activations = settings.activations == "keep" or (
             settings.activations == "auto"
             and error_propagation
@@ -82,7 +85,7 @@ class Inputs:
         def observer(tokens: TokenSet, absorbers: bool) -> Observer:
             spill = _spill(model, tokens, self.dtype, 1 + full, settings)
             streams = open_streams(model, blocks, tokens, settings.tokens_per_batch, self.dtype, track, full, spill)
-            return Observer(streams, absorbers, heads)
+            return Observer(streams, absorbers, heads, experts)
 
         # A record serves all methods, so it knows absorbers whether this one wants them or not.
         if record and self._advance and recorded(record, blocks, lambda: observer(tokens, True), self.dtype, track):

@@ -71,13 +71,17 @@ class LinearReport:
             "last_group": last_group,
             "ragged": last_group != size,
             "damping": solution.damping,
-            "tokens": moments.tokens if moments else None,
+            "tokens": _tokens(moments),
             "loss": solution.quantized.loss,
             "codes_sha256": solution.quantized.sha256(),
             "weight_error": float((dequantized - weight).square().sum() / weight.square().sum().clamp(min=1e-30)),
             "seconds": round(seconds, 4),
         }
-        if moments is not None:
+        if moments is not None and moments.routed is not None:
+            row |= {"expert": self.site.expert, "experts": moments.policy, "calibrated_on": moments.tokens}
+        if self.site.analogous and any(scaling.scales is not None for scaling in self.scalings.values()):
+            row["absorber"] = "verified on another expert"
+        if moments is not None and moments.tokens:
             signal = max(quadratic(weight, moments.hessian, rough=True), 1e-30)
             loss = solution.quantized.loss if solution.damping is None else None  # else it is of the damped H
             error = quadratic(dequantized - weight, moments.hessian) if loss is None else 2 * loss
@@ -86,3 +90,10 @@ class LinearReport:
             same = torch.equal(delta, dequantized - weight)
             row["error_before"] = row["error_after"] if same else quadratic(delta, moments.hessian, True) / signal
         return row
+
+
+def _tokens(moments: Moments | None) -> int | None:
+    """That reached the linear by themselves."""
+    if moments is None:
+        return None
+    return moments.tokens if moments.routed is None else moments.routed

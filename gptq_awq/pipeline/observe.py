@@ -27,6 +27,7 @@ from gptq_awq.models.linear import Absorber, Site
 from gptq_awq.models.residence import read_ahead, resident
 from gptq_awq.models.topology import observe_sites
 from gptq_awq.moments import Factor, Keep, Moments, pack_symmetric, unpack_symmetric
+from gptq_awq.pipeline.experts import ExpertPolicy
 from gptq_awq.pipeline.staged import observe_forward
 from gptq_awq.pipeline.streams import Streams
 from gptq_awq.profiling import phase
@@ -34,7 +35,7 @@ from gptq_awq.progress import Track
 from gptq_awq.sealed import DamagedError, Sealed, lock_path, once
 
 log = logging.getLogger(__name__)
-SCHEMA = 2
+SCHEMA = 3
 """Raised whenever the meaning of what is recorded changes."""
 
 
@@ -95,11 +96,13 @@ class Observer:
         streams: hold what enters the block that is observed.
         absorbers: look for each site's absorber too.
         heads: attention heads, see `observe_sites`.
+        experts: what calibrates experts that few tokens reach.
     """
 
     streams: Streams
     absorbers: bool
     heads: int | None
+    experts: ExpertPolicy = ExpertPolicy()  # noqa: RUF009 (frozen)
 
     @phase("sites")
     def sites(self, block: nn.Module, index: int, like: Sequence[Site] = ()) -> list[Site]:
@@ -111,7 +114,8 @@ class Observer:
         """One forward of all batches; with `advance`, the streams go on to the next block."""
         first = self.streams.batches[0]
         hidden, call = first.hidden, first.calls[index]
-        return Observation(sites, observe_forward(runner, index, sites, self.streams, advance), hidden, call)
+        moments = observe_forward(runner, index, sites, self.streams, advance, self.experts)
+        return Observation(sites, moments, hidden, call)
 
 
 def passing(observer: Observer, blocks: nn.ModuleList, dtype: torch.dtype, start: int = 0) -> Iterator[Observation]:
@@ -213,10 +217,14 @@ def _packed(seen: Observation) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {"hidden": seen.hidden}
     facts = []
     for i, (site, moments) in enumerate(zip(seen.sites, seen.moments, strict=True)):
-        tensors |= {f"{i}.hessian": pack_symmetric(moments.hessian), f"{i}.mean_abs": moments.mean_abs}
+        if moments.tokens:
+            tensors |= {f"{i}.hessian": pack_symmetric(moments.hessian), f"{i}.mean_abs": moments.mean_abs}
         if moments.max_abs is not None:
             tensors[f"{i}.max_abs"] = moments.max_abs
         fact: dict[str, Any] = {"linears": site.linears, "width": site.width, "tokens": moments.tokens}
+        if site.expert is not None:
+            fact |= {"expert": site.expert, "analogous": site.analogous}
+            fact |= {"routed": moments.routed, "policy": moments.policy}
         if site.absorber is not None:
             tensors[f"{i}.rows"] = site.absorber.rows
             fact |= {"producer": site.absorber.producer, "unit_offset": site.absorber.unit_offset}
@@ -230,11 +238,17 @@ def _unpacked(content: Sealed, factors: list[Path], call: Call, device: torch.de
         absorber = None
         if "producer" in fact:
             absorber = Absorber(fact["producer"], tensors[f"{i}.rows"], fact["unit_offset"])
-        sites.append(Site(tuple(fact["linears"]), fact["width"], absorber))
+        sites.append(
+            Site(tuple(fact["linears"]), fact["width"], absorber, fact.get("expert"), fact.get("analogous", False))
+        )
+        expert = {"routed": fact.get("routed"), "policy": fact.get("policy")}
+        if not fact["tokens"]:
+            moments.append(Moments.none(**expert))
+            continue
         hessian = unpack_symmetric(tensors[f"{i}.hessian"], fact["width"]).to(device)
         largest = tensors[f"{i}.max_abs"].to(device) if f"{i}.max_abs" in tensors else None
         mean = tensors[f"{i}.mean_abs"].to(device)
-        moments.append(Moments(hessian, mean, fact["tokens"], largest, keep=_keep(path, device)))
+        moments.append(Moments(hessian, mean, fact["tokens"], largest, **expert, keep=_keep(path, device)))
     return Observation(sites, moments, tensors["hidden"].to(device), call)
 
 

@@ -27,9 +27,11 @@ from gptq_awq.grids.base import Grid, GridChoice
 from gptq_awq.journal import Journal
 from gptq_awq.kernels.threads import match_torch
 from gptq_awq.models.blocks import find_blocks
+from gptq_awq.models.experts import experts_in, unfuse
 from gptq_awq.models.linear import Site
 from gptq_awq.models.residence import read_ahead, residence, resident, streamed
 from gptq_awq.pipeline.block import BlockStep
+from gptq_awq.pipeline.experts import ExpertPolicy, no_pairing
 from gptq_awq.pipeline.inputs import Inputs, Settings, resolve_compute_dtype
 from gptq_awq.pipeline.ledger import LinearReport
 from gptq_awq.pipeline.method import Method
@@ -52,6 +54,7 @@ def quantize(
     track: Track = no_track,
     record: Record | None = None,
     progress: Journal | None = None,
+    experts: ExpertPolicy = ExpertPolicy(),  # noqa: B008 (frozen)
 ) -> Generator[BlockResult]:
     """Quantize every linear in the model's blocks, in place, one block per step of the iterator.
 
@@ -68,10 +71,11 @@ def quantize(
         track: wraps the loop over blocks, to report progress.
         record: keeps what methods without error propagation look at, for other runs on the same model and tokens.
         progress: keeps finished blocks; those it holds are restored, not computed.
+        experts: what calibrates experts that few tokens reach. Fused experts become linears, see `models.experts`.
 
     Raises:
         UserError: no calibration data where the method needs some; non-finite values; H that won't factor; a width
-            that a grid has no room for.
+            that a grid has no room for; experts whose products can't be told one from the other.
     """
     match_torch()
     if streamed(model):
@@ -80,13 +84,16 @@ def quantize(
         if method.cast is not None:
             _cast(model, getattr(torch, method.cast))
         return
+    unfuse(model)
+    if method.needs_cross and experts_in(model):
+        raise no_pairing(f"method={method.name}")
     if not method.tuning_of_model:
-        yield from _blocks(model, tokens, method, grid, settings, track, record, progress)
+        yield from _blocks(model, tokens, method, grid, settings, track, record, progress, experts)
         return
     if tokens is None:
         raise _wants_tokens(method)
     teacher = Teacher(model, tokens, resolve_compute_dtype(settings.compute_dtype, next(model.parameters()).device))
-    results = list(_blocks(model, tokens, method, grid, settings, track, record, progress))
+    results = list(_blocks(model, tokens, method, grid, settings, track, record, progress, experts))
     yield from tuned_model(model, method, results, teacher, tokens, track)
 
 
@@ -99,6 +106,7 @@ def _blocks(
     track: Track,
     record: Record | None,
     progress: Journal | None,
+    experts: ExpertPolicy,
 ) -> Iterator[BlockResult]:
     """The block loop."""
     prefix, blocks = find_blocks(model)
@@ -120,6 +128,7 @@ def _blocks(
             record=record,
             track=track,
             full=method.needs_full,
+            experts=experts,
         )
     finished = kept.finished(len(blocks), inputs.streams if inputs else None)
     yield from kept.restore(finished, prefix, blocks, grids)

@@ -9,21 +9,28 @@ Each batch's forward runs in its own greenlet: an ordinary call of the block tha
 waiting batches hold is large: several hidden states for every calibration token. Where that doesn't fit, forwards
 are given up once they have arrived and begin anew for the next site, for the same moments at several times the cost.
 
+Experts are reached by some batches only, so a batch waits at the next gate that it does reach. What waits inside of the
+experts is kept even where activations are recomputed: it is small, and experts are many.
+
 Where the method compares with full precision, each batch has two forwards, of the quantized block and of a copy from
 before it was solved. They wait at the same sites, so their inputs are paired there, and only there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from gptq_awq.errors import UserError
 from gptq_awq.models.attention import faster_attention_of
 from gptq_awq.models.blocks import hooks
 from gptq_awq.models.linear import Site
 from gptq_awq.moments import Moments, MomentsSum
+from gptq_awq.pipeline.experts import ExpertPolicy, Routes, no_pairing
+from gptq_awq.pipeline.padding import PickedRows
 from gptq_awq.pipeline.streams import Stream, Streams
 from gptq_awq.profiling import phase
 
@@ -39,8 +46,9 @@ def staged_forward(
     on_site: OnSite,
     keep: bool = True,
     full: nn.Module | None = None,
+    policy: ExpertPolicy = ExpertPolicy(),  # noqa: B008 (frozen)
 ) -> None:
-    """Advance the streams through `block`, calling `on_site` when all batches wait at a site.
+    """Advance the streams through `block`, calling `on_site` when all batches wait at a site, or further on.
 
     Args:
         block: the block as it is computed with; `on_site` may change the weights of the site it is given.
@@ -50,120 +58,218 @@ def staged_forward(
         on_site: called once per site, in order, with the moments of its input.
         keep: hold every batch's activations while a site is solved; else compute them anew.
         full: the block in full precision, for the streams' full-precision states; moments have a `cross` then.
+        policy: for experts that few tokens reach.
 
     Raises:
-        UserError: the block does not run through the same sites for every batch.
+        UserError: a batch that doesn't pass an ordinary site, or passes sites in another order; experts, with `full`.
     """
-    stage = _Stage(sites, next(block.parameters()).device, f"block {index}")
-    waiting: dict[int, list[greenlet]] = {}
-    with stage.hooked(block, full), faster_attention_of(block):
-        for site in sites:
-            stage.open(site)
-            for i, stream in enumerate(streams.batches):
-                forwards = waiting.pop(i, None) or _forwards(block, full, index, stream)
-                stage.mask = stream.mask
+    if full is not None and any(site.expert is not None for site in sites):
+        raise no_pairing(f"block {index}: the method")
+    stage = _Stage(sites, Routes(block, sites, streams.batches, policy, f"block {index}"), f"block {index}")
+    batches = [_Batch(stream, index, block, full) for stream in streams.batches]
+    device, end = next(block.parameters()).device, len(sites)
+    with stage.hooked(block, full, batches), faster_attention_of(block):
+        for position, site in enumerate(sites):
+            stage.open(position, MomentsSum(site.width, device))
+            for batch in batches:
                 with phase("forward"):
-                    arrived = [forward.switch() for forward in forwards]
-                if any(where is not site for where in arrived):
-                    raise UserError(
-                        f"block {index}: not every calibration batch passes {site.name}; "
-                        "layers with data-dependent routing (mixture of experts) are not supported yet"
-                    )
-                if keep:
-                    waiting[i] = forwards
-                else:
-                    for forward in forwards:
-                        forward.throw()  # ends it
+                    batch.run(position, end)
+                stage.add(batch)
+                if not keep and batch.at < end and sites[batch.at].expert is None:
+                    batch.drop()
             on_site(site, stage.close())
-        for i, stream in enumerate(streams.batches):
-            for forward in waiting.pop(i, None) or _forwards(block, full, index, stream):
-                with phase("forward", *stream.hidden.shape[:2]):  # counted here, where it is done
-                    forward.switch()
+        stage.open(end, None)
+        for batch in batches:
+            with phase("forward", *batch.stream.hidden.shape[:2]):  # counted here, where it is done
+                batch.run(end, end)
 
 
-def _forwards(block: nn.Module, full: nn.Module | None, index: int, stream: Stream) -> list[greenlet]:
-    """One batch's way through the block: in full precision, where that is asked for, and then quantized."""
-    call = stream.calls[index]
+class _Forward(greenlet):
+    """A call of the block that can be left and re-entered.
 
-    def quantized() -> None:
-        stream.hidden = call.run(block, stream.hidden)
+    Attributes:
+        stream: the batch's.
+        at: number of the gate that it passed last, or waits at.
+        x, mask: what it brings to the gate where it waits.
+        modes: torch's function modes, as they are outside.
+    """
 
-    def full_precision() -> None:
-        assert full is not None
-        assert stream.full is not None
-        stream.full = call.run(full, stream.full)
+    def __init__(self, run: Callable[[], None], stream: Stream) -> None:
+        super().__init__(run)
+        self.stream, self.at = stream, -1
+        self.x: Tensor | None = None
+        self.mask: Tensor | None = None
+        self.modes = _get_current_function_mode_stack()
 
-    return [greenlet(quantized)] if full is None else [greenlet(full_precision), greenlet(quantized)]
+    def wait(self) -> None:
+        """Let the others go on. A mode that is handling a call is off meanwhile: it is on for them."""
+        off = self.modes[len(_get_current_function_mode_stack()) :]
+        waiting_room = self.parent
+        assert waiting_room is not None
+        for mode in off:
+            _push_mode(mode)
+        try:
+            waiting_room.switch()
+        finally:
+            for _ in off:
+                _pop_mode()
+
+
+class _Batch:
+    """One batch's way through the block: in full precision, where that is asked for, and then quantized.
+
+    Attributes:
+        at: number of the gate that it has come to; one more than the last at the end.
+        forwards: that wait there; none where they are given up.
+    """
+
+    def __init__(self, stream: Stream, index: int, block: nn.Module, full: nn.Module | None) -> None:
+        self.stream, self.at = stream, -1
+        self.forwards: list[_Forward] = []
+        self._call, self._block, self._full = stream.calls[index], block, full
+
+    def run(self, position: int, end: int) -> None:
+        """Go on to the first gate from `position` on that this batch reaches, or to the end."""
+        if self.at > position or (self.at == position and self.forwards):
+            return
+        self.forwards = self.forwards or self._begin()
+        for forward in self.forwards:
+            forward.switch()
+        places = {end if forward.dead else forward.at for forward in self.forwards}
+        self.at = places.pop() if len(places) == 1 else -1  # no gate: an error, as no site is passed then
+
+    def drop(self) -> None:
+        """Give the activations up, to be computed anew."""
+        for forward in self.forwards:
+            forward.throw()  # ends it
+        self.forwards = []
+
+    def _begin(self) -> list[_Forward]:
+        stream, call = self.stream, self._call
+
+        def quantized() -> None:
+            stream.hidden = call.run(self._block, stream.hidden)
+
+        def full_precision() -> None:
+            assert self._full is not None
+            assert stream.full is not None
+            stream.full = call.run(self._full, stream.full)
+
+        runs = [quantized] if self._full is None else [full_precision, quantized]
+        return [_Forward(run, stream) for run in runs]
 
 
 class _Stage:
     """The site that batches are gathering at."""
 
-    def __init__(self, sites: list[Site], device: torch.device, where: str) -> None:
-        self._gates = {site.linears[0]: site for site in sites}
-        self._device, self._where = device, where
-        self._open: Site | None = None
+    def __init__(self, sites: list[Site], routes: Routes, where: str) -> None:
+        self._sites, self._routes, self._where = sites, routes, where
+        self._position = 0
         self._sum: MomentsSum | None = None
-        self._full: Tensor | None = None  # what full precision has where the next quantized forward arrives
-        self.mask: Tensor | None = None
+        self._picked: PickedRows | None = None
 
-    def open(self, site: Site) -> None:
-        self._open, self._sum = site, MomentsSum(site.width, self._device)
+    def open(self, position: int, total: MomentsSum | None) -> None:
+        self._position, self._sum = position, total
 
     def close(self) -> Moments:
         assert self._sum is not None
-        assert self._open is not None
-        moments = self._sum.finish(f"{self._where}, {self._open.name}")
-        self._open = self._sum = self._full = None
-        return moments
+        return self._routes.finish(self._sites[self._position], self._sum)
 
-    def hooked(self, block: nn.Module, full: nn.Module | None):
-        """Stop each forward at the first linear of the open site."""
-        arrivals = [(block, self._add)] + ([] if full is None else [(full, self._pair)])
-        return hooks(
-            module.get_submodule(name).register_forward_pre_hook(self._arrive(site, seen))
-            for module, seen in arrivals
-            for name, site in self._gates.items()
-        )
-
-    def _add(self, x: Tensor) -> None:
+    def add(self, batch: _Batch) -> None:
+        """Count a batch in that has come to the open site."""
         assert self._sum is not None
-        self._sum.add(x, self.mask, self._full)
+        site = self._sites[self._position]
+        if batch.at == self._position:
+            *full, own = batch.forwards
+            assert own.x is not None
+            self._sum.add(own.x, own.mask, full[0].x if full else None)
+        elif site.expert is None:
+            raise UserError(f"{self._where}: not every calibration batch passes {site.name}, which is no expert's")
 
-    def _pair(self, x: Tensor) -> None:
-        self._full = x
+    @contextmanager
+    def hooked(self, block: nn.Module, full: nn.Module | None, batches: Sequence[_Batch]) -> Iterator[None]:
+        """Within: each forward stops at the first linear of the open site, or of one after it."""
+        padded = any(batch.stream.mask is not None for batch in batches)
+        gates = hooks(
+            module.get_submodule(site.linears[0]).register_forward_pre_hook(self._arrive(position, site))
+            for module in ([block] if full is None or full is block else [block, full])
+            for position, site in enumerate(self._sites)
+        )
+        with gates, self._routes.hooked(_number), ExitStack() as stack:
+            if padded and any(site.expert is not None for site in self._sites):
+                self._picked = stack.enter_context(PickedRows())
+            yield
 
-    def _arrive(self, site: Site, seen: Callable[[Tensor], None]):
-        def hook(_module, args) -> None:
-            if site is not self._open:
+    def _arrive(self, position: int, site: Site):
+        def hook(_module: nn.Module, args: tuple) -> None:
+            forward = getcurrent()
+            if not isinstance(forward, _Forward):
+                return  # an expert that is called by its number
+            if position <= forward.at:
+                raise UserError(
+                    f"{self._where}: passes {site.name} after {self._sites[forward.at].name}, which a few tokens "
+                    "showed in another order; its inputs would be lost"
+                )
+            forward.at = position
+            if site.expert is not None:
+                self._routes.check(site, args[0], forward.stream.number)
+            if position < self._position:
                 return
-            seen(args[0])
-            waiting_room = getcurrent().parent
-            assert waiting_room is not None  # hooks fire only inside the forwards' greenlets
-            waiting_room.switch(site)
+            forward.x, forward.mask = args[0], self._mask(site, args[0], forward.stream)
+            forward.wait()
+            forward.x = forward.mask = None
 
         return hook
 
+    def _mask(self, site: Site, x: Tensor, stream: Stream) -> Tensor | None:
+        if stream.mask is None or site.expert is None:
+            return stream.mask
+        assert self._picked is not None
+        return self._picked.mask(site, x, stream.mask, self._where)
+
+
+def _number() -> int | None:
+    """Whose forward is running; None outside of forwards."""
+    forward = getcurrent()
+    return forward.stream.number if isinstance(forward, _Forward) else None
+
 
 @torch.no_grad()
-def observe_forward(block: nn.Module, index: int, sites: list[Site], streams: Streams, advance: bool) -> list[Moments]:
+def observe_forward(
+    block: nn.Module,
+    index: int,
+    sites: list[Site],
+    streams: Streams,
+    advance: bool,
+    policy: ExpertPolicy = ExpertPolicy(),  # noqa: B008 (frozen)
+) -> list[Moments]:
     """The moments of every site's input in one plain forward; with `advance`, streams take the outputs."""
     device = next(block.parameters()).device
     sums = [MomentsSum(site.width, device) for site in sites]
-    mask = None
+    routes = Routes(block, sites, streams.batches, policy, f"block {index}")
+    padded = any(stream.mask is not None for stream in streams.batches)
+    picked = PickedRows() if padded and any(site.expert is not None for site in sites) else None
+    now = streams.batches[0]
 
-    def add(total: MomentsSum):
-        return lambda _module, args: total.add(args[0], mask)
+    def add(site: Site, total: MomentsSum):
+        def hook(_module: nn.Module, args: tuple) -> None:
+            mask = now.mask
+            if site.expert is not None:
+                routes.check(site, args[0], now.number)
+                mask = picked.mask(site, args[0], mask, f"block {index}") if picked and mask is not None else None
+            total.add(args[0], mask)
+
+        return hook
 
     handles = (
-        block.get_submodule(site.linears[0]).register_forward_pre_hook(add(total))
+        block.get_submodule(site.linears[0]).register_forward_pre_hook(add(site, total))
         for site, total in zip(sites, sums, strict=True)
     )
-    with hooks(handles), faster_attention_of(block):
+    with hooks(handles), routes.hooked(lambda: now.number), faster_attention_of(block), picked or nullcontext():
         for stream in streams.batches:
-            mask = stream.mask
+            now = stream
             with phase("forward", *stream.hidden.shape[:2]):
                 out = stream.calls[index].run(block, stream.hidden)
             if advance:
                 stream.hidden = out
-    return [total.finish(f"block {index}, {site.name}") for site, total in zip(sites, sums, strict=True)]
+    return [routes.finish(site, total) for site, total in zip(sites, sums, strict=True)]

@@ -28,6 +28,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.hadamard import largest_order, times_hadamard
 from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call, find_blocks
 from gptq_awq.models.ends import Ends, untie
+from gptq_awq.models.experts import experts_in
 from gptq_awq.models.linear import Site, is_linear, matrix
 from gptq_awq.models.topology import VERIFY_TOLERANCE, observe_sites, relative_error
 from gptq_awq.profiling import phase
@@ -81,6 +82,8 @@ class QuaRot:
         Raises:
             UserError: a model that such a rotation changes. Where a block is named, it is still as it was.
         """
+        if experts_in(model):
+            raise UserError("method=quarot: does not rotate routers; mixtures of experts need another method")
         prefix, blocks = find_blocks(model)
         device = next(model.parameters()).device
         ids = torch.arange(1, PROBE_TOKENS + 1, device=device)[None]

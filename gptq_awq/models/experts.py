@@ -1,0 +1,324 @@
+"""Fused experts as linears: one nn.Linear per slice of a 3-D parameter, and back.
+
+transformers keeps the experts of a mixture as parameters such as `experts.gate_up_proj` (experts, 2 I, H), and its
+eager forward multiplies by one slice at a time: `F.linear(x, self.gate_up_proj[e])`, or `x @ self.gate_up_proj[e]`
+where the layout is transposed. `unfuse` puts an `Experts`, a list of linears, in the parameter's place; their weights
+are views of its slices. The forward stays the module's own: indexing an `Experts` gives a stand-in for the slice that
+answers such a product by calling the linear, so hooks fire, and everything that looks for linears finds them.
+
+Which parameters those are, and which way round, is observed in one call of a block and verified: the block's output
+must stay what it was. No table of architectures.
+
+A module beside the experts whose only linear has an output for each expert, or a single one, is a router or a gate. It
+chooses, so it stays in full precision: `is_linear` passes its linear over.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from gptq_awq.errors import UserError
+from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call, find_blocks
+from gptq_awq.models.linear import is_linear, matrix
+from gptq_awq.models.residence import residence, resident
+
+TOLERANCE = 1e-2
+"""Relative change of a block's output in 16 bits: the product is the same one, its rounding may be another."""
+PRODUCTS = {
+    *(functional.linear, torch.matmul, torch.bmm, torch.baddbmm, torch.einsum),
+    *(torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.__rmatmul__),
+}
+PLAIN, TRANSPOSED = "plain", "transposed"
+Kind = tuple[type[nn.Module], str]
+"""The module that holds a parameter, and the parameter's name there: what is seen of one holds for all its like."""
+
+
+class Experts(nn.ModuleList):
+    """The slices of a fused parameter as linears; a forward indexes it as it indexed the parameter.
+
+    Args:
+        fused: (experts, out, in), or (experts, in, out) where it is transposed.
+        transposed: the forward multiplies x @ fused[e].
+    """
+
+    def __init__(self, fused: Float[Tensor, "experts _ _"], transposed: bool) -> None:
+        outs, ins = (2, 1) if transposed else (1, 2)
+        size = {"in_features": fused.shape[ins], "out_features": fused.shape[outs]}
+        super().__init__(nn.Linear(**size, bias=False, device="meta") for _ in fused)
+        self.transposed = transposed
+        self.take(fused)
+
+    def take(self, fused: Float[Tensor, "experts _ _"]) -> None:
+        """Let the linears' weights be views of this tensor's slices, in its dtype and on its device.
+
+        Raises:
+            ValueError: another shape.
+        """
+        expected = self.shape
+        if fused.shape != expected:
+            raise ValueError(f"experts of shape {tuple(fused.shape)} for a list of {tuple(expected)}")
+        for linear, weight in zip(self._linears(), self.slices(fused), strict=True):
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+
+    def slices(self, fused: Float[Tensor, "experts _ _"]) -> list[Float[Tensor, "out in"]]:
+        """The linears' weights as views of such a tensor."""
+        return [weight.T if self.transposed else weight for weight in fused.detach()]
+
+    def fused(self) -> Float[Tensor, "experts _ _"]:
+        """The parameter as it was: the very storage that the linears look at where it is one, else a copy."""
+        slices = [weight.data.T if self.transposed else weight.data for weight in self.weights]
+        first, size = slices[0], slices[0].numel()
+        storage, offset = first.untyped_storage().data_ptr(), first.storage_offset()
+        together = first.is_contiguous() and all(
+            s.untyped_storage().data_ptr() == storage and s.storage_offset() == offset + e * size
+            for e, s in enumerate(slices)
+        )
+        if together and storage:
+            return first.as_strided(tuple(self.shape), (size, *first.stride()), offset)
+        return torch.stack(slices)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the fused parameter, which forwards ask for the number of experts."""
+        rows, columns = self.weights[0].shape
+        return torch.Size((len(self), columns, rows) if self.transposed else (len(self), rows, columns))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.weights[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return self.weights[0].device
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The linears', (out, in) each."""
+        return [linear.weight for linear in self._linears()]  # pyright: ignore[reportReturnType]
+
+    def _linears(self) -> list[nn.Module]:
+        return list(self._modules.values())  # pyright: ignore[reportReturnType]
+
+    def __getitem__(self, index: Any) -> Any:
+        """What stands for the slice; a slice object gives modules, as in any list."""
+        if isinstance(index, slice):
+            return self._linears()[index]
+        return _Slice(self._linears()[int(index)], self.transposed)
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Stands for one expert's matrix in a forward: a product with it is a call of the expert's linear."""
+
+    linear: nn.Module
+    transposed: bool
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        product = _product(func, args, kwargs or {})
+        weight = product.weight if product else None
+        if product is None or not isinstance(weight, cls) or product.transposed != weight.transposed:
+            raise UserError(f"model: an expert's weight was seen in products of one kind, now it is in {func.__name__}")
+        out = weight.linear(product.x)
+        return out if product.bias is None else out + product.bias
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A product of activations and a weight, as a forward wrote it."""
+
+    x: Tensor
+    weight: Any
+    bias: Tensor | None
+    transposed: bool
+
+
+def _product(func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> _Product | None:
+    """The product that a call is: F.linear(x, W, b), x @ W or torch.matmul(x, W)."""
+    if func is functional.linear and len(args) >= 2:
+        return _Product(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias"), False)
+    if func in (torch.Tensor.matmul, torch.matmul) and len(args) == 2:
+        return _Product(args[0], args[1], None, True)
+    return None
+
+
+class _Watch(TorchFunctionMode):
+    """Sees how a forward uses 3-D parameters."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        self._of = {p.untyped_storage().data_ptr(): name for name, p in parameters.items()}
+        self._whole = set(map(id, parameters.values()))
+        self._slices: dict[int, Tensor] = {}  # held, so that ids stay unique
+        self.uses: dict[str, set[str]] = {name: set() for name in parameters}
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func is torch.Tensor.__getitem__ and id(args[0]) in self._whole and out.dim() == 2:
+            self._slices[id(out)] = out
+        elif func in PRODUCTS:
+            self._note(func, args, kwargs)
+        return out
+
+    def _note(self, func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        product = _product(func, args, kwargs)
+        for tensor in _tensors((args, kwargs)):
+            name = self._of.get(tensor.untyped_storage().data_ptr())
+            if name is None:
+                continue
+            as_expert = product is not None and tensor is product.weight and id(tensor) in self._slices
+            use = (TRANSPOSED if product.transposed else PLAIN) if product and as_expert else func.__name__
+            self.uses[name].add(use)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, Mapping):
+        yield from _tensors(tuple(value.values()))
+
+
+def fused_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters with three dimensions, which may be fused experts; names within the module."""
+    return {name: p for name, p in module.named_parameters() if p.dim() == 3}
+
+
+def experts_in(module: nn.Module) -> dict[str, Experts]:
+    """The lists that stand for fused parameters, by the parameter's name."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, Experts)}
+
+
+@torch.no_grad()
+def observe_layout(block: nn.Module, hidden: Float[Tensor, "1 tokens width"], call: Call) -> dict[str, bool]:
+    """Which 3-D parameters of a block are fused experts, by name, and whether they are transposed.
+
+    Parameters that take part in no product (kernels of convolutions) are not among them.
+
+    Raises:
+        UserError: one takes part in a product in some other way.
+    """
+    watch = _Watch(fused_parameters(block))
+    with watch:
+        call.run(block, hidden)
+    for name, uses in watch.uses.items():
+        if uses - {PLAIN, TRANSPOSED} or len(uses) > 1:
+            raise UserError(
+                f"model: {type(block).__name__} multiplies by {name} in {', '.join(sorted(uses))}, not by one expert "
+                "at a time, so its experts can't be quantized (method=fp scores the model as it is)"
+            )
+    return {name: TRANSPOSED in uses for name, uses in watch.uses.items() if uses}
+
+
+def unfuse_block(block: nn.Module, layout: Mapping[str, bool]) -> None:
+    """Put `Experts` in the place of these parameters, which are transposed or not, in place."""
+    for name, transposed in layout.items():
+        path, _, attribute = name.rpartition(".")
+        owner = block.get_submodule(path)
+        fused = owner._parameters.pop(attribute)
+        assert fused is not None
+        experts = Experts(fused, transposed)
+        setattr(owner, attribute, experts)
+        if (home := residence(block)) is not None:
+            home.split(fused, experts.weights, experts.slices)
+
+
+def unfuse(model: nn.Module) -> None:
+    """Make linears of all fused experts in a model's blocks, in place, and mark what routes to experts of any kind.
+
+    Fused experts are computed one after the other from then on, as the model's own code does ("eager").
+
+    Raises:
+        UserError: a 3-D parameter that is multiplied by in some other way; a block whose output changes.
+    """
+    prefix, blocks = find_blocks(model)
+    pending = [(i, block) for i, block in enumerate(blocks) if fused_parameters(block)]
+    if pending:
+        compute_eagerly(model)
+        _unfuse_all(model, prefix, blocks, pending)
+    for block in blocks:
+        for router in _routers(block):
+            router.routes = True  # pyright: ignore[reportArgumentType]
+
+
+@torch.no_grad()
+def _unfuse_all(model: nn.Module, prefix: str, blocks: nn.ModuleList, pending: Sequence[tuple[int, nn.Module]]) -> None:
+    """These blocks' experts: one of each make is looked at, and verified."""
+    ids = torch.arange(1, PROBE_TOKENS + 1, device=next(model.parameters()).device)[None]
+    hidden, calls = BlockCalls(model, blocks).record(ids)
+    known: dict[Kind, bool | None] = {}
+    for index, block in pending:
+        kinds = {name: _kind(block, name) for name in fused_parameters(block)}
+        if all(kind in known for kind in kinds.values()):
+            unfuse_block(block, {name: bool(known[kind]) for name, kind in kinds.items() if known[kind] is not None})
+            continue
+        with resident(block):
+            expected = calls[index].run(block, hidden)
+            seen = observe_layout(block, hidden, calls[index])
+            unfuse_block(block, seen)
+            _check_same(calls[index].run(block, hidden), expected, f"{prefix}.{index}")
+        known |= {kind: seen.get(name) for name, kind in kinds.items()}
+
+
+def _routers(block: nn.Module) -> Iterator[nn.Module]:
+    """The only linears of modules that lie beside experts, with an output for each of them or one in all."""
+    for path, experts in list(block.named_modules()):
+        if not isinstance(experts, nn.ModuleList) or len(experts) < 2:
+            continue
+        fused = isinstance(experts, Experts)
+        owner = path.rpartition(".")[0] if fused else path
+        beside = block.get_submodule(owner.rpartition(".")[0]).children()
+        for child in (each for each in beside if each is not block.get_submodule(owner)):
+            linears = [m for m in child.modules() if is_linear(m)]
+            if len(linears) == 1 and len(matrix(linears[0])) in (1, len(experts)):
+                yield linears[0]
+
+
+def compute_eagerly(model: nn.Module) -> None:
+    """Let a transformers model compute its experts one by one; models that know no other way are left alone."""
+    config = getattr(model, "config", None)
+    if config is not None and getattr(config, "_experts_implementation", "eager") != "eager":
+        model.set_experts_implementation("eager")  # pyright: ignore[reportCallIssue]
+
+
+def fuse(model: nn.Module) -> None:
+    """The inverse of `unfuse`, in place: what transformers saves and loads. Weights are what the linears hold."""
+    for name, experts in experts_in(model).items():
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
+        del owner._modules[attribute]
+        setattr(owner, attribute, nn.Parameter(experts.fused(), requires_grad=False))
+
+
+def fused_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict by the linears' names as one by the fused parameters' names; other tensors are left as they are."""
+    fused = dict(tensors)
+    for name, experts in experts_in(model).items():
+        slices = [fused.pop(f"{name}.{e}.weight") for e in range(len(experts))]
+        fused[name] = torch.stack([s.T if experts.transposed else s for s in slices])
+    return fused
+
+
+def _kind(block: nn.Module, name: str) -> Kind:
+    path, _, attribute = name.rpartition(".")
+    return type(block.get_submodule(path)), attribute
+
+
+def _check_same(now: Tensor, before: Tensor, where: str) -> None:
+    error = float((now - before).float().norm() / before.float().norm().clamp(min=1e-30))
+    limit = 1e-5 if before.dtype == torch.float32 else TOLERANCE
+    if not error <= limit:
+        raise UserError(f"model: {where} computes something else with its experts as linears (by {error:.1e})")
