@@ -8,6 +8,8 @@ matmul: twice that of float32 per flop. The inner loop is written in LLVM's own 
     C tile (ROWS, PANEL) += panel_Iᵀ panel_J, for panels I ≤ J: ROWS · VECTORS registers of sums
 """
 
+from functools import cache
+
 import llvmlite.binding
 import numba
 import numpy as np
@@ -25,6 +27,7 @@ MAX_TOKENS = 4096
 """Of one call's panel pair that stay in the second-level cache."""
 
 
+@cache
 def available() -> bool:
     """Whether this CPU has the instruction."""
     return bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))

@@ -5,7 +5,7 @@ of the experts that a probe reached holds for all: `completed` gives every exper
 forwards visit them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gptq_awq.models.linear import Site
@@ -33,8 +33,8 @@ def completed(seen: Sequence[Seen], widths: Mapping[str, int], tokens: int) -> l
     Returns:
         Sites of experts have their `expert`. A linear that is neither seen nor like one that was has none.
     """
-    routed = _routed_families(seen, widths, tokens)
-    members = {family: sorted(_numbers(widths, family)) for family in routed}
+    members = _members(widths)
+    routed = _routed_families(seen, members, widths, tokens)
     sites: list[Site] = []
     done: set[tuple[Family, ...]] = set()
     for visit in _visits(seen, routed):
@@ -45,7 +45,7 @@ def completed(seen: Sequence[Seen], widths: Mapping[str, int], tokens: int) -> l
         if template in done:
             continue
         done.add(template)
-        for number in members[template[0]]:
+        for number in sorted(members[template[0]]):
             sites += [_of_expert(site, number, routed) for site in visit]
     return sites
 
@@ -79,18 +79,27 @@ def _of_expert(site: Site, number: int, routed: set[Family]) -> Site:
     return Site(linears, site.width, expert=number)
 
 
-def _routed_families(seen: Sequence[Seen], widths: Mapping[str, int], tokens: int) -> set[Family]:
+def _routed_families(
+    seen: Sequence[Seen], members: Mapping[Family, Sequence[int]], names: Iterable[str], tokens: int
+) -> set[Family]:
     """Of linears that not every token reached, and that have others of their kind."""
     reached = {linear: each.tokens for each in seen for linear in each.site.linears}
+    some = {family for name in reached for family in _open(name) if len(members[family]) > 1}
     found: set[Family] = set()
-    for name in widths:
-        if reached.get(name, 0) >= tokens:
-            continue
-        kin = {family: _numbers(widths, family) for family in _open(name)}
-        known = {f: n for f, n in kin.items() if any(_named(f, number) in reached for number in n) and len(n) > 1}
-        if known:
-            found.add(max(known, key=lambda family: len(known[family])))
+    for name in names:
+        known = [family for family in _open(name) if family in some]
+        if reached.get(name, 0) < tokens and known:
+            found.add(max(known, key=lambda family: len(members[family])))
     return found
+
+
+def _members(names: Iterable[str]) -> dict[Family, list[int]]:
+    """The numbers of every family's members."""
+    members: dict[Family, list[int]] = {}
+    for name in names:
+        for family in _open(name):
+            members.setdefault(family, []).append(int(name.split(".")[family.index("*")]))
+    return members
 
 
 def _open(name: str) -> Iterator[Family]:
@@ -99,11 +108,6 @@ def _open(name: str) -> Iterator[Family]:
     for i, part in enumerate(parts):
         if part.isdecimal():
             yield (*parts[:i], "*", *parts[i + 1 :])
-
-
-def _numbers(names: Mapping[str, int], family: Family) -> list[int]:
-    """Of a family's members."""
-    return [n for name in names if (n := _number(name, family)) is not None]
 
 
 def _number(name: str, family: Family) -> int | None:
