@@ -13,13 +13,14 @@ from gptq_awq.plugins import check_plugins
 def main(cfg: DictConfig) -> float | tuple[float, ...]:
     """Run one experiment; a mistake in its options is one line and exit code 2. Returns what a search minimizes."""
     from gptq_awq.experiment import run
+    from gptq_awq.ranks import RankLostError
     from gptq_awq.sweep import no_objective, objective, sweep_folder
 
     try:
         return objective(run(cfg), cfg.objective)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
-        if sweep_folder() is None:
+        if sweep_folder() is None or isinstance(error, RankLostError):
             sys.exit(2)
         return no_objective(cfg.objective)  # the sweep's other runs go on; gptq_awq.sweep has the last word
 

@@ -21,6 +21,7 @@ REPORTING = tuple(
 PACKAGE = Path(__file__).parent
 NOT_COMPUTED = (
     *("out", "tracking", "resume", "profile", "activations", "memory_budget", "stream", "cache_gb", "objective"),
+    "ranks_timeout_minutes",
 )
 """Options that change no number."""
 

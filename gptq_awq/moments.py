@@ -20,6 +20,7 @@ from gptq_awq.kernels import rank_k
 from gptq_awq.kernels.rank_k import RankK
 from gptq_awq.linalg import inverse_cholesky
 from gptq_awq.profiling import phase
+from gptq_awq.ranks import ONE, Ranks
 
 # H is symmetric: only blocks on and above its diagonal are computed. Wider blocks waste more work below
 # the diagonal, narrower ones leave the matrix unit idle.
@@ -164,7 +165,7 @@ class MomentsSum:
     def _add_products(self, x: Float[Tensor, "tokens in"]) -> None:
         """Add to the upper blocks of Σ x xᵀ, and to Σ |x|."""
         if self._xx is None:
-            self._xx = torch.zeros(self._width, self._width, device=self._device)
+            self._xx = self._zeros()
         if x.device.type == "cuda" and x.dtype != torch.float32:
             self._xx += torch.mm(x.T, x, out_dtype=torch.float32)
         else:
@@ -177,21 +178,19 @@ class MomentsSum:
     def _add_cross(self, x: Float[Tensor, "tokens in"], full: Float[Tensor, "tokens in"]) -> None:
         """Add to Σ x̃ xᵀ."""
         if self._cross is None:
-            self._cross = torch.zeros(self._width, self._width, device=self._device)
+            self._cross = self._zeros()
         if x.device.type == "cuda" and x.dtype != torch.float32:
             self._cross += torch.mm(x.T, full, out_dtype=torch.float32)
         else:
             self._cross.addmm_(x.float().T, full.float())
 
     @phase("moments")
-    def finish(self, where: str) -> Moments:
-        """Normalize by the token count; `where` names the site in errors.
+    def finish(self, where: str, ranks: Ranks = ONE) -> Moments:
+        """Normalize by the token count; `where` names the site in errors. Of several `ranks`: of all their tokens.
 
         Raises:
             UserError: an activation was NaN or infinite, or no token was seen.
         """
-        if self._tokens == 0:
-            raise UserError("calibration holds no real token: check data.path and data.packing")
         products, self._xx = self._xx, None
         cross, self._cross = self._cross, None
         if self._native is not None:
@@ -200,7 +199,9 @@ class MomentsSum:
             self._abs += torch.from_numpy(self._native.magnitude)[: self._width]
             if self._native.cross is not None:
                 cross = torch.from_numpy(self._native.cross)[: self._width, : self._width].contiguous()
-        assert products is not None
+        products, cross = self._of_all(products, cross, ranks)
+        if self._tokens == 0 or products is None:
+            raise UserError("calibration holds no real token: check data.path and data.packing")
         if not torch.isfinite(self._abs).all() or (cross is not None and not torch.isfinite(cross).all()):
             raise UserError(
                 f"non-finite activations enter {where}: try dtype=float32 compute_dtype=float32, or check the model"
@@ -208,6 +209,27 @@ class MomentsSum:
         cross = None if cross is None else cross.div_(self._tokens)
         mean = self._abs / self._tokens
         return Moments(_mirrored(products.div_(self._tokens)), mean, self._tokens, self._max, cross)
+
+    def _of_all(
+        self, products: Tensor | None, cross: Tensor | None, ranks: Ranks
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The sums over all ranks; one that saw no token here has none of its own."""
+        if ranks.size == 1:
+            return products, cross
+        counts = ranks.sum_(torch.tensor([self._tokens, cross is not None]))
+        self._tokens = int(counts[0])
+        ranks.sum_(self._abs)
+        ranks.maximum_(self._max)
+        products = self._zeros() if products is None else products
+        for a in range(0, self._width, BLOCK):  # on and above the diagonal
+            b = min(a + BLOCK, self._width)
+            products[a:b, a:] = ranks.sum_(products[a:b, a:].contiguous())
+        if counts[1]:
+            cross = ranks.sum_(self._zeros() if cross is None else cross)
+        return products, cross
+
+    def _zeros(self) -> Float[Tensor, "in in"]:
+        return torch.zeros(self._width, self._width, device=self._device)
 
 
 def _real(x: Float[Tensor, "*batch in"], mask: Bool[Tensor, "*batch"] | None) -> Float[Tensor, "tokens in"]:

@@ -22,6 +22,8 @@ from gptq_awq.models.load import checked_device
 from gptq_awq.pipeline.experts import ExpertPolicy
 from gptq_awq.pipeline.inputs import Settings
 from gptq_awq.pipeline.method import Method
+from gptq_awq.pipeline.quantize import check_ranks
+from gptq_awq.ranks import ONE, Ranks
 from gptq_awq.tracking import Tracking
 
 
@@ -58,14 +60,14 @@ class Plan:
         return 0 if self.stream else None
 
 
-def preflight(cfg: DictConfig) -> Plan:
-    """Turn the config into objects, and make the output folder.
+def preflight(cfg: DictConfig, ranks: Ranks = ONE) -> Plan:
+    """Turn the config into objects, and make the output folder; `ranks` share the work.
 
     Raises:
         UserError: naming the option.
     """
     torch.manual_seed(cfg.seed)
-    device = resolve_device(cfg.device)
+    device = ranks.device(resolve_device(cfg.device))
     try:
         plan = Plan(
             config=OmegaConf.to_container(cfg, resolve=True),  # pyright: ignore[reportArgumentType]
@@ -76,6 +78,7 @@ def preflight(cfg: DictConfig) -> Plan:
             settings=Settings(
                 *(cfg.compute_dtype, _positive(cfg, "tokens_per_batch"), cfg.get("activations", "auto")),
                 memory_budget=_memory_budget(cfg),
+                ranks=ranks,
             ),
             stream=_stream(cfg),
             experts=ExpertPolicy(**cfg.get("experts", {})),
@@ -95,6 +98,7 @@ def preflight(cfg: DictConfig) -> Plan:
     except OmegaConfBaseException as error:
         raise UserError(str(error).splitlines()[0]) from error
     _check_meant(plan)
+    check_ranks(plan.method, ranks)
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

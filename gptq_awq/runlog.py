@@ -32,10 +32,10 @@ class Clock:
 
 
 @contextmanager
-def logging_to(out: Path, console: Console) -> Iterator[None]:
-    """This package's log: warnings to the terminal, everything to OUT/run.log."""
+def logging_to(out: Path, console: Console, rank: int = 0) -> Iterator[None]:
+    """This package's log: warnings to the terminal, everything to OUT/run.log; of further ranks to OUT/run.RANK.log."""
     root = logging.getLogger("gptq_awq")
-    to_file = logging.FileHandler(out / "run.log", mode="w")
+    to_file = logging.FileHandler(out / (f"run.{rank}.log" if rank else "run.log"), mode="w")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_terminal = RichHandler(logging.WARNING, console=console, show_path=False, show_time=False)
     root.setLevel(logging.DEBUG)

@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from gptq_awq.errors import UserError
+from gptq_awq.ranks import rank_and_size
 from gptq_awq.report import comparison, records
 from gptq_awq.report.anchors import Anchors, check, markdown, met
 from gptq_awq.results import FAILURE, FILE_NAME, Result, load
@@ -40,6 +41,8 @@ class SweepEnd(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print the table; exit with code 2 where a run failed, 1 where a figure isn't met."""
         root = Path(config.hydra.sweep.dir)
+        if rank_and_size()[0] > 0:  # rank 0 has the table
+            return
         if not root.is_dir():
             return
         table = load(root)

@@ -23,6 +23,7 @@ from gptq_awq.pipeline.inputs import resolve_compute_dtype
 from gptq_awq.pipeline.places import landing
 from gptq_awq.pipeline.quantize import needs_calibration
 from gptq_awq.pipeline.size import Footprint
+from gptq_awq.pipeline.streams import batches_of
 from gptq_awq.plan import Plan
 from gptq_awq.runs import Run
 
@@ -98,13 +99,17 @@ def _forecast(loaded: LoadedModel, tokens: TokenSet | None, plan: Plan) -> None:
     """Refuse, before calibration starts, what will not fit."""
     if tokens is None:
         return
+    ranks = plan.settings.ranks
+    batches_of(ranks, tokens, plan.settings.tokens_per_batch)
     _, blocks = find_blocks(loaded.model)
     columns = widest(blocks)
     hidden = loaded.model.config.get_text_config().hidden_size
     dtype, per_batch = resolve_compute_dtype(plan.settings.compute_dtype, plan.device), plan.settings.tokens_per_batch
     needed = memory.forecast_bytes(
-        *(blocks, columns, hidden, tokens.ids.numel(), per_batch, dtype.itemsize), full=plan.method.needs_full
+        *(blocks, columns, hidden, tokens.ids.numel() // ranks.size, per_batch, dtype.itemsize),
+        full=plan.method.needs_full,
     )
     log.info("calibration needs about %.2f GB beyond the model", needed / 1e9)
     what = f"calibrating {loaded.name} (widest layer: {columns} columns)"
+    needed = needed if plan.settings.memory_budget is not None else needed * ranks.sharing(plan.device)
     memory.require(needed, plan.device, what, plan.settings.memory_budget)

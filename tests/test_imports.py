@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gptq_awq"
 LAYERS = [
     {"errors", "progress", "files", "runlog", "profiling", "kernels", "__init__"},
     {"sealed"},
-    {"journal"},
+    {"journal", "ranks"},
     {"assets", "linalg", "hadamard", "text", "results", "memory", "manifest", "plugins", "statistics", "scores"},
     {"moments", "tracking", "report", "cache", "runs"},
     {"grids", "data", "sweep", "frontier"},

@@ -2,7 +2,8 @@
 
 import copy
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from gptq_awq.pipeline.staged import staged_forward
 from gptq_awq.pipeline.streams import Streams
 from gptq_awq.pipeline.tuned import entering, examples, noted
 from gptq_awq.profiling import phase
+from gptq_awq.ranks import ONE, Ranks
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.transforms.base import ModuleInputs, Scaling
 
@@ -40,12 +42,13 @@ class BlockStep:
         method: Method,
         grids: Mapping[str, Grid],
         prepared: dict[str, Scaling],
+        ranks: Ranks = ONE,
     ) -> None:
         self.block, self.runner, self.index, self.name, self.method = block, block, index, name, method
         self.grids = {n.removeprefix(f"{name}."): grid for n, grid in grids.items() if n.startswith(f"{name}.")}
         self.weights: dict[str, QuantizedWeight] = {}
         self.rows: list[Row] = []
-        self._prepared = prepared
+        self._prepared, self._ranks = prepared, ranks
         self._scalings: dict[str, dict[str, Scaling]] = {}
         self._full: nn.Module | None = None
 
@@ -53,8 +56,7 @@ class BlockStep:
         """Transform, solve and tune the block; `inputs` then enter the next one. None: nothing is calibrated."""
         assert self.method.solver is not None
         if inputs is None:
-            for site in _each_linear(self.block):
-                self._solve(site, None)
+            self._solve_sites([(site, None) for site in _each_linear(self.block)])
             return
         if inputs.streams is not None:
             self.runner = inputs.runner(self.block)
@@ -72,8 +74,7 @@ class BlockStep:
             seen = self._observe(inputs)
             transformed = self._transform(seen)
             full = self._full_precision()
-            for site, moments in zip(seen.sites, transformed, strict=True):
-                self._solve(site, moments)
+            self._solve_sites(list(zip(seen.sites, transformed, strict=True)))
             if self.method.error_propagation and inputs.streams is not None:
                 inputs.streams.advance(self.runner, self.index, full)
 
@@ -89,7 +90,9 @@ class BlockStep:
         full = self._full_precision()
         paired = self.method.needs_cross
         staged_forward(
-            *(self.runner, self.index, sites, inputs.streams, self._solve, inputs.keeps_activations),
+            *(self.runner, self.index, sites, inputs.streams),
+            lambda site, moments: self._solve_sites([(site, moments)]),
+            inputs.keeps_activations,
             full=full if paired else None,
             policy=inputs.experts,
         )
@@ -124,18 +127,22 @@ class BlockStep:
         return seen
 
     def _transform(self, seen: Observation) -> list[Moments]:
-        """Moments of all sites' inputs, as they are after the transforms."""
+        """Moments of all sites' inputs, as they are after the transforms. Rank 0 transforms: it has the first batch."""
         moments = {site.linears: m for site, m in zip(seen.sites, seen.moments, strict=True)}
         known = [site for site in seen.sites if moments[site.linears].tokens]
         for transform in self.method.of_blocks:
             stats = [moments[site.linears] for site in known]
-            scalings = transform.apply(self.block, known, stats, self.grids, self._inputs_of(seen))
+            apply = partial(transform.apply, self.block, known, stats, self.grids, self._inputs_of(seen))
+            scalings = self._ranks.from_first(apply)
             for site in seen.sites:
                 self._scalings.setdefault(site.name, {})[transform.name] = NOTHING_KNOWN
             for site, scaling in zip(known, scalings, strict=True):
                 self._scalings[site.name][transform.name] = scaling
                 if scaling.scales is not None:
                     moments[site.linears] = moments[site.linears].rescaled(scaling.scales)
+        if self.method.of_blocks:
+            for parameter in self.block.parameters():
+                self._ranks.copy_(parameter.data)
         if self.runner is not self.block:
             self.runner.load_state_dict(self.block.state_dict())
         return list(moments.values())
@@ -155,36 +162,52 @@ class BlockStep:
 
         return inputs
 
-    def _solve(self, site: Site, moments: Moments | None) -> None:
-        """Land the site's linears on the grid, in the model and in the copy that computes."""
+    def _solve_sites(self, sites: Sequence[tuple[Site, Moments | None]]) -> None:
+        """Land the sites' linears on the grid, each on one of the ranks, which tells the others what came of it."""
+        linears = [(name, site, moments) for site, moments in sites for name in site.linears]
+        shapes = [matrix(self.block.get_submodule(name)).shape for name, _, _ in linears]
+        mine = {i: self._solve(*linears[i]) for i in self._ranks.share([rows * width**2 for rows, width in shapes])}
+        solved: dict[int, tuple[QuantizedWeight, Row]] = {}
+        for part in self._ranks.gather(mine):
+            solved |= part
+        for i, (name, _, _) in enumerate(linears):
+            weight, row = solved[i]
+            if i not in mine:
+                self._land(name, weight.dequantize())
+            self.weights[f"{self.name}.{name}"] = weight
+            self.rows.append(row)
+
+    def _solve(self, name: str, site: Site, moments: Moments | None) -> tuple[QuantizedWeight, Row]:
+        """Land one linear on the grid."""
         assert self.method.solver is not None
         solver, known = self.method.solver, moments
         if moments is not None and not moments.tokens:  # an expert's, as experts.policy has it
             solver, known = RTN(), None
-        for name in site.linears:
-            started = time.perf_counter()
-            target = matrix(self.block.get_submodule(name))
-            weight = target.float()
-            full_name = f"{self.name}.{name}"
-            if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():  # a NaN is both extremes
-                raise UserError(f"model: {full_name} has non-finite weights")
-            try:
-                with phase("solve"):
-                    solution = solver.solve(weight, known, self.grids[name])
-            except NotPositiveDefiniteError as error:
-                raise UserError(
-                    f"{full_name}: {error}; raise method.solver.damping, give more calibration text "
-                    "(data.samples), or allow method.solver.fallback=rtn"
-                ) from error
-            dequantized = solution.quantized.dequantize()
-            report = LinearReport(
-                full_name, self.index, site, self.method, moments, self._prepared | self._scalings.get(site.name, {})
-            )
-            self.rows.append(report.row(weight, dequantized, solution, time.perf_counter() - started))
-            self.weights[full_name] = solution.quantized
-            target.copy_(dequantized)
-            if self.runner is not self.block:
-                matrix(self.runner.get_submodule(name)).copy_(dequantized)
+        started = time.perf_counter()
+        weight = matrix(self.block.get_submodule(name)).float()
+        full_name = f"{self.name}.{name}"
+        if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():  # a NaN is both extremes
+            raise UserError(f"model: {full_name} has non-finite weights")
+        try:
+            with phase("solve"):
+                solution = solver.solve(weight, known, self.grids[name])
+        except NotPositiveDefiniteError as error:
+            raise UserError(
+                f"{full_name}: {error}; raise method.solver.damping, give more calibration text "
+                "(data.samples), or allow method.solver.fallback=rtn"
+            ) from error
+        dequantized = solution.quantized.dequantize()
+        scalings = self._prepared | self._scalings.get(site.name, {})
+        report = LinearReport(full_name, self.index, site, self.method, moments, scalings)
+        row = report.row(weight, dequantized, solution, time.perf_counter() - started)
+        self._land(name, dequantized)
+        return solution.quantized, row
+
+    def _land(self, name: str, dequantized: Tensor) -> None:
+        """Put a solved weight into the model, and into the copy that computes."""
+        matrix(self.block.get_submodule(name)).copy_(dequantized)
+        if self.runner is not self.block:
+            matrix(self.runner.get_submodule(name)).copy_(dequantized)
 
 
 def _check_coverage(block: nn.Module, sites: list[Site], name: str) -> None:

@@ -26,6 +26,7 @@ from gptq_awq.models.linear import Site, is_linear
 from gptq_awq.moments import Moments, MomentsSum
 from gptq_awq.pipeline.streams import Stream
 from gptq_awq.profiling import phase
+from gptq_awq.ranks import ONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,22 @@ class Routes:
     Args:
         block: the block as it is computed with.
         sites: the block's.
-        streams: all batches.
+        streams: all batches, or this rank's.
         policy: see `ExpertPolicy`.
         where: names the block in errors.
+        ranks: whose tokens count together.
     """
 
     def __init__(
-        self, block: nn.Module, sites: Sequence[Site], streams: Sequence[Stream], policy: ExpertPolicy, where: str
+        self,
+        block: nn.Module,
+        sites: Sequence[Site],
+        streams: Sequence[Stream],
+        policy: ExpertPolicy,
+        where: str,
+        ranks: Ranks = ONE,
     ) -> None:
-        self._block, self._policy, self._where = block, policy, where
+        self._block, self._policy, self._where, self._ranks = block, policy, where, ranks
         self._masks = {stream.number: stream.mask for stream in streams}
         self._experts = {site.linears: _Expert.of(block, site) for site in sites if site.expert is not None}
         self._calls: dict[str, dict[int, Arguments]] = {}
@@ -119,11 +127,12 @@ class Routes:
         Raises:
             UserError: an ordinary site that no token reaches; experts that can't be called by their number.
         """
-        where, routed, policy = f"{self._where}, {site.name}", total.tokens, self._policy.policy
+        where, ranks, policy = f"{self._where}, {site.name}", self._ranks, self._policy.policy
         if site.expert is None:
-            return total.finish(where)
+            return total.finish(where, ranks)
+        routed = int(ranks.sum_(torch.tensor(total.tokens)))
         if routed >= max(1, self._policy.min_tokens):
-            return replace(total.finish(where), routed=routed)
+            return replace(total.finish(where, ranks), routed=routed)
         entry = site.linears in self._entries
         if policy in ("route", "shared") and entry:
             return replace(self._of_all(site), routed=routed, policy=policy)
@@ -131,7 +140,7 @@ class Routes:
             return replace(self._through(site), routed=routed, policy=policy)
         if policy == "rtn" or not routed:
             return Moments.none(routed, "rtn")
-        return replace(total.finish(where), routed=routed, policy="keep")
+        return replace(total.finish(where, ranks), routed=routed, policy="keep")
 
     def check(self, site: Site, x: Float[Tensor, "rows in"], number: int) -> None:
         """Make sure, once, that experts read rows of what enters them, as borrowing supposes.
@@ -157,7 +166,7 @@ class Routes:
             total = MomentsSum(site.width, next(self._block.parameters()).device)
             for number, mask in self._masks.items():
                 total.add(_real(self._entering(expert, number), mask), None)
-            self._shared[expert.owner] = total.finish(f"{self._where}, {site.name}")
+            self._shared[expert.owner] = total.finish(f"{self._where}, {site.name}", self._ranks)
         return self._shared[expert.owner]
 
     def _through(self, site: Site) -> Moments:
@@ -172,7 +181,7 @@ class Routes:
             for number in self._masks:
                 with phase("forward"):
                     self._call(site, number)
-        return total.finish(f"{self._where}, {site.name}")
+        return total.finish(f"{self._where}, {site.name}", self._ranks)
 
     def _call(self, site: Site, number: int) -> None:
         """Call one expert with all of a batch's tokens, up to the site."""

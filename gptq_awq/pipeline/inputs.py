@@ -16,6 +16,7 @@ from gptq_awq.pipeline.experts import ExpertPolicy
 from gptq_awq.pipeline.observe import Observation, Observer, Record, in_dtype, read, recorded
 from gptq_awq.pipeline.streams import Streams, open_streams
 from gptq_awq.progress import Track, no_track
+from gptq_awq.ranks import ONE, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class Settings:
             forecast says that they fit into half of the free memory.
         memory_budget: bytes that this process may take; None: all that is free.
         scratch: folder for hidden states that would take more than an eighth of it; None: they stay in memory.
+        ranks: the processes that share the work; none of what they do depends on it but the order of sums.
 
     Raises:
         UserError: another word for `activations`.
@@ -41,10 +43,16 @@ class Settings:
     activations: str = "auto"
     memory_budget: int | None = None
     scratch: Path | None = None
+    ranks: Ranks = ONE
 
     def __post_init__(self) -> None:
         if self.activations not in ("auto", "keep", "recompute"):
             raise UserError(f"activations={self.activations}: choose auto, keep or recompute")
+
+    def free_bytes(self, device: torch.device) -> int:
+        """Memory that this rank may still allocate on `device`: its budget, or its part of what is free."""
+        free = memory.available_bytes(device, self.memory_budget)
+        return free if self.memory_budget is not None else free // self.ranks.sharing(device)
 
 
 class Inputs:
@@ -77,23 +85,29 @@ class Inputs:
         self.keeps_activations = settings.activations == "keep" or (
             settings.activations == "auto"
             and error_propagation
-            and _activations_fit(model, blocks, tokens, self.dtype, 1 + full, settings.memory_budget)
+            and _activations_fit(model, blocks, tokens, self.dtype, 1 + full, settings)
         )
         self._sites: list[Site] = []
         heads: int | None = getattr(getattr(model, "config", None), "num_attention_heads", None)
 
-        def observer(tokens: TokenSet, absorbers: bool) -> Observer:
+        def observer(absorbers: bool) -> Observer:
             spill = _spill(model, tokens, self.dtype, 1 + full, settings)
-            streams = open_streams(model, blocks, tokens, settings.tokens_per_batch, self.dtype, track, full, spill)
+            streams = open_streams(
+                *(model, blocks, tokens, settings.tokens_per_batch, self.dtype, track, full, spill, settings.ranks)
+            )
             return Observer(streams, absorbers, heads, experts)
 
         # A record serves all methods, so it knows absorbers whether this one wants them or not.
-        if record and self._advance and recorded(record, blocks, lambda: observer(tokens, True), self.dtype, track):
+        if (
+            record
+            and self._advance
+            and recorded(record, blocks, lambda: observer(True), self.dtype, track, settings.ranks)
+        ):
             self._record, self._observer = record, None
             first = _first_batch(tokens, settings.tokens_per_batch)
             self._calls = open_streams(model, blocks, first, settings.tokens_per_batch, self.dtype).batches[0].calls
         else:
-            self._record, self._observer = None, observer(tokens, absorbers)
+            self._record, self._observer = None, observer(absorbers)
 
     @property
     def streams(self) -> Streams | None:
@@ -120,14 +134,15 @@ class Inputs:
 
 
 def _activations_fit(
-    model: nn.Module, blocks: nn.ModuleList, tokens: TokenSet, dtype: torch.dtype, forwards: int, budget: int | None
+    model: nn.Module, blocks: nn.ModuleList, tokens: TokenSet, dtype: torch.dtype, forwards: int, settings: Settings
 ) -> bool:
     """Whether what waiting batches hold fits into half of the free memory; what else is needed has the other half.
 
     Each batch waits in one or two `forwards`, as `staged_forward` has them.
     """
-    held = forwards * memory.held_bytes(tokens.ids.numel(), _width(model), widest(blocks), dtype.itemsize)
-    free = memory.available_bytes(next(model.parameters()).device, budget)
+    own = tokens.ids.numel() // settings.ranks.size
+    held = forwards * memory.held_bytes(own, _width(model), widest(blocks), dtype.itemsize)
+    free = settings.free_bytes(next(model.parameters()).device)
     fits = held <= free / 2
     log.info(
         "activations of waiting batches take up to %.2f GB of %.2f GB free: %s",
@@ -145,8 +160,8 @@ def _spill(model: nn.Module, tokens: TokenSet, dtype: torch.dtype, forwards: int
     """The folder for hidden states between blocks; None where memory has room for them."""
     if settings.scratch is None:
         return None
-    flowing = forwards * tokens.ids.numel() * _width(model) * dtype.itemsize
-    if flowing <= memory.available_bytes(torch.device("cpu"), settings.memory_budget) / 8:
+    flowing = forwards * tokens.ids.numel() // settings.ranks.size * _width(model) * dtype.itemsize
+    if flowing <= settings.free_bytes(torch.device("cpu")) / 8:
         return None
     log.info("hidden states between blocks, %.2f GB, lie in %s", flowing / 1e9, settings.scratch)
     return settings.scratch

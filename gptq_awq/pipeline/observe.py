@@ -9,7 +9,9 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,12 @@ from gptq_awq.models.residence import read_ahead, resident
 from gptq_awq.models.topology import observe_sites
 from gptq_awq.moments import Factor, Keep, Moments, pack_symmetric, unpack_symmetric
 from gptq_awq.pipeline.experts import ExpertPolicy
+from gptq_awq.pipeline.progress import keep_block
 from gptq_awq.pipeline.staged import observe_forward
 from gptq_awq.pipeline.streams import Streams
 from gptq_awq.profiling import phase
 from gptq_awq.progress import Track
+from gptq_awq.ranks import ONE, Ranks
 from gptq_awq.sealed import DamagedError, Sealed, lock_path, once
 
 log = logging.getLogger(__name__)
@@ -106,9 +110,11 @@ class Observer:
 
     @phase("sites")
     def sites(self, block: nn.Module, index: int, like: Sequence[Site] = ()) -> list[Site]:
-        """The block's sites; `like` are those of a block that may be of the same make."""
+        """The block's sites, as rank 0 sees them; `like` are those of a block that may be of the same make."""
         hidden, call = self.streams.probe_input(), self.streams.probe.calls[index]
-        return observe_sites(block, hidden, call, self.absorbers, self.heads, like)
+        return self.streams.ranks.from_first(
+            lambda: observe_sites(block, hidden, call, self.absorbers, self.heads, like)
+        )
 
     def observe(self, runner: nn.Module, index: int, sites: list[Site], advance: bool) -> Observation:
         """One forward of all batches; with `advance`, the streams go on to the next block."""
@@ -131,38 +137,48 @@ def passing(observer: Observer, blocks: nn.ModuleList, dtype: torch.dtype, start
 
 
 def recorded(
-    record: Record, blocks: nn.ModuleList, opened: Callable[[], Observer], dtype: torch.dtype, track: Track
+    record: Record,
+    blocks: nn.ModuleList,
+    opened: Callable[[], Observer],
+    dtype: torch.dtype,
+    track: Track,
+    ranks: Ranks = ONE,
 ) -> bool:
     """Complete the record: observe every block that isn't in it yet. False where it can't be kept on this disk.
 
-    Of several processes one observes, and the others wait. No block may have been changed yet; `opened` makes an
-    observer whose streams enter the first block.
+    Of several processes one observes, or the ranks that it is one of, and the others wait. No block may have been
+    changed yet; `opened` makes an observer whose streams enter the first block.
     """
     journal, count = record.journal, len(blocks)
-    with locked(lock_path(journal.folder), lambda: log.warning("another process calibrates on these data: waiting")):
-        start = _whole(journal)
+    with _alone(journal) if ranks.first else nullcontext():
+        start = ranks.from_first(lambda: _whole(journal))
         if start == count:
             log.info("full-precision moments read from %s", journal.folder)
             return True
         observer = opened()
         if start:
             start = _restored(journal, observer.streams, start)
-        if not start and _forecast(observer, blocks) > record.room:
+        if not start and ranks.from_first(lambda: _forecast(observer, blocks)) > record.room:
             log.warning("the moments of all blocks don't fit into cache_gb: they are not shared with other runs")
             return False
         rest = track(passing(observer, blocks, dtype, start), "calibrate (full precision)", count - start)
         try:
             for index, seen in enumerate(rest, start):
+                leaving = observer.streams if index + 1 < count else None
                 with phase("disk"):
-                    if index + 1 < count:
-                        observer.streams.keep(journal, index)
-                    journal.append(index, *_packed(seen))
+                    keep_block(journal, index, partial(_packed, seen), leaving, ranks)
         except OSError as error:
             log.warning("the moments are not kept for later runs: %s", error)
-            journal.clear()
+            if ranks.first:
+                journal.clear()
             return False
-        journal.drop_streams()
+        if ranks.first:
+            journal.drop_streams()
     return True
+
+
+def _alone(journal: Journal) -> AbstractContextManager[None]:
+    return locked(lock_path(journal.folder), lambda: log.warning("another process calibrates on these data: waiting"))
 
 
 @phase("disk")
@@ -200,7 +216,8 @@ def _restored(journal: Journal, streams: Streams, start: int) -> int:
         streams.restore(journal, start - 1)
     except (DamagedError, FileNotFoundError) as error:
         log.warning("the recorded stream in %s is damaged (%s): calibrating anew", journal.folder, error)
-        journal.clear()
+        if streams.ranks.first:
+            journal.clear()
         return 0
     return start
 

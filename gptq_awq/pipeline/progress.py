@@ -5,7 +5,7 @@ block that are not on a grid, since transforms change them. The weights follow f
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from gptq_awq.journal import Journal
 from gptq_awq.models.residence import residence
 from gptq_awq.pipeline.streams import Streams
 from gptq_awq.profiling import phase
+from gptq_awq.ranks import ONE, Ranks
 from gptq_awq.sealed import DamagedError, Sealed
 
 log = logging.getLogger(__name__)
@@ -46,37 +47,35 @@ class Progress:
     """A run's journal; None: nothing is kept. A disk that is full costs the progress, not the run."""
 
     journal: Journal | None
+    ranks: Ranks = ONE
 
     @phase("disk")
     def save(self, prefix: str, block: nn.Module, done: BlockResult, streams: Streams | None) -> None:
         """Keep a finished block, and what enters the next one."""
         if self.journal is None:
             return
-        tensors, facts = _packed(prefix, block, done)
         try:
-            if streams is not None:
-                streams.keep(self.journal, done.index)
-            self.journal.append(done.index, tensors, facts)
+            keep_block(self.journal, done.index, lambda: _packed(prefix, block, done), streams, self.ranks)
         except OSError as error:
             if residence(block) is not None:
                 raise UserError(f"a streamed model's finished blocks go to the cache, and it can't: {error}") from error
             log.warning("progress is not kept, a killed run would start again: %s", error)
-            self.journal.clear()
+            self._clear()
             self.journal = None
 
     def finished(self, count: int, streams: Streams | None) -> int:
         """How many of the leading blocks, of `count`, are kept; `streams` then enter the block after them."""
         if self.journal is None:
             return 0
-        done = min(self.journal.count(), count)
+        journal = self.journal
         try:
-            for index in range(done):
-                self.journal.block(index)
+            done = self.ranks.from_first(lambda: min(journal.count(), count))
+            self.ranks.together(lambda: _checked(journal, done), DamagedError, FileNotFoundError)
             if done and streams is not None and done < count:
-                streams.restore(self.journal, done - 1)
+                streams.restore(journal, done - 1)
         except (DamagedError, FileNotFoundError) as error:
-            log.warning("the progress in %s can't be used (%s): starting again", self.journal.folder, error)
-            self.journal.clear()
+            log.warning("the progress in %s can't be used (%s): starting again", journal.folder, error)
+            self._clear()
             return 0
         return done
 
@@ -107,6 +106,44 @@ class Progress:
             return _state(content, dict(_weights(content, grids)), block, name)
 
         home.moved(read)
+
+    def _clear(self) -> None:
+        if self.journal is not None and self.ranks.first:
+            self.journal.clear()
+
+
+def keep_block(
+    journal: Journal,
+    index: int,
+    packed: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]],
+    streams: Streams | None,
+    ranks: Ranks,
+) -> None:
+    """Keep a block, and the streams that leave it: every rank its own batches; when all are on disk, rank 0 the block.
+
+    Args:
+        packed: tensors and facts of the block.
+
+    Raises:
+        OSError: on all ranks, where any could not write.
+    """
+
+    def keep_streams() -> None:
+        if streams is not None:
+            streams.keep(journal, index)
+
+    def append() -> None:
+        if ranks.first:
+            journal.append(index, *packed())
+
+    ranks.together(keep_streams, OSError)
+    ranks.together(append, OSError)
+
+
+def _checked(journal: Journal, count: int) -> None:
+    """Raise FileNotFoundError or DamagedError where one of the leading blocks can't be used."""
+    for index in range(count):
+        journal.block(index)
 
 
 def _state(content: Sealed, weights: Mapping[str, QuantizedWeight], block: nn.Module, name: str) -> dict[str, Tensor]:

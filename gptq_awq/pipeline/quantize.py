@@ -40,6 +40,7 @@ from gptq_awq.pipeline.places import landing
 from gptq_awq.pipeline.progress import BlockResult, Progress
 from gptq_awq.pipeline.tuned import tuned_model
 from gptq_awq.progress import Track, no_track
+from gptq_awq.ranks import Ranks
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.transforms.base import Scaling
 from gptq_awq.tuning.teacher import Teacher
@@ -75,11 +76,13 @@ def quantize(
 
     Raises:
         UserError: no calibration data where the method needs some; non-finite values; H that won't factor; a width
-            that a grid has no room for; experts whose products can't be told one from the other.
+            that a grid has no room for; experts whose products can't be told one from the other; tuning on several
+            ranks.
     """
     match_torch()
     if streamed(model):
         _check_blockwise(method, progress)
+    check_ranks(method, settings.ranks)
     if method.solver is None:
         if method.cast is not None:
             _cast(model, getattr(torch, method.cast))
@@ -118,7 +121,7 @@ def _blocks(
     ends = _round_ends(model, grids, prefix, method)
     if ends.weights:
         yield ends
-    kept = Progress(progress)
+    kept = Progress(progress, settings.ranks)
     inputs = None
     if needs_calibration(method, grid):
         if tokens is None:
@@ -134,7 +137,7 @@ def _blocks(
     yield from kept.restore(finished, prefix, blocks, grids)
     rest = range(finished, len(blocks))
     for index in track(rest, f"quantize ({method.name})", len(rest)):
-        step = BlockStep(blocks[index], index, f"{prefix}.{index}", method, grids, prepared)
+        step = BlockStep(blocks[index], index, f"{prefix}.{index}", method, grids, prepared, settings.ranks)
         if index + 1 < len(blocks):
             read_ahead(blocks[index + 1])
         with torch.no_grad(), resident(blocks[index]):
@@ -164,6 +167,19 @@ def _check_blockwise(method: Method, progress: Journal | None) -> None:
 
 def _wants_tokens(method: Method) -> UserError:
     return UserError(f"method={method.name} calibrates: give it tokens (data=…)")
+
+
+def check_ranks(method: Method, ranks: Ranks) -> None:
+    """Refuse what several ranks can't do together.
+
+    Raises:
+        UserError: tuning, which learns from all batches at once.
+    """
+    if ranks.size > 1 and method.tuning:
+        raise UserError(
+            f"method={method.name}: {', '.join(method.tuning)} learns from all calibration batches, which are spread "
+            f"over {ranks.size} ranks; start one rank, or a method without tuning"
+        )
 
 
 def needs_calibration(method: Method, grid: GridChoice) -> bool:

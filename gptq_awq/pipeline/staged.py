@@ -65,7 +65,8 @@ def staged_forward(
     """
     if full is not None and any(site.expert is not None for site in sites):
         raise no_pairing(f"block {index}: the method")
-    stage = _Stage(sites, Routes(block, sites, streams.batches, policy, f"block {index}"), f"block {index}")
+    routes = Routes(block, sites, streams.batches, policy, f"block {index}", streams.ranks)
+    stage = _Stage(sites, routes, f"block {index}")
     batches = [_Batch(stream, index, block, full) for stream in streams.batches]
     device, end = next(block.parameters()).device, len(sites)
     with stage.hooked(block, full, batches), faster_attention_of(block):
@@ -246,7 +247,7 @@ def observe_forward(
     """The moments of every site's input in one plain forward; with `advance`, streams take the outputs."""
     device = next(block.parameters()).device
     sums = [MomentsSum(site.width, device) for site in sites]
-    routes = Routes(block, sites, streams.batches, policy, f"block {index}")
+    routes = Routes(block, sites, streams.batches, policy, f"block {index}", streams.ranks)
     padded = any(stream.mask is not None for stream in streams.batches)
     picked = PickedRows() if padded and any(site.expert is not None for site in sites) else None
     now = streams.batches[0]

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from gptq_awq.data import TokenSet
+from gptq_awq.errors import UserError
 from gptq_awq.journal import Journal
 from gptq_awq.models.attention import faster_attention_of
 from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call
@@ -23,6 +24,7 @@ from gptq_awq.models.residence import resident
 from gptq_awq.pipeline.spill import Spilled
 from gptq_awq.profiling import phase
 from gptq_awq.progress import Track, no_track
+from gptq_awq.ranks import ONE, Ranks
 from gptq_awq.sealed import DamagedError
 
 
@@ -78,10 +80,11 @@ def _read(held: Tensor | Spilled) -> Tensor:
 
 @dataclass(frozen=True)
 class Streams:
-    """All calibration batches, and a probe of a few tokens for observing the topology."""
+    """All calibration batches, or this rank's, and a probe of a few tokens for observing the topology."""
 
     batches: list[Stream]
     probe: Stream
+    ranks: Ranks = ONE
 
     @torch.no_grad()
     def advance(self, block: nn.Module, index: int, full: nn.Module | None = None) -> None:
@@ -107,25 +110,50 @@ class Streams:
             journal.keep_batch(index, stream.number, states)
 
     def restore(self, journal: Journal, index: int) -> None:
-        """Go on from what `keep` kept after block `index`; where it raises, nothing has changed.
+        """Go on from what `keep` kept after block `index`; where it raises, on every rank, nothing has changed.
 
         Raises:
             FileNotFoundError, DamagedError: a batch is not there, or is not one of these.
         """
-        for stream in self.batches:
-            states, now = journal.batch(index, stream.number), stream.hidden
-            if any(x.shape != now.shape or x.dtype != now.dtype for x in states):
-                raise DamagedError(f"a batch of shape {tuple(states[0].shape)} for one of {tuple(now.shape)}")
-            if len(states) != 1 + (stream.full is not None):
-                raise DamagedError(f"{len(states)} hidden states of a batch")
+
+        def check() -> None:
+            for stream in self.batches:
+                _check_fitting(stream, journal.batch(index, stream.number))
+
+        self.ranks.together(check, FileNotFoundError, DamagedError)
         for stream in self.batches:
             hidden, *full = journal.batch(index, stream.number)
             stream.hidden = hidden.to(stream.hidden.device)
             stream.full = full[0].to(stream.hidden.device) if full else None
 
     def probe_input(self) -> Float[Tensor, "1 tokens width"]:
-        """The first real tokens that enter the next block."""
+        """The first real tokens that enter the next block, of this rank's batches."""
         return self.batches[0].hidden[:1, : self.probe.hidden.shape[1]]
+
+
+def _check_fitting(stream: Stream, states: list[Tensor]) -> None:
+    """Raise DamagedError unless these states may take the place of the stream's."""
+    now = stream.hidden
+    if any(x.shape != now.shape or x.dtype != now.dtype for x in states):
+        raise DamagedError(f"a batch of shape {tuple(states[0].shape)} for one of {tuple(now.shape)}")
+    if len(states) != 1 + (stream.full is not None):
+        raise DamagedError(f"{len(states)} hidden states of a batch")
+
+
+def batches_of(ranks: Ranks, tokens: TokenSet, tokens_per_batch: int) -> range:
+    """Numbers of the batches that fall to this rank.
+
+    Raises:
+        UserError: there are fewer batches than ranks.
+    """
+    windows, seqlen = tokens.ids.shape
+    count = -(-windows // max(1, tokens_per_batch // seqlen))
+    if count < ranks.size:
+        raise UserError(
+            f"tokens_per_batch={tokens_per_batch}: makes {count} batches of the calibration text, for {ranks.size} "
+            "ranks: lower it, raise data.samples, or start fewer ranks"
+        )
+    return range(ranks.rank, count, ranks.size)
 
 
 @phase("embed")
@@ -138,10 +166,14 @@ def open_streams(
     track: Track = no_track,
     full: bool = False,
     spill: Path | None = None,
+    ranks: Ranks = ONE,
 ) -> Streams:
-    """Embed the calibration tokens and record what every block is called with; `full`, `spill`: see `Stream`."""
+    """Embed the calibration tokens and record what every block is called with; `full`, `spill`: see `Stream`.
+
+    Of several ranks each takes its share of the batches; which windows make a batch does not depend on them.
+    """
     with resident(model.get_input_embeddings()):  # pyright: ignore[reportCallIssue]
-        return _opened(model, blocks, tokens, tokens_per_batch, compute_dtype, track, full, spill)
+        return _opened(model, blocks, tokens, tokens_per_batch, compute_dtype, track, full, spill, ranks)
 
 
 def _opened(
@@ -153,10 +185,10 @@ def _opened(
     track: Track,
     full: bool,
     spill: Path | None,
+    ranks: Ranks,
 ) -> Streams:
     recorder = BlockCalls(model, blocks)
-    windows, seqlen = tokens.ids.shape
-    per_batch = max(1, tokens_per_batch // seqlen)
+    per_batch = max(1, tokens_per_batch // tokens.ids.shape[1])
 
     def stream(number: int, ids: Tensor, mask: Tensor | None) -> Stream:
         hidden, calls = recorder.record(ids, mask)
@@ -164,9 +196,9 @@ def _opened(
         hidden = hidden.to(compute_dtype)
         return Stream(number, hidden, calls, on_device, hidden if full else None, None if number < 0 else spill)
 
-    numbers = range(-(-windows // per_batch))
+    numbers = batches_of(ranks, tokens, tokens_per_batch)
     batches = []
     for number in track(numbers, "embed calibration text", len(numbers)):
         part = slice(number * per_batch, (number + 1) * per_batch)
         batches.append(stream(number, tokens.ids[part], None if tokens.mask is None else tokens.mask[part]))
-    return Streams(batches, stream(-1, tokens.ids[:1, :PROBE_TOKENS], None))
+    return Streams(batches, stream(-1, tokens.ids[:1, :PROBE_TOKENS], None), ranks)
