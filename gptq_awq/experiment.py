@@ -7,8 +7,8 @@ and model when they are loaded, memory by a forecast. A mistake is a `UserError`
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,17 +37,19 @@ from gptq_awq.models.residence import streamed
 from gptq_awq.pipeline.inputs import resolve_compute_dtype
 from gptq_awq.pipeline.observe import Record, observations_sha256
 from gptq_awq.pipeline.places import changes_output
+from gptq_awq.pipeline.progress import BlockResult
 from gptq_awq.pipeline.quantize import quantize
 from gptq_awq.pipeline.size import PLAIN_BITS, Footprint
 from gptq_awq.plan import Plan, preflight
 from gptq_awq.profiling import Recorder, phase
-from gptq_awq.progress import Track, rich_track
+from gptq_awq.progress import Track, no_track, rich_track
+from gptq_awq.ranks import ONE, Ranks, opened
 from gptq_awq.report import final_table
 from gptq_awq.results import FAILURE, FILE_NAME, Ledger, Result
 from gptq_awq.runlog import Clock, logging_to, remove_unused_hydra_folder
 from gptq_awq.runs import FILES
 from gptq_awq.scores import Scores
-from gptq_awq.sweep import failed, store_failure, sweep_folder
+from gptq_awq.sweep import failed, job_number, store_failure, sweep_folder
 from gptq_awq.tracking import Tracker, run_name
 from gptq_awq.work import Work, load
 
@@ -60,32 +62,46 @@ PROBE_WINDOWS, PROBE_SEQLEN = 2, 256
 def run(cfg: DictConfig) -> Result:
     """Run one experiment and store its row in `cfg.out`; one that is finished already is not run again.
 
-    In a sweep, a run that fails leaves a row that says so.
+    In a sweep, a run that fails leaves a row that says so. Of several ranks the first one stores and speaks.
 
     Raises:
         UserError: something the user can fix; one line, naming the option.
     """
-    console = Console(stderr=True)
+    with opened(cfg.get("ranks_timeout_minutes", 30), job_number()) as ranks:
+        return _run(cfg, ranks)
+
+
+def _run(cfg: DictConfig, ranks: Ranks) -> Result:
+    if ranks.size > 1:  # the folder is named by the time, which each looked up for itself
+        cfg.out = ranks.from_first(lambda: cfg.out)
+    console = Console(stderr=True, quiet=not ranks.first)
     try:
-        plan = preflight(cfg)
+        plan = preflight(cfg, ranks)
         remove_unused_hydra_folder(plan.out)
-        recorder = Recorder(plan.profile)
-        with logging_to(plan.out, console), rich_track(console) as track, recorder:
+        recorder = Recorder(plan.profile and ranks.first)
+        with logging_to(plan.out, console, ranks.rank), rich_track(console) as track, recorder:
             result = execute(plan, track, console, recorder)
     except Exception as error:
-        # A kill leaves the ledger of what was done; an error leaves nothing, and what an earlier run left stays.
-        with suppress(OSError):
-            (Path(cfg.out) / UNFINISHED).unlink()
         log.debug("stopped: %s", error)
-        if sweep_folder() is not None:
-            store_failure(cfg, error)
+        if ranks.first:
+            _leave_failure(cfg, error)
         raise
+    if not ranks.first:
+        return result
     (plan.out / FAILURE).unlink(missing_ok=True)
     if recorder.profile is not None:
         Console().print(recorder.profile.table())
     Console().print(final_table(result))
     console.print(f"results: {plan.out / 'results.json'}", highlight=False, soft_wrap=True)
     return result
+
+
+def _leave_failure(cfg: DictConfig, error: Exception) -> None:
+    """A kill leaves the ledger of what was done; an error leaves nothing, and what an earlier run left stays."""
+    with suppress(OSError):
+        (Path(cfg.out) / UNFINISHED).unlink()
+    if sweep_folder() is not None:
+        store_failure(cfg, error)
 
 
 def execute(plan: Plan, track: Track, console: Console, recorder: Recorder) -> Result:
@@ -95,7 +111,7 @@ def execute(plan: Plan, track: Track, console: Console, recorder: Recorder) -> R
         log.info("%s", line)
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
-    clock = Clock()
+    clock, ranks = Clock(), plan.settings.ranks
     memory.reset_peak(plan.device)
     with clock.phase("load"), phase("load"):
         work = load(plan)
@@ -110,16 +126,24 @@ def execute(plan: Plan, track: Track, console: Console, recorder: Recorder) -> R
         _track_finished(plan, work, result)
         return result
 
-    result = earlier()
-    if result is not None:
-        return result
-    with work.run.alone(lambda what: say(f"{what}: waiting for it")):
-        result = earlier()  # while we waited
-        if result is not None:
-            return result
+    def computed() -> Result:
         result = compute(plan, work, clock, track, recorder)
         work.run.journal.clear()
         work.run.remember()
+        return result
+
+    result = ranks.from_first(earlier)
+    if result is not None:
+        return result
+    with work.run.alone(lambda what: say(f"{what}: waiting for it")) if ranks.first else nullcontext():
+        result = ranks.from_first(earlier)  # while we waited
+        if result is not None:
+            return result
+        if not ranks.first:
+            _assist(plan, work)
+        result = ranks.from_first(computed)
+    if not ranks.first:
+        return result
     prune(plan.cache_bytes)
     if plan.profile:
         _store_profile(plan, work, recorder)
@@ -147,6 +171,9 @@ def _compute(plan: Plan, work: Work, tracker: Tracker, clock: Clock, track: Trac
             compute_dtype=plan.evaluation.compute_dtype,
         )
     plan, allocation = _allocated(plan, work, clock, track)
+    if not plan.resume:
+        work.run.journal.clear()
+    plan.settings.ranks.from_first(lambda: plan.grid)  # `_assist` begins with it
     with clock.phase("quantize"):
         quantized = _quantize(plan, work, tracker, track, recorder)
     checkpoints: list[Exported] = []
@@ -175,7 +202,7 @@ def _allocated(plan: Plan, work: Work, clock: Clock, track: Track) -> tuple[Plan
     loaded = work.loaded
     with clock.phase("allocate"):
         allocation = allocate(
-            *(loaded.model, work.tokens, plan.method, plan.grid, plan.settings, plan.seed),
+            *(loaded.model, work.tokens, plan.method, plan.grid, replace(plan.settings, ranks=ONE), plan.seed),
             model_sha256=loaded.sha256,
             cache=cache_dir(),
             track=track,
@@ -245,17 +272,7 @@ def _quantize(plan: Plan, work: Work, tracker: Tracker, track: Track, recorder: 
     with _writing(plan.out):
         ledger = Ledger.create(plan.out / UNFINISHED)
     footprint, weights, restored = Footprint(), {}, 0
-    journal = work.run.journal
-    if not plan.resume:
-        journal.clear()
-    settings = replace(plan.settings, scratch=journal.folder / "spilled")
-    steps = quantize(
-        *(work.loaded.model, work.tokens, plan.method, plan.grid, settings, track),
-        record=_record(plan, work),
-        progress=journal if plan.resume or streamed(work.loaded.model) else None,
-        experts=plan.experts,
-    )
-    with closing(recorder.closely(steps)) as steps:  # ends its progress bar before an error is told
+    with closing(recorder.closely(_steps(plan, work, track))) as steps:  # ends its progress bar before an error is told
         for block in steps:
             footprint.add(block.weights)
             if plan.exports.formats:
@@ -270,6 +287,24 @@ def _quantize(plan: Plan, work: Work, tracker: Tracker, track: Track, recorder: 
     if restored:
         log.info("resumed after %d finished blocks", restored)
     return Quantized(footprint, weights, [restored] if restored else [])
+
+
+def _steps(plan: Plan, work: Work, track: Track) -> Generator[BlockResult]:
+    journal = work.run.journal
+    settings = replace(plan.settings, scratch=journal.folder / "spilled")
+    return quantize(
+        *(work.loaded.model, work.tokens, plan.method, plan.grid, settings, track),
+        record=_record(plan, work),
+        progress=journal if plan.resume or streamed(work.loaded.model) else None,
+        experts=plan.experts,
+    )
+
+
+def _assist(plan: Plan, work: Work) -> None:
+    """What further ranks do while the first one computes: their part of quantizing."""
+    plan = replace(plan, grid=plan.settings.ranks.from_first(lambda: plan.grid))
+    for _ in _steps(plan, work, no_track):
+        pass
 
 
 def _record(plan: Plan, work: Work) -> Record | None:
@@ -365,6 +400,7 @@ def _manifest(plan: Plan, work: Work, baseline: Baseline, checkpoints: Sequence[
         "act": plan.act.label,
         "kv": plan.kv.label,
         "seed": plan.seed,
+        "ranks": plan.settings.ranks.size,
     } | environment()
 
 

@@ -18,6 +18,7 @@ from gptq_awq.evaluation.protocol import Evaluation
 from gptq_awq.export.write import Exports
 from gptq_awq.grids.base import GridChoice
 from gptq_awq.grids.dynamic import DynamicGrid, Unrounded
+from gptq_awq.manifest import config_sha256
 from gptq_awq.models.load import checked_device
 from gptq_awq.pipeline.experts import ExpertPolicy
 from gptq_awq.pipeline.inputs import Settings
@@ -99,6 +100,11 @@ def preflight(cfg: DictConfig, ranks: Ranks = ONE) -> Plan:
         raise UserError(str(error).splitlines()[0]) from error
     _check_meant(plan)
     check_ranks(plan.method, ranks)
+    if len(set(ranks.gather(config_sha256(plan.config)))) > 1:
+        raise UserError(
+            "the ranks were given different options: start all with the same ones, and a search without ranks, "
+            "or with hydra/launcher=slurm hydra.launcher.tasks_per_node=N"
+        )
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -85,6 +85,11 @@ def sweep_folder() -> Path | None:
     return Path(HydraConfig.get().sweep.dir)
 
 
+def job_number() -> int:
+    """Which of the sweep's runs this is, by its place; 0 where it is by itself."""
+    return 0 if sweep_folder() is None else HydraConfig.get().job.num
+
+
 def objective(result: Result, name: str | Sequence[str | None] | None) -> float | tuple[float, ...]:
     """What a search minimizes: a metric, or a number of the row such as `bits_per_weight`; a list for several at once.
 
