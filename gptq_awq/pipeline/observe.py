@@ -158,7 +158,7 @@ def recorded(
         observer = opened()
         if start:
             start = _restored(journal, observer.streams, start)
-        if not start and ranks.from_first(lambda: _forecast(observer, blocks)) > record.room:
+        if not start and _forecast(observer, blocks) > record.room:
             log.warning("the moments of all blocks don't fit into cache_gb: they are not shared with other runs")
             return False
         rest = track(passing(observer, blocks, dtype, start), "calibrate (full precision)", count - start)
