@@ -267,14 +267,16 @@ def _told_to_stop(ranks: Ranks, environment: Mapping[str, str]) -> Iterator[None
         return
 
     def stop(_number: int, _frame: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # once is enough
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise ranks.lost("torchrun ends this one")
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    except BaseException:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # an error is on its way already: let it be told
+        raise
+    signal.signal(signal.SIGTERM, before)
 
 
 def _here(storage: Any, location: str) -> Any:

@@ -1,9 +1,8 @@
-"""What two ranks do, for test_ranks.py: started by torchrun with a folder as its argument, leaves there what came out."""
+"""What two ranks do, for test_ranks.py: started with a folder as argument; what came out is left there."""
 
-import os
-import signal
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,87 +13,87 @@ from gptq_awq.api import load_method
 from gptq_awq.errors import UserError
 from gptq_awq.journal import Journal
 from gptq_awq.moments import MomentsSum
-from gptq_awq.pipeline.inputs import Settings
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.observe import Record
 from gptq_awq.pipeline.quantize import quantize
-from gptq_awq.ranks import ONE, Ranks, opened
+from gptq_awq.ranks import opened, rank_and_size
 from gptq_awq.solvers.gptq import GPTQ
 
-METHODS = {
-    "rtn": load_method("rtn")[0],
-    "gptq": load_method("gptq")[0],
-    "awq": load_method("awq")[0],
-    "awq_gptq": load_method("awq_gptq")[0],
-    "smoothquant": load_method("smoothquant")[0],
-    "gptaq": load_method("gptaq")[0],
-    "qronos": load_method("qronos")[0],
-    "gptq on full precision": Method("gptq", GPTQ(), error_propagation=False),
-}
+PRESETS = ("rtn", "gptq", "awq", "awq_gptq", "smoothquant", "gptaq", "qronos")
+METHODS = {name: load_method(name)[0] for name in PRESETS}
+METHODS["gptq on full precision"] = Method("gptq", GPTQ(), error_propagation=False)
+
+
+class KilledError(Exception):
+    """Stands for kill -9, of all ranks at once."""
 
 
 def run(method, ranks, journal=None, record=None, kill_after=None):
-    """Codes, ledger and weights."""
+    """Codes, ledger and weights of four batches, the last of them shorter."""
     model, codes, rows = tiny_model("llama"), {}, []
-    settings = Settings(SMALL.compute_dtype, SMALL.tokens_per_batch, ranks=ranks)
+    settings = replace(SMALL, ranks=ranks)
     for block in quantize(model, tokens(7), method, GRID, settings, progress=journal, record=record):
         codes |= {name: weight.codes for name, weight in block.weights.items()}
         rows += block.rows
         if block.index == kill_after:
-            raise KeyboardInterrupt
+            raise KilledError
     return {"codes": codes, "rows": rows, "state": model.state_dict()}
 
 
-def whole_numbers(ranks):
-    """Moments of inputs whose sums are exact, this rank's part of them."""
-    x = torch.randint(-8, 9, (6, 50, 800), generator=torch.Generator().manual_seed(0)).float()
-    total = MomentsSum(800, torch.device("cpu"))
+def moments_of_whole_numbers(ranks):
+    """Inputs whose sums are exact, this rank's part of them; wider than a block of the upper triangle."""
+    x = torch.randint(-8, 9, (6, 50, 500), generator=torch.Generator().manual_seed(0)).float()
+    total = MomentsSum(500, torch.device("cpu"))
     for batch in range(ranks.rank, 6, ranks.size):
         total.add(x[batch], None, x[batch].flip(0))
-    moments = total.finish("here", ranks)
-    return [moments.hessian, moments.cross, moments.mean_abs, moments.max_abs, moments.tokens]
+    return _values(total.finish("here", ranks))
 
 
-def one_sided(ranks):
-    """Moments where rank 0 alone has seen tokens."""
+def moments_seen_by_one(ranks):
+    """Rank 0 alone has tokens, as it may be with an expert."""
     total = MomentsSum(24, torch.device("cpu"))
     if ranks.first:
-        total.add(torch.ones(3, 24), None)
-    return total.finish("here", ranks).hessian
+        total.add(torch.ones(3, 24), None, torch.ones(3, 24))
+    return _values(total.finish("here", ranks))
+
+
+def _values(moments):
+    return {name: getattr(moments, name) for name in ("hessian", "cross", "mean_abs", "max_abs", "tokens")}
 
 
 class Failing(GPTQ):
-    """A solver that fails where the name of its process says so."""
+    """A solver that one rank can't run."""
 
     def solve(self, weight, moments, grid):
-        if int(os.environ["RANK"]) == 1:
+        if rank_and_size()[0] == 1:
             raise UserError("rank 1 has its reasons")
         return super().solve(weight, moments, grid)
 
 
+def together(ranks, folder: Path) -> dict:
+    """What ranks do while nothing goes wrong."""
+    found = {name: run(method, ranks) for name, method in METHODS.items()}
+    journal, record = Journal(folder / "journal", "key"), Record(Journal(folder / "record", "key"), 10**9)
+    with suppress(KilledError):
+        run(METHODS["gptq"], ranks, journal, kill_after=0)
+    found["resumed"] = run(METHODS["gptq"], ranks, journal)
+    found |= {name: run(METHODS["awq"], ranks, record=record) for name in ("recording", "recorded")}
+    found["whole numbers"], found["one"] = moments_of_whole_numbers(ranks), moments_seen_by_one(ranks)
+    first, other = ranks.gather([x for name in METHODS for x in found[name]["state"].values()])
+    found["same"] = [torch.equal(x, y) for x, y in zip(first, other, strict=True)]
+    return found
+
+
 def main(folder: Path) -> None:
-    """Everything that takes no death; the last part's word comes from the other rank."""
-    with opened(1) as ranks:
-        found = {name: run(method, ranks) for name, method in METHODS.items()}
-        journal = Journal(folder / "journal", "key")
-        with suppress(KeyboardInterrupt):
-            run(METHODS["gptq"], ranks, journal, kill_after=0)
-        ranks.gather(None)
-        if ranks.first:
-            found["files"] = sorted(str(p.relative_to(folder)) for p in (folder / "journal").rglob("*.safetensors"))
-        found["resumed"] = run(METHODS["gptq"], ranks, journal)
-        for name in ("recording", "recorded"):
-            found[name] = run(METHODS["awq"], ranks, record=Record(Journal(folder / "record", "key"), 10**9))
-        found |= {"whole numbers": whole_numbers(ranks), "one-sided": one_sided(ranks)}
-        states = ranks.gather({name: found[name]["state"] for name in METHODS})
-        found["same"] = all(torch.equal(x, states[1][name][key]) for name in METHODS for key, x in states[0][name].items())
-        found["slept"] = ranks.from_first(lambda: "by rank 0" if ranks.first else "by another")
+    """Twice the ranks meet; the second time, one of them fails."""
+    with opened(5) as ranks:
+        found = together(ranks, folder)
     try:
-        with opened(1, run=1) as ranks:
+        with opened(5, run=1) as ranks:
             run(Method("gptq", Failing()), ranks)
     except UserError as error:
         found["told"] = str(error)
-    if found and ranks.first:
+    if ranks.first:
         torch.save(found, folder / "found.pt")
 
 
