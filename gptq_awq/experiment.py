@@ -30,12 +30,10 @@ from gptq_awq.export.verify import Probe
 from gptq_awq.export.write import Exported, write_card
 from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.grids.base import QuantizedWeight
-from gptq_awq.journal import Journal
 from gptq_awq.manifest import config_sha256, environment
 from gptq_awq.models.activations import quantized_activations
 from gptq_awq.models.residence import streamed
 from gptq_awq.pipeline.inputs import resolve_compute_dtype
-from gptq_awq.pipeline.observe import Record, observations_sha256
 from gptq_awq.pipeline.places import changes_output
 from gptq_awq.pipeline.progress import BlockResult
 from gptq_awq.pipeline.quantize import quantize
@@ -51,7 +49,7 @@ from gptq_awq.runs import FILES
 from gptq_awq.scores import Scores
 from gptq_awq.sweep import failed, job_number, store_failure, sweep_folder
 from gptq_awq.tracking import Tracker, run_name
-from gptq_awq.work import Work, load
+from gptq_awq.work import Work, load, record_of
 
 log = logging.getLogger(__name__)
 LEDGER = "ledger.jsonl"
@@ -294,7 +292,7 @@ def _steps(plan: Plan, work: Work, track: Track) -> Generator[BlockResult]:
     settings = replace(plan.settings, scratch=journal.folder / "spilled")
     return quantize(
         *(work.loaded.model, work.tokens, plan.method, plan.grid, settings, track),
-        record=_record(plan, work),
+        record=record_of(plan, work),
         progress=journal if plan.resume or streamed(work.loaded.model) else None,
         experts=plan.experts,
     )
@@ -305,18 +303,6 @@ def _assist(plan: Plan, work: Work) -> None:
     plan = replace(plan, grid=plan.settings.ranks.from_first(lambda: plan.grid))
     for _ in _steps(plan, work, no_track):
         pass
-
-
-def _record(plan: Plan, work: Work) -> Record | None:
-    """Where this run's full-precision calibration is kept for others; None where it has none."""
-    if work.tokens is None or plan.method.error_propagation:
-        return None
-    settings = plan.settings
-    dtype = resolve_compute_dtype(settings.compute_dtype, plan.device)
-    # Of the model as its transforms leave it.
-    observed = " ".join([work.loaded.sha256, *map(repr, plan.method.of_model), repr(plan.experts)])
-    key = observations_sha256(work.loaded.model, observed, work.tokens, dtype, settings.tokens_per_batch)
-    return Record(Journal(cache_dir() / "moments" / key, key), plan.cache_bytes)
 
 
 @contextmanager

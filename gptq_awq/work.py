@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptq_awq import memory
+from gptq_awq.assets import cache_dir
 from gptq_awq.data import TokenSet
 from gptq_awq.export.base import linear_specs
 from gptq_awq.grids.base import Grid
+from gptq_awq.journal import Journal
 from gptq_awq.manifest import code_sha256, package_sha256, run_sha256
 from gptq_awq.models.activations import check_activations
 from gptq_awq.models.blocks import find_blocks
@@ -20,6 +22,7 @@ from gptq_awq.models.experts import compute_eagerly, unfuse
 from gptq_awq.models.linear import widest
 from gptq_awq.models.load import LoadedModel
 from gptq_awq.pipeline.inputs import resolve_compute_dtype
+from gptq_awq.pipeline.observe import Record, observations_sha256
 from gptq_awq.pipeline.places import landing
 from gptq_awq.pipeline.quantize import needs_calibration
 from gptq_awq.pipeline.size import Footprint
@@ -93,6 +96,18 @@ def load(plan: Plan) -> Work:
     }
     run_ = Run(run_sha256(plan.config, data, code), plan.out)
     return Work(loaded, windows, tasks, tokens, grids, package, run_, baseline_bytes)
+
+
+def record_of(plan: Plan, work: Work) -> Record | None:
+    """Where this run's full-precision calibration is kept for others; None where it has none."""
+    if work.tokens is None or plan.method.error_propagation:
+        return None
+    settings = plan.settings
+    dtype = resolve_compute_dtype(settings.compute_dtype, plan.device)
+    # Of the model as its transforms leave it.
+    observed = " ".join([work.loaded.sha256, *map(repr, plan.method.of_model), repr(plan.experts)])
+    key = observations_sha256(work.loaded.model, observed, work.tokens, dtype, settings.tokens_per_batch)
+    return Record(Journal(cache_dir() / "moments" / key, key), plan.cache_bytes)
 
 
 def _forecast(loaded: LoadedModel, tokens: TokenSet | None, plan: Plan) -> None:
