@@ -28,9 +28,9 @@ class KilledError(Exception):
     """Stands for kill -9, of all ranks at once."""
 
 
-def run(method, ranks, journal=None, record=None, kill_after=None):
+def run(method, ranks, journal=None, record=None, kill_after=None, name="llama"):
     """Codes, ledger and weights of four batches, the last of them shorter."""
-    model, codes, rows = tiny_model("llama"), {}, []
+    model, codes, rows = tiny_model(name), {}, []
     settings = replace(SMALL, ranks=ranks)
     for block in quantize(model, tokens(7), method, GRID, settings, progress=journal, record=record):
         codes |= {name: weight.codes for name, weight in block.weights.items()}
@@ -76,6 +76,7 @@ def together(ranks, folder: Path) -> dict:
     journal, record = Journal(folder / "journal", "key"), Record(Journal(folder / "record", "key"), 10**9)
     with suppress(KilledError):
         run(METHODS["gptq"], ranks, journal, kill_after=0)
+    found["gptq of experts"] = run(METHODS["gptq"], ranks, name="qwen3-moe")
     found["resumed"] = run(METHODS["gptq"], ranks, journal)
     found |= {name: run(METHODS["awq"], ranks, record=record) for name in ("recording", "recorded")}
     found["whole numbers"], found["one"] = moments_of_whole_numbers(ranks), moments_seen_by_one(ranks)
