@@ -130,12 +130,10 @@ def execute(plan: Plan, track: Track, console: Console, recorder: Recorder) -> R
         work.run.remember()
         return result
 
-    result = ranks.from_first(earlier)
-    if result is not None:
+    if (result := ranks.from_first(earlier)) is not None:
         return result
     with work.run.alone(lambda what: say(f"{what}: waiting for it")) if ranks.first else nullcontext():
-        result = ranks.from_first(earlier)  # while we waited
-        if result is not None:
+        if (result := ranks.from_first(earlier)) is not None:  # while we waited
             return result
         if not ranks.first:
             _assist(plan, work)
@@ -171,7 +169,7 @@ def _compute(plan: Plan, work: Work, tracker: Tracker, clock: Clock, track: Trac
     plan, allocation = _allocated(plan, work, clock, track)
     if not plan.resume:
         work.run.journal.clear()
-    plan.settings.ranks.from_first(lambda: plan.grid)  # `_assist` begins with it
+    _agreed(plan)
     with clock.phase("quantize"):
         quantized = _quantize(plan, work, tracker, track, recorder)
     checkpoints: list[Exported] = []
@@ -300,9 +298,15 @@ def _steps(plan: Plan, work: Work, track: Track) -> Generator[BlockResult]:
 
 def _assist(plan: Plan, work: Work) -> None:
     """What further ranks do while the first one computes: their part of quantizing."""
-    plan = replace(plan, grid=plan.settings.ranks.from_first(lambda: plan.grid))
-    for _ in _steps(plan, work, no_track):
+    for _ in _steps(_agreed(plan), work, no_track):
         pass
+
+
+def _agreed(plan: Plan) -> Plan:
+    """The plan with rank 0's grid, once all ranks have come so far; only now are they timed."""
+    plan = replace(plan, grid=plan.settings.ranks.from_first(lambda: plan.grid))
+    plan.settings.ranks.gather(None)
+    return plan
 
 
 @contextmanager

@@ -72,10 +72,11 @@ class Failing(GPTQ):
 
 def together(ranks, folder: Path) -> dict:
     """What ranks do while nothing goes wrong."""
-    found = {name: run(method, ranks) for name, method in METHODS.items()}
+    found = {"folder": folder} | {name: run(method, ranks) for name, method in METHODS.items()}
     journal, record = Journal(folder / "journal", "key"), Record(Journal(folder / "record", "key"), 10**9)
-    with suppress(KilledError):
-        run(METHODS["gptq"], ranks, journal, kill_after=0)
+    for kept in (journal, Journal(folder / "left", "key")):
+        with suppress(KilledError):
+            run(METHODS["gptq"], ranks, kept, kill_after=0)
     found["gptq of experts"] = run(METHODS["gptq"], ranks, name="qwen3-moe")
     found["resumed"] = run(METHODS["gptq"], ranks, journal)
     found |= {name: run(METHODS["awq"], ranks, record=record) for name in ("recording", "recorded")}
