@@ -45,7 +45,8 @@ def deep(options: argparse.Namespace) -> PreTrainedModel:
     width = options.width
     wanted = options.depth * (4 * width**2 + 3 * width * options.experts * options.inner)
     blocks = max(1, round(wanted / (13 * width**2)))
-    config = Qwen3Config(**shared(options) | {"num_hidden_layers": blocks}, intermediate_size=3 * width)
+    sizes: dict[str, Any] = shared(options) | {"num_hidden_layers": blocks, "intermediate_size": 3 * width}
+    config = Qwen3Config(**sizes)
     return Qwen3ForCausalLM(config).eval().requires_grad_(False)
 
 

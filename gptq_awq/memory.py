@@ -72,6 +72,13 @@ def held_bytes(tokens: int, hidden: int, widest: int, itemsize: int) -> int:
     return tokens * itemsize * (2 * hidden + max(4 * hidden, 2 * widest))
 
 
+def routed_bytes(tokens: int, hidden: int, itemsize: int, squares: int) -> int:
+    """What a mixture of experts adds: four hidden states of every token, which waits inside of the experts whatever
+    becomes of other activations, or is kept for experts that few tokens reach; second moments of all experts of a
+    block, where a method looks at them together (`squares`: the sum of columns²)."""
+    return 4 * tokens * hidden * itemsize + 4 * squares
+
+
 def require(needed: int, device: torch.device, what: str, budget: int | None = None) -> None:
     """Raise UserError unless `needed` bytes are free on `device`, and within `budget`."""
     free = available_bytes(device, budget)

@@ -18,7 +18,7 @@ from gptq_awq.manifest import code_sha256, package_sha256, run_sha256
 from gptq_awq.models.activations import check_activations
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.ends import untie
-from gptq_awq.models.experts import compute_eagerly, unfuse
+from gptq_awq.models.experts import compute_eagerly, experts_in, unfuse
 from gptq_awq.models.linear import widest
 from gptq_awq.models.load import LoadedModel
 from gptq_awq.pipeline.inputs import resolve_compute_dtype
@@ -124,6 +124,10 @@ def _forecast(loaded: LoadedModel, tokens: TokenSet | None, plan: Plan) -> None:
         *(blocks, columns, hidden, tokens.ids.numel() // ranks.size, per_batch, dtype.itemsize),
         full=plan.method.needs_full,
     )
+    together = plan.method.of_blocks or not plan.method.error_propagation
+    squares = max(sum(w.shape[1] ** 2 for e in experts_in(b).values() for w in e.weights) for b in blocks)
+    if squares:
+        needed += memory.routed_bytes(tokens.ids.numel(), hidden, dtype.itemsize, squares if together else 0)
     log.info("calibration needs about %.2f GB beyond the model", needed / 1e9)
     what = f"calibrating {loaded.name} (widest layer: {columns} columns)"
     needed = needed if plan.settings.memory_budget is not None else needed * ranks.sharing(plan.device)

@@ -8,6 +8,7 @@ from test_experts import KEEP, SMALL, codes, entering, lonely, run
 from tiny_models import tiny_model, tiny_tokens
 from torch import nn
 from torch.nn import functional
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from gptq_awq.api import observe_moments
 from gptq_awq.errors import UserError
@@ -58,6 +59,23 @@ def test_the_ledger_says_what_calibrated_an_expert_that_no_token_reaches(method,
             if method != "gptq":
                 assert row["transforms"]["awq"]["skipped"] == "no calibration token reaches this expert"
     assert all(row["experts"] is None for e, row in by_name(result, 2, "gate_up").items() if row["tokens"])
+
+
+def test_experts_that_read_something_else_are_not_made_up_for():
+    class Doubled(MixtralExperts):
+        def forward(self, x, *rest):
+            return super().forward(2 * x, *rest)
+
+    def doubled():
+        model = tiny_model("mixtral")
+        for layer in model.model.layers:
+            layer.mlp.experts.__class__ = Doubled
+        return model
+
+    assert run(doubled(), "gptq", experts=ExpertPolicy("route", 1)).ledger
+    message = r"do not read rows of what enters it.*experts.policy=route; choose rtn or keep"
+    with pytest.raises(UserError, match=message):
+        run(doubled(), "gptq", experts=ExpertPolicy("route", 10**6))
 
 
 def test_an_expert_with_few_tokens_keeps_them_where_that_is_the_policy():

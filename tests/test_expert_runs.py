@@ -11,6 +11,7 @@ from tiny_models import MIXTURES, save_tiny_folder, tiny_model, tiny_tokens
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from gptq_awq import memory
 from gptq_awq.api import load_method
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Source, linear_specs
@@ -96,6 +97,11 @@ def test_other_formats_refuse_experts_before_calibration():
     with pytest.raises(UserError, match=r"export.formats=gptq: mixtures of experts"):
         Exports((GPTQFormat(),)).check(specs, model, NoTokenizer())
     Exports((HFFormat(),)).check(specs, model, NoTokenizer())
+
+
+def test_what_waits_in_experts_and_their_moments_are_forecast():
+    assert memory.routed_bytes(tokens=1000, hidden=64, itemsize=2, squares=0) == 4 * 1000 * 64 * 2
+    assert memory.routed_bytes(0, 64, 2, squares=8 * 64**2) == 8 * 64**2 * 4
 
 
 @pytest.mark.parametrize("method", ["gptaq", "qronos", "fast"])

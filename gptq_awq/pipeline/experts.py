@@ -91,10 +91,11 @@ class Routes:
     ) -> None:
         self._block, self._policy, self._where, self._ranks = block, policy, where, ranks
         self._masks = {stream.number: stream.mask for stream in streams}
+        self._streams = {stream.number: stream for stream in streams}
         self._experts = {site.linears: _Expert.of(block, site) for site in sites if site.expert is not None}
         self._calls: dict[str, dict[int, Arguments]] = {}
         self._shared: dict[str, Moments] = {}
-        self._checked: set[str] = set()
+        self._rows: dict[str, bool] = {}  # owner → whether its experts read rows of what enters it, one for each token
         self._entries: set[tuple[str, ...]] = set()
         known: set[tuple[str, int]] = set()
         for linears, expert in self._experts.items():
@@ -143,21 +144,16 @@ class Routes:
         return replace(total.finish(where, ranks), routed=routed, policy="keep")
 
     def check(self, site: Site, x: Float[Tensor, "rows in"], number: int) -> None:
-        """Make sure, once, that experts read rows of what enters them, as borrowing supposes.
-
-        Raises:
-            UserError: they read something else.
-        """
+        """Look, once, whether experts read rows of what enters them, as borrowing supposes."""
         expert = self._experts[site.linears]
-        if expert.owner in self._checked or site.linears not in self._entries or not len(x) or not self._calls:
+        if expert.owner in self._rows or site.linears not in self._entries or not len(x) or not self._calls:
             return
-        self._checked.add(expert.owner)
-        source = self._entering(expert, number)
-        if source.shape[-1] != x.shape[-1] or not bool((source == x.reshape(-1, x.shape[-1])[0]).all(-1).any()):
-            raise UserError(
-                f"{self._where}: {site.name} reads something else than what enters the experts, so few tokens can't be "
-                f"made up for with experts.policy={self._policy.policy}; choose rtn or keep"
-            )
+        source = self._entered(expert, number)
+        self._rows[expert.owner] = (
+            source is not None
+            and source.shape == (self._streams[number].hidden.shape[:2].numel(), x.shape[-1])
+            and bool((source == x.reshape(-1, x.shape[-1])[0]).all(-1).any())
+        )
 
     def _of_all(self, site: Site) -> Moments:
         """Of all tokens that enter the experts; one and the same for all of them, its factor too."""
@@ -202,13 +198,27 @@ class Routes:
         )
 
     def _entering(self, expert: "_Expert", number: int) -> Float[Tensor, "tokens width"]:
-        """What enters the experts, of one batch."""
+        """What enters the experts, of one batch.
+
+        Raises:
+            UserError: it is not what they read.
+        """
+        hidden = self._entered(expert, number)
+        if hidden is None or not self._rows.get(expert.owner, False):
+            raise UserError(
+                f"{self._where}: the experts of {expert.owner} do not read rows of what enters it, so few tokens "
+                f"can't be made up for with experts.policy={self._policy.policy}; choose rtn or keep"
+            )
+        return hidden
+
+    def _entered(self, expert: "_Expert", number: int) -> Float[Tensor, "tokens width"] | None:
+        """What one batch calls the experts with; None where nobody calls them."""
         for path in expert.above:
             call = self._calls.get(path, {}).get(number)
             if call is not None:
                 hidden = next(t for t in (*call[0], *call[1].values()) if isinstance(t, Tensor))
                 return hidden.reshape(-1, hidden.shape[-1])
-        raise UserError(f"{self._where}: nobody calls {expert.owner}; choose experts.policy=rtn or keep")
+        return None
 
 
 @dataclass(frozen=True)
