@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,8 @@ def quantize_model(
     settings: Settings = Settings(),  # noqa: B008 (frozen)
     track: Track = no_track,
     experts: ExpertPolicy = ExpertPolicy(),  # noqa: B008 (frozen)
+    head: str | None = None,
+    untie_head: bool = False,
 ) -> QuantizedModel:
     """Quantize all linears in a causal LM's blocks, in place.
 
@@ -132,6 +134,8 @@ def quantize_model(
         settings: how calibration computes.
         track: reports progress, see `gptq_awq.progress`.
         experts: what calibrates experts that few tokens reach.
+        head: what becomes of the output head, None, "rtn" or "solve", and
+        untie_head: whether a tied one may get a matrix of its own for that: see `Method`.
 
     Raises:
         UserError: as `gptq_awq.pipeline.quantize.quantize` does.
@@ -141,6 +145,8 @@ def quantize_model(
         method, search = load_method(method)
     if isinstance(calibration, Tensor):
         calibration = make_token_set("calibration", calibration.cpu(), None, "memory")
+    if head is not None or untie_head:
+        method = replace(method, head=head, untie_head=untie_head)
     options: dict[str, Any] = {
         "bits": bits,
         "group_size": group_size,

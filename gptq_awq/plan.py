@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def preflight(cfg: DictConfig, ranks: Ranks = ONE) -> Plan:
     try:
         plan = Plan(
             config=OmegaConf.to_container(cfg, resolve=True),  # pyright: ignore[reportArgumentType]
-            method=_build(cfg.method),
+            method=_method(cfg),
             grid=_build(cfg.grid),
             act=_build(cfg.act) if "act" in cfg else Unrounded(),  # a replayed run may be older than the option
             kv=_build(cfg.kv) if "kv" in cfg else Unrounded(),
@@ -134,6 +134,12 @@ def _check_meant(plan: Plan) -> None:
         own = getattr(plan.grid, key, None)
         if own != plan.config[key]:
             raise UserError(f"{key}={value}: grid={plan.grid.label} has its own ({key}={own}); leave {key} out")
+
+
+def _method(cfg: DictConfig) -> Method:
+    """The preset, and what is to become of the output head; a replayed run may be older than that option."""
+    untie_head = "untie_head" in cfg and _boolean(cfg, "untie_head")
+    return replace(_build(cfg.method), head=cfg.get("head"), untie_head=untie_head)
 
 
 def _build(node: Any) -> Any:

@@ -21,6 +21,7 @@ from gptq_awq.models.ends import untie
 from gptq_awq.models.experts import compute_eagerly, experts_in, unfuse
 from gptq_awq.models.linear import widest
 from gptq_awq.models.load import LoadedModel
+from gptq_awq.pipeline.ends import free_head
 from gptq_awq.pipeline.inputs import resolve_compute_dtype
 from gptq_awq.pipeline.observe import Record, observations_sha256
 from gptq_awq.pipeline.places import landing
@@ -73,11 +74,12 @@ def load(plan: Plan) -> Work:
     baseline_bytes = Footprint().model_bytes(loaded.model)
     if plan.method.of_model:  # which give a tied head weights of its own: formats and grids shall see it so
         untie(loaded.model)
+    free_head(loaded.model, plan.method)
     windows = plan.evaluation.token_sets(loaded.tokenizer)
     tasks = plan.evaluation.load_tasks(plan.seed)
     calibrates = needs_calibration(plan.method, plan.grid)
     tokens = plan.data.tokens(loaded.tokenizer, seed=plan.seed) if calibrates else None
-    grids = landing(loaded.model, plan.grid) if plan.method.solver is not None else {}
+    grids = landing(loaded.model, plan.grid, plan.method.head) if plan.method.solver is not None else {}
     natural = getattr(plan.method.solver, "natural_groups", True)
     if plan.exports.formats and (plan.act.label or plan.kv.label):
         log.warning(

@@ -30,6 +30,7 @@ from gptq_awq.export.packing import (
     require_linear_modules,
     require_multiple,
     require_natural_order,
+    require_plain_head,
     require_whole_groups,
     unpack_words,
     unquantized,
@@ -65,6 +66,7 @@ class AWQFormat:
         require_whole_groups(linears, self.name)
         require_natural_order(linears, self.name, ", or export.formats=[gptq]")
         require_linear_modules(config, self.name)
+        require_plain_head(linears, self.name, "export.formats=[gptq] or [compressed_tensors]")
         require_multiple(linears, "rows", len(CHANNEL_OF_NIBBLE), self.name)
 
     def write(self, source: Source, folder: Path) -> None:

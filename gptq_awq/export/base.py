@@ -31,6 +31,7 @@ class LinearSpec:
         grid: where it will land.
         natural_order: whether groups will be made of neighbouring columns (act_order without static groups
             makes them of others, which only few formats can store).
+        head: whether it is the output head.
     """
 
     name: str
@@ -38,15 +39,16 @@ class LinearSpec:
     columns: int
     grid: Grid
     natural_order: bool = True
+    head: bool = False
 
 
 def linear_specs(model: nn.Module, grids: Mapping[str, Grid], natural_order: bool) -> list[LinearSpec]:
     """What will be quantized, as formats want to know it, from the grids that weights will land on."""
-    specs = []
+    specs, head = [], model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     for name, grid in grids.items():
         module = model.get_submodule(name)
         rows, columns = (matrix(module) if is_linear(module) else module.get_parameter("weight")).shape
-        specs.append(LinearSpec(name, rows, columns, grid, natural_order))
+        specs.append(LinearSpec(name, rows, columns, grid, natural_order, module is head))
     return specs
 
 

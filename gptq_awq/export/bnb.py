@@ -33,7 +33,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
 from gptq_awq.export.folder import read_tensors, write_folder
-from gptq_awq.export.packing import PRODUCER, require_natural_order
+from gptq_awq.export.packing import PRODUCER, require_natural_order, require_plain_head
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.table import LEVELS, NESTED_GROUPS, TableGrid, dynamic_levels
@@ -83,6 +83,7 @@ class BnbFormat:
     def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:  # noqa: ARG002 (every model fits)
         """Raise UserError for grids and widths that bitsandbytes hasn't."""
         require_natural_order(linears, self.name, " or method.solver.act_order=false")
+        require_plain_head(linears, self.name, "export.formats=[hf]")
         kinds = {kind(linear.grid) for linear in linears}
         if len(kinds) > 1:
             raise UserError(f"grid: bnb holds one kind of weights, not {' and '.join(sorted(kinds))}; choose grid=nf4")

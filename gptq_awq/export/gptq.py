@@ -88,7 +88,9 @@ class GPTQFormat:
             for part, tensor in pack(weight, version, dtype).items()
         }
         natural = all(weight.natural_order for weight in weights.values())
-        config = quantization_config(grid, version, desc_act=not natural)
+        head = source.model.get_output_embeddings()
+        with_head = any(source.model.get_submodule(name) is head for name in weights)
+        config = quantization_config(grid, version, desc_act=not natural, lm_head=with_head)
         write_folder(source, folder, packed, dtype, config, self.shard)
         # Readers that came before transformers' own support look for it here.
         (folder / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -131,13 +133,14 @@ def pack(weight: QuantizedWeight, version: str, dtype: torch.dtype) -> dict[str,
     }
 
 
-def quantization_config(grid: IntGrid, version: str, desc_act: bool) -> dict[str, Any]:
+def quantization_config(grid: IntGrid, version: str, desc_act: bool, lm_head: bool = False) -> dict[str, Any]:
     """As config.json and quantize_config.json hold it.
 
     Args:
         grid: of all weights.
         version: convention for zeros.
         desc_act: whether any g_idx is out of natural order; engines take False to mean that none is.
+        lm_head: whether the output head is quantized too.
     """
     return {
         "quant_method": "gptq",
@@ -146,7 +149,7 @@ def quantization_config(grid: IntGrid, version: str, desc_act: bool) -> dict[str
         "group_size": grid.group_size,
         "sym": grid.sym,
         "desc_act": desc_act,
-        "lm_head": False,
+        "lm_head": lm_head,
         "pack_dtype": "int32",
         "meta": {"quantizer": [PRODUCER]},
     }

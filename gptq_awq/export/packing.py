@@ -75,7 +75,7 @@ def one_int_grid(linears: Sequence[LinearSpec], name: str, dtype: str, dtypes: S
         if not isinstance(linear.grid, IntGrid):
             kind = type(linear.grid).__name__
             raise UserError(f"export.formats={name}: holds integer grids, not {kind}; choose grid=int")
-        if linear.grid != grid:
+        if linear.grid.without_search() != grid.without_search():  # how ranges were chosen is not stored
             raise UserError(
                 f"export.formats={name}: holds one grid for all layers, {linear.name} has its own; choose grid=int"
             )
@@ -134,6 +134,12 @@ def require_linear_modules(config: PreTrainedConfig, name: str) -> None:
             f"export.formats={name}: its readers know torch's Linear only, and {config.model_type} has Conv1D; "
             "choose export.formats=[gptq] or [hf]"
         )
+
+
+def require_plain_head(linears: Sequence[LinearSpec], name: str, others: str) -> None:
+    """Raise UserError where the output head is quantized, which readers of the format don't expect."""
+    if any(linear.head for linear in linears):
+        raise UserError(f"head: {name}'s readers take the output head in 16 bits; choose head=null or {others}")
 
 
 def unquantized(source: Source) -> list[str]:

@@ -77,10 +77,13 @@ class AllocatedGrid:
         return "allocated"
 
     def at(self, place: Place) -> Grid | None:
-        """The grid of one linear; None for embeddings and the output head.
+        """The grid of one linear; None for embeddings. An output head that is asked for gets the widest choice.
 
-        Before bits are known blocks take turns among the choices: a checkpoint format must be able to hold any mix.
+        The budget doesn't count it. Before bits are known blocks take turns among the choices: a checkpoint format must
+        be able to hold any mix.
         """
+        if place.head:
+            return self.grid(max(self.choices))
         if place.block < 0:
             return None
         turn = self.choices[place.block % len(self.choices)]

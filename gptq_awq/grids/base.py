@@ -51,6 +51,7 @@ class Place:
         blocks: how many there are.
         shared_kv: query heads per key-value head.
         tied: of the embedding: whether it is the output head too.
+        head: an output head that is to be quantized, whatever the mix would do with one.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Place:
     blocks: int = 0
     shared_kv: int = 1
     tied: bool = False
+    head: bool = False
 
 
 @runtime_checkable
@@ -132,8 +134,8 @@ class Grid(ABC):
         return type(self).__name__.removesuffix("Grid").lower()
 
     def at(self, place: Place) -> "Grid | None":
-        """The grid itself inside of blocks; None for embeddings and the output head."""
-        return self if place.block >= 0 else None
+        """The grid itself inside of blocks; None for embeddings, and for the output head unless it is asked for."""
+        return self if place.block >= 0 or place.head else None
 
     @property
     def span(self) -> int:

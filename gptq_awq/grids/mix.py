@@ -86,7 +86,7 @@ class LlamaMix:
         """The grid of one weight; None leaves it in 16 bits."""
         role = role_of(place.name)
         if role in ("embedding", "output"):
-            if not self.embeddings:
+            if not self.embeddings and not place.head:
                 return None
             # No Hessian there; and from 6 bits on there is nothing to gain from a search of millions of weights.
             kind = self._end(role, place)

@@ -65,13 +65,13 @@ class PerLayerGrid:
         return "per_layer"
 
     def at(self, place: Place) -> Grid | None:
-        """The grid of one linear; None for embeddings and the output head."""
-        if place.block < 0:
+        """The grid of one linear; None for embeddings, and for the output head unless it is asked for."""
+        if place.block < 0 and not place.head:
             return None
         for pattern, override in self.overrides.items():
             if matches(pattern, place.name):
                 return self._overridden(pattern, override)
-        blocks = self._numbered()
+        blocks = {} if place.head else self._numbered()
         of_module = self.modules.get(place.name.rsplit(".", 1)[-1], self.bits)
         return self._grid(blocks.get(place.block, blocks.get(place.block - place.blocks, of_module)))
 
@@ -80,9 +80,9 @@ class PerLayerGrid:
 
         A pattern whose every match is an earlier pattern's is one of them.
         """
-        inner = [place for place in places if place.block >= 0]
+        inner = [place for place in places if place.block >= 0 or place.head]
         names = {place.name.rsplit(".", 1)[-1] for place in inner}
-        numbers = {n for place in inner for n in (place.block, place.block - place.blocks)}
+        numbers = {n for p in inner if not p.head for n in (p.block, p.block - p.blocks)}
         firsts = {next((p for p in self.overrides if matches(p, place.name)), None) for place in inner}
         wrong = [f"grid.overrides.{pattern}" for pattern in self.overrides if pattern not in firsts]
         wrong += [f"grid.modules.{name}" for name in self.modules if name not in names]

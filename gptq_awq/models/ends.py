@@ -80,10 +80,16 @@ class Ends:
         return norm
 
 
+def is_tied(model: Any) -> bool:
+    """Whether the head's matrix is the embedding's."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return head is not None and head.weight is embedding.weight
+
+
 def untie(model: Any) -> None:
     """Give a head that is tied to the embedding a matrix of its own, of the same numbers. Nothing else changes."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is not None and head.weight is embedding.weight:
+    if is_tied(model):
+        head = model.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False

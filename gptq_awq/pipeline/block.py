@@ -6,18 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight
-from gptq_awq.linalg import NotPositiveDefiniteError
 from gptq_awq.models.blocks import hooks
 from gptq_awq.models.linear import Site, is_linear, matrix
 from gptq_awq.moments import Moments
 from gptq_awq.pipeline.inputs import Inputs
 from gptq_awq.pipeline.ledger import LinearReport
-from gptq_awq.pipeline.method import Method
+from gptq_awq.pipeline.method import Method, solved
 from gptq_awq.pipeline.observe import Observation
 from gptq_awq.pipeline.progress import Row
 from gptq_awq.pipeline.staged import staged_forward
@@ -186,16 +184,7 @@ class BlockStep:
         started = time.perf_counter()
         weight = matrix(self.block.get_submodule(name)).float()
         full_name = f"{self.name}.{name}"
-        if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():  # a NaN is both extremes
-            raise UserError(f"model: {full_name} has non-finite weights")
-        try:
-            with phase("solve"):
-                solution = solver.solve(weight, known, self.grids[name])
-        except NotPositiveDefiniteError as error:
-            raise UserError(
-                f"{full_name}: {error}; raise method.solver.damping, give more calibration text "
-                "(data.samples), or allow method.solver.fallback=rtn"
-            ) from error
+        solution = solved(solver, full_name, weight, known, self.grids[name])
         dequantized = solution.quantized.dequantize()
         scalings = self._prepared | self._scalings.get(site.name, {})
         report = LinearReport(full_name, self.index, site, self.method, moments, scalings)

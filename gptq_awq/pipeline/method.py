@@ -3,8 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from gptq_awq.errors import UserError
-from gptq_awq.solvers.base import Solver
+from gptq_awq.grids.base import Grid
+from gptq_awq.linalg import NotPositiveDefiniteError
+from gptq_awq.moments import Moments
+from gptq_awq.profiling import phase
+from gptq_awq.solvers.base import Solution, Solver
 from gptq_awq.transforms.base import ModelTransform, Transform
 from gptq_awq.tuning.base import BlockTuning, ModelTuning
 
@@ -21,6 +29,9 @@ class Method:
             far (GPTQ). False calibrates on full-precision inputs everywhere (AWQ's own code).
         cast: without a solver: the 16-bit type that all parameters are rounded to; None: none.
         tuning: applied in order, after the solver; those of the whole model after all blocks.
+        head: what becomes of the output head: None leaves it to the grid (most leave it in 16 bits), "rtn" rounds it
+            to nearest, "solve" lands it as linears are landed (see `pipeline.ends`).
+        untie_head: whether a head that is tied to the embedding may get a matrix of its own for that.
 
     Raises:
         UserError: a type there isn't; full precision beside the quantized model, without error propagation.
@@ -32,8 +43,14 @@ class Method:
     error_propagation: bool = True
     cast: str | None = None
     tuning: Mapping[str, BlockTuning | ModelTuning] = field(default_factory=dict)
+    head: str | None = None
+    untie_head: bool = False
 
     def __post_init__(self) -> None:
+        if self.head not in (None, "rtn", "solve"):
+            raise UserError(f"head={self.head}: choose null, rtn or solve")
+        if self.untie_head and self.head is None:
+            raise UserError("untie_head=true: only a head that is quantized needs it; choose head=solve or head=rtn")
         if self.cast not in (None, "bfloat16", "float16"):
             raise UserError(f"method.cast={self.cast}: choose bfloat16, float16 or null")
         if self.needs_full and not self.error_propagation:
@@ -71,3 +88,21 @@ class Method:
     def of_blocks(self) -> list[Transform]:
         """Transforms of one block at a time, which look at calibration data."""
         return [each for each in self.transforms.values() if isinstance(each, Transform)]
+
+
+def solved(solver: Solver, name: str, weight: Float[Tensor, "out in"], moments: Moments | None, grid: Grid) -> Solution:
+    """What a solver makes of the weight (float32) called `name`.
+
+    Raises:
+        UserError: naming it, where it isn't finite or its Hessian won't factor.
+    """
+    if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():  # a NaN is both extremes
+        raise UserError(f"model: {name} has non-finite weights")
+    try:
+        with phase("solve"):
+            return solver.solve(weight, moments, grid)
+    except NotPositiveDefiniteError as error:
+        raise UserError(
+            f"{name}: {error}; raise method.solver.damping, give more calibration text "
+            "(data.samples), or allow method.solver.fallback=rtn"
+        ) from error

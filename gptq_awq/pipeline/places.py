@@ -10,18 +10,20 @@ from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import is_linear, matrix
 
 
-def landing(model: nn.Module, choice: GridChoice) -> dict[str, Grid]:
-    """Module name → the grid its weight will land on, in the order they are quantized.
+def landing(model: nn.Module, choice: GridChoice, head: str | None = None) -> dict[str, Grid]:
+    """Module name → the grid its weight will land on; `head`: what becomes of the output head, see `Method`.
 
     Raises:
         UserError: a grid that has no room for a weight of that width; names in a grid's options that no weight has.
     """
     grids: dict[str, Grid] = {}
-    places = [*_ends(model), *_inner(model)]
+    places = [*_ends(model, head is not None), *_inner(model)]
     if unmatched := getattr(choice, "unmatched", lambda _: [])(places):
         raise UserError(f"{unmatched[0]}: the model has no such linear")
     for place in places:
         grid = choice.at(place)
+        if grid is not None and place.head and head == "rtn" and grid.needs_hessian:
+            grid = grid.without_search()
         if grid is not None:
             grid.check_columns(place.columns, place.name)
             grids[place.name] = grid
@@ -45,14 +47,14 @@ def _inner(model: nn.Module) -> Iterator[Place]:
                 yield Place(f"{prefix}.{index}.{name}", columns, index, len(blocks), shared_kv)
 
 
-def _ends(model: nn.Module) -> Iterator[Place]:
+def _ends(model: nn.Module, head_wanted: bool) -> Iterator[Place]:
     """The input embedding, and the output head where it is a matrix of its own."""
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     tied = head is not None and head.weight is embedding.weight
     yield Place(names[id(embedding)], embedding.weight.shape[1], tied=tied)
     if head is not None and not tied:
-        yield Place(names[id(head)], head.weight.shape[1])
+        yield Place(names[id(head)], head.weight.shape[1], head=head_wanted)
 
 
 def _shared_kv(model: nn.Module) -> int:

@@ -6,7 +6,7 @@ block that are not on a grid, since transforms change them. The weights follow f
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,8 +63,15 @@ class Progress:
             self._clear()
             self.journal = None
 
+    def save_head(self, count: int, done: BlockResult) -> None:
+        """Keep a finished output head, as if it were the block after all `count` others."""
+        self.save("", nn.Module(), replace(done, index=count), None)
+
     def finished(self, count: int, streams: Streams | None) -> int:
-        """How many of the leading blocks, of `count`, are kept; `streams` then enter the block after them."""
+        """How many of the leading blocks, of `count`, are kept; `streams` then enter the block after them.
+
+        An output head that is solved counts as the last of them.
+        """
         if self.journal is None:
             return 0
         journal = self.journal
@@ -93,6 +100,12 @@ class Progress:
                 state = _state(content, weights, block, name)
                 block.load_state_dict({key.removeprefix(f"{name}."): value for key, value in state.items()})
             yield BlockResult(index, weights, content.facts["rows"], restored=True)
+
+    def head(self, count: int, grids: Mapping[str, Grid]) -> BlockResult:
+        """What `save_head` kept."""
+        assert self.journal is not None
+        content = self.journal.block(count)
+        return BlockResult(-1, dict(_weights(content, grids)), content.facts["rows"], restored=True)
 
     def settle(self, name: str, block: nn.Module, index: int, grids: Mapping[str, Grid]) -> None:
         """From now on a streamed block, which is finished, comes from the journal."""

@@ -10,40 +10,40 @@
             for linear in site: linear.weight ← solver.solve(linear.weight, moments, grid)
         for tuning in tuning of blocks: tuning.apply_block(block, …)
         advance the streams to the next block
+    the output head, if it is asked for: solver.solve on what the streams are then
     for tuning in tuning of the whole model: tuning.apply(model, …)
 
 Weights change in the model that was passed in; forwards run in `compute_dtype` on a copy of one block.
 """
 
-import time
-from collections.abc import Generator, Iterator, Mapping
+import logging
+from collections.abc import Generator, Iterator
 
 import torch
 from torch import nn
 
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
-from gptq_awq.grids.base import Grid, GridChoice
+from gptq_awq.grids.base import GridChoice
 from gptq_awq.journal import Journal
 from gptq_awq.kernels.threads import match_torch
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.experts import experts_in, unfuse
-from gptq_awq.models.linear import Site
-from gptq_awq.models.residence import read_ahead, residence, resident, streamed
+from gptq_awq.models.residence import read_ahead, resident, streamed
 from gptq_awq.pipeline.block import BlockStep
+from gptq_awq.pipeline.ends import HeadStep, free_head, round_ends
 from gptq_awq.pipeline.experts import ExpertPolicy, no_pairing
 from gptq_awq.pipeline.inputs import Inputs, Settings, resolve_compute_dtype
-from gptq_awq.pipeline.ledger import LinearReport
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.observe import Record
 from gptq_awq.pipeline.places import landing
 from gptq_awq.pipeline.progress import BlockResult, Progress
 from gptq_awq.pipeline.tuned import tuned_model
 from gptq_awq.progress import Track, no_track
-from gptq_awq.ranks import Ranks
-from gptq_awq.solvers.rtn import RTN
 from gptq_awq.transforms.base import Scaling
 from gptq_awq.tuning.teacher import Teacher
+
+log = logging.getLogger(__name__)
 
 
 def quantize(
@@ -59,7 +59,8 @@ def quantize(
 ) -> Generator[BlockResult]:
     """Quantize every linear in the model's blocks, in place, one block per step of the iterator.
 
-    A mix of grids may round the embedding and the output head too; they come first, as block -1.
+    A mix of grids may round the embedding and the output head too; they come first, as block -1. A head that is solved
+    comes last, and is of block -1 as well.
 
     Nothing is kept in memory of a block that was handed out, so a caller that needs no codes pays no memory for them.
 
@@ -114,38 +115,52 @@ def _blocks(
     """The block loop."""
     prefix, blocks = find_blocks(model)
     prepared = {each.name: Scaling(None, each.prepare(model)) for each in method.of_model}
-    grids = landing(model, grid)
+    free_head(model, method)
+    grids = landing(model, grid, method.head)
     for tuning in method.tuning.values():
         for each in {each for name, each in grids.items() if name.startswith(f"{prefix}.")}:
             tuning.check(each)
-    ends = _round_ends(model, grids, prefix, method)
+    ends, head = round_ends(model, grids, prefix, method), HeadStep.of(model, method, grids, prepared)
     if ends.weights:
         yield ends
-    kept = Progress(progress, settings.ranks)
+    kept, count = Progress(progress, settings.ranks), len(blocks)
     inputs = None
     if needs_calibration(method, grid):
         if tokens is None:
             raise _wants_tokens(method)
         inputs = Inputs(
             *(model, blocks, tokens, settings, method.error_propagation, bool(method.of_blocks)),
-            record=record,
+            record=_without(record) if head else record,
             track=track,
             full=method.needs_full,
             experts=experts,
         )
-    finished = kept.finished(len(blocks), inputs.streams if inputs else None)
-    yield from kept.restore(finished, prefix, blocks, grids)
-    rest = range(finished, len(blocks))
+    streams = inputs.streams if inputs else None
+    finished = kept.finished(count + (head is not None), streams)
+    yield from kept.restore(min(finished, count), prefix, blocks, grids)
+    rest = range(finished, count)
     for index in track(rest, f"quantize ({method.name})", len(rest)):
         step = BlockStep(blocks[index], index, f"{prefix}.{index}", method, grids, prepared, settings.ranks)
-        if index + 1 < len(blocks):
+        if index + 1 < count:
             read_ahead(blocks[index + 1])
         with torch.no_grad(), resident(blocks[index]):
             step.run(inputs)
             done = BlockResult(index, step.weights, step.rows)
-            kept.save(f"{prefix}.{index}", blocks[index], done, inputs.streams if inputs else None)
+            kept.save(f"{prefix}.{index}", blocks[index], done, streams)
         kept.settle(f"{prefix}.{index}", blocks[index], index, grids)
         yield done
+    if head is not None and finished > count:
+        yield head.restore(kept.head(count, grids))
+    elif head is not None:
+        done = head.run(streams)
+        kept.save_head(count, done)
+        yield done
+
+
+def _without(record: Record | None) -> None:
+    """Say that a record is not used: it knows of blocks only, and the head's input comes after them."""
+    if record is not None:
+        log.info("head=solve: full precision's recorded moments have none of the head's, so this run calibrates anew")
 
 
 def _check_blockwise(method: Method, progress: Journal | None) -> None:
@@ -197,27 +212,3 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
         parameter.copy_(parameter.to(dtype))
         if not torch.isfinite(parameter).all():
             raise UserError(f"method.cast: {name} overflows {dtype}; bfloat16 has float32's range")
-
-
-@torch.no_grad()
-def _round_ends(model: nn.Module, grids: Mapping[str, Grid], blocks: str, method: Method) -> BlockResult:
-    """Round to nearest, in place, what lies outside of the blocks and has a grid: the embedding, the output head."""
-    ends = BlockResult(-1, {}, [])
-    for name, grid in grids.items():
-        if name.startswith(f"{blocks}."):
-            continue
-        started = time.perf_counter()
-        module = model.get_submodule(name)
-        with resident(module):
-            target = module.get_parameter("weight").data
-            weight = target.float()
-            solution = RTN().solve(weight, None, grid)
-            dequantized = solution.quantized.dequantize()
-            target.copy_(dequantized)
-        report = LinearReport(name, -1, Site((name,), weight.shape[1]), method, None, {})
-        ends.rows.append(report.row(weight, dequantized, solution, time.perf_counter() - started))
-        ends.weights[name] = solution.quantized
-        if (home := residence(module)) is not None:
-            (own,) = home.parameters  # the embedding's, or the head's: it has no bias
-            home.moved(lambda own=own, kept=solution.quantized: {own: kept.dequantize()})
-    return ends
