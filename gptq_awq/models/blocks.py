@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.models.linear import is_linear
@@ -47,6 +48,8 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The name and list of the model's blocks: the ModuleList with linears that holds most parameters.
 
+    Of a model that also sees or hears, only its language model is looked at: a vision tower may be the larger one.
+
     Raises:
         UserError: the model has no such list.
     """
@@ -54,11 +57,19 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     def size(modules: nn.ModuleList) -> int:
         return sum(p.numel() for p in modules.parameters())
 
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    decoder = language_model(model)
+    within = {id(m) for m in decoder.modules()}
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and id(m) in within]
     lists = [(name, m) for name, m in lists if any(is_linear(x) for x in m.modules())]
     if not lists:
         raise UserError(f"model: found no list of transformer blocks in {type(model).__name__}")
     return max(lists, key=lambda item: size(item[1]))
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """The part of a model that turns tokens into hidden states; the model itself where it doesn't say."""
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
+    return model if decoder is None else decoder
 
 
 @contextmanager
