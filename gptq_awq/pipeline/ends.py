@@ -49,8 +49,8 @@ def free_head(model: Any, method: Method) -> None:
     if is_tied(model):
         if residence(head) is not None:
             raise UserError(
-                f"head={method.head}: the head is its embedding, too, and is streamed from disk; choose head=null, or a "
-                "memory_budget that the model fits into"
+                f"head={method.head}: the head is the embedding, too, and is streamed from disk; choose head=null, or "
+                "a memory_budget that the model fits into"
             )
         if not method.untie_head:
             raise UserError(
@@ -139,8 +139,8 @@ def head_moments(model: Any, name: str, streams: Streams, cross: bool = False) -
             calls.finish(ids, hidden.to(parameter.dtype))  # a norm's weights and its input must be of one type
         return seen[0].to(hidden.dtype)
 
-    for stream in streams.batches:
-        with resident(head):
+    with resident(head, model.get_input_embeddings()):  # both are called, though nobody wants what they answer
+        for stream in streams.batches:
             x, full = entering(stream.hidden), stream.full
             total.add(x, stream.mask, entering(full) if cross and full is not None else None)
     return total.finish(name)
