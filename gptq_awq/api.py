@@ -16,7 +16,7 @@ from gptq_awq.data import TokenSet, make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import GridChoice, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
-from gptq_awq.models.blocks import find_blocks
+from gptq_awq.models.blocks import find_blocks, heads_of
 from gptq_awq.models.experts import unfuse
 from gptq_awq.models.linear import Site, matrix
 from gptq_awq.moments import Moments
@@ -204,7 +204,7 @@ def observe_moments(
     prefix, blocks = find_blocks(model)
     dtype = resolve_compute_dtype(settings.compute_dtype, next(model.parameters()).device)
     streams = open_streams(model, blocks, calibration, settings.tokens_per_batch, dtype)
-    heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
+    heads = heads_of(model)
     for block, seen in enumerate(passing(Observer(streams, absorbers, heads), blocks, dtype)):
         for site, moments in zip(seen.sites, seen.moments, strict=True):
             yield SiteInput(block, site, tuple(f"{prefix}.{block}.{name}" for name in site.linears), moments)

@@ -1,6 +1,7 @@
 """A transformers folder: safetensors in shards with an index, config, tokenizer, generation config."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from gptq_awq.export.base import Source
 from gptq_awq.models.experts import experts_in, fused_tensors
 
 SHARD = "4GB"
+PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
 def write_folder(
@@ -55,6 +57,16 @@ def write_folder(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
     write_config(source, folder, dtype, quantization_config)
     source.tokenizer.save_pretrained(folder)
+    _copy_processor(source.model.name_or_path, folder)
+
+
+def _copy_processor(origin: str | None, folder: Path) -> None:
+    """What a model that also sees has beside its tokenizer, from the folder that it was loaded from."""
+    if not origin:
+        return
+    for path in (Path(origin) / file for file in PROCESSOR):
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
 
 
 def plain_tensors(source: Source, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -79,7 +91,8 @@ def write_config(
 ) -> None:
     """config.json and generation_config.json."""
     config = source.model.config.to_dict()
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict) and "dtype" in value)):
+        part["dtype"] = str(dtype).removeprefix("torch.")
     config.pop("quantization_config", None)
     if quantization_config is not None:
         config["quantization_config"] = dict(quantization_config)

@@ -13,12 +13,13 @@ import torch
 import transformers
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
 from gptq_awq.export.folder import read_config, write_folder
+from gptq_awq.models.classes import auto_class
 from gptq_awq.models.experts import unfuse
 from gptq_awq.models.linear import is_linear, matrix
 
@@ -72,7 +73,7 @@ class HFFormat:
 
     def plain(self, folder: Path) -> dict[str, Tensor]:
         """All tensors, by transformers' names, which are not always those in the files."""
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+        return _read(folder).state_dict()
 
     def decoder(self) -> str:
         """transformers itself."""
@@ -80,9 +81,13 @@ class HFFormat:
 
     def decode(self, folder: Path) -> Iterator[Decoded]:
         """Every weight that was quantized, in the folder's dtype."""
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        model = _read(folder)
         unfuse(model)
         for name in read_config(folder)[QUANTIZED]:
             module = model.get_submodule(name)
             weight = matrix(module) if is_linear(module) else module.get_parameter("weight").data
             yield Decoded(name, None, weight)
+
+
+def _read(folder: Path) -> PreTrainedModel:
+    return auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype="auto")

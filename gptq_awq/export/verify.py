@@ -17,13 +17,14 @@ import torch
 from hydra.utils import get_class
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from gptq_awq.assets import file_sha256
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, Format, Source
 from gptq_awq.export.engines import Comparison, answer, compare
 from gptq_awq.export.folder import read_config, read_tensors
+from gptq_awq.models.classes import auto_class
 
 RECORD = "verification.json"
 CARD = "README.md"
@@ -193,7 +194,8 @@ def reference_model(folder: Path) -> PreTrainedModel:
     config = read_config(folder)
     for key in ("quantization_config", "quantization"):
         config.pop(key, None)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32).eval()
+    made = AutoConfig.for_model(**config)
+    model = auto_class(made).from_config(made, dtype=torch.float32).eval()
     read = getattr(format_, "plain", read_tensors)
     own = {name: parameter for name, parameter in model.state_dict().items()}
     state = {name: t.float() for name, t in read(folder).items() if name in own and t.shape == own[name].shape}

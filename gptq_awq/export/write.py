@@ -17,11 +17,14 @@ from gptq_awq.export.card import model_card
 from gptq_awq.export.gguf import GGUFFormat
 from gptq_awq.export.lint import lint
 from gptq_awq.export.verify import Probe, Record, verify
+from gptq_awq.models.classes import also_sees
 from gptq_awq.models.experts import experts_in
 from gptq_awq.progress import Track
 
 log = logging.getLogger(__name__)
 CARD = "README.md"
+WHOLE = ("hf", "compressed_tensors")
+"""Formats that hold a model that also sees: they name every layer that is quantized, or that isn't."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ class Exports:
                 raise UserError(f"export.formats={format_.name}: nothing is quantized; hf and gguf hold plain weights")
             if format_.name != "hf" and experts_in(model):
                 raise UserError(f"export.formats={format_.name}: mixtures of experts can be stored as hf only, so far")
+            if also_sees(model.config) and format_.name not in WHOLE:
+                raise UserError(
+                    f"export.formats={format_.name}: its readers want a language model, and {type(model).__name__} "
+                    f"holds more; choose export.formats=[{'] or ['.join(WHOLE)}]"
+                )
             format_.check(linears, model.config)
             if isinstance(format_, GGUFFormat):
                 format_.check_tokenizer(tokenizer, len(model.get_input_embeddings().get_parameter("weight")))
@@ -70,7 +78,7 @@ class Exports:
 
     def notes(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> list[str]:
         """What engines would say to these checkpoints, for the log and the card."""
-        return lint(linears, config, [format_.name for format_ in self.formats])
+        return lint(linears, config.get_text_config(), [format_.name for format_ in self.formats])
 
     def write(self, source: Source, out: Path, probe: Probe, facts: Mapping[str, Any], track: Track) -> list[Exported]:
         """Write OUT/checkpoints/FORMAT for every format.

@@ -66,6 +66,17 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: size(item[1]))
 
 
+def text_config(model: nn.Module) -> Any:
+    """The config of a model's language model; None where it has none."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def heads_of(model: nn.Module) -> int | None:
+    """Attention heads of a model's blocks, where it says."""
+    return getattr(text_config(model), "num_attention_heads", None)
+
+
 def language_model(model: nn.Module) -> nn.Module:
     """The part of a model that turns tokens into hidden states; the model itself where it doesn't say."""
     decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import find_blocks, hooks
+from gptq_awq.models.classes import also_sees
 from gptq_awq.models.linear import is_linear
 
 
@@ -42,6 +43,9 @@ class Ends:
         Raises:
             UserError: something else lies between embeddings, blocks, norm and head, such as a projection.
         """
+        if also_sees(model.config):
+            name = type(model).__name__
+            raise UserError(f"method: what {name} sees enters its residual stream, too, and from no embedding")
         prefix, _ = find_blocks(model)
         head, seen = model.get_output_embeddings(), []
 

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from gptq_awq.assets import ASSETS, cache_dir, fetch, file_sha256, hub_reachable, scratch_folder
 from gptq_awq.errors import UserError
 from gptq_awq.models.checkpoint import folder_numbers
+from gptq_awq.models.classes import also_sees, auto_class
 from gptq_awq.models.streamed import open_streamed
 
 log = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class HubModel:
 def load_folder(
     folder: Path, dtype: str, device: str, option: str, trust_remote_code: bool = False, room: int | None = None
 ) -> tuple[PreTrainedModel, Any]:
-    """The causal language model and tokenizer of a transformers folder.
+    """The causal language model and tokenizer of a transformers folder, or all of a model that sees and holds one.
 
     A model of more than `room` bytes is streamed (see `open_streamed`); None: it is loaded whole, whatever its size.
     Raises UserError naming `option` where the folder does not hold one in full, finite and at full precision,
@@ -126,7 +127,7 @@ def load_folder(
         tokenizer = AutoTokenizer.from_pretrained(folder, **code)
         if room is not None and folder_numbers(folder) * DTYPES[dtype].itemsize > room:
             return _streamed(folder, config, dtype, device, option, trust_remote_code), tokenizer
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             folder, config=config, dtype=DTYPES[dtype], output_loading_info=True, **code
         )
     model, info = loaded
@@ -134,6 +135,8 @@ def load_folder(
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{option}: holds no weights for {missing[0]} ({len(missing)} missing)")
     _check_finite(model, option)
+    if also_sees(model.config):
+        log.info("%s: a %s; its language model alone is quantized and scored", option, type(model).__name__)
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.checkpoint import Checkpoint
+from gptq_awq.models.classes import auto_class
 from gptq_awq.models.residence import Residence
 
 SMALL = 2**20
@@ -29,7 +30,7 @@ def open_streamed(
         UserError: naming `option`, where the folder lacks a tensor, or has none in safetensors files.
     """
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **code)
+        model = auto_class(config).from_config(config, dtype=dtype, **code)
     model.tie_weights()
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -11,6 +11,7 @@ from gptq_awq import memory
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.linalg import native_dtype
+from gptq_awq.models.blocks import heads_of
 from gptq_awq.models.linear import Site, widest
 from gptq_awq.pipeline.experts import ExpertPolicy
 from gptq_awq.pipeline.observe import Observation, Observer, Record, in_dtype, read, recorded
@@ -88,7 +89,7 @@ class Inputs:
             and _activations_fit(model, blocks, tokens, self.dtype, 1 + full, settings)
         )
         self._sites: list[Site] = []
-        heads: int | None = getattr(getattr(model, "config", None), "num_attention_heads", None)
+        heads: int | None = heads_of(model)
 
         def observer(absorbers: bool) -> Observer:
             spill = _spill(model, tokens, self.dtype, 1 + full, settings)

@@ -6,7 +6,7 @@ from torch import nn
 
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, GridChoice, Place
-from gptq_awq.models.blocks import find_blocks
+from gptq_awq.models.blocks import find_blocks, text_config
 from gptq_awq.models.linear import is_linear, matrix
 
 
@@ -58,6 +58,6 @@ def _ends(model: nn.Module, head_wanted: bool) -> Iterator[Place]:
 
 
 def _shared_kv(model: nn.Module) -> int:
-    config = getattr(model, "config", None)
+    config = text_config(model)
     heads = getattr(config, "num_attention_heads", None) or 1
     return heads // (getattr(config, "num_key_value_heads", None) or heads)

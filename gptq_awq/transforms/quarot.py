@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from gptq_awq.errors import UserError
 from gptq_awq.hadamard import largest_order, times_hadamard
-from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call, find_blocks
+from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call, find_blocks, heads_of
 from gptq_awq.models.ends import Ends, untie
 from gptq_awq.models.experts import experts_in
 from gptq_awq.models.linear import Site, is_linear, matrix
@@ -93,7 +93,7 @@ class QuaRot:
         Q = Rotation(_signs(ends.width, draw), ends.subtracts_mean())
         hidden, calls = BlockCalls(model, blocks).record(ids)
         hidden, sites, order = hidden.float(), [], 0
-        heads: int | None = getattr(getattr(model, "config", None), "num_attention_heads", None)
+        heads: int | None = heads_of(model)
         for index, block in enumerate(blocks):
             work = _Work(f"{prefix}.{index}", copy.deepcopy(block).float(), calls[index], hidden)
             work.sites = sites = observe_sites(block, hidden, calls[index], True, heads, sites)

@@ -23,6 +23,9 @@ def load(path: Path, dtype: torch.dtype):
     read = transformers.AutoModelForCausalLM.from_pretrained
     if path.suffix == ".gguf":
         return read(path.parent, gguf_file=path.name, dtype=dtype).eval()
+    config = transformers.AutoConfig.from_pretrained(path)
+    if config.get_text_config() is not config:  # a model that also sees
+        read = transformers.AutoModelForImageTextToText.from_pretrained
     model = read(path, dtype=dtype).eval()
     if dtype == torch.float32 and model.config.to_dict().get("quantization_config", {}).get("quant_method") in BNB:
         # Some versions leave in 16 bits what was so computed, and PreTrainedModel.to refuses such a model.
