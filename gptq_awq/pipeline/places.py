@@ -14,7 +14,8 @@ def landing(model: nn.Module, choice: GridChoice, head: str | None = None) -> di
     """Module name → the grid its weight will land on; `head`: what becomes of the output head, see `Method`.
 
     Raises:
-        UserError: a grid that has no room for a weight of that width; names in a grid's options that no weight has.
+        UserError: a grid that has no room for a weight of that width; names in a grid's options that no weight has;
+            a linear that several blocks share.
     """
     grids: dict[str, Grid] = {}
     places = [*_ends(model, head is not None), *_inner(model)]
@@ -40,11 +41,14 @@ def _inner(model: nn.Module) -> Iterator[Place]:
     """The blocks' linears."""
     prefix, blocks = find_blocks(model)
     shared_kv = _shared_kv(model)
+    names: dict[int, str] = {}
     for index, block in enumerate(blocks):
         for name, module in block.named_modules():
             if is_linear(module):
-                columns = matrix(module).shape[1]
-                yield Place(f"{prefix}.{index}.{name}", columns, index, len(blocks), shared_kv)
+                columns, full_name = matrix(module).shape[1], f"{prefix}.{index}.{name}"
+                if (first := names.setdefault(id(module.weight), full_name)) != full_name:
+                    raise UserError(f"model: {first} and {full_name} share one weight, which can't land twice")
+                yield Place(full_name, columns, index, len(blocks), shared_kv)
 
 
 def _ends(model: nn.Module, head_wanted: bool) -> Iterator[Place]:

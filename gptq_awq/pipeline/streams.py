@@ -19,7 +19,7 @@ from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.journal import Journal
 from gptq_awq.models.attention import faster_attention_of
-from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call
+from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call, text_config
 from gptq_awq.models.residence import resident
 from gptq_awq.pipeline.spill import Spilled
 from gptq_awq.profiling import phase
@@ -156,6 +156,19 @@ def batches_of(ranks: Ranks, tokens: TokenSet, tokens_per_batch: int) -> range:
     return range(ranks.rank, count, ranks.size)
 
 
+def _check_alone(model: nn.Module) -> None:
+    """Refuse blocks that read what others have kept: each is run by itself, on what was recorded of its call.
+
+    Raises:
+        UserError: naming what they read.
+    """
+    if shared := getattr(text_config(model), "num_kv_shared_layers", None):
+        raise UserError(
+            f"model: the last {shared} blocks read keys and values of earlier ones (num_kv_shared_layers), which "
+            "calibration, block by block, can't follow; method=rtn needs no data"
+        )
+
+
 @phase("embed")
 def open_streams(
     model: nn.Module,
@@ -171,6 +184,9 @@ def open_streams(
     """Embed the calibration tokens and record what every block is called with; `full`, `spill`: see `Stream`.
 
     Of several ranks each takes its share of the batches; which windows make a batch does not depend on them.
+
+    Raises:
+        UserError: blocks that can't be run one by one on what enters each.
     """
     with resident(model.get_input_embeddings()):  # pyright: ignore[reportCallIssue]
         return _opened(model, blocks, tokens, tokens_per_batch, compute_dtype, track, full, spill, ranks)
@@ -187,11 +203,17 @@ def _opened(
     spill: Path | None,
     ranks: Ranks,
 ) -> Streams:
+    _check_alone(model)
     recorder = BlockCalls(model, blocks)
     per_batch = max(1, tokens_per_batch // tokens.ids.shape[1])
 
     def stream(number: int, ids: Tensor, mask: Tensor | None) -> Stream:
         hidden, calls = recorder.record(ids, mask)
+        if hidden.dim() != 3:
+            raise UserError(
+                f"model: blocks of {type(model).__name__} pass on several hidden states of each token, which "
+                "calibration can't follow; method=rtn needs no data"
+            )
         on_device = None if mask is None else mask.to(hidden.device)
         hidden = hidden.to(compute_dtype)
         return Stream(number, hidden, calls, on_device, hidden if full else None, None if number < 0 else spill)
