@@ -28,6 +28,7 @@ from gptq_awq.pipeline.ledger import LinearReport
 from gptq_awq.pipeline.method import Method, solved
 from gptq_awq.pipeline.progress import BlockResult
 from gptq_awq.pipeline.streams import Streams
+from gptq_awq.ranks import Ranks
 from gptq_awq.solvers.base import Solver
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.transforms.base import Scaling
@@ -81,6 +82,7 @@ class HeadStep:
         grid: where it lands.
         method: whose solver does it.
         prepared: what transforms of the whole model have done, for the ledger.
+        ranks: that share the work.
     """
 
     model: nn.Module
@@ -88,20 +90,28 @@ class HeadStep:
     grid: Grid
     method: Method
     prepared: Mapping[str, Scaling]
+    ranks: Ranks
 
     @classmethod
     def of(
-        cls, model: nn.Module, method: Method, grids: Mapping[str, Grid], prepared: Mapping[str, Scaling]
+        cls, model: nn.Module, method: Method, grids: Mapping[str, Grid], prepared: Mapping[str, Scaling], ranks: Ranks
     ) -> "HeadStep | None":
         """None where the head is not solved."""
         name = _solved_head(model, method, grids)
-        return None if name is None else cls(model, name, grids[name], method, prepared)
+        return None if name is None else cls(model, name, grids[name], method, prepared, ranks)
 
     @torch.no_grad()
     def run(self, streams: Streams | None) -> BlockResult:
-        """Solve the head, once the `streams` have passed all blocks; None: nothing is calibrated."""
-        assert self.method.solver is not None
+        """Solve the head, once the `streams` have passed all blocks; None: nothing is calibrated.
+
+        Of several ranks the first one solves it, and the others take what came of it.
+        """
         moments = None if streams is None else head_moments(self.model, self.name, streams, self.method.needs_cross)
+        done = self.ranks.from_first(lambda: self._solved(moments))
+        return done if self.ranks.first else self.restore(done)
+
+    def _solved(self, moments: Moments | None) -> BlockResult:
+        assert self.method.solver is not None
         done = BlockResult(-1, {}, [])
         _land(self.model, self.name, self.grid, self.method, self.method.solver, moments, self.prepared, done)
         return done
@@ -143,7 +153,7 @@ def head_moments(model: Any, name: str, streams: Streams, cross: bool = False) -
         for stream in streams.batches:
             x, full = entering(stream.hidden), stream.full
             total.add(x, stream.mask, entering(full) if cross and full is not None else None)
-    return total.finish(name)
+    return total.finish(name, streams.ranks)
 
 
 @contextmanager

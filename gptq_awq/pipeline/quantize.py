@@ -40,6 +40,7 @@ from gptq_awq.pipeline.places import landing
 from gptq_awq.pipeline.progress import BlockResult, Progress
 from gptq_awq.pipeline.tuned import tuned_model
 from gptq_awq.progress import Track, no_track
+from gptq_awq.ranks import Ranks
 from gptq_awq.transforms.base import Scaling
 from gptq_awq.tuning.teacher import Teacher
 
@@ -120,7 +121,8 @@ def _blocks(
     for tuning in method.tuning.values():
         for each in {each for name, each in grids.items() if name.startswith(f"{prefix}.")}:
             tuning.check(each)
-    ends, head = round_ends(model, grids, prefix, method), HeadStep.of(model, method, grids, prepared)
+    ends = round_ends(model, grids, prefix, method)
+    head = HeadStep.of(model, method, grids, prepared, settings.ranks)
     if ends.weights:
         yield ends
     kept, count = Progress(progress, settings.ranks), len(blocks)
