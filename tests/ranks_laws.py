@@ -21,6 +21,7 @@ from gptq_awq.solvers.gptq import GPTQ
 
 PRESETS = ("rtn", "gptq", "awq", "awq_gptq", "smoothquant", "gptaq", "qronos")
 METHODS = {name: load_method(name)[0] for name in PRESETS}
+METHODS["qronos and the head"] = replace(METHODS["qronos"], head="solve")
 METHODS["gptq on full precision"] = Method("gptq", GPTQ(), error_propagation=False)
 
 

@@ -18,7 +18,10 @@ from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.mix import LlamaMix
 from gptq_awq.grids.per_layer import PerLayerGrid
 from gptq_awq.journal import Journal
+from gptq_awq.models import streamed
 from gptq_awq.models.linear import matrix
+from gptq_awq.models.load import load_folder
+from gptq_awq.models.residence import residence, resident
 from gptq_awq.models.topology import relative_error
 from gptq_awq.moments import Moments
 from gptq_awq.pipeline.method import Method
@@ -205,6 +208,21 @@ def test_a_run_killed_before_or_after_its_head_ends_as_an_uninterrupted_one(tmp_
     assert restored == [True] * kill_after + [False] * (3 - kill_after)
     assert rows_again == rows
     assert all(torch.equal(value, again[key]) for key, value in state.items())
+
+
+def test_a_head_that_is_streamed_from_disk_gets_the_same_codes_and_holds_them(tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.setattr(streamed, "SMALL", 1)
+    rows = {}
+    for room in (None, 0):
+        model, _ = load_folder(tiny_folder, "float32", "cpu", "model.path=here", room=room)
+        journal = Journal(tmp_path / f"{room}", "key")
+        for block in quantize(model, tokens(), replace(GPTQ_METHOD, head="solve"), GRID, SMALL, progress=journal):
+            rows |= {(room, row["name"]): row["codes_sha256"] for row in block.rows}
+            weights = block.weights
+        with resident(model.lm_head):
+            assert torch.equal(model.lm_head.weight, weights["lm_head"].dequantize())
+    assert residence(model.lm_head) is not None
+    assert all(rows[0, name] == found for (room, name), found in rows.items() if room is None)
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
