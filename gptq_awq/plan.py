@@ -12,7 +12,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gptq_awq import memory
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.protocol import Evaluation
 from gptq_awq.export.write import Exports
@@ -57,7 +56,7 @@ class Plan:
     def room(self) -> int | None:
         """Bytes that the model's weights may take; a larger one is streamed. None: there is no limit."""
         if self.stream is None:
-            return memory.available_bytes(torch.device("cpu"), self.settings.memory_budget) // 2
+            return self.settings.free_bytes(torch.device("cpu")) // 2
         return 0 if self.stream else None
 
 

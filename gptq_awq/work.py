@@ -66,7 +66,8 @@ def load(plan: Plan) -> Work:
         UserError: naming the option.
     """
     package, code = package_sha256(), code_sha256(plan.config)  # now: the files may change while the run goes on
-    loaded = plan.model.load(dtype=plan.dtype, device=str(plan.device), room=plan.room)
+    room = plan.settings.ranks.from_first(lambda: plan.room)  # all stream the model, or none
+    loaded = plan.model.load(dtype=plan.dtype, device=str(plan.device), room=room)
     compute_eagerly(loaded.model)
     if plan.method.solver is not None or plan.act.label is not None:
         unfuse(loaded.model)
