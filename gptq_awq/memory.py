@@ -72,6 +72,14 @@ def held_bytes(tokens: int, hidden: int, widest: int, itemsize: int) -> int:
     return tokens * itemsize * (2 * hidden + max(4 * hidden, 2 * widest))
 
 
+def head_bytes(weights: int) -> int:
+    """What solving an output head of so many weights holds beside it, at most: measured, GPTQ with a range search.
+
+    Round to nearest takes 16 bytes a weight. Blocks' copies and waiting batches are gone by then.
+    """
+    return 27 * weights
+
+
 def routed_bytes(tokens: int, hidden: int, itemsize: int, squares: int) -> int:
     """What a mixture of experts adds: four hidden states of every token, which waits inside of the experts whatever
     becomes of other activations, or is kept for experts that few tokens reach; second moments of all experts of a

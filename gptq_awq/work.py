@@ -131,6 +131,9 @@ def _forecast(loaded: LoadedModel, tokens: TokenSet | None, plan: Plan) -> None:
     squares = max(sum(w.shape[1] ** 2 for e in experts_in(b).values() for w in e.weights) for b in blocks)
     if squares:
         needed += memory.routed_bytes(tokens.ids.numel(), hidden, dtype.itemsize, squares if together else 0)
+    head = loaded.model.get_output_embeddings()
+    if plan.method.head == "solve" and head is not None:
+        needed = max(needed, memory.head_bytes(head.get_parameter("weight").numel()))
     log.info("calibration needs about %.2f GB beyond the model", needed / 1e9)
     what = f"calibrating {loaded.name} (widest layer: {columns} columns)"
     needed = needed if plan.settings.memory_budget is not None else needed * ranks.sharing(plan.device)
