@@ -64,6 +64,14 @@ def test_a_recorded_calibration_gives_the_same_codes(tmp_path, policy):
         assert [row.get("experts") for row in rows] == [row.get("experts") for row in plain.ledger]
 
 
+def test_a_record_whose_last_blocks_have_experts_is_not_begun_without_room(tmp_path):
+    first = 4 * (64**2 * 2 + 32**2 * 2 + 96**2)  # bytes of the dense first block's moments
+    record = Record(Journal(tmp_path / "record", "key"), 3 * first)
+    for _ in quantize(tiny_model("deepseek-v3"), tokens(), load_method("awq")[0], GRID, SMALL, record=record):
+        pass
+    assert not (tmp_path / "record").exists()
+
+
 @pytest.mark.parametrize("name", MIXTURES)
 def test_an_exported_mixture_loads_in_transformers_with_the_same_logits(name, tmp_path):
     result = run(name, "gptq")

@@ -223,10 +223,14 @@ def _restored(journal: Journal, streams: Streams, start: int) -> int:
 
 
 def _forecast(observer: Observer, blocks: nn.ModuleList) -> int:
-    """Bytes of the moments of all blocks, if all are like the first."""
-    with resident(blocks[0]):
-        sites = replace(observer, absorbers=False).sites(blocks[0], 0)
-    return len(blocks) * sum(4 * site.width**2 for site in sites)
+    """Bytes of the moments of all blocks, if all are like the first, or like the last where it has more (experts)."""
+
+    def of(index: int) -> int:
+        with resident(blocks[index]):
+            sites = replace(observer, absorbers=False).sites(blocks[index], index)
+        return sum(4 * site.width**2 for site in sites)
+
+    return len(blocks) * max(of(0), of(len(blocks) - 1))
 
 
 def _packed(seen: Observation) -> tuple[dict[str, Tensor], dict[str, Any]]:
