@@ -35,7 +35,7 @@ from gptq_awq.models.activations import quantized_activations
 from gptq_awq.models.residence import streamed
 from gptq_awq.pipeline.inputs import resolve_compute_dtype
 from gptq_awq.pipeline.places import changes_output
-from gptq_awq.pipeline.progress import BlockResult
+from gptq_awq.pipeline.progress import BlockResult, KeptWeights
 from gptq_awq.pipeline.quantize import quantize
 from gptq_awq.pipeline.size import PLAIN_BITS, Footprint
 from gptq_awq.plan import Plan, preflight
@@ -176,7 +176,7 @@ def _compute(plan: Plan, work: Work, tracker: Tracker, clock: Clock, track: Trac
     if plan.exports.formats:
         with clock.phase("export"):
             checkpoints = _export(plan, work, quantized.weights, track)
-            quantized.weights.clear()
+            quantized = replace(quantized, weights={})
     with clock.phase("evaluate"), quantized_activations(loaded.model, plan.act, plan.kv):
         scored = score(loaded.model, loaded.tokenizer, baseline, plan.seed, track)
     manifest = _manifest(plan, work, baseline, checkpoints) | {"resumed": quantized.resumed}
@@ -259,20 +259,41 @@ class Quantized:
     """What quantizing left: sizes, codes where a checkpoint wants them, and the block it went on at after a kill."""
 
     footprint: Footprint
-    weights: dict[str, QuantizedWeight]
+    weights: Mapping[str, QuantizedWeight]
     resumed: list[int]
+
+
+class Codes:
+    """What checkpoints will be made of: finished blocks' codes, or, of a streamed model, where to read them."""
+
+    def __init__(self, plan: Plan, work: Work) -> None:
+        self._plan, self._work = plan, work
+        self._blocks: dict[str, int] = {}
+        self._held: dict[str, QuantizedWeight] = {}
+
+    def add(self, block: BlockResult) -> None:
+        """A block is finished."""
+        if self._plan.exports.formats:
+            self._blocks |= dict.fromkeys(block.weights, block.index)
+            if block.index < 0 or not streamed(self._work.loaded.model):
+                self._held |= block.weights
+
+    def weights(self) -> Mapping[str, QuantizedWeight]:
+        """All of them, by module name."""
+        if len(self._held) == len(self._blocks):
+            return self._held
+        return KeptWeights(self._work.run.journal, self._blocks, self._held, self._work.grids)
 
 
 def _quantize(plan: Plan, work: Work, tracker: Tracker, track: Track, recorder: Recorder) -> Quantized:
     """Quantize the model in place, block by block; each block's rows are on disk before the next begins."""
     with _writing(plan.out):
         ledger = Ledger.create(plan.out / UNFINISHED)
-    footprint, weights, restored = Footprint(), {}, 0
+    footprint, codes, restored = Footprint(), Codes(plan, work), 0
     with closing(recorder.closely(_steps(plan, work, track))) as steps:  # ends its progress bar before an error is told
         for block in steps:
             footprint.add(block.weights)
-            if plan.exports.formats:
-                weights.update(block.weights)
+            codes.add(block)
             with _writing(plan.out):
                 ledger.append(block.rows)
             tracker.ledger(block.rows)
@@ -282,7 +303,7 @@ def _quantize(plan: Plan, work: Work, tracker: Tracker, track: Track, recorder: 
                 tracker.log({"quantize/relative_error": sum(errors) / len(errors)}, step=block.index)
     if restored:
         log.info("resumed after %d finished blocks", restored)
-    return Quantized(footprint, weights, [restored] if restored else [])
+    return Quantized(footprint, codes.weights(), [restored] if restored else [])
 
 
 def _steps(plan: Plan, work: Work, track: Track) -> Generator[BlockResult]:

@@ -1,5 +1,6 @@
 """Memory: what is free, what a run has used at most, and what calibration will need."""
 
+import re
 import resource
 import sys
 from contextlib import suppress
@@ -10,6 +11,14 @@ import torch
 from torch import nn
 
 from gptq_awq.errors import UserError
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes, as in "4e9", "4GB" (1000³) or "4GiB" (1024³). Raises ValueError."""
+    parts = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(?:([kmgt]?)(i?)b?)\s*", text.lower())
+    if parts is None:
+        raise ValueError(f"{text} is no number of bytes")
+    return int(float(parts[1]) * (1024 if parts[3] else 1000) ** " kmgt".index(parts[2] or " "))
 
 
 def available_bytes(device: torch.device, budget: int | None = None) -> int:

@@ -1,6 +1,5 @@
 """The plan of a run: its config turned into objects, which refuse what they cannot do. Nothing slow happens here."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from gptq_awq import memory
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.protocol import Evaluation
 from gptq_awq.export.write import Exports
@@ -167,16 +167,13 @@ def _memory_budget(cfg: DictConfig) -> int | None:
     value = cfg.get("memory_budget")
     if value is None:
         return None
-    parts = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(|[kmgt]i?)b?\s*", str(value).lower())
     try:
-        assert parts is not None
-        unit = 1024 if parts[2].endswith("i") else 1000
-        budget = float(parts[1]) * unit ** " kmgt".index(parts[2][:1] or " ")
-    except (AssertionError, ValueError) as error:
+        budget = memory.parse_bytes(str(value))
+    except ValueError as error:
         raise UserError(f"memory_budget={value}: give bytes, such as 4e9, 4GB or 4GiB") from error
-    if budget < (least := 2**30):
-        raise UserError(f"memory_budget={value}: this process takes half a GB by itself; give {least} bytes or more")
-    return int(budget)
+    if budget < 10**9:
+        raise UserError(f"memory_budget={value}: this process takes half a GB by itself; give 1GB or more")
+    return budget
 
 
 def _positive(cfg: DictConfig, key: str) -> int:

@@ -11,7 +11,7 @@ from transformers import GPT2Config, LlamaConfig
 from gptq_awq.errors import UserError
 from gptq_awq.export.awq import AWQFormat, pack, quantization_config
 from gptq_awq.export.engines import find
-from gptq_awq.export.folder import read_tensors
+from gptq_awq.export.folder import FolderTensors
 
 LLAMA = LlamaConfig()
 
@@ -67,7 +67,7 @@ def test_a_folder_says_what_it_holds(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert (config["version"], config["bits"], config["zero_point"], config["group_size"]) == ("gemm", 4, True, 32)
     assert config["modules_to_not_convert"] == ["lm_head"]
-    stored = read_tensors(tmp_path)
+    stored = FolderTensors(tmp_path)
     assert {name for name in stored if name.endswith(".qweight")} == {f"{name}.qweight" for name in source.weights}
     decoded = list(AWQFormat().decode(tmp_path))
     assert len(decoded) == len(source.weights)

@@ -16,7 +16,7 @@ from gptq_awq.export.compressed_tensors import (
     pack_int8,
     quantization_config,
 )
-from gptq_awq.export.folder import read_tensors
+from gptq_awq.export.folder import FolderTensors
 
 LLAMA = LlamaConfig()
 READERS = ("library", "own")
@@ -123,7 +123,7 @@ def test_transformers_computes_the_very_same_logits(layout, options, tmp_path, t
     CompressedTensorsFormat("float32", layout).write(source, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert config["ignore"] == ["lm_head"]
-    assert not [name for name in read_tensors(tmp_path) if name.endswith("qweight")]
+    assert not [name for name in FolderTensors(tmp_path) if name.endswith("qweight")]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     tokens = tiny_tokens()
     with torch.no_grad():

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.engines import find
-from gptq_awq.export.folder import read_tensors
+from gptq_awq.export.folder import FolderTensors
 from gptq_awq.export.gptq import GPTQFormat, pack, quantization_config
 
 LLAMA = LlamaConfig()
@@ -93,7 +93,7 @@ def test_a_folder_says_what_it_holds(sym, said, tmp_path):
     assert config == json.loads((tmp_path / "quantize_config.json").read_text())
     assert (config["checkpoint_format"], config["sym"], config["desc_act"]) == (said, sym, False)
     assert config["meta"]["quantizer"][0].startswith("gptq_awq:")
-    stored = read_tensors(tmp_path)
+    stored = FolderTensors(tmp_path)
     assert not [name for name in stored if name.removesuffix(".weight") in source.weights]
     assert {name for name in stored if name.endswith(".qweight")} == {f"{name}.qweight" for name in source.weights}
     decoded = list(GPTQFormat().decode(tmp_path))

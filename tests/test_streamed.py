@@ -248,3 +248,28 @@ def test_a_budget_that_cannot_be_is_refused(budget, cli):
     done = cli(f"memory_budget={budget}")
     assert done.returncode != 0
     assert "memory_budget=" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("formats", "grid"),
+    [
+        ("gptq,awq,compressed_tensors,mlx,hf", ["group_size=32"]),
+        ("gguf", ["grid=q4_0"]),
+        ("bnb", ["grid=nf4"]),
+    ],
+)
+def test_checkpoints_of_a_streamed_model_are_the_whole_models(formats, grid, cli, tiny_folder, tiny_text, tmp_path):
+    shared = ["method=rtn", *grid, "model=local", f"model.path={tiny_folder}", "eval=none"]
+    shared += [f"export.formats=[{formats}]", "export.gguf.pre=default"]
+    for stream in ("false", "true"):
+        done = cli(*shared, f"stream={stream}", f"out={tmp_path / stream}", GPTQ_AWQ_CACHE=str(tmp_path / f"c{stream}"))
+        assert done.returncode == 0, done.stderr
+    for name in formats.split(","):
+        ours, theirs = (hashes(tmp_path / stream / "checkpoints" / name) for stream in ("true", "false"))
+        assert ours == theirs
+
+
+def hashes(folder):
+    """Of a checkpoint's files, and of the weights in it."""
+    record = json.loads((folder / "verification.json").read_text())
+    return record["files"], record["weights"]

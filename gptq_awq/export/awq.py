@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
-from gptq_awq.export.folder import read_config, read_tensors, write_folder
+from gptq_awq.export.folder import FolderTensors, read_config, write_folder
 from gptq_awq.export.packing import (
     PRODUCER,
     exactly,
@@ -72,11 +72,11 @@ class AWQFormat:
     def write(self, source: Source, folder: Path) -> None:
         """Write the folder. Raises UserError where a parameter that isn't quantized overflows the dtype."""
         dtype = torch_dtype(self.dtype, "export.awq.dtype")
-        packed = {
-            f"{name}.{part}": tensor
+        packed = (
+            (f"{name}.{part}", tensor)
             for name, weight in source.weights.items()
             for part, tensor in pack(weight, dtype).items()
-        }
+        )
         grid = next(iter(source.weights.values())).grid
         assert isinstance(grid, IntGrid)
         config = quantization_config(grid, unquantized(source))
@@ -89,7 +89,7 @@ class AWQFormat:
     def decode(self, folder: Path) -> Iterator[Decoded]:
         """Every quantized weight, from the bits of the words' bytes."""
         group_size = read_config(folder)["quantization_config"]["group_size"]
-        tensors = read_tensors(folder)
+        tensors = FolderTensors(folder)
         for key in [key for key in tensors if key.endswith(".qweight")]:
             name = key.removesuffix(".qweight")
             scales = tensors[f"{name}.scales"].float()

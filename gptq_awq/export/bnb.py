@@ -32,7 +32,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
-from gptq_awq.export.folder import read_tensors, write_folder
+from gptq_awq.export.folder import FolderTensors, write_folder
 from gptq_awq.export.packing import PRODUCER, require_natural_order, require_plain_head
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
@@ -94,11 +94,11 @@ class BnbFormat:
     def write(self, source: Source, folder: Path) -> None:
         """Write the folder. Raises UserError where a parameter that isn't quantized overflows the dtype."""
         dtype = torch_dtype(self.dtype, "export.bnb.dtype")
-        packed = {
-            f"{name}.{part}": tensor
+        packed = (
+            (f"{name}.{part}", tensor)
             for name, weight in source.weights.items()
             for part, tensor in pack(weight, self.dtype).items()
-        }
+        )
         write_folder(source, folder, packed, dtype, self._config(source), self.shard)
 
     def _config(self, source: Source) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class BnbFormat:
 
     def decode(self, folder: Path) -> Iterator[Decoded]:
         """Every quantized weight, in float32."""
-        tensors = read_tensors(folder)
+        tensors = FolderTensors(folder)
         for key in [key for key in tensors if key.endswith(".SCB")]:
             name = key.removesuffix(".SCB")
             yield Decoded(name, *_decode_int8(tensors[f"{name}.weight"], tensors[key]))

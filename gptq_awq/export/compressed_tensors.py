@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
-from gptq_awq.export.folder import read_config, read_tensors, write_folder
+from gptq_awq.export.folder import FolderTensors, read_config, write_folder
 from gptq_awq.export.packing import (
     PRODUCER,
     exactly,
@@ -85,11 +85,11 @@ class CompressedTensorsFormat:
         """Write the folder. Raises UserError where a parameter that isn't quantized overflows the dtype."""
         dtype, weights = torch_dtype(self.dtype, "export.compressed_tensors.dtype"), source.weights
         packer = pack if self.layout == "pack" else pack_int8
-        packed = {
-            f"{name}.{part}": tensor
+        packed = (
+            (f"{name}.{part}", tensor)
             for name, weight in weights.items()
             for part, tensor in packer(weight, dtype).items()
-        }
+        )
         grid = next(iter(weights.values())).grid
         assert isinstance(grid, IntGrid)
         config = quantization_config(grid, FORMATS[self.layout], unquantized(source))
@@ -101,7 +101,7 @@ class CompressedTensorsFormat:
 
     def decode(self, folder: Path) -> Iterator[Decoded]:
         """Every quantized weight."""
-        group, tensors = read_config(folder)["quantization_config"]["config_groups"][GROUP], read_tensors(folder)
+        group, tensors = read_config(folder)["quantization_config"]["config_groups"][GROUP], FolderTensors(folder)
         read = read_with_library if library_reads() else read_alone
         for key in [key for key in tensors if key.endswith(".weight_scale")]:
             name = key.removesuffix(".weight_scale")

@@ -2,12 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,7 +15,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Source
+from gptq_awq.memory import parse_bytes
 from gptq_awq.models.experts import experts_in, fused_tensors
+from gptq_awq.models.residence import each_tensor
 
 SHARD = "4GB"
 PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -24,7 +26,7 @@ PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preproc
 def write_folder(
     source: Source,
     folder: Path,
-    packed: Mapping[str, Tensor],
+    packed: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype,
     quantization_config: Mapping[str, Any] | None,
     shard: str = SHARD,
@@ -35,8 +37,8 @@ def write_folder(
     Args:
         source: the model; its unpacked parameters are stored in `dtype`, tied ones once.
         folder: empty.
-        packed: full names ("model.layers.0.mlp.up_proj.qweight") of the tensors that stand for the weights of
-            `source.weights`, which are not stored themselves.
+        packed: full names ("model.layers.0.mlp.up_proj.qweight") and tensors that stand for the weights of
+            `source.weights`, which are not stored themselves; written as they come.
         dtype: of everything else that is a floating-point number, and of the model as config.json says it.
         quantization_config: as engines read it from config.json.
         shard: largest file.
@@ -45,16 +47,12 @@ def write_folder(
     Raises:
         UserError: a parameter that `dtype` cannot hold (an overflow).
     """
-    tensors = plain_tensors(source, dtype) | {name: tensor.contiguous() for name, tensor in packed.items()}
-    if experts_in(source.model):
-        tensors = revert_weight_conversion(source.model, fused_tensors(source.model, tensors))
-    tensors = {rename(name): tensor for name, tensor in tensors.items()}
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard)
-    for file, names in split.filename_to_tensors.items():
-        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    whole, tensors = Shards(folder, shard), chain(plain_tensors(source, dtype), packed)
+    if experts_in(source.model):  # files have experts in transformers' way, made of all tensors at once
+        tensors = revert_weight_conversion(source.model, fused_tensors(source.model, dict(tensors))).items()
+    for name, tensor in tensors:
+        whole.add(rename(name), tensor)
+    whole.finish()
     write_config(source, folder, dtype, quantization_config)
     source.tokenizer.save_pretrained(folder)
     _copy_processor(source.model.name_or_path, folder)
@@ -69,21 +67,55 @@ def _copy_processor(origin: str | None, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def plain_tensors(source: Source, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What is not quantized, in `dtype`. Raises UserError on overflow."""
-    quantized = {f"{name}.weight" for name in source.weights}
-    tensors, seen = {}, set()
-    for name, tensor in source.model.state_dict().items():
-        key = (tensor.data_ptr(), tensor.shape)
-        known = key in seen
-        seen.add(key)
-        if name in quantized or known:  # tied weights are stored under their first name
+class Shards:
+    """Tensors of a folder, written as they come, a file whenever one is full."""
+
+    def __init__(self, folder: Path, shard: str) -> None:
+        self._folder, self._limit = folder, parse_bytes(shard)
+        self._tensors: dict[str, Tensor] = {}
+        self._files: list[list[str]] = []
+        self._total = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Add one tensor."""
+        if self._tensors and tensor.nbytes + sum(t.nbytes for t in self._tensors.values()) > self._limit:
+            self._flush()
+        self._tensors[name] = tensor.contiguous()
+
+    def finish(self) -> None:
+        """Write what is left; give the files their names, and an index where there are several."""
+        self._flush()
+        count = len(self._files)
+        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        names = names if count > 1 else ["model.safetensors"]
+        for i, name in enumerate(names):
+            self._part(i).rename(self._folder / name)
+        if count > 1:
+            where = {tensor: name for name, tensors in zip(names, self._files, strict=True) for tensor in tensors}
+            index = {"metadata": {"total_size": self._total}, "weight_map": where}
+            (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+    def _flush(self) -> None:
+        save_file(self._tensors, self._part(len(self._files)), metadata={"format": "pt"})
+        self._files.append(list(self._tensors))
+        self._total += sum(tensor.nbytes for tensor in self._tensors.values())
+        self._tensors = {}
+
+    def _part(self, number: int) -> Path:
+        return self._folder / f"part-{number:05d}"
+
+
+def plain_tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """What is not quantized, in `dtype`; tied weights under their first name. Raises UserError on overflow."""
+    seen = {id(source.model.get_submodule(name).get_parameter("weight")) for name in source.weights}
+    for name, tensor in each_tensor(source.model, lambda name: f"{name.removesuffix('.weight')}" not in source.weights):
+        if id(tensor) in seen:
             continue
+        seen.add(id(tensor))
         stored = tensor.detach().to("cpu", dtype) if tensor.is_floating_point() else tensor.detach().cpu()
         if not torch.isfinite(stored).all():
             raise UserError(f"{name} overflows {str(dtype).removeprefix('torch.')}: export it as bfloat16 or float32")
-        tensors[name] = stored.clone(memory_format=torch.contiguous_format)
-    return tensors
+        yield name, stored.clone(memory_format=torch.contiguous_format)
 
 
 def write_config(
@@ -105,14 +137,24 @@ def write_config(
         source.model.generation_config.save_pretrained(folder)
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's safetensors files, by name."""
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
-                tensors[name] = file.get_tensor(name)
-    return tensors
+class FolderTensors(Mapping[str, Tensor]):
+    """The tensors of a folder's safetensors files by name, each read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                self._files |= dict.fromkeys(file.keys(), path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt", backend="pread") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

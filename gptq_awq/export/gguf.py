@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from gptq_awq.grids.kquant import KGrid
 from gptq_awq.grids.signed import SignedGrid
 from gptq_awq.grids.table import TableGrid
 from gptq_awq.grids.ternary import TernaryGrid
+from gptq_awq.models.residence import streamed
 
 FITS = "grid=q4_0, q8_0, q4_k_m and their kin (configs/grid) fit; so does sym=true group_size=32 with bits 4, 5 or 8"
 
@@ -72,12 +74,10 @@ class GGUFFormat:
 
     def write(self, source: Source, folder: Path) -> None:
         """Write model.gguf, its Modelfile and config.json (of the model, for the verifier)."""
-        # numpy lets go of the lock in large copies, so matrices are packed side by side.
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            blocks = pool.map(pack_weight, source.weights.values())
-            packed = dict(zip(source.weights, blocks, strict=True))
         path = folder / "model.gguf"
-        write_gguf(path, source.model, source.tokenizer, packed, self.plain_dtype, {"name": source.name}, self.pre)
+        with TemporaryDirectory(dir=folder, prefix=".packed-") as scratch:
+            packed = _packed_apart(source, Path(scratch)) if streamed(source.model) else _packed(source)
+            write_gguf(path, source.model, source.tokenizer, packed, self.plain_dtype, {"name": source.name}, self.pre)
         (folder / "Modelfile").write_text(modelfile(path.name, source.tokenizer))
         write_config(source, folder, torch.float16, None)
 
@@ -119,6 +119,23 @@ def ggml_type(grid: Grid) -> str | None:
     if isinstance(grid, SignedGrid) or (isinstance(grid, IntGrid) and grid.sym):
         return {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}.get(grid.bits)
     return None
+
+
+def _packed(source: Source) -> dict[str, tuple[str, np.ndarray]]:
+    """Block type and bytes by module; numpy lets go of the lock in large copies, so they are packed side by side."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        blocks = pool.map(pack_weight, source.weights.values())
+        return dict(zip(source.weights, blocks, strict=True))
+
+
+def _packed_apart(source: Source, folder: Path) -> dict[str, tuple[str, np.ndarray]]:
+    """The same, one after the other, their bytes in mapped files."""
+    packed = {}
+    for number, (name, weight) in enumerate(source.weights.items()):
+        kind, data = pack_weight(weight)
+        np.save(folder / f"{number}.npy", data)
+        packed[name] = kind, np.load(folder / f"{number}.npy", mmap_mode="r")
+    return packed
 
 
 def pack_weight(weight: QuantizedWeight) -> tuple[str, np.ndarray]:

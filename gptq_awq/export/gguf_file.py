@@ -7,6 +7,7 @@ llama.cpp's own converter leaves them. Tensors are converted one by one while th
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ from gptq_awq.export.gguf_architecture import (
     rows,
 )
 from gptq_awq.export.gguf_tokenizer import Vocabulary, modelfile, vocabulary
+from gptq_awq.models.residence import Residence, homes
 
 __all__ = ["StoredTensor", "check_architecture", "modelfile", "read_gguf", "rows", "vocabulary", "write_gguf"]
 
@@ -147,23 +149,23 @@ def _add_tokenizer(writer: GGUFWriter, words: Vocabulary | None) -> None:
 
 def _tensors(model: PreTrainedModel, packed: Packed, plain_dtype: str) -> Iterator[_Tensor]:
     arch, embedding = architecture(model.config), model.get_input_embeddings().get_parameter("weight")
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters, at = dict(model.named_parameters(remove_duplicate=False)), homes(model)
     for name, module in _modules(model, arch, packed).items():
         weight, order = parameters[f"{module}.weight"], arch.order(name, model.config)
         shared = arch.outer["token_embd"] if weight is embedding else module  # a tied head, where it must be stored
         blocks = packed.get(module) or packed.get(shared)
-        if isinstance(model.get_submodule(module), Conv1D):
-            weight = weight.T
+        flipped = isinstance(model.get_submodule(module), Conv1D)
         if blocks is not None:
-            yield _blocks(f"{name}.weight", module, weight, blocks, order)
+            yield _blocks(f"{name}.weight", module, weight.T if flipped else weight, blocks, order)
         elif weight.dim() == 1:
-            yield _plain(f"{name}.weight", weight, "F32", order, arch.norm_shift)
+            yield _plain(f"{name}.weight", weight, "F32", order, at, shift=arch.norm_shift)
         else:
-            yield _plain(f"{name}.weight", weight, "F32" if name == "position_embd" else plain_dtype, order)
+            kind = "F32" if name == "position_embd" else plain_dtype
+            yield _plain(f"{name}.weight", weight, kind, order, at, flipped=flipped)
         if (bias := parameters.get(f"{module}.bias")) is not None:
-            yield _plain(f"{name}.bias", bias, "F32", order)
+            yield _plain(f"{name}.bias", bias, "F32", order, at)
     if (factors := rope_factors(model.config)) is not None:
-        yield _plain("rope_freqs.weight", torch.from_numpy(factors), "F32", None)
+        yield _plain("rope_freqs.weight", torch.from_numpy(factors), "F32", None, at)
 
 
 def _modules(model: PreTrainedModel, arch: Architecture, packed: Packed) -> dict[str, str]:
@@ -205,16 +207,28 @@ def _blocks(name: str, module: str, weight: Tensor, packed: tuple[str, Array], o
     )
 
 
-def _plain(name: str, weight: Tensor, dtype: str, order: Array | None, shift: int = 0) -> _Tensor:
+def _plain(
+    name: str,
+    weight: Tensor,
+    dtype: str,
+    order: Array | None,
+    at: Mapping[int, Residence],
+    shift: int = 0,
+    flipped: bool = False,
+) -> _Tensor:
     def load() -> Array:
-        value = weight.detach().to("cpu", torch.float32) + shift if shift else weight.detach().cpu()
-        stored = value.to(PLAIN[dtype])
+        home = at.get(id(weight))
+        with home.held() if home else nullcontext():
+            value = weight.detach().T if flipped else weight.detach()
+            value = value.to("cpu", torch.float32) + shift if shift else value.cpu()
+            stored = value.to(PLAIN[dtype])
         if not torch.isfinite(stored).all():
             raise UserError(f"export.gguf.plain_dtype={dtype} cannot hold {name}: choose BF16 or F32")
         stored = stored if order is None else stored[torch.from_numpy(order)]
         return stored.contiguous().view(torch.uint8).numpy()
 
-    return _Tensor(name, GGMLQuantizationType[dtype], tuple(weight.shape), load)
+    shape = weight.shape[::-1] if flipped else weight.shape
+    return _Tensor(name, GGMLQuantizationType[dtype], tuple(shape), load)
 
 
 class StoredTensor(NamedTuple):

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
-from gptq_awq.export.folder import read_config, read_tensors, write_folder
+from gptq_awq.export.folder import FolderTensors, read_config, write_folder
 from gptq_awq.export.packing import PRODUCER, WORD, exactly, one_int_grid, pack_words, require_multiple, unpack_words
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
@@ -82,11 +82,11 @@ class GPTQFormat:
         grid = next(iter(weights.values())).grid
         assert isinstance(grid, IntGrid)
         version = self.version(grid)
-        packed = {
-            f"{name}.{part}": tensor
+        packed = (
+            (f"{name}.{part}", tensor)
             for name, weight in weights.items()
             for part, tensor in pack(weight, version, dtype).items()
-        }
+        )
         natural = all(weight.natural_order for weight in weights.values())
         head = source.model.get_output_embeddings()
         with_head = any(source.model.get_submodule(name) is head for name in weights)
@@ -101,7 +101,7 @@ class GPTQFormat:
 
     def decode(self, folder: Path) -> Iterator[Decoded]:
         """Every quantized weight, from the bits of the words' bytes."""
-        config, tensors = read_config(folder)["quantization_config"], read_tensors(folder)
+        config, tensors = read_config(folder)["quantization_config"], FolderTensors(folder)
         bits, offset = config["bits"], 0 if config["checkpoint_format"] == "gptq_v2" else 1
         for key in [key for key in tensors if key.endswith(".qweight")]:
             name = key.removesuffix(".qweight")

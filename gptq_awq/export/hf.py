@@ -21,7 +21,8 @@ from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
 from gptq_awq.export.folder import read_config, write_folder
 from gptq_awq.models.classes import auto_class
 from gptq_awq.models.experts import unfuse
-from gptq_awq.models.linear import is_linear, matrix
+from gptq_awq.models.residence import each_tensor
+from gptq_awq.models.streamed import open_streamed
 
 QUANTIZED = "gptq_awq_quantized"
 """Key of config.json: names of the modules whose weights were quantized, and now are plain numbers."""
@@ -61,15 +62,17 @@ class HFFormat:
 
     def write(self, source: Source, folder: Path) -> None:
         """Write the folder. Raises UserError where a number overflows the dtype."""
-        packed = {}
+        dtype = torch_dtype(self.dtype, "export.hf.dtype")
+        write_folder(source, folder, self._dequantized(source), dtype, None, self.shard)
+        config = read_config(folder) | {QUANTIZED: list(source.weights)}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def _dequantized(self, source: Source) -> Iterator[tuple[str, Tensor]]:
         for name, weight in source.weights.items():
             w = self.rounded(weight.dequantize().cpu())
             if not torch.isfinite(w).all():
                 raise UserError(f"{name} overflows export.hf.dtype={self.dtype}; choose bfloat16 or float32")
-            packed[f"{name}.weight"] = w.T if isinstance(source.model.get_submodule(name), Conv1D) else w
-        write_folder(source, folder, packed, torch_dtype(self.dtype, "export.hf.dtype"), None, self.shard)
-        config = read_config(folder) | {QUANTIZED: list(source.weights)}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            yield f"{name}.weight", w.T if isinstance(source.model.get_submodule(name), Conv1D) else w
 
     def plain(self, folder: Path) -> dict[str, Tensor]:
         """All tensors, by transformers' names, which are not always those in the files."""
@@ -81,12 +84,14 @@ class HFFormat:
 
     def decode(self, folder: Path) -> Iterator[Decoded]:
         """Every weight that was quantized, in the folder's dtype."""
-        model = _read(folder)
+        config, quantized = AutoConfig.from_pretrained(folder), read_config(folder)[QUANTIZED]
+        model = open_streamed(
+            folder, config, torch_dtype(self.dtype, "export.hf.dtype"), torch.device("cpu"), str(folder)
+        )
         unfuse(model)
-        for name in read_config(folder)[QUANTIZED]:
-            module = model.get_submodule(name)
-            weight = matrix(module) if is_linear(module) else module.get_parameter("weight").data
-            yield Decoded(name, None, weight)
+        for key, weight in each_tensor(model, {f"{name}.weight" for name in quantized}.__contains__):
+            name = key.removesuffix(".weight")
+            yield Decoded(name, None, weight.T if isinstance(model.get_submodule(name), Conv1D) else weight)
 
 
 def _read(folder: Path) -> PreTrainedModel:

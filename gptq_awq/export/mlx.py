@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
-from gptq_awq.export.folder import read_config, read_tensors, write_folder
+from gptq_awq.export.folder import FolderTensors, read_config, write_folder
 from gptq_awq.export.packing import PRODUCER, exactly, pack_words, require_natural_order, unpack_words
 from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.base import Grid, QuantizedWeight
@@ -89,11 +89,11 @@ class MLXFormat:
         """Write the folder. Raises UserError where a number overflows the dtype."""
         grids = [weight.grid for weight in source.weights.values()]
         dtype = torch_dtype(common_dtype(grids) if self.dtype == "auto" else self.dtype, "export.mlx.dtype")
-        packed = {
-            f"{name}.{part}": tensor
+        packed = (
+            (f"{name}.{part}", tensor)
             for name, weight in source.weights.items()
             for part, tensor in pack(weight, dtype).items()
-        }
+        )
         there, here = NAMES.get(source.model.config.model_type, ("", ""))
         write_folder(source, folder, packed, dtype, None, self.shard, lambda name: _renamed(name, there, here))
         grids = {_renamed(name, there, here): weight.grid for name, weight in source.weights.items()}
@@ -108,7 +108,7 @@ class MLXFormat:
 
     def decode(self, folder: Path) -> Iterator[Decoded]:
         """Every quantized weight, in float32."""
-        config, tensors = read_config(folder), read_tensors(folder)
+        config, tensors = read_config(folder), FolderTensors(folder)
         there, here = NAMES.get(config["model_type"], ("", ""))
         read = _decode_with_mlx if _has_mlx() else _decode
         for name in [key.removesuffix(".scales") for key in tensors if key.endswith(".scales")]:
@@ -120,7 +120,7 @@ class MLXFormat:
     def plain(self, folder: Path) -> dict[str, Tensor]:
         """What is not quantized, by its name in transformers."""
         there, here = NAMES.get(read_config(folder)["model_type"], ("", ""))
-        tensors = read_tensors(folder)
+        tensors = FolderTensors(folder)
         quantized = {key.removesuffix(".scales") for key in tensors if key.endswith(".scales")}
         return {
             _renamed(name, here, there): tensor

@@ -23,7 +23,7 @@ from gptq_awq.assets import file_sha256
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, Format, Source
 from gptq_awq.export.engines import Comparison, answer, compare
-from gptq_awq.export.folder import read_config, read_tensors
+from gptq_awq.export.folder import FolderTensors, read_config
 from gptq_awq.models.classes import auto_class
 
 RECORD = "verification.json"
@@ -196,7 +196,7 @@ def reference_model(folder: Path) -> PreTrainedModel:
         config.pop(key, None)
     made = AutoConfig.for_model(**config)
     model = auto_class(made).from_config(made, dtype=torch.float32).eval()
-    read = getattr(format_, "plain", read_tensors)
+    read = getattr(format_, "plain", FolderTensors)
     own = {name: parameter for name, parameter in model.state_dict().items()}
     state = {name: t.float() for name, t in read(folder).items() if name in own and t.shape == own[name].shape}
     state |= {f"{decoded.name}.weight": decoded.weight for decoded in format_.decode(folder)}

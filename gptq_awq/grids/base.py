@@ -6,7 +6,7 @@ what the neighbours are. A new number format is one file with one frozen datacla
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from gptq_awq.grids.arithmetic import Arithmetic, Params
 from gptq_awq.sealed import Sealed
+
+AT_ONCE = 2**22
+"""Numbers of a weight that are encoded or decoded together."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,19 @@ def fit_all(grid: Grid, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "c
 def nearest(grid: Grid, w: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
     """Weights rounded to nearest, on the grid as it is fitted without search."""
     grid = grid.without_search()
+    out = torch.empty_like(w)
+    for rows in _parts(w):
+        out[rows] = _nearest(grid, w[rows])
+    return out
+
+
+def _parts(w: Float[Tensor, "rows cols"] | UInt8[Tensor, "rows cols"]) -> Iterator[slice]:
+    """Rows that are worked on together, so that what is made on the way takes little memory beside the result."""
+    step = max(1, AT_ONCE // w.shape[1])
+    yield from (slice(first, first + step) for first in range(0, len(w), step))
+
+
+def _nearest(grid: Grid, w: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
     fitted, size = fit_all(grid, w, None), grid.group_size
     rows, columns = w.shape
     if size == -1 or columns % size:
@@ -253,7 +269,7 @@ class QuantizedWeight:
     def of(
         cls,
         grid: Grid,
-        codes: Float[Tensor, "out in"],
+        codes: Float[Tensor, "out in"] | UInt8[Tensor, "out in"],
         fitted: Fitted,
         group_of_column: Int[Tensor, "in"],
         loss: float | None = None,
@@ -263,8 +279,11 @@ class QuantizedWeight:
 
     def dequantize(self) -> Float[Tensor, "out in"]:
         """The weight that an engine computes with."""
-        params = Fitted(self.scales, self.zeros).per_column(self.group_of_column)
-        return self.grid.decode(self.codes.to(self.scales.dtype), params)
+        out = torch.empty_like(self.codes, dtype=self.scales.dtype)
+        for rows in _parts(self.codes):
+            params = Fitted(self.scales[rows], self.zeros[rows]).per_column(self.group_of_column)
+            out[rows] = self.grid.decode(self.codes[rows].to(out.dtype), params)
+        return out
 
     def sha256(self) -> str:
         """Hash of all that a checkpoint stores: codes, scales, zeros, column order, and the grid's own store."""

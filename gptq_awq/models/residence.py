@@ -8,7 +8,8 @@ shapes, types and identity (tied ones stay tied), over a single NaN: whoever rea
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -83,9 +84,9 @@ class Residence:
     def _fill(self) -> None:
         if self._here:
             return
-        tensors = self._read()
-        for name, parameter in self.parameters.items():
-            parameter.data = tensors[name].to(parameter.device, parameter.dtype)
+        tensors = dict(self._read())
+        for name, parameter in self.parameters.items():  # one goes as the other comes
+            parameter.data = tensors.pop(name).to(parameter.device, parameter.dtype)
         self._here = True
 
     def _empty(self) -> None:
@@ -123,6 +124,22 @@ def resident(*modules: nn.Module) -> Iterator[None]:
             if home is not None:
                 stack.enter_context(home.held())
         yield
+
+
+def homes(model: nn.Module) -> dict[int, Residence]:
+    """The id of every parameter that comes and goes → where it is."""
+    return {id(p): home for home in map(residence, model.modules()) if home for p in home.parameters.values()}
+
+
+def each_tensor(model: nn.Module, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the model's state, those that are wanted; each is there until the next one is asked for."""
+    at = homes(model)
+    state = [(n, x) for n, x in model.state_dict(keep_vars=True).items() if wanted(n)]
+    for _, group in groupby(state, key=lambda item: id(at.get(id(item[1])))):
+        members = list(group)
+        home = at.get(id(members[0][1]))
+        with home.held() if home else nullcontext():
+            yield from members
 
 
 def read_ahead(module: nn.Module) -> None:

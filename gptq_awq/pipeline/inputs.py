@@ -30,7 +30,7 @@ class Settings:
         compute_dtype: precision of calibration forwards ("auto": bfloat16 where the hardware has it).
         tokens_per_batch: calibration tokens per forward.
         activations: of batches that wait while a site is solved: "keep", "recompute", or "auto": kept where a
-            forecast says that they fit into half of the free memory.
+            forecast says that they fit into half of the memory that is free beside all else.
         memory_budget: bytes that this process may take; None: all that is free.
         scratch: folder for hidden states that would take more than an eighth of it; None: they stay in memory.
         ranks: the processes that share the work; none of what they do depends on it but the order of sums.
@@ -137,13 +137,14 @@ class Inputs:
 def _activations_fit(
     model: nn.Module, blocks: nn.ModuleList, tokens: TokenSet, dtype: torch.dtype, forwards: int, settings: Settings
 ) -> bool:
-    """Whether what waiting batches hold fits into half of the free memory; what else is needed has the other half.
+    """Whether what waiting batches hold fits into half of the memory that is free beside all else that is needed.
 
     Each batch waits in one or two `forwards`, as `staged_forward` has them.
     """
-    own = tokens.ids.numel() // settings.ranks.size
-    held = forwards * memory.held_bytes(own, _width(model), widest(blocks), dtype.itemsize)
-    free = settings.free_bytes(next(model.parameters()).device)
+    count, columns = tokens.ids.numel() // settings.ranks.size, widest(blocks)
+    held = forwards * memory.held_bytes(count, _width(model), columns, dtype.itemsize)
+    needed = memory.forecast_bytes(blocks, columns, _width(model), count, 0, dtype.itemsize, full=forwards > 1)
+    free = max(0, settings.free_bytes(next(model.parameters()).device) - needed)
     fits = held <= free / 2
     log.info(
         "activations of waiting batches take up to %.2f GB of %.2f GB free: %s",

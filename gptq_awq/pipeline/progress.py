@@ -159,6 +159,42 @@ def _checked(journal: Journal, count: int) -> None:
         journal.block(index)
 
 
+class KeptWeights(Mapping[str, QuantizedWeight]):
+    """Quantized weights of finished blocks, read from the journal as they are asked for; the last block's are kept.
+
+    Args:
+        journal: of a run whose blocks are all finished.
+        names: module name → its block; -1: it is one of `ends`.
+        ends: what lies outside of the blocks.
+        grids: module name → grid.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        names: Mapping[str, int],
+        ends: Mapping[str, QuantizedWeight],
+        grids: Mapping[str, Grid],
+    ) -> None:
+        self._journal, self._names, self._ends, self._grids = journal, names, ends, grids
+        self._last: tuple[int, dict[str, QuantizedWeight]] = (-1, {})
+
+    def __getitem__(self, name: str) -> QuantizedWeight:
+        index = self._names[name]
+        if index < 0:
+            return self._ends[name]
+        if self._last[0] != index:
+            self._last = (-1, {})  # one block at a time
+            self._last = (index, dict(_weights(self._journal.block(index), self._grids)))
+        return self._last[1][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def _state(content: Sealed, weights: Mapping[str, QuantizedWeight], block: nn.Module, name: str) -> dict[str, Tensor]:
     """What a finished block holds, by names in the model."""
     state = {f"{name}.{key}": value for key, value in _under("plain/", content.tensors).items()}

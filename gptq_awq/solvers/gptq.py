@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from gptq_awq.errors import UserError
@@ -176,14 +176,14 @@ def sweep(
     groups: _Groups,
     hessian: Float[Tensor, "in in"] | None,
     block_size: int,
-) -> tuple[Float[Tensor, "out in"], float]:
+) -> tuple[UInt8[Tensor, "out in"], float]:
     """The blocked column sweep, in the order that columns have here. Changes W, and fits what groups are not.
 
     Returns:
         Codes, and the loss ½ Σ (w_i - q_i)² / U_ii².
     """
     columns, span_of_column = W.shape[1], groups.span_of_group[group_of_column].tolist()
-    codes, loss = torch.empty_like(W), W.new_zeros((), dtype=torch.float64)
+    codes, loss = torch.empty_like(W, dtype=torch.uint8), W.new_zeros((), dtype=torch.float64)
     group_of_column = group_of_column.to(W.device)
     round_columns = _rounding(W.device)
     for i1 in range(0, columns, block_size):
@@ -198,7 +198,7 @@ def sweep(
         codes[:, i1:i2] = Q1
         loss += E1.square().sum(dtype=torch.float64)
         if i2 < columns:
-            W[:, i2:] -= E1.matmul(U[i1:i2, i2:])
+            W[:, i2:].addmm_(E1, U[i1:i2, i2:], alpha=-1)
     return codes, float(loss) / 2
 
 
