@@ -254,19 +254,29 @@ def test_a_budget_that_cannot_be_is_refused(budget, cli):
     ("formats", "grid"),
     [
         ("gptq,awq,compressed_tensors,mlx,hf", ["group_size=32"]),
-        ("gguf", ["grid=q4_0"]),
-        ("bnb", ["grid=nf4"]),
+        ("bnb", ["grid=nf4", "group_size=32"]),
     ],
 )
 def test_checkpoints_of_a_streamed_model_are_the_whole_models(formats, grid, cli, tiny_folder, tiny_text, tmp_path):
     shared = ["method=rtn", *grid, "model=local", f"model.path={tiny_folder}", "eval=none"]
-    shared += [f"export.formats=[{formats}]", "export.gguf.pre=default"]
+    shared += [f"export.formats=[{formats}]"]
     for stream in ("false", "true"):
         done = cli(*shared, f"stream={stream}", f"out={tmp_path / stream}", GPTQ_AWQ_CACHE=str(tmp_path / f"c{stream}"))
         assert done.returncode == 0, done.stderr
     for name in formats.split(","):
         ours, theirs = (hashes(tmp_path / stream / "checkpoints" / name) for stream in ("true", "false"))
         assert ours == theirs
+
+
+@pytest.mark.parametrize("grid", ["q4_0", "q4_k_m"])
+def test_a_gguf_file_of_a_streamed_model_is_the_whole_models(grid, cli, stories15m, tmp_path):
+    shared = ["method=rtn", f"grid={grid}", "model=local", f"model.path={stories15m}", "eval=none"]
+    shared += ["export.formats=[gguf]"]
+    for stream in ("false", "true"):
+        done = cli(*shared, f"stream={stream}", f"out={tmp_path / stream}", GPTQ_AWQ_CACHE=str(tmp_path / f"c{stream}"))
+        assert done.returncode == 0, done.stderr
+    ours, theirs = (hashes(tmp_path / stream / "checkpoints" / "gguf") for stream in ("true", "false"))
+    assert ours == theirs
 
 
 def hashes(folder):

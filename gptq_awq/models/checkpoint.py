@@ -8,7 +8,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -74,9 +74,9 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._recipes
 
-    def read(self, names: Collection[str]) -> dict[str, Tensor]:
-        """These tensors, by the model's names, in the files' precision; none of them is a view of a file."""
-        tensors: dict[str, Tensor] = {}
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """These tensors and their names in the model, in the files' precision; none is a view of a file."""
+        made: dict[str, Tensor] = {}
         with ExitStack() as stack:
             handles: dict[Path, Any] = {}
 
@@ -88,9 +88,9 @@ class Checkpoint:
                 return handles[path].get_tensor(source)
 
             for name in names:
-                if name not in tensors:
-                    tensors |= self._make(name, tensor)
-        return {name: tensors[name] for name in names}
+                if name not in made:
+                    made |= self._make(name, tensor)
+                yield name, made.pop(name)
 
     def _make(self, name: str, tensor: Callable[[str], Tensor]) -> dict[str, Tensor]:
         recipe = self._recipes[name]

@@ -7,15 +7,15 @@ A module that is called outside of this comes for the time of the call. In its a
 shapes, types and identity (tied ones stay tied), over a single NaN: whoever reads them by mistake will notice.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
-Read = Callable[[], Mapping[str, Tensor]]
-"""Parameters by name."""
+Read = Callable[[], Iterable[tuple[str, Tensor]]]
+"""Names and parameters, one after the other: only one need be in memory twice."""
 
 
 class Residence:
@@ -58,9 +58,9 @@ class Residence:
         del self.parameters[name]
         self.parameters |= zip(names, parts, strict=True)
 
-        def split() -> Mapping[str, Tensor]:
-            tensors = dict(read())
-            return tensors | dict(zip(names, views(tensors.pop(name)), strict=True))
+        def split() -> Iterator[tuple[str, Tensor]]:
+            for own, tensor in read():
+                yield from zip(names, views(tensor), strict=True) if own == name else [(own, tensor)]
 
         self._read = split
 
@@ -84,9 +84,9 @@ class Residence:
     def _fill(self) -> None:
         if self._here:
             return
-        tensors = dict(self._read())
-        for name, parameter in self.parameters.items():  # one goes as the other comes
-            parameter.data = tensors.pop(name).to(parameter.device, parameter.dtype)
+        for name, tensor in self._read():
+            if (parameter := self.parameters.get(name)) is not None:
+                parameter.data = tensor.to(parameter.device, parameter.dtype)
         self._here = True
 
     def _empty(self) -> None:

@@ -32,8 +32,10 @@ def open_streamed(
     with init_empty_weights(include_buffers=False):
         model = auto_class(config).from_config(config, dtype=dtype, **code)
     model.tie_weights()
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if model.can_generate():
+        there = (folder / "generation_config.json").is_file()
+        source = {} if there else {"config_file_name": "config.json", "_from_model_config": True}
+        model.generation_config = GenerationConfig.from_pretrained(folder, **source)
     checkpoint = Checkpoint(folder, model, option)
     _put_nothing(model, dtype, device)
     model.eval()
@@ -45,12 +47,12 @@ def open_streamed(
         wanted = list(parameters)
         Residence(modules, parameters, partial(checkpoint.read, wanted), partial(checkpoint.read_ahead, wanted))
         kept = {name: p for name, p in kept.items() if id(p) not in own}
-    for name, tensor in checkpoint.read([names[id(p)] for p in kept.values()]).items():
+    for name, tensor in checkpoint.read([names[id(p)] for p in kept.values()]):
         parameter = model.get_parameter(name)
         parameter.data = tensor.to(device, parameter.dtype)
     for name in {*model.state_dict()} - {name for name, _ in model.named_parameters(remove_duplicate=False)}:
         if name in checkpoint:
-            model.get_buffer(name).copy_(checkpoint.read([name])[name])
+            model.get_buffer(name).copy_(dict(checkpoint.read([name]))[name])
     return model
 
 
@@ -84,7 +86,7 @@ def _names_in(checkpoint: Checkpoint, model: PreTrainedModel, option: str) -> di
         if name not in checkpoint:
             continue
         first = names.setdefault(id(parameter), name)
-        if first != name and not torch.equal(*checkpoint.read([first, name]).values()):
+        if first != name and not torch.equal(*dict(checkpoint.read([first, name])).values()):
             raise UserError(
                 f"{option}: config.json ties {first} and {name}, and the files hold different tensors; "
                 "set tie_word_embeddings there to what is meant"

@@ -202,7 +202,7 @@ def _put(module: nn.Module, quantized: QuantizedWeight) -> Float[Tensor, "out in
     _matrix(module).copy_(dequantized)
     if (home := residence(module)) is not None:
         (own,) = home.parameters  # the embedding's, or the head's: it has no bias
-        home.moved(lambda: {own: quantized.dequantize()})
+        home.moved(lambda: [(own, quantized.dequantize())])
     return dequantized
 
 

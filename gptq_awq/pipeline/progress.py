@@ -98,7 +98,7 @@ class Progress:
             weights = dict(_weights(content, grids))
             if residence(block) is None:
                 state = _state(content, weights, block, name)
-                block.load_state_dict({key.removeprefix(f"{name}."): value for key, value in state.items()})
+                block.load_state_dict({key.removeprefix(f"{name}."): value for key, value in state})
             yield BlockResult(index, weights, content.facts["rows"], restored=True)
 
     def head(self, count: int, grids: Mapping[str, Grid]) -> BlockResult:
@@ -114,7 +114,7 @@ class Progress:
         assert self.journal is not None
         journal = self.journal
 
-        def read() -> dict[str, Tensor]:
+        def read() -> Iterator[tuple[str, Tensor]]:
             content = journal.block(index)
             return _state(content, dict(_weights(content, grids)), block, name)
 
@@ -195,13 +195,15 @@ class KeptWeights(Mapping[str, QuantizedWeight]):
         return len(self._names)
 
 
-def _state(content: Sealed, weights: Mapping[str, QuantizedWeight], block: nn.Module, name: str) -> dict[str, Tensor]:
+def _state(
+    content: Sealed, weights: Mapping[str, QuantizedWeight], block: nn.Module, name: str
+) -> Iterator[tuple[str, Tensor]]:
     """What a finished block holds, by names in the model."""
-    state = {f"{name}.{key}": value for key, value in _under("plain/", content.tensors).items()}
+    for key, value in _under("plain/", content.tensors).items():
+        yield f"{name}.{key}", value
     for linear, weight in weights.items():
         flipped = isinstance(block.get_submodule(linear.removeprefix(f"{name}.")), Conv1D)
-        state[f"{linear}.weight"] = weight.dequantize().T if flipped else weight.dequantize()
-    return state
+        yield f"{linear}.weight", weight.dequantize().T if flipped else weight.dequantize()
 
 
 def _packed(prefix: str, block: nn.Module, done: BlockResult) -> tuple[dict[str, Tensor], dict[str, Any]]:
