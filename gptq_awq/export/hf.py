@@ -91,7 +91,7 @@ class HFFormat:
         unfuse(model)
         for key, weight in each_tensor(model, {f"{name}.weight" for name in quantized}.__contains__):
             name = key.removesuffix(".weight")
-            yield Decoded(name, None, weight.T if isinstance(model.get_submodule(name), Conv1D) else weight)
+            yield Decoded(name, None, (weight.T if isinstance(model.get_submodule(name), Conv1D) else weight).detach())
 
 
 def _read(folder: Path) -> PreTrainedModel:
