@@ -28,14 +28,16 @@ from gptq_awq.evaluation.evaluate import Baseline, full_precision, score
 from gptq_awq.export.base import Source
 from gptq_awq.export.verify import Probe
 from gptq_awq.export.write import Exported, write_card
+from gptq_awq.forecast import announce
 from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.manifest import config_sha256, environment
 from gptq_awq.models.activations import quantized_activations
 from gptq_awq.models.residence import streamed
 from gptq_awq.pipeline.inputs import resolve_compute_dtype
+from gptq_awq.pipeline.kept import Codes
 from gptq_awq.pipeline.places import changes_output
-from gptq_awq.pipeline.progress import BlockResult, KeptWeights
+from gptq_awq.pipeline.progress import BlockResult
 from gptq_awq.pipeline.quantize import quantize
 from gptq_awq.pipeline.size import PLAIN_BITS, Footprint
 from gptq_awq.plan import Plan, preflight
@@ -160,6 +162,8 @@ def compute(plan: Plan, work: Work, clock: Clock, track: Track, recorder: Record
 
 def _compute(plan: Plan, work: Work, tracker: Tracker, clock: Clock, track: Track, recorder: Recorder) -> Result:
     loaded = work.loaded
+    with clock.phase("forecast"):
+        announce(plan, work)
     with clock.phase("baseline"):
         baseline = full_precision(
             *(loaded.model, loaded.tokenizer, loaded.sha256, work.windows, work.tasks, cache_dir(), track),
@@ -263,33 +267,12 @@ class Quantized:
     resumed: list[int]
 
 
-class Codes:
-    """What checkpoints will be made of: finished blocks' codes, or, of a streamed model, where to read them."""
-
-    def __init__(self, plan: Plan, work: Work) -> None:
-        self._plan, self._work = plan, work
-        self._blocks: dict[str, int] = {}
-        self._held: dict[str, QuantizedWeight] = {}
-
-    def add(self, block: BlockResult) -> None:
-        """A block is finished."""
-        if self._plan.exports.formats:
-            self._blocks |= dict.fromkeys(block.weights, block.index)
-            if block.index < 0 or not streamed(self._work.loaded.model):
-                self._held |= block.weights
-
-    def weights(self) -> Mapping[str, QuantizedWeight]:
-        """All of them, by module name."""
-        if len(self._held) == len(self._blocks):
-            return self._held
-        return KeptWeights(self._work.run.journal, self._blocks, self._held, self._work.grids)
-
-
 def _quantize(plan: Plan, work: Work, tracker: Tracker, track: Track, recorder: Recorder) -> Quantized:
     """Quantize the model in place, block by block; each block's rows are on disk before the next begins."""
     with _writing(plan.out):
         ledger = Ledger.create(plan.out / UNFINISHED)
-    footprint, codes, restored = Footprint(), Codes(plan, work), 0
+    footprint, restored, from_disk = Footprint(), 0, streamed(work.loaded.model)
+    codes = Codes(work.run.journal, work.grids, from_disk, wanted=bool(plan.exports.formats))
     with closing(recorder.closely(_steps(plan, work, track))) as steps:  # ends its progress bar before an error is told
         for block in steps:
             footprint.add(block.weights)

@@ -20,8 +20,8 @@ REPORTING = tuple(
 """What no number comes from."""
 PACKAGE = Path(__file__).parent
 NOT_COMPUTED = (
-    *("out", "tracking", "resume", "profile", "activations", "memory_budget", "stream", "cache_gb", "objective"),
-    "ranks_timeout_minutes",
+    *("out", "tracking", "resume", "profile", "objective", "ranks_timeout_minutes", "cache_gb"),
+    *("activations", "memory_budget", "stream", "forecast"),
 )
 """Options that change no number."""
 

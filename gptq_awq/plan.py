@@ -38,6 +38,7 @@ class Plan:
     kv: DynamicGrid
     settings: Settings
     stream: bool | None
+    forecast: bool | None
     experts: ExpertPolicy
     model: Any
     data: Any
@@ -80,7 +81,8 @@ def preflight(cfg: DictConfig, ranks: Ranks = ONE) -> Plan:
                 memory_budget=_memory_budget(cfg),
                 ranks=ranks,
             ),
-            stream=_stream(cfg),
+            stream=_by_size(cfg, "stream", False),
+            forecast=_by_size(cfg, "forecast", False),
             experts=ExpertPolicy(**cfg.get("experts", {})),
             model=_build(cfg.model),
             data=_build(cfg.data),
@@ -154,11 +156,11 @@ def _build(node: Any) -> Any:
         raise UserError(str(error).splitlines()[0]) from error
 
 
-def _stream(cfg: DictConfig) -> bool | None:
-    """Whether the model is streamed; None: by its size."""
-    value = cfg.get("stream", False)
+def _by_size(cfg: DictConfig, key: str, missing: bool) -> bool | None:
+    """Yes, no, or None: by the model's size."""
+    value = cfg.get(key, missing)  # a replayed run may be older than the option
     if value not in ("auto", True, False):
-        raise UserError(f"stream={value}: choose auto, true or false")
+        raise UserError(f"{key}={value}: choose auto, true or false")
     return None if value == "auto" else value
 
 

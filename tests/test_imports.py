@@ -21,6 +21,7 @@ LAYERS = [
     {"export", "allocation"},
     {"plan"},
     {"work"},
+    {"forecast"},
     {"api", "experiment"},
     {"replay", "notebook"},
 ]

@@ -176,16 +176,29 @@ def group_of_columns(columns: int, group_size: int) -> Int[Tensor, "in"]:
 def fit_all(grid: Grid, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"] | None) -> Fitted:
     """Fit every span of a weight in natural column order; `hessian` is read only where the grid wants it."""
     hessian = hessian if grid.needs_hessian else None
-    rows, columns = w.shape
+    columns = w.shape[1]
     size = columns if grid.span == -1 else grid.span
     count = columns // size
+    whole = count * size
     if count <= 1:
-        parts = [
-            grid.fit(w[:, a:b], None if hessian is None else hessian[a:b, a:b]) for a, b in group_spans(columns, size)
-        ]
-        return beside(parts)
-    whole = count * size  # the whole spans at once, as rows
+        spans = group_spans(columns, size)
+        return beside([grid.fit(w[:, a:b], None if hessian is None else hessian[a:b, a:b]) for a, b in spans])
     blocks = None if hessian is None else diagonal_blocks(hessian[:whole, :whole], count)
+    parts = [_fit_rows(grid, w[rows], hessian, size, blocks) for rows in _parts(w)]
+    scales, zeros = (torch.cat([getattr(part, name) for part in parts]) for name in ("scales", "zeros"))
+    return Fitted(scales, zeros, {name: torch.cat([part.store[name] for part in parts]) for name in parts[0].store})
+
+
+def _fit_rows(
+    grid: Grid,
+    w: Float[Tensor, "rows cols"],
+    hessian: Float[Tensor, "cols cols"] | None,
+    size: int,
+    blocks: Float[Tensor, "count size size"] | None,
+) -> Fitted:
+    """The same for some rows of several spans; `blocks`: of H, for the spans that are whole."""
+    (rows, columns), count = w.shape, w.shape[1] // size
+    whole = count * size  # the whole spans at once, as rows
     parts = [_unstacked(grid.fit(w[:, :whole].reshape(rows * count, size), blocks), rows)]
     if whole < columns:
         parts.append(grid.fit(w[:, whole:], None if hessian is None else hessian[whole:, whole:]))
@@ -196,7 +209,7 @@ def nearest(grid: Grid, w: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows co
     """Weights rounded to nearest, on the grid as it is fitted without search."""
     grid = grid.without_search()
     out = torch.empty_like(w)
-    for rows in _parts(w):
+    for rows in _parts(w) if grid.span != -1 else [slice(None)]:  # what spans whole rows may look at all of them
         out[rows] = _nearest(grid, w[rows])
     return out
 

@@ -105,7 +105,7 @@ class Inputs:
             and recorded(record, blocks, lambda: observer(True), self.dtype, track, settings.ranks)
         ):
             self._record, self._observer = record, None
-            first = _first_batch(tokens, settings.tokens_per_batch)
+            first = first_batch(tokens, settings.tokens_per_batch)
             self._calls = open_streams(model, blocks, first, settings.tokens_per_batch, self.dtype).batches[0].calls
         else:
             self._record, self._observer = None, observer(absorbers)
@@ -169,7 +169,7 @@ def _spill(model: nn.Module, tokens: TokenSet, dtype: torch.dtype, forwards: int
     return settings.scratch
 
 
-def _first_batch(tokens: TokenSet, tokens_per_batch: int) -> TokenSet:
+def first_batch(tokens: TokenSet, tokens_per_batch: int) -> TokenSet:
     """The rows that make the first batch."""
     rows = max(1, tokens_per_batch // tokens.ids.shape[1])
     return replace(tokens, ids=tokens.ids[:rows], mask=None if tokens.mask is None else tokens.mask[:rows])

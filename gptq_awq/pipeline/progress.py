@@ -95,7 +95,7 @@ class Progress:
             self.settle(name, block, index, grids)
             assert self.journal is not None
             content = self.journal.block(index)
-            weights = dict(_weights(content, grids))
+            weights = dict(weights_in(content, grids))
             if residence(block) is None:
                 state = _state(content, weights, block, name)
                 block.load_state_dict({key.removeprefix(f"{name}."): value for key, value in state})
@@ -105,7 +105,7 @@ class Progress:
         """What `save_head` kept."""
         assert self.journal is not None
         content = self.journal.block(count)
-        return BlockResult(-1, dict(_weights(content, grids)), content.facts["rows"], restored=True)
+        return BlockResult(-1, dict(weights_in(content, grids)), content.facts["rows"], restored=True)
 
     def settle(self, name: str, block: nn.Module, index: int, grids: Mapping[str, Grid]) -> None:
         """From now on a streamed block, which is finished, comes from the journal."""
@@ -116,7 +116,7 @@ class Progress:
 
         def read() -> Iterator[tuple[str, Tensor]]:
             content = journal.block(index)
-            return _state(content, dict(_weights(content, grids)), block, name)
+            return _state(content, dict(weights_in(content, grids)), block, name)
 
         home.moved(read)
 
@@ -159,42 +159,6 @@ def _checked(journal: Journal, count: int) -> None:
         journal.block(index)
 
 
-class KeptWeights(Mapping[str, QuantizedWeight]):
-    """Quantized weights of finished blocks, read from the journal as they are asked for; the last block's are kept.
-
-    Args:
-        journal: of a run whose blocks are all finished.
-        names: module name → its block; -1: it is one of `ends`.
-        ends: what lies outside of the blocks.
-        grids: module name → grid.
-    """
-
-    def __init__(
-        self,
-        journal: Journal,
-        names: Mapping[str, int],
-        ends: Mapping[str, QuantizedWeight],
-        grids: Mapping[str, Grid],
-    ) -> None:
-        self._journal, self._names, self._ends, self._grids = journal, names, ends, grids
-        self._last: tuple[int, dict[str, QuantizedWeight]] = (-1, {})
-
-    def __getitem__(self, name: str) -> QuantizedWeight:
-        index = self._names[name]
-        if index < 0:
-            return self._ends[name]
-        if self._last[0] != index:
-            self._last = (-1, {})  # one block at a time
-            self._last = (index, dict(_weights(self._journal.block(index), self._grids)))
-        return self._last[1][name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
 def _state(
     content: Sealed, weights: Mapping[str, QuantizedWeight], block: nn.Module, name: str
 ) -> Iterator[tuple[str, Tensor]]:
@@ -218,7 +182,8 @@ def _packed(prefix: str, block: nn.Module, done: BlockResult) -> tuple[dict[str,
     return tensors, {"rows": done.rows, "losses": {name: weight.loss for name, weight in done.weights.items()}}
 
 
-def _weights(content: Sealed, grids: Mapping[str, Grid]) -> Iterator[tuple[str, QuantizedWeight]]:
+def weights_in(content: Sealed, grids: Mapping[str, Grid]) -> Iterator[tuple[str, QuantizedWeight]]:
+    """Names and quantized weights of one block of a journal."""
     for name, loss in content.facts["losses"].items():
         kept, grid = _under(f"{name}/", content.tensors), grids[name]
         groups = kept.get("group_of_column")
