@@ -181,15 +181,22 @@ class BlockCalls:
 
     @torch.no_grad()
     def _see_outputs(self) -> None:
-        """One forward of two tokens, through the first block of each class, shows what blocks return."""
+        """One forward of two tokens, through the first block of each class, shows what blocks return.
+
+        It ends there: what follows, such as the head, may be large, and away.
+        """
+        classes = {type(block) for block in self._there}
 
         def answer(index: int, *args: Any, **kwargs: Any) -> Any:
             block = self._there[index]
             if type(block) in self._outputs:
                 return self._like(index, args[0] if args else kwargs["hidden_states"])
-            return self._outputs.setdefault(type(block), block(*args, **kwargs))
+            output = self._outputs.setdefault(type(block), block(*args, **kwargs))
+            if len(self._outputs) == len(classes):
+                raise _AllSeenError
+            return output
 
-        with self._answering(answer):
+        with self._answering(answer), suppress(_AllSeenError):
             self._run(torch.zeros(1, 2, dtype=torch.long))
 
     def _like(self, index: int, hidden: Tensor) -> Any:
