@@ -128,7 +128,7 @@ def execute(plan: Plan, track: Track, console: Console, recorder: Recorder) -> R
 
     def computed() -> Result:
         result = compute(plan, work, clock, track, recorder)
-        work.run.journal.clear()
+        work.run.forget_progress()
         work.run.remember()
         return result
 
@@ -290,12 +290,11 @@ def _quantize(plan: Plan, work: Work, tracker: Tracker, track: Track, recorder: 
 
 
 def _steps(plan: Plan, work: Work, track: Track) -> Generator[BlockResult]:
-    journal = work.run.journal
-    settings = replace(plan.settings, scratch=journal.folder / "spilled")
+    settings = replace(plan.settings, scratch=work.run.scratch)
     return quantize(
         *(work.loaded.model, work.tokens, plan.method, plan.grid, settings, track),
         record=record_of(plan, work),
-        progress=journal if plan.resume or streamed(work.loaded.model) else None,
+        progress=work.run.journal if plan.resume or streamed(work.loaded.model) else None,
         experts=plan.experts,
     )
 

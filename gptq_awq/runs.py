@@ -42,6 +42,16 @@ class Run:
         key = hashlib.sha256(json.dumps([self.sha256, environment()["machine"]]).encode()).hexdigest()
         return Journal(cache_dir() / "progress" / self.sha256, key)
 
+    @property
+    def scratch(self) -> Path:
+        """For hidden states that don't fit into memory, while it isn't finished."""
+        return cache_dir() / "progress" / f"{self.sha256}-spilled"
+
+    def forget_progress(self) -> None:
+        """Delete what was kept of it while it wasn't finished."""
+        self.journal.clear()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
     def finished(self) -> Path | None:
         """A folder that holds this very run, finished and complete; its own folder first."""
         for folder in (self.out, self._remembered()):
