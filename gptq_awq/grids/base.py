@@ -184,7 +184,7 @@ def fit_all(grid: Grid, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "c
         spans = group_spans(columns, size)
         return beside([grid.fit(w[:, a:b], None if hessian is None else hessian[a:b, a:b]) for a, b in spans])
     blocks = None if hessian is None else diagonal_blocks(hessian[:whole, :whole], count)
-    parts = [_fit_rows(grid, w[rows], hessian, size, blocks) for rows in _parts(w)]
+    parts = [_fit_rows(grid, w[rows], hessian, size, blocks) for rows in row_parts(w)]
     scales, zeros = (torch.cat([getattr(part, name) for part in parts]) for name in ("scales", "zeros"))
     return Fitted(scales, zeros, {name: torch.cat([part.store[name] for part in parts]) for name in parts[0].store})
 
@@ -209,12 +209,12 @@ def nearest(grid: Grid, w: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows co
     """Weights rounded to nearest, on the grid as it is fitted without search."""
     grid = grid.without_search()
     out = torch.empty_like(w)
-    for rows in _parts(w) if grid.span != -1 else [slice(None)]:  # what spans whole rows may look at all of them
+    for rows in row_parts(w) if grid.span != -1 else [slice(None)]:  # what spans whole rows may look at all of them
         out[rows] = _nearest(grid, w[rows])
     return out
 
 
-def _parts(w: Float[Tensor, "rows cols"] | UInt8[Tensor, "rows cols"]) -> Iterator[slice]:
+def row_parts(w: Float[Tensor, "rows cols"] | UInt8[Tensor, "rows cols"]) -> Iterator[slice]:
     """Rows that are worked on together, so that what is made on the way takes little memory beside the result."""
     step = max(1, AT_ONCE // w.shape[1])
     yield from (slice(first, first + step) for first in range(0, len(w), step))
@@ -293,7 +293,7 @@ class QuantizedWeight:
     def dequantize(self) -> Float[Tensor, "out in"]:
         """The weight that an engine computes with."""
         out = torch.empty_like(self.codes, dtype=self.scales.dtype)
-        for rows in _parts(self.codes):
+        for rows in row_parts(self.codes):
             params = Fitted(self.scales[rows], self.zeros[rows]).per_column(self.group_of_column)
             out[rows] = self.grid.decode(self.codes[rows].to(out.dtype), params)
         return out

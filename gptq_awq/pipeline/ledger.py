@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gptq_awq.grids.base import nearest
+from gptq_awq.grids.base import nearest, row_parts
 from gptq_awq.linalg import quadratic
 from gptq_awq.models.linear import Site
 from gptq_awq.moments import Moments
@@ -74,7 +74,7 @@ class LinearReport:
             "tokens": _tokens(moments),
             "loss": solution.quantized.loss,
             "codes_sha256": solution.quantized.sha256(),
-            "weight_error": float((dequantized - weight).square().sum() / weight.square().sum().clamp(min=1e-30)),
+            "weight_error": _squares(dequantized, weight) / max(_squares(weight), 1e-30),
             "seconds": round(seconds, 4),
         }
         if moments is not None and moments.routed is not None:
@@ -84,12 +84,24 @@ class LinearReport:
         if moments is not None and moments.tokens:
             signal = max(quadratic(weight, moments.hessian, rough=True), 1e-30)
             loss = solution.quantized.loss if solution.damping is None else None  # else it is of the damped H
-            error = quadratic(dequantized - weight, moments.hessian) if loss is None else 2 * loss
+            error = _error(dequantized, weight, moments.hessian) if loss is None else 2 * loss
             row["error_after"] = error / signal
-            delta = nearest(grid, weight) - weight
-            same = torch.equal(delta, dequantized - weight)
-            row["error_before"] = row["error_after"] if same else quadratic(delta, moments.hessian, True) / signal
+            rounded = nearest(grid, weight)
+            same = torch.equal(rounded, dequantized)
+            before = error if same else quadratic(rounded.sub_(weight), moments.hessian, rough=True)
+            row["error_before"] = before / signal
         return row
+
+
+def _squares(a: Float[Tensor, "out in"], b: Float[Tensor, "out in"] | None = None) -> float:
+    """‖a - b‖², or ‖a‖²."""
+    parts = (a[rows] if b is None else a[rows] - b[rows] for rows in row_parts(a))
+    return float(sum(part.square().sum() for part in parts))
+
+
+def _error(a: Float[Tensor, "out in"], b: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> float:
+    """tr((a - b) H (a - b)ᵀ)."""
+    return sum(quadratic(a[rows] - b[rows], hessian) for rows in row_parts(a))
 
 
 def _tokens(moments: Moments | None) -> int | None:
