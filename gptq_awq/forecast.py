@@ -31,8 +31,6 @@ from gptq_awq.plan import Plan
 from gptq_awq.work import Work
 
 log = logging.getLogger(__name__)
-WEIGHT_COPIES = 14
-"""Bytes per number of the linear that is solved: itself twice in float32, its codes, what it came to."""
 AFFORDABLE = 2e10
 """Operations of solving a site that a trial may spend: a second or less."""
 
@@ -201,7 +199,7 @@ class _Needs:
     def solving(self) -> float:
         """While the widest linear is solved."""
         square = self._moments * self._columns**2
-        return self._base + self._block + square + WEIGHT_COPIES * self._largest + self._streams
+        return self._base + self._block + square + memory.SOLVED * self._largest + self._streams
 
     @property
     def scoring(self) -> float:

@@ -53,6 +53,10 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobytes
 
 
+SOLVED = 10
+"""Bytes for each weight of the linear that is solved: itself again and what it came to in float32, its codes."""
+
+
 def forecast_bytes(
     blocks: nn.ModuleList,
     widest: int,
@@ -64,15 +68,17 @@ def forecast_bytes(
 ) -> int:
     """What calibration allocates at least, beyond the model.
 
-    A block in float32 and in the compute dtype (of `itemsize` bytes); the moments, their factor and the
-    factorization's scratch for the widest site (five in × in matrices); the streams of all tokens, and what one
-    batch holds inside a block. What batches hold that wait for a site to be solved comes on top where it fits.
-    With `full` precision beside, forwards, streams and the block's copies double, and three more in × in matrices say
-    how the two differ.
+    A block in the compute dtype (of `itemsize` bytes); beside it, one after the other, a copy in float32 to look for
+    sites, and the moments and their factor for the widest site (two in × in matrices) with the linear that is solved,
+    which takes as many numbers as hidden states are wide, for each column; the streams of all tokens, and what one batch
+    holds inside a block. What batches hold that wait for a site to be solved comes on top where it fits. With `full`
+    precision beside, forwards, streams and the block's copies double, and three more in × in matrices say how the two
+    differ.
     """
     largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
     flowing = tokens * hidden * itemsize + held_bytes(tokens_per_batch, hidden, widest, itemsize)
-    return (4 + itemsize * (1 + full)) * largest + (20 + 12 * full) * widest**2 + (1 + full) * flowing
+    solving = (8 + 12 * full) * widest**2 + SOLVED * widest * hidden
+    return (1 + full) * (itemsize * largest + flowing) + max(4 * largest, solving)
 
 
 def held_bytes(tokens: int, hidden: int, widest: int, itemsize: int) -> int:
