@@ -70,7 +70,7 @@ def forecast_bytes(
 
     A block in the compute dtype (of `itemsize` bytes); beside it, one after the other, a copy in float32 to look for
     sites, and the moments and their factor for the widest site (two in × in matrices) with the linear that is solved,
-    which takes as many numbers as hidden states are wide, for each column; the streams of all tokens, and what one batch
+    which has a row for each number of a hidden state; the streams of all tokens, and what one batch
     holds inside a block. What batches hold that wait for a site to be solved comes on top where it fits. With `full`
     precision beside, forwards, streams and the block's copies double, and three more in × in matrices say how the two
     differ.

@@ -286,4 +286,4 @@ def test_the_forecast_counts_both_forwards(monkeypatch, full, kept):
     monkeypatch.setattr(memory, "available_bytes", lambda device, budget=None: 3 * held + alone)
     inputs = Inputs(model, blocks, tokens(), SMALL, error_propagation=True, absorbers=False, full=full)
     assert inputs.keeps_activations is kept
-    assert alone < beside < 2 * alone
+    assert alone < beside < 2.5 * alone
