@@ -104,6 +104,11 @@ class Moments:
             self._factors[key] = factor
         return self._factors[key]
 
+    def forget_factors(self) -> None:
+        """All linears of the site are solved: what they shared, which is as large as H, is not wanted any more."""
+        self._factors.clear()
+        self._shared.clear()
+
     def _factor(self, damping: float, act_order: bool) -> "Factor":
         diagonal = torch.where(self.dead(), 1.0, self.hessian.diagonal())
         order = torch.argsort(diagonal, descending=True) if act_order else None

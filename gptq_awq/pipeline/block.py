@@ -185,6 +185,8 @@ class BlockStep:
         weight = matrix(self.block.get_submodule(name)).float()
         full_name = f"{self.name}.{name}"
         solution = solved(solver, full_name, weight, known, self.grids[name])
+        if moments is not None and name == site.linears[-1]:
+            moments.forget_factors()
         dequantized = solution.quantized.dequantize()
         scalings = self._prepared | self._scalings.get(site.name, {})
         report = LinearReport(full_name, self.index, site, self.method, moments, scalings)
