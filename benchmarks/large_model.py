@@ -87,7 +87,9 @@ def measure(folder: Path, blocks: int, tokens: int, dtype: str, spill: bool, bud
     ids = torch.randint(0, model.config.vocab_size, (max(1, tokens // 512), 512))
     method, options = load_method("gptq")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        settings = Settings(memory_budget=budget, scratch=Path(scratch) / "spilled" if spill else None)
+        settings = Settings(
+            tokens_per_batch=512, memory_budget=budget, scratch=Path(scratch) / "spilled" if spill else None
+        )
         journal = Journal(Path(scratch) / "journal", "benchmark")
         grid = IntGrid(bits=4, group_size=128, sym=False, **options)
         began = _peak()

@@ -162,8 +162,7 @@ def compute(plan: Plan, work: Work, clock: Clock, track: Track, recorder: Record
 
 def _compute(plan: Plan, work: Work, tracker: Tracker, clock: Clock, track: Track, recorder: Recorder) -> Result:
     loaded = work.loaded
-    with clock.phase("forecast"):
-        announce(plan, work)
+    announce(plan, work, clock)
     with clock.phase("baseline"):
         baseline = full_precision(
             *(loaded.model, loaded.tokenizer, loaded.sha256, work.windows, work.tasks, cache_dir(), track),

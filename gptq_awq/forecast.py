@@ -28,6 +28,7 @@ from gptq_awq.pipeline.observe import Observer, in_dtype
 from gptq_awq.pipeline.places import landing
 from gptq_awq.pipeline.streams import open_streams
 from gptq_awq.plan import Plan
+from gptq_awq.runlog import Clock
 from gptq_awq.work import Work
 
 log = logging.getLogger(__name__)
@@ -80,11 +81,12 @@ class Trial:
     sites: tuple[Site, ...]
 
 
-def announce(plan: Plan, work: Work) -> None:
+def announce(plan: Plan, work: Work, clock: Clock) -> None:
     """Say what the phases to come will take, where it was asked for, or the model is large enough to be streamed."""
     if work.tokens is None or not (streamed(work.loaded.model) if plan.forecast is None else plan.forecast):
         return
-    found = forecast(plan, work, work.tokens)
+    with clock.phase("forecast"):
+        found = forecast(plan, work, work.tokens)
     Console(stderr=True).print(found.table())
     for phase in found.phases:
         log.info("forecast: %s: %.1f s, %.2f GB", phase.name, phase.seconds, phase.bytes / 1e9)

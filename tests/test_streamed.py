@@ -283,3 +283,12 @@ def hashes(folder):
     """Of a checkpoint's files, and of the weights in it."""
     record = json.loads((folder / "verification.json").read_text())
     return record["files"], record["weights"]
+
+
+def test_a_forecast_is_printed_where_it_is_asked_for(cli, tiny_folder, tiny_text, tmp_path):
+    shared = ["method=gptq", "group_size=32", "model=local", f"model.path={tiny_folder}", "data=local", "eval=none"]
+    shared += [f"data.path={tiny_text}", "data.samples=8", "data.seqlen=32", "forecast=true", f"out={tmp_path / 'out'}"]
+    done = cli(*shared)
+    assert done.returncode == 0, done.stderr
+    assert "quantize: solving" in done.stderr
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["seconds"]["forecast"] > 0
