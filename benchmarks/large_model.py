@@ -54,7 +54,7 @@ def make(folder: Path, config: Mapping[str, Any]) -> Path:
     made = LlamaConfig(**config, dtype="bfloat16", architectures=["LlamaForCausalLM"])
     folder.mkdir(parents=True, exist_ok=True)
     made.save_pretrained(folder)
-    h, f, kv = made.hidden_size, made.intermediate_size, made.hidden_size * made.num_key_value_heads
+    h, f, kv = made.hidden_size, made.intermediate_size, made.hidden_size * config["num_key_value_heads"]
     kv //= made.num_attention_heads
     linears = {"q": (h, h), "k": (kv, h), "v": (kv, h), "o": (h, h)}
     shapes = {f"self_attn.{name}_proj.weight": shape for name, shape in linears.items()}
