@@ -184,7 +184,7 @@ class _Needs:
         flowing = full * count * width * dtype.itemsize
         free = memory.available_bytes(plan.device, settings.memory_budget)
         batch = full * memory.held_bytes(settings.tokens_per_batch, width, columns, dtype.itemsize)
-        self._streams = batch + (0 if settings.scratch is not None and flowing > free / 8 else flowing)
+        self._streams = batch + (0 if flowing > free / 8 else flowing)
         self._columns = columns
         self._largest = max(w.numel() for w in map(matrix, _linears(blocks)) if w.shape[1] == columns)
         head = model.get_output_embeddings()

@@ -136,23 +136,22 @@ def test_blocks_with_several_hidden_states_are_rounded_and_not_calibrated():
         activation_sparsity_pattern=[0.0, 0.0],
         **ALTERNATING,
     )
-    with pytest.raises(UserError, match=r"several hidden states of each token.*method=rtn"):
-        quantize_model(shaped(config), tokens(), "gptq")
-    model = shaped(config)
-    expected = model(tiny_tokens()).logits
-    quantize_model(model, None, "rtn", bits=8, group_size=16)
-    assert relative_error(model(tiny_tokens()).logits, expected) < 0.06
+    assert_rounded_and_not_calibrated(config, r"several hidden states of each token.*method=rtn", error=0.06)
 
 
 def test_blocks_that_read_others_keys_are_rounded_and_not_calibrated():
     layers = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}
     config = T.Gemma4TextConfig(**GROUPED | layers, head_dim=16, num_kv_shared_layers=2)
-    with pytest.raises(UserError, match=r"last 2 blocks read keys .*method=rtn"):
+    assert_rounded_and_not_calibrated(config, r"last 2 blocks read keys .*method=rtn", error=0.15)
+
+
+def assert_rounded_and_not_calibrated(config, refusal, error):
+    with pytest.raises(UserError, match=refusal):
         quantize_model(shaped(config), tokens(), "gptq")
     model = shaped(config)
     expected = model(tiny_tokens()).logits
     quantize_model(model, None, "rtn", bits=8, group_size=16)
-    assert relative_error(model(tiny_tokens()).logits, expected) < 0.15
+    assert relative_error(model(tiny_tokens()).logits, expected) < error
 
 
 def test_blocks_that_share_weights_are_refused_whatever_the_method():

@@ -74,13 +74,14 @@ class Shards:
         self._folder, self._limit = folder, parse_bytes(shard)
         self._tensors: dict[str, Tensor] = {}
         self._files: list[list[str]] = []
-        self._total = 0
+        self._held = self._total = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Add one tensor."""
-        if self._tensors and tensor.nbytes + sum(t.nbytes for t in self._tensors.values()) > self._limit:
+        if self._tensors and self._held + tensor.nbytes > self._limit:
             self._flush()
         self._tensors[name] = tensor.contiguous()
+        self._held += tensor.nbytes
 
     def finish(self) -> None:
         """Write what is left; give the files their names, and an index where there are several."""
@@ -98,8 +99,8 @@ class Shards:
     def _flush(self) -> None:
         save_file(self._tensors, self._part(len(self._files)), metadata={"format": "pt"})
         self._files.append(list(self._tensors))
-        self._total += sum(tensor.nbytes for tensor in self._tensors.values())
-        self._tensors = {}
+        self._total += self._held
+        self._tensors, self._held = {}, 0
 
     def _part(self, number: int) -> Path:
         return self._folder / f"part-{number:05d}"
@@ -108,7 +109,7 @@ class Shards:
 def plain_tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """What is not quantized, in `dtype`; tied weights under their first name. Raises UserError on overflow."""
     seen = {id(source.model.get_submodule(name).get_parameter("weight")) for name in source.weights}
-    for name, tensor in each_tensor(source.model, lambda name: f"{name.removesuffix('.weight')}" not in source.weights):
+    for name, tensor in each_tensor(source.model, lambda name: name.removesuffix(".weight") not in source.weights):
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
