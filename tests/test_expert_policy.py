@@ -12,6 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from gptq_awq.api import observe_moments
 from gptq_awq.errors import UserError
+from gptq_awq.grids.integer import IntGrid
 from gptq_awq.pipeline.experts import ExpertPolicy
 
 # ----------------------------------------------------------------------------------------------- few tokens: the policy
@@ -59,6 +60,16 @@ def test_the_ledger_says_what_calibrated_an_expert_that_no_token_reaches(method,
             if method != "gptq":
                 assert row["transforms"]["awq"]["skipped"] == "no calibration token reaches this expert"
     assert all(row["experts"] is None for e, row in by_name(result, 2, "gate_up").items() if row["tokens"])
+
+
+@pytest.mark.parametrize("policy", ["rtn", "keep"])
+def test_an_expert_that_no_token_reaches_is_rounded_without_a_search_that_needs_tokens(policy):
+    searching = IntGrid(3, 16, search="hessian")
+    result = run(lonely("deepseek-v3"), "gptq", grid=searching, experts=ExpertPolicy(policy, 1))
+    plain = run(lonely("deepseek-v3"), "rtn")
+    name = by_name(result, 2, "gate_up")[0]["name"]
+    assert torch.equal(result.weights[name].codes, plain.weights[name].codes)
+    assert all(weight.grid == searching for weight in result.weights.values())
 
 
 def test_experts_that_read_something_else_are_not_made_up_for():

@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -178,13 +179,16 @@ class BlockStep:
     def _solve(self, name: str, site: Site, moments: Moments | None) -> tuple[QuantizedWeight, Row]:
         """Land one linear on the grid."""
         assert self.method.solver is not None
-        solver, known = self.method.solver, moments
+        solver, known, grid = self.method.solver, moments, self.grids[name]
         if moments is not None and not moments.tokens:  # an expert's, as experts.policy has it
             solver, known = RTN(), None
+            grid = grid.without_search() if grid.needs_hessian else grid
         started = time.perf_counter()
         weight = matrix(self.block.get_submodule(name)).float()
         full_name = f"{self.name}.{name}"
-        solution = solved(solver, full_name, weight, known, self.grids[name])
+        solution = solved(solver, full_name, weight, known, grid)
+        if grid is not self.grids[name]:  # the format is the same
+            solution = replace(solution, quantized=replace(solution.quantized, grid=self.grids[name]))
         if moments is not None and name == site.linears[-1]:
             moments.forget_factors()
         dequantized = solution.quantized.dequantize()
