@@ -43,7 +43,7 @@ def inverse_cholesky(
     backwards = (torch.arange(len(hessian), device=hessian.device) if order is None else order).flip(0)
     used = damping
     while True:
-        factor = _reordered(hessian, backwards)
+        factor = reordered(hessian, backwards)
         factor.diagonal().copy_(diagonal[backwards] + used * diagonal.mean())
         if _invert_factor(factor) and bool(torch.isfinite(factor.sum())):
             return _reversed(factor), used
@@ -53,7 +53,7 @@ def inverse_cholesky(
         used = min(max(used * DAMPING_STEP, 1e-3), MAX_DAMPING)
 
 
-def _reordered(matrix: Float[Tensor, "n n"], order: Int[Tensor, "n"]) -> Float[Tensor, "n n"]:
+def reordered(matrix: Float[Tensor, "n n"], order: Int[Tensor, "n"]) -> Float[Tensor, "n n"]:
     """Rows and columns in that order; nothing else as large is made."""
     out = torch.empty_like(matrix)
     for a in range(0, len(order), BLOCK):

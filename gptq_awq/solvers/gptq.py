@@ -20,10 +20,10 @@ from torch import Tensor
 
 from gptq_awq.errors import UserError
 from gptq_awq.grids.arithmetic import KINDS, Params, in_numbers
-from gptq_awq.grids.base import Fitted, Grid, QuantizedWeight, fit_all, group_of_columns, joined
+from gptq_awq.grids.base import Fitted, Grid, QuantizedWeight, fit_all, group_of_columns, joined, row_parts
 from gptq_awq.kernels import gpu
 from gptq_awq.kernels.columns import sweep_columns
-from gptq_awq.linalg import NotPositiveDefiniteError
+from gptq_awq.linalg import NotPositiveDefiniteError, reordered
 from gptq_awq.moments import Moments
 from gptq_awq.profiling import phase
 from gptq_awq.solvers.base import Solution
@@ -93,17 +93,18 @@ class GPTQ:
             fitted.fit_all(W, hessian)
         # 4. Round, column by column.
         if order is not None:
-            W = W.index_select(1, order)
+            _permute(W, order)
             if self.static_groups:
                 group_of_column = group_of_column[order.cpu()]
             elif hessian is not None:
-                hessian = hessian.index_select(0, order).index_select(1, order)
+                hessian = reordered(hessian, order)
         with phase("solve", *W.shape):
             codes, loss = sweep(W, U, grid, group_of_column, fitted, hessian, self.block_size)
         # 5. Back to the layer's own column order.
         if order is not None:
             inverse = torch.argsort(order)
-            codes, group_of_column = codes.index_select(1, inverse), group_of_column[inverse.cpu()]
+            _permute(codes, inverse)
+            group_of_column = group_of_column[inverse.cpu()]
         quantized = QuantizedWeight.of(grid, codes, fitted.all(), group_of_column, loss)
         raised = f"damping raised from {self.damping:g} to {damping:g}" if damping != self.damping else None
         return Solution(quantized, self.name, damping, raised)
@@ -200,6 +201,12 @@ def sweep(
         if i2 < columns:
             W[:, i2:].addmm_(E1, U[i1:i2, i2:], alpha=-1)
     return codes, float(loss) / 2
+
+
+def _permute(matrix: Float[Tensor, "out in"] | UInt8[Tensor, "out in"], order: Int[Tensor, "in"]) -> None:
+    """Put the columns into that order, in place: a second weight would not fit beside H and U of the largest layers."""
+    for rows in row_parts(matrix):
+        matrix[rows] = matrix[rows].index_select(1, order)
 
 
 def _rounding(device: torch.device) -> Callable[[Tensor, Tensor, Grid, Params, Tensor, Tensor], None]:
