@@ -1,5 +1,6 @@
 """The rest of a run with a mixture of experts: other methods, resuming, records, streaming, export."""
 
+import gc
 from dataclasses import replace
 from functools import partial
 
@@ -7,14 +8,15 @@ import pytest
 import torch
 from quantized_weights import NoTokenizer
 from test_experts import GRID, SMALL, codes, lonely, run, tokens
-from tiny_models import MIXTURES, save_tiny_folder, tiny_model, tiny_tokens
+from tiny_models import MIXTURES, ROUTED, save_tiny_folder, tiny_model, tiny_tokens
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
 from gptq_awq import memory
 from gptq_awq.api import load_method
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Source, linear_specs
+from gptq_awq.export.folder import Shards
 from gptq_awq.export.gptq import GPTQFormat
 from gptq_awq.export.hf import HFFormat
 from gptq_awq.export.write import Exports
@@ -22,6 +24,7 @@ from gptq_awq.journal import Journal
 from gptq_awq.models.experts import fuse, unfuse
 from gptq_awq.models.streamed import open_streamed
 from gptq_awq.pipeline.experts import ExpertPolicy
+from gptq_awq.pipeline.kept import Codes
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.observe import Record
 from gptq_awq.pipeline.places import landing
@@ -151,16 +154,57 @@ def test_experts_are_calibrated_in_bfloat16_too():
         assert sum(row["error_after"] for row in rows) < 0.9 * sum(row["error_before"] for row in rows)
 
 
+def opened(folder):
+    return open_streamed(folder, AutoConfig.from_pretrained(folder), torch.float32, torch.device("cpu"), "model")
+
+
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_streamed_mixture_gets_the_codes_of_one_in_memory(name, method, tmp_path):
     policy = ExpertPolicy("route", 60)
     plain = run(name, method, experts=policy)
-    folder = save_tiny_folder(tmp_path / "model", name)
-    model = open_streamed(folder, AutoConfig.from_pretrained(folder), torch.float32, torch.device("cpu"), "model")
+    model = opened(save_tiny_folder(tmp_path / "model", name))
     found = {}
     journal = Journal(tmp_path / "j", "key")
     for block in quantize(model, tokens(), load_method(method)[0], GRID, SMALL, progress=journal, experts=policy):
         found |= {key: weight.sha256() for key, weight in block.weights.items()}
     assert found == codes(plain)
     assert torch.allclose(model(tiny_tokens()).logits, plain.model(tiny_tokens()).logits, atol=1e-5)
+
+
+def test_a_streamed_mixtures_checkpoint_is_that_of_one_in_memory_and_at_no_time_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        MIXTURES, "deep", lambda: MixtralConfig(**ROUTED | {"num_hidden_layers": 6}, num_local_experts=4)
+    )
+    folder, format_, sizes = save_tiny_folder(tmp_path / "model", "deep"), HFFormat("float32", shard="300KB"), []
+    flush = Shards._flush
+    monkeypatch.setattr(Shards, "_flush", lambda self: (sizes.append(tensor_bytes()), flush(self)))
+    for name, model in (("streamed", opened(folder)), ("whole", AutoModelForCausalLM.from_pretrained(folder))):
+        (tmp_path / name).mkdir()
+        source = in_journal(model, tmp_path / "j" / name, streamed=name == "streamed")
+        before = tensor_bytes()
+        format_.write(source, tmp_path / name)
+        assert max(sizes) - before < 0.5 * 4 * sum(p.numel() for p in model.parameters())
+    paths = list((tmp_path / "whole").iterdir())
+    assert len(paths) > 6
+    for path in paths:
+        assert (tmp_path / "streamed" / path.name).read_bytes() == path.read_bytes(), path.name
+    decoded = {each.name: each.weight for each in format_.decode(tmp_path / "streamed")}
+    assert decoded.keys() == source.weights.keys()
+    assert all(torch.equal(decoded[key], weight.dequantize()) for key, weight in source.weights.items())
+
+
+def in_journal(model, folder, streamed):
+    """A model rounded to the nearest; a streamed one's codes are in a journal."""
+    unfuse(model)
+    journal = Journal(folder, "key")
+    codes = Codes(journal, landing(model, GRID), streamed, wanted=True)
+    for block in quantize(model, None, load_method("rtn")[0], GRID, SMALL, progress=journal):
+        codes.add(block)
+    return Source(model, NoTokenizer(), "tiny", codes.weights())
+
+
+def tensor_bytes():
+    """Of all tensors in this process, each storage once."""
+    found = [x.untyped_storage() for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())

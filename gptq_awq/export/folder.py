@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Source
 from gptq_awq.memory import parse_bytes
+from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.experts import experts_in, fused_tensors
 from gptq_awq.models.residence import each_tensor
 
@@ -48,14 +49,35 @@ def write_folder(
         UserError: a parameter that `dtype` cannot hold (an overflow).
     """
     whole, tensors = Shards(folder, shard), chain(plain_tensors(source, dtype), packed)
-    if experts_in(source.model):  # files have experts in transformers' way, made of all tensors at once
-        tensors = revert_weight_conversion(source.model, fused_tensors(source.model, dict(tensors))).items()
+    if experts_in(source.model):
+        tensors = _fused(source, dtype, packed)
     for name, tensor in tensors:
         whole.add(rename(name), tensor)
     whole.finish()
     write_config(source, folder, dtype, quantization_config)
     source.tokenizer.save_pretrained(folder)
     _copy_processor(source.model.name_or_path, folder)
+
+
+def _fused(source: Source, dtype: torch.dtype, packed: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors as the model's makers store them: experts' are made of many, so a block's are gathered at a time."""
+    prefix, blocks = find_blocks(source.model)
+
+    def block(name: str) -> str | None:
+        """Of a tensor; None outside of all."""
+        return name[len(prefix) + 1 :].split(".")[0] if name.startswith(f"{prefix}.") else None
+
+    def reverted(place: str | None, group: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """A block's tensors, or those of `group` alone where its other ones are written already."""
+        plain = [] if place in written else plain_tensors(source, dtype, lambda name: block(name) == place)
+        tensors = dict(chain(group, plain))
+        written.add(place)
+        return revert_weight_conversion(source.model, fused_tensors(source.model, tensors)) if tensors else {}
+
+    written: set[str | None] = set()
+    rest = [(place, ()) for place in [*map(str, range(len(blocks))), None]]  # where nothing is packed
+    for place, group in chain(groupby(packed, key=lambda item: block(item[0])), rest):
+        yield from reverted(place, group).items()
 
 
 def _copy_processor(origin: str | None, folder: Path) -> None:
@@ -106,10 +128,16 @@ class Shards:
         return self._folder / f"part-{number:05d}"
 
 
-def plain_tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """What is not quantized, in `dtype`; tied weights under their first name. Raises UserError on overflow."""
+def plain_tensors(
+    source: Source, dtype: torch.dtype, wanted: Callable[[str], bool] = lambda _name: True
+) -> Iterator[tuple[str, Tensor]]:
+    """What is wanted and not quantized, in `dtype`; tied weights under their first name.
+
+    Raises UserError on overflow.
+    """
     seen = {id(source.model.get_submodule(name).get_parameter("weight")) for name in source.weights}
-    for name, tensor in each_tensor(source.model, lambda name: name.removesuffix(".weight") not in source.weights):
+    plain = each_tensor(source.model, lambda name: wanted(name) and name.removesuffix(".weight") not in source.weights)
+    for name, tensor in plain:
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))

@@ -304,9 +304,11 @@ def fuse(model: nn.Module) -> None:
 
 
 def fused_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict by the linears' names as one by the fused parameters' names; other tensors are left as they are."""
+    """Tensors by the linears' names as tensors by the fused parameters' names; other ones are left as they are."""
     fused = dict(tensors)
     for name, experts in experts_in(model).items():
+        if f"{name}.0.weight" not in tensors:  # of another block
+            continue
         slices = [fused.pop(f"{name}.{e}.weight") for e in range(len(experts))]
         fused[name] = torch.stack([s.T if experts.transposed else s for s in slices])
     return fused
