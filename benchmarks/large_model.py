@@ -24,7 +24,6 @@ from transformers import AutoConfig, LlamaConfig
 
 from gptq_awq.api import load_method
 from gptq_awq.data import make_token_set
-from gptq_awq.grids.integer import IntGrid
 from gptq_awq.journal import Journal
 from gptq_awq.models.streamed import open_streamed
 from gptq_awq.pipeline.inputs import Settings
@@ -85,13 +84,12 @@ def measure(folder: Path, blocks: int, tokens: int, dtype: str, spill: bool, bud
         folder, AutoConfig.from_pretrained(folder), getattr(torch, dtype), torch.device("cpu"), "model"
     )
     ids = torch.randint(0, model.config.vocab_size, (max(1, tokens // 512), 512))
-    method, options = load_method("gptq")
+    method, grid = load_method("gptq", bits=4, group_size=128)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         settings = Settings(
             tokens_per_batch=512, memory_budget=budget, scratch=Path(scratch) / "spilled" if spill else None
         )
         journal = Journal(Path(scratch) / "journal", "benchmark")
-        grid = IntGrid(bits=4, group_size=128, sym=False, **options)
         began = _peak()
         steps = quantize(
             *(model, make_token_set("random", ids, None, "random"), method, grid, settings), progress=journal

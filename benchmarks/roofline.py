@@ -21,7 +21,6 @@ import torch
 from gptq_awq.api import load_method
 from gptq_awq.costs import Costs, copy_rate, machine, matmul_rate
 from gptq_awq.data import TokenSet, WikiText2
-from gptq_awq.grids.integer import IntGrid
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.load import AssetModel, LoadedModel, LocalModel
@@ -77,9 +76,9 @@ def measure(
     loaded: LoadedModel, tokens: TokenSet, method: str, bits: int, settings: Settings
 ) -> tuple[float, list[PhaseTime]]:
     """Quantize a copy of the model: seconds in all, and by phase."""
-    grid = IntGrid(bits, 64, search=load_method(method)[1]["search"])
+    preset, grid = load_method(method, bits)
     for measured in (False, True):
-        steps = quantize(copy.deepcopy(loaded.model), tokens, load_method(method)[0], grid, settings)
+        steps = quantize(copy.deepcopy(loaded.model), tokens, preset, grid, settings)
         if not measured:
             next(steps)
             steps.close()

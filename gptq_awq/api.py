@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gptq_awq.data import TokenSet, make_token_set
 from gptq_awq.errors import UserError
-from gptq_awq.grids.base import GridChoice, QuantizedWeight
+from gptq_awq.grids.base import Grid, GridChoice, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.models.blocks import find_blocks, heads_of
 from gptq_awq.models.experts import unfuse
@@ -126,11 +126,11 @@ def quantize_model(
     Args:
         model: a transformers causal LM in eval mode.
         calibration: token ids, one row per window; may be None for methods that need no data.
-        method: a preset's name (configs/method), or a Method.
+        method: a preset's name (configs/method), which may have a grid of its own, or a Method.
         bits: 2 to 8.
         group_size: columns that share a scale; -1 for per channel.
         sym: symmetric grid.
-        grid: instead of bits, group_size and sym: any grid, or mix of them.
+        grid: instead of the preset's, of bits, group_size and sym: any grid, or mix of them.
         settings: how calibration computes.
         track: reports progress, see `gptq_awq.progress`.
         experts: what calibrates experts that few tokens reach.
@@ -138,23 +138,18 @@ def quantize_model(
         untie_head: whether a tied one may get a matrix of its own for that: see `Method`.
 
     Raises:
-        UserError: as `gptq_awq.pipeline.quantize.quantize` does.
+        UserError: as `gptq_awq.pipeline.quantize.quantize` and `load_method` do.
     """
-    search: dict[str, Any] = {}
+    own: GridChoice | None = None
     if isinstance(method, str):
-        method, search = load_method(method)
+        method, own = load_method(method) if grid else load_method(method, bits, group_size, sym)
     if isinstance(calibration, Tensor):
         calibration = make_token_set("calibration", calibration.cpu(), None, "memory")
     if head is not None or untie_head:
         method = replace(method, head=head, untie_head=untie_head)
-    options: dict[str, Any] = {
-        "bits": bits,
-        "group_size": group_size,
-        "sym": sym,
-        "scale_dtype": "float16",
-    } | search
+    grid = grid or own or IntGrid(bits, group_size, sym, scale_dtype="float16")
     done = QuantizedModel(model, {}, [])
-    for block in quantize(model, calibration, method, grid or IntGrid(**options), settings, track, experts=experts):
+    for block in quantize(model, calibration, method, grid, settings, track, experts=experts):
         done.weights.update(block.weights)
         done.ledger.extend(block.rows)
     return done
@@ -233,15 +228,22 @@ def with_weights(model: nn.Module, weights: Mapping[str, QuantizedWeight | Tenso
             held[name].copy_(weight)
 
 
-def load_method(name: str) -> tuple[Method, dict[str, Any]]:
-    """A preset of configs/method, and what it changes about the grid.
+def load_method(name: str, bits: int = 4, group_size: int = 64, sym: bool = False) -> tuple[Method, Grid]:
+    """A preset of configs/method, and the grid that it lands weights on.
 
     Raises:
-        UserError: there is no such preset; the message names those there are.
+        UserError: there is no such preset; the message names those there are. Bits, group_size or sym that its grid
+            doesn't have.
     """
     known = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
     if name not in known:
         raise UserError(f"method={name}: choose one of {', '.join(known)}")
+    wanted = {"bits": bits, "group_size": group_size, "sym": sym}
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         composed = compose("config", overrides=[f"method={name}"])
-    return instantiate(composed.method, _convert_="all"), {"search": composed.grid.search}
+    composed.merge_with(wanted)
+    method, grid = (instantiate(node, _convert_="all") for node in (composed.method, composed.grid))
+    for key, value in wanted.items():
+        if value and getattr(grid, key, None) != value:
+            raise UserError(f"{key}={value}: method={name} rounds onto grid={grid.label}, which has none; pass a grid")
+    return method, grid

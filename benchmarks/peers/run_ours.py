@@ -8,35 +8,34 @@ from job import Job, answer, read_job, timed
 
 from gptq_awq import quantize_model
 from gptq_awq.api import load_method
-from gptq_awq.grids.integer import IntGrid
+from gptq_awq.grids.base import Grid
 from gptq_awq.models.load import LocalModel
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.quantize import Settings
 from gptq_awq.solvers.gptq import GPTQ
 
 
-def chosen(job: Job) -> tuple[Method, str, str]:
-    """The preset, how ranges are searched, and what to call it.
+def chosen(job: Job) -> tuple[Method, Grid, str]:
+    """The preset, its grid, and what to call it.
 
     Plain means the papers' own settings: the range of a group's extremes, columns in their natural order.
     """
-    method, grid = load_method(job.method)
-    search = grid["search"] if job.tuned else "minmax"
-    settings = [f"grid.search={search}"]
+    method, grid = load_method(job.method, job.bits, job.group_size, job.sym)
+    grid = grid if job.tuned else grid.without_search()
+    settings = [f"grid.search={getattr(grid, 'search', None)}"]
     solver = method.solver
     if isinstance(solver, GPTQ):
         order = {} if job.tuned else {"act_order": False, "static_groups": False}
         solver = replace(solver, damping=job.damping, **order)
         settings.append(f"act_order={solver.act_order}")
-    return replace(method, solver=solver), search, ", ".join(settings)
+    return replace(method, solver=solver), grid, ", ".join(settings)
 
 
 def main() -> None:
     """Load, quantize, answer."""
     job = read_job()
     loaded = LocalModel(path=job.model).load("float32", "cpu")
-    method, search, settings = chosen(job)
-    grid = IntGrid(job.bits, job.group_size, job.sym, search, scale_dtype="float16")
+    method, grid, settings = chosen(job)
     forwards = Settings(compute_dtype=job.dtype)
     tokens = job.tokens()
     took = timed(lambda: quantize_model(loaded.model, tokens, method, grid=grid, settings=forwards))
