@@ -9,12 +9,15 @@ from test_pipeline import SMALL, tokens
 from tiny_models import GROUPED, save_tiny_folder, tiny_tokens
 
 from gptq_awq import quantize_model
-from gptq_awq.api import observe_moments
+from gptq_awq.api import load_method, observe_moments
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.head import Head
+from gptq_awq.journal import Journal
+from gptq_awq.models import streamed
 from gptq_awq.models.blocks import find_blocks, heads_of
 from gptq_awq.models.load import load_folder
 from gptq_awq.models.topology import relative_error
+from gptq_awq.pipeline.quantize import quantize
 
 # Larger than the language model, to tempt whoever looks for the largest list of modules.
 TOWER = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 4}
@@ -114,11 +117,32 @@ def test_a_folder_is_loaded_whole(name, tmp_path):
         assert torch.equal(model.state_dict()[key], value), key
 
 
-@pytest.mark.parametrize("form", ["hf", "compressed_tensors"])
-def test_a_run_scores_text_and_its_checkpoint_is_the_whole_model(form, tmp_path, cli, tiny):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_streamed_one_gets_the_codes_and_logits_of_one_in_memory(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(streamed, "SMALL", 100)
+    whole, ids = wrapper(name), tiny_tokens() % 60
+    model, _ = load_folder(folder_of(name, tmp_path / name), "float32", "cpu", "model.path=here", room=0)
+    assert torch.equal(model(ids).logits, whole(ids).logits)
+    (method, grid), journal = load_method("gptq", group_size=16), Journal(tmp_path / "j", "key")
+    ours, theirs = (
+        {key: weight.sha256() for block in steps for key, weight in block.weights.items()}
+        for steps in (
+            quantize(model, tokens(), method, grid, SMALL, progress=journal),
+            quantize(whole, tokens(), method, grid, SMALL),
+        )
+    )
+    assert ours == theirs
+    assert torch.equal(model(ids).logits, whole(ids).logits)
+    large = {name: p for name, p in model.named_parameters() if p.numel() > 1000}
+    assert any("vis" in name for name in large)
+    assert all(p.untyped_storage().nbytes() < p.numel() for p in large.values())
+
+
+@pytest.mark.parametrize(("form", "stream"), [("hf", "true"), ("compressed_tensors", "false")])
+def test_a_run_scores_text_and_its_checkpoint_is_the_whole_model(form, stream, tmp_path, cli, tiny):
     folder = folder_of("llava", tmp_path / "llava")
     own = [argument for argument in tiny if not argument.startswith(("model.path", "group_size"))]
-    own += [f"model.path={folder}", "group_size=32", "method=gptq", "head=solve"]
+    own += [f"model.path={folder}", "group_size=32", "method=gptq", "head=solve", f"stream={stream}"]
     done = cli(*own, f"export.formats=[{form}]", f"out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]["tiny/kl"] > 0

@@ -124,6 +124,8 @@ def load_folder(
         config = AutoConfig.from_pretrained(folder, **code)
         if getattr(config, "quantization_config", None) is not None:
             raise UserError(f"{option}: is quantized already; name the full-precision model")
+        if also_sees(config):
+            log.info("%s: a %s; its language model alone is quantized and scored", option, config.model_type)
         tokenizer = AutoTokenizer.from_pretrained(folder, **code)
         if room is not None and folder_numbers(folder) * DTYPES[dtype].itemsize > room:
             return _streamed(folder, config, dtype, device, option, trust_remote_code), tokenizer
@@ -135,8 +137,6 @@ def load_folder(
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{option}: holds no weights for {missing[0]} ({len(missing)} missing)")
     _check_finite(model, option)
-    if also_sees(model.config):
-        log.info("%s: a %s; its language model alone is quantized and scored", option, type(model).__name__)
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
