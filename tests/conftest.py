@@ -1,7 +1,6 @@
 """Fixtures shared by all tests: where the shared real data lies, and small random models."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ for variable in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "RAYON_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
 import pytest  # noqa: E402
+from forked import call_run, import_everything  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,21 +69,18 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="session")
+def forks():
+    import_everything()
+
+
 @pytest.fixture
-def cli(tmp_path, cache):
+def cli(tmp_path, cache, forks):
     """Call run.py in an empty folder; the hub counts as unreachable."""
 
     def call(*arguments, **environment):
         settings = {"GPTQ_AWQ_CACHE": str(cache), "HF_HUB_OFFLINE": "1"} | environment
-        return subprocess.run(
-            [sys.executable, str(ROOT / "run.py"), *map(str, arguments)],
-            env=os.environ | settings,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
+        return call_run([str(argument) for argument in arguments], os.environ | settings, tmp_path)
 
     return call
 
