@@ -28,7 +28,7 @@ from gptq_awq.evaluation.evaluate import Baseline, full_precision, score
 from gptq_awq.export.base import Source
 from gptq_awq.export.verify import Probe
 from gptq_awq.export.write import Exported, write_card
-from gptq_awq.forecast import announce
+from gptq_awq.forecast import Forecast, announce, compare
 from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.manifest import config_sha256, environment
@@ -162,7 +162,7 @@ def compute(plan: Plan, work: Work, clock: Clock, track: Track, recorder: Record
 
 def _compute(plan: Plan, work: Work, tracker: Tracker, clock: Clock, track: Track, recorder: Recorder) -> Result:
     loaded = work.loaded
-    announce(plan, work, clock)
+    expected = announce(plan, work, clock)
     with clock.phase("baseline"):
         baseline = full_precision(
             *(loaded.model, loaded.tokenizer, loaded.sha256, work.windows, work.tasks, cache_dir(), track),
@@ -185,7 +185,8 @@ def _compute(plan: Plan, work: Work, tracker: Tracker, clock: Clock, track: Trac
     manifest = _manifest(plan, work, baseline, checkpoints) | {"resumed": quantized.resumed}
     if allocation is not None:
         manifest |= {"allocation": allocation.summary()}
-    result = _result(plan, work, quantized.footprint, scored.metrics, clock, manifest)
+    result = _result(plan, work, quantized.footprint, scored.metrics, clock, manifest, expected)
+    compare(result)
     with _writing(plan.out):
         _store(plan, result, scored.scores, allocation)
     for checkpoint in checkpoints:
@@ -344,6 +345,7 @@ def _result(
     metrics: Mapping[str, Any],
     clock: Clock,
     manifest: Mapping[str, Any],
+    expected: Forecast | None,
 ) -> Result:
     full, loaded = plan.method.solver is None, work.loaded
     return Result(
@@ -365,6 +367,7 @@ def _result(
         grid=None if full else plan.grid.label,
         act=plan.act.label,
         kv=plan.kv.label,
+        forecast=expected and expected.row(),
     )
 
 

@@ -1,44 +1,48 @@
-"""What a run will take, before it begins: seconds and memory by phase, from a trial of one batch on one block.
+"""What a run will take, before it begins: seconds and memory by phase, from a trial and from counts.
 
-The trial runs the first batch through the first block, as calibration will, and solves the linears of one site. The
-rest follows from counts: batches, blocks, and the operations of solving, n³ to factor the H of a site with n columns
-and out x n² to sweep a linear. What transforms search for and tuning learns is not in it.
+A trial (trial.py) does one block's turn with one batch, scores one window with a model of one block, and takes a few
+steps of what tuning of the whole model does. The rest are counts: blocks, batches, windows, steps, bytes on disk. What
+is in the cache already (full-precision scores, moments, finished blocks) is not counted again.
 """
 
 import logging
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from gptq_awq import memory
-from gptq_awq.costs import matmul_rate
-from gptq_awq.data import TokenSet
+from gptq_awq.assets import cache_dir
+from gptq_awq.errors import UserError
+from gptq_awq.evaluation.baseline import knows_scores, read_answers
+from gptq_awq.evaluation.floor import TRIAL_TOKENS
 from gptq_awq.models.blocks import find_blocks
-from gptq_awq.models.linear import Site, is_linear, matrix, widest
-from gptq_awq.models.residence import resident, streamed
-from gptq_awq.moments import Moments
-from gptq_awq.pipeline.inputs import first_batch, resolve_compute_dtype
-from gptq_awq.pipeline.observe import Observer, in_dtype
-from gptq_awq.pipeline.places import landing
-from gptq_awq.pipeline.streams import open_streams
+from gptq_awq.models.linear import is_linear, matrix
+from gptq_awq.models.residence import streamed
+from gptq_awq.needs import Needs
+from gptq_awq.pipeline.inputs import resolve_compute_dtype
 from gptq_awq.plan import Plan
+from gptq_awq.results import Result
 from gptq_awq.runlog import Clock
-from gptq_awq.work import Work
+from gptq_awq.trial import Scores, Trial, Turn, trial_of
+from gptq_awq.work import Work, record_of
 
 log = logging.getLogger(__name__)
-AFFORDABLE = 2e10
-"""Operations of solving a site that a trial may spend: a second or less."""
+OF_TOKENS = ("forward", "moments", "tune")
+"""Phases of a block's turn that take as long as there are tokens."""
+OBSERVED = ("embed", "forward", "moments", "sites")
+"""Phases that a record of full precision spares."""
+PARTS = {"forward": "forwards, moments", "moments": "forwards, moments", "sites": "forwards, moments"}
+PARTS |= {"search": "search", "tune": "tuning", "disk": "disk"}
 
 
 @dataclass(frozen=True)
 class PhaseForecast:
-    """One phase: seconds that it takes, and the most memory that the process has in it."""
+    """One phase, or a part of it ("quantize: solving"): seconds, and the most memory that the process has in it."""
 
     name: str
     seconds: float
@@ -47,9 +51,10 @@ class PhaseForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """All phases, in their order."""
+    """All phases, in their order; `begun`: seconds that the run had taken when they were known."""
 
     phases: tuple[PhaseForecast, ...]
+    begun: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -59,7 +64,19 @@ class Forecast:
     @property
     def bytes(self) -> float:
         """At the most."""
-        return max(phase.bytes for phase in self.phases)
+        return max((phase.bytes for phase in self.phases), default=0.0)
+
+    def row(self) -> dict[str, Any]:
+        """For the results row: seconds by phase, the whole run's as "total", and its peak memory."""
+        seconds: dict[str, float] = {}
+        for phase in self.phases:
+            name = phase.name.partition(":")[0]
+            seconds[name] = round(seconds.get(name, 0.0) + phase.seconds, 3)
+        return {
+            "seconds": seconds | {"total": round(self.begun + self.seconds, 3)},
+            "peak_memory_bytes": round(self.bytes),
+            "parts": {phase.name: round(phase.seconds, 3) for phase in self.phases},
+        }
 
     def table(self) -> Table:
         """For the console."""
@@ -71,143 +88,198 @@ class Forecast:
         return table
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What was measured: seconds of a batch's forward and moments; seconds per operation of solving."""
-
-    batch: float
-    tokens: int
-    solve: float
-    sites: tuple[Site, ...]
-
-
-def announce(plan: Plan, work: Work, clock: Clock) -> None:
+def announce(plan: Plan, work: Work, clock: Clock) -> Forecast | None:
     """Say what the phases to come will take, where it was asked for, or the model is large enough to be streamed."""
-    if work.tokens is None or not (streamed(work.loaded.model) if plan.forecast is None else plan.forecast):
-        return
-    with clock.phase("forecast"):
-        found = forecast(plan, work, work.tokens)
+    if not (streamed(work.loaded.model) if plan.forecast is None else plan.forecast):
+        return None
+    if plan.profile:
+        log.info("no forecast with profile=true: a trial would be in the profile")
+        return None
+    try:
+        with clock.phase("forecast"):
+            phases = forecast(plan, work)
+    except UserError as error:  # of one batch, or of the run: then the run will say so
+        log.warning("no forecast: %s", error)
+        return None
+    found = Forecast(tuple(phases), clock.total()["total"])
     Console(stderr=True).print(found.table())
     for phase in found.phases:
         log.info("forecast: %s: %.1f s, %.2f GB", phase.name, phase.seconds, phase.bytes / 1e9)
+    return found
 
 
-def forecast(plan: Plan, work: Work, tokens: TokenSet) -> Forecast:
-    """Try, count, and say what the run will take."""
+def compare(result: Result) -> None:
+    """Log what was forecast, if anything was, beside what the run took: phase by phase, in all, and its memory."""
+    if result.forecast is None:
+        return
+    for name, expected in result.forecast["seconds"].items():
+        log.info("%s: forecast %.1f s, took %.1f s", name, expected, result.seconds[name])
+    expected, peak = result.forecast["peak_memory_bytes"], result.peak_memory_bytes or 0
+    log.info("peak memory: forecast %.2f GB, took %.2f GB", expected / 1e9, peak / 1e9)
+
+
+def forecast(plan: Plan, work: Work) -> list[PhaseForecast]:
+    """Try, count, and say what the run will take, phase by phase.
+
+    Raises:
+        UserError: what the trial can't do with one batch.
+    """
+    with trial_of(plan, work) as trial:
+        counted = Counts(plan, work, trial)
+        baseline, quantized, evaluated = counted.baseline(), counted.quantized(), counted.evaluated()
     model = work.loaded.model
-    _, blocks = find_blocks(model)
-    trial = _try(plan, work, tokens)
-    per_block = tokens.ids.numel() / trial.tokens * trial.batch
-    solving = sum(_operations(blocks[0], site, plan) for site in trial.sites) * trial.solve
-    scored = sum(text.ids.numel() for text in work.windows)
-    scoring = len(blocks) * trial.batch * scored / trial.tokens + _head_seconds(plan, model, scored)
-    needs = _Needs(plan, work, tokens)
-    phases = [PhaseForecast("baseline", scoring, needs.scoring)] if scored else []
-    phases += [
-        PhaseForecast("quantize: forwards, moments", len(blocks) * per_block, needs.forward),
-        PhaseForecast("quantize: solving", len(blocks) * solving, needs.solving),
-    ]
-    phases += [PhaseForecast("evaluate", scoring, needs.scoring)] if scored else []
-    return Forecast(tuple(phases))
+    needs = Needs(plan, model, work.tokens, work.windows)
+    used = memory.used_bytes(plan.device)
+    least = max(used, memory.peak_bytes(plan.device))  # the run has had it already
+    of_part = {"tuning of the model": needs.tuning}
+    phases = [PhaseForecast("baseline", baseline, max(least, used + needs.scoring))]
+    for part, seconds in quantized.items():
+        bytes_ = used + of_part.get(part, needs.blocks)
+        phases.append(PhaseForecast(f"quantize: {part}", seconds, max(least, bytes_)))
+    if plan.exports.formats:
+        phases.append(PhaseForecast("export", counted.exported(), max(least, used + needs.scoring)))
+    return [*phases, PhaseForecast("evaluate", evaluated, max(least, used + needs.scoring))]
 
 
-@torch.no_grad()
-def _try(plan: Plan, work: Work, tokens: TokenSet) -> Trial:
-    model, settings = work.loaded.model, plan.settings
-    _, blocks = find_blocks(model)
-    dtype = resolve_compute_dtype(settings.compute_dtype, plan.device)
-    streams = open_streams(
-        model, blocks, first_batch(tokens, settings.tokens_per_batch), settings.tokens_per_batch, dtype
-    )
-    observer = Observer(streams, absorbers=False, heads=None)
-    with resident(blocks[0]):
-        sites = observer.sites(blocks[0], 0)
-        runner = in_dtype(blocks[0], dtype)
-        observer.observe(runner, 0, sites[:1], advance=False)  # compiles
-        started = time.perf_counter()
-        seen = observer.observe(runner, 0, sites, advance=False)
-        taken = time.perf_counter() - started
-        counts = [_operations(blocks[0], site, plan) for site in sites]
-        cheapest = counts.index(min(counts))
-        tried = max((i for i, n in enumerate(counts) if n <= AFFORDABLE), key=counts.__getitem__, default=cheapest)
-        _solve_rate(blocks[0], sites[cheapest], seen.moments[cheapest], plan, work)  # compiles
-        rate = _solve_rate(blocks[0], sites[tried], seen.moments[tried], plan, work)
-    return Trial(taken, streams.batches[0].hidden.shape[:2].numel(), rate, tuple(sites))
+class Counts:
+    """What a trial's seconds come to in the run.
 
+    Args:
+        plan: what is asked for.
+        work: what it needs.
+        trial: of it.
+    """
 
-def _solve_rate(block: nn.Module, site: Site, moments: Moments, plan: Plan, work: Work) -> float:
-    """Seconds per operation, of all linears of one site."""
-    assert plan.method.solver is not None
-    prefix, _ = find_blocks(work.loaded.model)
-    grids = landing(work.loaded.model, plan.grid)
-    started = time.perf_counter()
-    for name in site.linears:
-        if (grid := grids.get(f"{prefix}.0.{name}")) is not None:
-            weight = matrix(block.get_submodule(name)).float()
-            plan.method.solver.solve(weight, moments, grid).quantized.dequantize()
-    return (time.perf_counter() - started) / _operations(block, site, plan)
+    def __init__(self, plan: Plan, work: Work, trial: Trial) -> None:
+        self._plan, self._work, self._trial = plan, work, trial
+        self._count = len(find_blocks(work.loaded.model)[1])
+        name = plan.evaluation.compute_dtype
+        lower = work.loaded.model.dtype == torch.float32
+        self._dtype = resolve_compute_dtype(name, plan.device) if lower else torch.float32
+        self._scores = trial.scores(self._dtype) if work.windows else None
+        self._tasked = trial.tasks(self._dtype) if work.tasks is not None else None
+        self._turn = trial.turn() if plan.method.solver is not None else None
 
+    def quantized(self) -> dict[str, float]:
+        """Seconds by part."""
+        if self._turn is None:
+            return {}
+        parts: dict[str, float] = {}
+        for name, seconds in self._blocks(self._turn):
+            part = PARTS.get(name, "solving")
+            parts[part] = parts.get(part, 0.0) + seconds
+        method = self._plan.method
+        if method.of_model:
+            ends, block = self._trial.rotation()
+            parts["rotation"] = ends + block * self._count
+        if method.tuning_of_model:
+            each = [self._trial.steps(tuning) for tuning in method.tuning_of_model]
+            teacher = self._count * self._turn.seconds.get("forward", 0.0) * self._times
+            parts["tuning of the model"] = teacher + sum(ends + block * self._count for ends, block in each)
+        parts["solving"] = parts.get("solving", 0.0) + self._ends(self._turn)
+        return parts
 
-def _operations(block: nn.Module, site: Site, plan: Plan) -> float:
-    """Of solving a site's linears; without H, each weight once."""
-    rows = sum(len(matrix(block.get_submodule(name))) for name in site.linears)
-    if plan.method.solver is None or not plan.method.solver.needs_hessian:
-        return rows * site.width
-    return site.width**3 + rows * site.width**2
+    @property
+    def _times(self) -> float:
+        """Batches of this rank, in units of the trial's."""
+        if self._work.tokens is None or self._turn is None:
+            return 0.0
+        return self._work.tokens.ids.numel() / self._plan.settings.ranks.size / max(1, self._turn.tokens)
 
+    def _blocks(self, turn: Turn) -> Iterator[tuple[str, float]]:
+        """Phases and their seconds, of all blocks that are not finished yet."""
+        record, done = record_of(self._plan, self._work), 0
+        if self._plan.resume:
+            done = min(self._count, self._work.run.journal.count())
+        recorded = record is not None and record.journal.count() >= self._count
+        left = self._trial.blocks * (1 - done / self._count)
+        for name, seconds in turn.seconds.items():
+            if recorded and name in OBSERVED:
+                continue
+            if name == "embed":
+                yield name, seconds * self._times
+            elif name == "disk":
+                yield name, left * seconds * self._written(turn) / max(1, turn.written)
+            else:
+                shared = self._plan.settings.ranks.size if name in ("solve", "factor") else 1
+                yield name, left * seconds * (self._times if name in OF_TOKENS else 1 / shared)
+        yield "disk", left * turn.read
 
-def _head_seconds(plan: Plan, model: nn.Module, tokens: int) -> float:
-    """Of logits of two models, to compare."""
-    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    if head is None or not tokens:
+    def _written(self, turn: Turn) -> float:
+        """Bytes that a block of the run writes: its own, and the hidden states of all tokens."""
+        if self._work.tokens is None:
+            return turn.written
+        width = self._work.loaded.model.get_input_embeddings().weight.shape[1]
+        dtype = resolve_compute_dtype(self._plan.settings.compute_dtype, self._plan.device)
+        state = (1 + self._plan.method.needs_full) * width * dtype.itemsize
+        if record_of(self._plan, self._work) is not None:
+            return turn.written + self._times * turn.tokens * state
+        return turn.written + (self._times - 1) * turn.tokens * state
+
+    def _ends(self, turn: Turn) -> float:
+        """Seconds of landing what is outside of the blocks, as a block's linears take them by operations."""
+        model, (prefix, blocks) = self._work.loaded.model, find_blocks(self._work.loaded.model)
+        names = [name for name in self._work.grids if not name.startswith(f"{prefix}.")]
+        if not names:
+            return 0.0
+        solves = self._plan.method.head == "solve"
+        block = [matrix(m).shape for m in list(blocks)[self._trial.index].modules() if is_linear(m)]
+        ends = [model.get_submodule(name).get_parameter("weight").shape for name in names]
+        taken = sum(turn.seconds.get(name, 0.0) for name in ("solve", "search", "factor", "ledger"))
+        return taken * sum(_operations(s, solves) for s in ends) / sum(_operations(s, solves) for s in block)
+
+    def baseline(self) -> float:
+        """Seconds of scoring full precision, or of reading what the cache has of it."""
+        loaded, found = self._work.loaded, self._scores
+        seconds = 0.0
+        for text in self._work.windows:
+            assert found is not None
+            windows, length = text.ids.shape
+            if not knows_scores(loaded.model, loaded.sha256, text, cache_dir() / "baselines", self._dtype):
+                seconds += (
+                    found.fixed
+                    + self._windows(found, windows * length / found.length, 0.0)
+                    + windows * length * found.nll
+                )
+                if self._dtype != torch.float32:  # the noise floor of it
+                    trial = min(windows * length, TRIAL_TOKENS)
+                    seconds += 2 * self._windows(found, trial / found.length, 0.0) + trial * (
+                        found.compared + found.nll
+                    )
+        return seconds + self._tasks(known=True)
+
+    def evaluated(self) -> float:
+        """Seconds of scoring the quantized model."""
+        decode = 0.0 if self._turn is None else self._turn.decode
+        seconds = 0.0
+        for text in self._work.windows:
+            assert self._scores is not None
+            windows, length = text.ids.shape
+            passed = self._windows(self._scores, windows * length / self._scores.length, decode)
+            seconds += self._scores.fixed + passed + windows * length * self._scores.compared
+        return seconds + self._tasks(known=False)
+
+    def _windows(self, found: Scores, windows: float, decode: float) -> float:
+        """Seconds of some windows' forwards; blocks of a streamed model are read once, or decoded."""
+        each = found.window + found.block * self._count
+        return windows * each + self._count * (decode or self._trial.read)
+
+    def _tasks(self, known: bool) -> float:
+        loaded, tasks = self._work.loaded, self._work.tasks
+        if tasks is None:
+            return 0.0
+        if known and read_answers(loaded.model, loaded.sha256, cache_dir() / "baselines", self._dtype):
+            return 0.0
+        assert self._tasked is not None
+        once, outside, inside = self._tasked
+        return once + self._trial.items(tasks.limit) * (outside + inside * self._count)
+
+    def exported(self) -> float:
+        """Seconds of writing and verifying checkpoints."""
         return 0.0
-    words, width = head.weight.shape
-    rate = matmul_rate(torch.float32, 512, width, 2048, plan.device)
-    return 2 * 2 * tokens * words * width / rate
 
 
-class _Needs:
-    """Memory of the process, by what it does."""
-
-    def __init__(self, plan: Plan, work: Work, tokens: TokenSet) -> None:
-        model, settings = work.loaded.model, plan.settings
-        _, blocks = find_blocks(model)
-        self._base = memory.resident_bytes()
-        dtype = resolve_compute_dtype(settings.compute_dtype, plan.device)
-        own, full = next(model.parameters()).dtype, 1 + plan.method.needs_full
-        numbers = max(sum(p.numel() for p in block.parameters()) for block in blocks)
-        held = own.itemsize if streamed(model) else 0
-        self._block = numbers * (held + (dtype.itemsize if own != dtype else 0) + dtype.itemsize * (full - 1))
-        self._numbers, self._held = numbers, numbers * held
-        width, columns = model.config.get_text_config().hidden_size, widest(blocks)
-        count = tokens.ids.numel()
-        flowing = full * count * width * dtype.itemsize
-        free = memory.available_bytes(plan.device, settings.memory_budget)
-        batch = full * memory.held_bytes(settings.tokens_per_batch, width, columns, dtype.itemsize)
-        self._streams = batch + (0 if flowing > free / 8 else flowing)
-        self._columns = columns
-        self._largest = max(w.numel() for w in map(matrix, _linears(blocks)) if w.shape[1] == columns)
-        head = model.get_output_embeddings()
-        self._head = 0 if head is None or not streamed(model) else head.weight.numel() * own.itemsize
-        self._scored = sum(text.ids.numel() for text in work.windows) * width * own.itemsize
-        self._moments = 8 + 12 * (full - 1)
-
-    @property
-    def forward(self) -> float:
-        """While sites are looked for, and batches pass through a block."""
-        return self._base + self._block + max(4 * self._numbers, self._streams + 4 * self._columns**2)
-
-    @property
-    def solving(self) -> float:
-        """While the widest linear is solved."""
-        square = self._moments * self._columns**2
-        return self._base + self._block + square + memory.SOLVED * self._largest + self._streams
-
-    @property
-    def scoring(self) -> float:
-        """While a block or the head is in memory, and the last hidden states of two models."""
-        return self._base + max(self._held, self._head) + 2 * self._scored
-
-
-def _linears(blocks: nn.ModuleList) -> Iterator[nn.Module]:
-    return (module for module in blocks.modules() if is_linear(module))
+def _operations(shape: torch.Size, solves: bool) -> int:
+    """Of landing a weight (out, in); without error feedback, each number once."""
+    rows, width = shape
+    return rows * width**2 + width**3 if solves else rows * width

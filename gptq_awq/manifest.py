@@ -15,7 +15,10 @@ import torch
 PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "numba", "numpy", "tokenizers", "safetensors")
 REPORTING = tuple(
     [name]
-    for name in ("report", "tracking", "progress", "runlog", "profiling", "costs", "sweep", "cache", "memory", "api")
+    for name in (
+        *("report", "tracking", "progress", "runlog", "profiling", "costs", "sweep", "cache", "memory", "api"),
+        *("forecast", "needs", "trial"),
+    )
 )
 """What no number comes from."""
 PACKAGE = Path(__file__).parent

@@ -1,14 +1,15 @@
 """Memory: what is free, what a run has used at most, and what calibration will need."""
 
+import ctypes
 import re
 import resource
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
-from torch import nn
 
 from gptq_awq.errors import UserError
 
@@ -34,6 +35,16 @@ def resident_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
+def used_bytes(device: torch.device) -> int:
+    """Memory that this process has now: on the device if it is a GPU; else what is left when freed memory is given
+    back to the system (glibc)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    return resident_bytes()
+
+
 def reset_peak(device: torch.device) -> None:
     """Start measuring the peak anew, where the system allows it (Linux, CUDA); a sweep runs in one process."""
     if device.type == "cuda":
@@ -57,28 +68,59 @@ SOLVED = 10
 """Bytes for each weight of the linear that is solved: itself again and what it came to in float32, its codes."""
 
 
-def forecast_bytes(
-    blocks: nn.ModuleList,
-    widest: int,
-    hidden: int,
-    tokens: int,
-    tokens_per_batch: int,
-    itemsize: int,
-    full: bool = False,
-) -> int:
-    """What calibration allocates at least, beyond the model.
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration allocates beyond the model, in bytes, from numbers of weights and columns.
 
-    A block in the compute dtype (of `itemsize` bytes); beside it, one after the other, a copy in float32 to look for
-    sites, and the moments and their factor for the widest site (two in × in matrices) with the linear that is solved,
-    which has a row for each number of a hidden state; the streams of all tokens, and what one batch
-    holds inside a block. What batches hold that wait for a site to be solved comes on top where it fits. With `full`
-    precision beside, forwards, streams and the block's copies double, and three more in × in matrices say how the two
-    differ.
+    Attributes:
+        block: weights of the largest block.
+        linear: of the largest linear among the widest.
+        widest: columns of the widest site.
+        hidden: width of hidden states.
+        tokens: of all batches.
+        tokens_per_batch: of one.
+        itemsize: bytes of a number in forwards.
+        held: bytes for each weight of a block: of a copy that forwards compute with, of a block that was on disk.
+        full: full precision runs beside: forwards, streams and the copy double, and three more in × in matrices say
+            how the two differ.
+        spilled: hidden states between blocks lie in files.
+        more: what else lasts, such as waiting batches' activations.
     """
-    largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
-    flowing = tokens * hidden * itemsize + held_bytes(tokens_per_batch, hidden, widest, itemsize)
-    solving = (8 + 12 * full) * widest**2 + SOLVED * widest * hidden
-    return (1 + full) * (itemsize * largest + flowing) + max(4 * largest, solving)
+
+    block: int
+    linear: int
+    widest: int
+    hidden: int
+    tokens: int
+    tokens_per_batch: int
+    itemsize: int
+    held: int = 0
+    full: bool = False
+    spilled: bool = False
+    more: int = 0
+
+    @property
+    def lasting(self) -> int:
+        """Blocks' copies, and the streams of all tokens."""
+        flowing = 0 if self.spilled else self.tokens * self.hidden * self.itemsize
+        copies = self.block * (self.held + self.full * self.itemsize)
+        return copies + (1 + self.full) * flowing + self.more
+
+    @property
+    def forwards(self) -> int:
+        """A copy in float32 to look for sites; then what one batch holds, and the moments of the widest site."""
+        batch = held_bytes(self.tokens_per_batch, self.hidden, self.widest, self.itemsize)
+        return self.lasting + max(4 * self.block, (1 + self.full) * batch + 4 * self.widest**2)
+
+    @property
+    def solving(self) -> int:
+        """Moments and their factor for the widest site, with the linear that is solved."""
+        return self.lasting + (8 + 12 * self.full) * self.widest**2 + SOLVED * self.linear
+
+    @property
+    def most(self) -> int:
+        """Whichever is more."""
+        return max(self.forwards, self.solving)
 
 
 def held_bytes(tokens: int, hidden: int, widest: int, itemsize: int) -> int:

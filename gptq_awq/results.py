@@ -42,7 +42,8 @@ class Result:
     hashes and versions; its `tokens.eval` maps each evaluated text ("wikitext2", "lm_eval/TASK") to the hash
     of its tokens. `grid` is the number format ("int", "nf4", "q4_k_m"); rows of before there was a choice
     have none. `act` and `kv` are those of activations and of cached keys and values while the model was scored
-    ("int8"); None: they were not rounded.
+    ("int8"); None: they were not rounded. `forecast`, where one was made, has what `seconds` and `peak_memory_bytes`
+    were thought to become, before they were.
     """
 
     method: str
@@ -64,12 +65,14 @@ class Result:
     grid: str | None = None
     act: str | None = None
     kv: str | None = None
+    forecast: Mapping[str, Any] | None = None
 
     def write(self, out_dir: Path | str, name: str = FILE_NAME) -> Path:
         """Write `out_dir/results.json` whole or not at all; returns its path. Raises OSError (disk full)."""
         row = asdict(self)
-        if self.error is None:
-            del row["error"]
+        for key in ("error", "forecast"):
+            if row[key] is None:
+                del row[key]
         path = Path(out_dir) / name
         text = json.dumps(_jsonable(row), indent=1, allow_nan=False) + "\n"
         with replacing(path) as scratch:
@@ -83,7 +86,7 @@ class Result:
 
 
 KEYS = tuple(field.name for field in fields(Result))
-OPTIONAL = ("error", "grid", "act", "kv")
+OPTIONAL = ("error", "grid", "act", "kv", "forecast")
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from gptq_awq.manifest import code_sha256, package_sha256, run_sha256
 from gptq_awq.models.activations import check_activations
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.ends import untie
-from gptq_awq.models.experts import compute_eagerly, experts_in, unfuse
+from gptq_awq.models.experts import compute_eagerly, unfuse
 from gptq_awq.models.linear import widest
 from gptq_awq.models.load import LoadedModel
+from gptq_awq.needs import Needs
 from gptq_awq.pipeline.ends import free_head
 from gptq_awq.pipeline.inputs import resolve_compute_dtype
 from gptq_awq.pipeline.observe import Record, observations_sha256
@@ -87,7 +88,7 @@ def load(plan: Plan) -> Work:
             "checkpoints hold weights only: act=%s, kv=%s are for the engine to do", plan.act.label, plan.kv.label
         )
     plan.exports.check(linear_specs(loaded.model, grids, natural), loaded.model, loaded.tokenizer)
-    _forecast(loaded, tokens, plan)
+    _check_memory(loaded, tokens, plan)
     data = {
         "model": loaded.sha256,
         "calibration": tokens and tokens.sha256,
@@ -113,28 +114,14 @@ def record_of(plan: Plan, work: Work) -> Record | None:
     return Record(Journal(cache_dir() / "moments" / key, key), plan.cache_bytes)
 
 
-def _forecast(loaded: LoadedModel, tokens: TokenSet | None, plan: Plan) -> None:
+def _check_memory(loaded: LoadedModel, tokens: TokenSet | None, plan: Plan) -> None:
     """Refuse, before calibration starts, what will not fit."""
     if tokens is None:
         return
-    ranks = plan.settings.ranks
+    ranks, (_, blocks) = plan.settings.ranks, find_blocks(loaded.model)
     batches_of(ranks, tokens, plan.settings.tokens_per_batch)
-    _, blocks = find_blocks(loaded.model)
-    columns = widest(blocks)
-    hidden = loaded.model.config.get_text_config().hidden_size
-    dtype, per_batch = resolve_compute_dtype(plan.settings.compute_dtype, plan.device), plan.settings.tokens_per_batch
-    needed = memory.forecast_bytes(
-        *(blocks, columns, hidden, tokens.ids.numel() // ranks.size, per_batch, dtype.itemsize),
-        full=plan.method.needs_full,
-    )
-    together = plan.method.of_blocks or not plan.method.error_propagation
-    squares = max(sum(w.shape[1] ** 2 for e in experts_in(b).values() for w in e.weights) for b in blocks)
-    if squares:
-        needed += memory.routed_bytes(tokens.ids.numel(), hidden, dtype.itemsize, squares if together else 0)
-    head = loaded.model.get_output_embeddings()
-    if plan.method.head == "solve" and head is not None:
-        needed = max(needed, memory.head_bytes(head.get_parameter("weight").numel()))
+    needed = Needs(plan, loaded.model, tokens).calibration
     log.info("calibration needs about %.2f GB beyond the model", needed / 1e9)
-    what = f"calibrating {loaded.name} (widest layer: {columns} columns)"
+    what = f"calibrating {loaded.name} (widest layer: {widest(blocks)} columns)"
     needed = needed if plan.settings.memory_budget is not None else needed * ranks.sharing(plan.device)
     memory.require(needed, plan.device, what, plan.settings.memory_budget)

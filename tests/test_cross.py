@@ -14,7 +14,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.journal import Journal
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.moments import Moments, MomentsSum
-from gptq_awq.pipeline.inputs import Inputs
+from gptq_awq.pipeline.inputs import Inputs, calibration_of
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.observe import in_dtype
 from gptq_awq.pipeline.quantize import quantize
@@ -280,9 +280,8 @@ def test_without_error_propagation_there_is_no_drift_to_correct():
 @pytest.mark.parametrize(("full", "kept"), [(False, True), (True, False)])
 def test_the_forecast_counts_both_forwards(monkeypatch, full, kept):
     model = tiny_model("llama")
-    _, blocks = find_blocks(model)
     held = memory.held_bytes(tokens().ids.numel(), 64, 160, 4)
-    alone, beside = (memory.forecast_bytes(blocks, 160, 64, 192, 0, 4, full=f) for f in (False, True))
+    alone, beside = (replace(calibration_of(model, tokens(), SMALL, f), tokens_per_batch=0).most for f in (False, True))
     monkeypatch.setattr(memory, "available_bytes", lambda device, budget=None: 3 * held + alone)
     inputs = Inputs(model, blocks, tokens(), SMALL, error_propagation=True, absorbers=False, full=full)
     assert inputs.keeps_activations is kept

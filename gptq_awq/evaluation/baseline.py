@@ -47,7 +47,7 @@ def baseline_scores(
     """
     if folder is None:
         return token_losses(model, tokens, track, compute_dtype)
-    path = folder / f"{_key(model, model_sha256, tokens.sha256, compute_dtype)}.safetensors"
+    path = _scores_path(model, model_sha256, tokens, folder, compute_dtype)
     windows, length = tokens.ids.shape
 
     def compute() -> Sealed:
@@ -59,6 +59,19 @@ def baseline_scores(
 
     kept = once(path, f"baseline of {tokens.name}", compute, fits)
     return TokenScores(kept.tensors["nll"], kept.tensors["hidden"], kept.facts["head_sha256"])
+
+
+def knows_scores(
+    model: PreTrainedModel, model_sha256: str, tokens: TokenSet, folder: Path, compute_dtype: torch.dtype
+) -> bool:
+    """Whether `baseline_scores` would find them in `folder`; not whether they are whole."""
+    return _scores_path(model, model_sha256, tokens, folder, compute_dtype).exists()
+
+
+def _scores_path(
+    model: PreTrainedModel, model_sha256: str, tokens: TokenSet, folder: Path, compute_dtype: torch.dtype
+) -> Path:
+    return folder / f"{_key(model, model_sha256, tokens.sha256, compute_dtype)}.safetensors"
 
 
 def floor_path(

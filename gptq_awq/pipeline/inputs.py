@@ -11,8 +11,9 @@ from gptq_awq import memory
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.linalg import native_dtype
-from gptq_awq.models.blocks import heads_of
-from gptq_awq.models.linear import Site, widest
+from gptq_awq.models.blocks import find_blocks, heads_of
+from gptq_awq.models.linear import Site, is_linear, matrix, widest
+from gptq_awq.models.residence import streamed
 from gptq_awq.pipeline.experts import ExpertPolicy
 from gptq_awq.pipeline.observe import Observation, Observer, Record, in_dtype, read, recorded
 from gptq_awq.pipeline.streams import Streams, open_streams
@@ -83,11 +84,7 @@ class Inputs:
     ) -> None:
         self.dtype = resolve_compute_dtype(settings.compute_dtype, next(model.parameters()).device)
         self.experts, self._advance = experts, not error_propagation
-        self.keeps_activations = settings.activations == "keep" or (
-            settings.activations == "auto"
-            and error_propagation
-            and _activations_fit(model, blocks, tokens, self.dtype, 1 + full, settings)
-        )
+        self.keeps_activations = keeps_activations(model, tokens, settings, error_propagation, full)
         self._sites: list[Site] = []
         heads: int | None = heads_of(model)
 
@@ -134,17 +131,46 @@ class Inputs:
         return self._observer.observe(runner, index, self.sites(block, index), self._advance)
 
 
-def _activations_fit(
-    model: nn.Module, blocks: nn.ModuleList, tokens: TokenSet, dtype: torch.dtype, forwards: int, settings: Settings
+def keeps_activations(
+    model: nn.Module, tokens: TokenSet, settings: Settings, error_propagation: bool, full: bool
 ) -> bool:
-    """Whether what waiting batches hold fits into half of the memory that is free beside all else that is needed.
+    """Whether batches hold their activations while they wait; see `Settings.activations`."""
+    if settings.activations == "auto" and error_propagation:
+        return _activations_fit(model, tokens, settings, full)
+    return settings.activations == "keep"
 
-    Each batch waits in one or two `forwards`, as `staged_forward` has them.
-    """
-    count, columns = tokens.ids.numel() // settings.ranks.size, widest(blocks)
-    held = forwards * memory.held_bytes(count, _width(model), columns, dtype.itemsize)
-    needed = memory.forecast_bytes(blocks, columns, _width(model), count, 0, dtype.itemsize, full=forwards > 1)
-    free = max(0, settings.free_bytes(next(model.parameters()).device) - needed)
+
+def calibration_of(model: nn.Module, tokens: TokenSet, settings: Settings, full: bool) -> memory.Calibration:
+    """What calibrating this rank's batches takes; `full`: with full precision beside."""
+    device, own = next(model.parameters()).device, next(model.parameters()).dtype
+    dtype, (_, blocks) = resolve_compute_dtype(settings.compute_dtype, device), find_blocks(model)
+    columns = widest(blocks)
+    linears = [w.numel() for w in map(matrix, filter(is_linear, blocks.modules())) if w.shape[1] == columns]
+    held = (own.itemsize if streamed(model) else 0) + (dtype.itemsize if dtype != own else 0)
+    return memory.Calibration(
+        block=max(sum(p.numel() for p in block.parameters()) for block in blocks),
+        linear=max(linears),
+        widest=columns,
+        hidden=_width(model),
+        tokens=tokens.ids.numel() // settings.ranks.size,
+        tokens_per_batch=settings.tokens_per_batch,
+        itemsize=dtype.itemsize,
+        held=held,
+        full=full,
+        spilled=_spills(model, tokens, dtype, 1 + full, settings),
+    )
+
+
+def waiting_bytes(needed: memory.Calibration) -> int:
+    """What all batches hold while they wait at a site: in one forward, or in two with full precision's."""
+    return (1 + needed.full) * memory.held_bytes(needed.tokens, needed.hidden, needed.widest, needed.itemsize)
+
+
+def _activations_fit(model: nn.Module, tokens: TokenSet, settings: Settings, full: bool) -> bool:
+    """Whether what waiting batches hold fits into half of the memory that is free beside all else that is needed."""
+    needed = replace(calibration_of(model, tokens, settings, full), tokens_per_batch=0)
+    held = waiting_bytes(needed)
+    free = max(0, settings.free_bytes(next(model.parameters()).device) - needed.most)
     fits = held <= free / 2
     log.info(
         "activations of waiting batches take up to %.2f GB of %.2f GB free: %s",
@@ -160,13 +186,16 @@ def _width(model: nn.Module) -> int:
 
 def _spill(model: nn.Module, tokens: TokenSet, dtype: torch.dtype, forwards: int, settings: Settings) -> Path | None:
     """The folder for hidden states between blocks; None where memory has room for them."""
-    if settings.scratch is None:
+    if not _spills(model, tokens, dtype, forwards, settings):
         return None
-    flowing = forwards * tokens.ids.numel() // settings.ranks.size * _width(model) * dtype.itemsize
-    if flowing <= settings.free_bytes(torch.device("cpu")) / 8:
-        return None
-    log.info("hidden states between blocks, %.2f GB, lie in %s", flowing / 1e9, settings.scratch)
+    log.info("hidden states between blocks lie in %s", settings.scratch)
     return settings.scratch
+
+
+def _spills(model: nn.Module, tokens: TokenSet, dtype: torch.dtype, forwards: int, settings: Settings) -> bool:
+    """Whether they would take more than an eighth of what is free, and files are allowed."""
+    flowing = forwards * tokens.ids.numel() // settings.ranks.size * _width(model) * dtype.itemsize
+    return settings.scratch is not None and flowing > settings.free_bytes(torch.device("cpu")) / 8
 
 
 def first_batch(tokens: TokenSet, tokens_per_batch: int) -> TokenSet:

@@ -1,0 +1,326 @@
+"""Small parts of a run, timed before it begins: one block's turn with one batch, one window's scores, a few steps.
+
+Everything is done by the code that the run itself will use, on a copy of one block, and on the model with one or two
+blocks in place of all. Nothing that the run will use is changed, nor are the random numbers that it will draw.
+"""
+
+import copy
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from gptq_awq.evaluation.divergence import compare
+from gptq_awq.evaluation.head import Head
+from gptq_awq.evaluation.perplexity import next_token_nll
+from gptq_awq.journal import Journal
+from gptq_awq.models.blocks import find_blocks
+from gptq_awq.models.linear import is_linear, matrix
+from gptq_awq.models.residence import resident
+from gptq_awq.pipeline.block import BlockStep
+from gptq_awq.pipeline.inputs import Inputs, first_batch, keeps_activations, resolve_compute_dtype
+from gptq_awq.pipeline.observe import Record
+from gptq_awq.pipeline.progress import BlockResult, Progress, weights_in
+from gptq_awq.plan import Plan
+from gptq_awq.profiling import OTHER, Recorder, spans
+from gptq_awq.ranks import ONE
+from gptq_awq.solvers.rtn import RTN
+from gptq_awq.tuning.base import ModelTuning
+from gptq_awq.tuning.teacher import Teacher
+from gptq_awq.work import Work, record_of
+
+QUICK = 3.0
+"""Seconds: a turn that took less is done again, since compiling and first calls are a large part of it."""
+SCORED = 512
+"""Positions whose logits are timed."""
+ITEMS = 4, 12
+"""Of an lm-eval task, in two trials, whose difference is what items take."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One block, with one batch.
+
+    Attributes:
+        seconds: by phase (see `profiling.PHASES`), each without the phases inside of it.
+        tokens: of the batch; 0 where nothing is calibrated.
+        read: seconds that a block takes from disk, where the model is streamed.
+        decode: the same of a finished block.
+        written: bytes on disk.
+    """
+
+    seconds: Mapping[str, float]
+    tokens: int
+    read: float
+    decode: float
+    written: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Seconds of scoring.
+
+    Attributes:
+        fixed: once per text.
+        length: tokens of a window.
+        window: of its forward, without blocks.
+        block: of its forward through one block.
+        nll: of a token's loss.
+        compared: of a token's loss and distance from full precision.
+    """
+
+    fixed: float
+    length: int
+    window: float
+    block: float
+    nll: float
+    compared: float
+
+
+class Trial:
+    """Of what a plan will do with a model.
+
+    Args:
+        plan: what is asked for.
+        work: what it needs, loaded.
+        folder: for what a run writes; it is the caller's to delete.
+    """
+
+    def __init__(self, plan: Plan, work: Work, folder: Path) -> None:
+        self._plan, self._work, self._folder = plan, work, folder
+        self._prefix, self._blocks = find_blocks(work.loaded.model)
+        sizes = [sum(p.numel() for p in block.parameters()) for block in self._blocks]
+        self.index = sizes.index(max(sizes))  # of a mixture with a plain block before it, one that has experts
+        self.blocks = sum(sizes) / max(sizes)
+        self.read = 0.0
+
+    def turn(self) -> Turn:
+        """One block through the loop, as `pipeline.quantize` does it."""
+        seconds, wall = self._turn()
+        if wall < QUICK:
+            seconds, _ = self._turn()
+        progress = Journal(self._folder / "progress", "forecast")
+        names = f"{self._prefix}.{self.index}."
+        grids = {n: g for n, g in self._work.grids.items() if n.startswith(names)}
+        decode = 0.0
+        if self.read and progress.count():
+            decode, _ = timed(lambda: [w.dequantize() for _, w in weights_in(progress.block(0), grids)])
+        written = sum(f.stat().st_size for f in self._folder.rglob("*") if f.is_file())
+        tokens = self._tokens().ids.numel() if self._work.tokens is not None else 0
+        return Turn(seconds, tokens, self.read, decode, written)
+
+    def _tokens(self) -> Any:
+        assert self._work.tokens is not None
+        return first_batch(self._work.tokens, self._plan.settings.tokens_per_batch)
+
+    @torch.no_grad()
+    def _turn(self) -> tuple[dict[str, float], float]:
+        plan, work = self._plan, self._work
+        for name in ("progress", "moments"):
+            Journal(self._folder / name, "forecast").clear()
+        view = with_blocks(work.loaded.model, [self._copy()])
+        _, blocks = find_blocks(view)
+        step = BlockStep(blocks[0], 0, f"{self._prefix}.{self.index}", plan.method, work.grids, {})
+        keeps = plan.resume or self.read > 0
+        progress = Progress(Journal(self._folder / "progress", "forecast") if keeps else None)
+        with measured() as seconds:
+            inputs = None if work.tokens is None else self._inputs(view, blocks)
+            step.run(inputs)
+            done = BlockResult(0, step.weights, step.rows)
+            progress.save(step.name, blocks[0], done, inputs and inputs.streams)
+        return seconds, sum(seconds.values())
+
+    def _copy(self) -> nn.Module:
+        block = self._blocks[self.index]
+        started = time.perf_counter()
+        with resident(block):
+            if block.__dict__.get("residence") is not None:
+                self.read = time.perf_counter() - started
+            return copy.deepcopy(block)
+
+    def _inputs(self, view: nn.Module, blocks: nn.ModuleList) -> Inputs:
+        plan, work = self._plan, self._work
+        assert work.tokens is not None
+        method, record = plan.method, record_of(plan, work)
+        keep = keeps_activations(
+            *(work.loaded.model, work.tokens, plan.settings, method.error_propagation, method.needs_full)
+        )
+        settings = replace(plan.settings, activations="keep" if keep else "recompute", ranks=ONE)
+        return Inputs(
+            *(view, blocks, self._tokens(), settings, method.error_propagation, bool(method.of_blocks)),
+            record=record and Record(Journal(self._folder / "moments", "forecast"), record.room),
+            full=method.needs_full,
+            experts=plan.experts,
+        )
+
+    @torch.no_grad()
+    def scores(self, dtype: torch.dtype) -> Scores:
+        """The first window of the first text, in `dtype`, by a model of one block and by one of three."""
+        model, texts = self._work.loaded.model, self._work.windows
+        ids = texts[0].ids[0].long() if texts else torch.arange(SCORED)
+        block = self._copy()
+        views: list[Any] = [with_blocks(model, [block] * count) for count in (1, 3)]
+        with resident(*filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))):
+            fixed, heads = timed(lambda: [Head.of(view, dtype) for view in views])
+            hashed, _ = timed(heads[0].sha256)
+            window = ids[None].to(model.device)
+            heads[0].hidden(window)  # the first forward of a shape is slow
+            one, states = timed(lambda: heads[0].hidden(window)[0, :-1])
+            three, _ = timed(lambda: heads[1].hidden(window))
+            states, targets = states[:SCORED], ids[1 : SCORED + 1]
+            compare(heads[0], states[:8], states[:8], targets[:8])  # compiles
+            nll, _ = timed(lambda: next_token_nll(heads[0], states, targets))
+            compared, _ = timed(lambda: compare(heads[0], states, states, targets))
+        block_seconds = max(0.0, three - one) / 2
+        per = len(states)
+        rest = max(0.0, one - block_seconds)
+        return Scores(fixed / 2 + hashed, len(ids), rest, block_seconds, nll / per, compared / per)
+
+    def tasks(self, dtype: torch.dtype) -> tuple[float, float, float]:
+        """Seconds of lm-eval's tasks: once, of an item without blocks, and of an item in each block."""
+        from gptq_awq.evaluation.harness import run_tasks  # takes seconds to import
+
+        loaded, tasks, block = self._work.loaded, self._work.tasks, self._copy()
+
+        def ask(count: int, limit: int) -> float:
+            view, few = with_blocks(loaded.model, [block] * count), replace(tasks, limit=limit)
+            return timed(lambda: run_tasks(view, loaded.tokenizer, few, compute_dtype=dtype))[0]
+
+        few, more = ITEMS
+        ask(1, few)  # the first time is slow
+        one, many, three = ask(1, few), ask(1, more), ask(3, more)
+        asked = [self.items(limit) for limit in ITEMS]
+        inside = max(0.0, three - many) / 2 / asked[1]
+        outside = max(0.0, (many - one) / max(1, asked[1] - asked[0]) - inside)
+        return max(0.0, one - asked[0] * (outside + inside)), outside, inside
+
+    def items(self, limit: int | None) -> int:
+        """Of all tasks, the first `limit` of each."""
+        counts = [len(task.eval_docs) for task in self._work.tasks.loaded["tasks"].values()]
+        return sum(count if limit is None else min(limit, count) for count in counts)
+
+    def rotation(self) -> tuple[float, float]:
+        """Seconds that transforms of the whole model take: of its ends, and of each block."""
+
+        def prepare(count: int) -> float:
+            view = self._apart(count)
+            return timed(lambda: [each.prepare(view) for each in self._plan.method.of_model])[0]
+
+        prepare(1)  # the first time is slow
+        one, two = prepare(1), prepare(2)
+        return max(0.0, 2 * one - two), max(0.0, two - one)
+
+    def steps(self, tuning: ModelTuning) -> tuple[float, float]:
+        """Seconds that tuning of the whole model takes for all calibration tokens: of its ends, and of each block."""
+        tokens, given = self._work.tokens, self._tokens()
+        assert tokens is not None
+        dtype = resolve_compute_dtype(self._plan.settings.compute_dtype, self._plan.device)
+
+        def step(count: int) -> float:
+            view = self._apart(count)
+            weights = self._rounded(view)
+            watched = _Watched()
+            teacher = Teacher(view, given, dtype)
+            started = time.perf_counter()
+            with suppress(_EnoughError), torch.enable_grad():
+                tuning.apply(view, weights, teacher, given, watched.track)
+            if not watched.times:
+                return time.perf_counter() - started
+            return min(watched.times) * watched.total
+
+        step(1)  # the first time is slow
+        one, two = step(1), step(2)
+        times = len(tokens.ids) / len(given.ids)
+        return max(0.0, 2 * one - two) * times, max(0.0, two - one) * times
+
+    def _apart(self, count: int) -> Any:
+        """A copy of the model with its first blocks only."""
+        return copy.deepcopy(with_blocks(self._work.loaded.model, list(self._blocks[:count])))
+
+    @torch.no_grad()
+    def _rounded(self, view: Any) -> dict[str, Any]:
+        """Round the blocks' linears to nearest, in place."""
+        found = {}
+        for name, module in find_blocks(view)[1].named_modules():
+            grid = self._work.grids.get(full := f"{self._prefix}.{name}")
+            if is_linear(module) and grid is not None:
+                grid = grid.without_search() if grid.needs_hessian else grid
+                found[full] = RTN().solve(matrix(module).float(), None, grid).quantized
+                matrix(module).copy_(found[full].dequantize())
+        return found
+
+
+class _EnoughError(Exception):
+    """Ends a tuning that was timed for long enough."""
+
+
+class _Watched:
+    """Times the steps of a loop that reports its progress, and ends it after three."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.total = 0
+
+    def track(self, items: Iterable[T], description: str, total: int) -> Iterator[T]:  # noqa: ARG002
+        """As `progress.Track`."""
+        self.total = total
+        for count, item in enumerate(items):
+            if count == 3:
+                raise _EnoughError
+            started = time.perf_counter()
+            yield item
+            self.times.append(time.perf_counter() - started)
+
+
+@contextmanager
+def trial_of(plan: Plan, work: Work) -> Iterator[Trial]:
+    """A trial beside the run's own files, whose folder is deleted at the end."""
+    parent = work.run.journal.folder.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=parent, prefix=".forecast-") as folder,
+        torch.random.fork_rng(devices=[] if plan.device.type == "cpu" else None),
+    ):
+        yield Trial(plan, work, Path(folder))
+
+
+def with_blocks(model: Any, blocks: Sequence[nn.Module]) -> Any:
+    """The model with other blocks; it shares all else."""
+    *path, last = find_blocks(model)[0].split(".")
+    view = here = _twin(model)
+    for name in path:
+        here._modules[name] = here = _twin(here._modules[name])
+    here._modules[last] = nn.ModuleList(blocks)
+    return view
+
+
+def _twin(module: Any) -> Any:
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
+
+
+@contextmanager
+def measured() -> Iterator[dict[str, float]]:
+    """Within: seconds by phase are measured; they are known afterwards."""
+    found: dict[str, float] = defaultdict(float)
+    with Recorder(on=True) as recorder:
+        yield found
+    for span in spans(recorder.events):
+        found[span.phase] += span.own
+    found[OTHER] = max(0.0, recorder.seconds - sum(found.values()))
+
+
+def timed(work: Callable[[], T]) -> tuple[float, T]:
+    """Seconds that it takes, and what it answers."""
+    started = time.perf_counter()
+    answer = work()
+    return time.perf_counter() - started, answer
