@@ -158,6 +158,7 @@ class Counts:
         self._dtype = resolve_compute_dtype(name, plan.device) if lower else torch.float32
         self._scores = trial.scores(self._dtype) if work.windows else None
         self._tasked = trial.tasks(self._dtype) if work.tasks is not None else None
+        self._exported = trial.exports() if plan.exports.formats and plan.method.solver else (0.0, 0.0)
         self._turn = trial.turn() if plan.method.solver is not None else None
 
     def quantized(self) -> dict[str, float]:
@@ -276,7 +277,7 @@ class Counts:
 
     def exported(self) -> float:
         """Seconds of writing and verifying checkpoints."""
-        return 0.0
+        return self._exported[0] + self._exported[1] * self._count
 
 
 def _operations(shape: torch.Size, solves: bool) -> int:

@@ -20,8 +20,10 @@ from torch import nn
 from gptq_awq.evaluation.divergence import compare
 from gptq_awq.evaluation.head import Head
 from gptq_awq.evaluation.perplexity import next_token_nll
+from gptq_awq.export.base import Source
+from gptq_awq.export.verify import Probe
 from gptq_awq.journal import Journal
-from gptq_awq.models.blocks import find_blocks
+from gptq_awq.models.blocks import find_blocks, text_config
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.residence import resident
 from gptq_awq.pipeline.block import BlockStep
@@ -30,6 +32,7 @@ from gptq_awq.pipeline.observe import Record
 from gptq_awq.pipeline.progress import BlockResult, Progress, weights_in
 from gptq_awq.plan import Plan
 from gptq_awq.profiling import OTHER, Recorder, spans
+from gptq_awq.progress import no_track
 from gptq_awq.ranks import ONE
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.tuning.base import ModelTuning
@@ -206,6 +209,24 @@ class Trial:
         """Of all tasks, the first `limit` of each."""
         counts = [len(task.eval_docs) for task in self._work.tasks.loaded["tasks"].values()]
         return sum(count if limit is None else min(limit, count) for count in counts)
+
+    def exports(self) -> tuple[float, float]:
+        """Seconds of writing and verifying all checkpoints: what is outside of the blocks, and each block."""
+        loaded, block = self._work.loaded, self._copy()
+        nothing = Probe(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 1), "")
+        facts = {"model": {"source": loaded.source, "sha256": loaded.sha256}, "method": self._plan.method.name}
+        facts |= {"grid": str(self._plan.grid), "calibration": None, "code": self._work.code}
+
+        def write(count: int) -> float:
+            view = with_blocks(loaded.model, [copy.deepcopy(block) for _ in range(count)])
+            view.config = copy.deepcopy(view.config)
+            text_config(view).num_hidden_layers = count
+            source = Source(view, loaded.tokenizer, loaded.name, self._rounded(view))
+            out = self._folder / "export"
+            return timed(lambda: self._plan.exports.write(source, out, nothing, facts, no_track))[0]
+
+        one, two = write(1), write(2)
+        return max(0.0, 2 * one - two), max(0.0, two - one)
 
     def rotation(self) -> tuple[float, float]:
         """Seconds that transforms of the whole model take: of its ends, and of each block."""
