@@ -210,7 +210,8 @@ class Counts:
         """Bytes that a block of the run writes: its own, and the hidden states of all tokens."""
         if self._work.tokens is None:
             return turn.written
-        width = self._work.loaded.model.get_input_embeddings().weight.shape[1]
+        embedding: Any = self._work.loaded.model.get_input_embeddings()
+        width: int = embedding.weight.shape[1]
         dtype = resolve_compute_dtype(self._plan.settings.compute_dtype, self._plan.device)
         state = (1 + self._plan.method.needs_full) * width * dtype.itemsize
         if record_of(self._plan, self._work) is not None:
