@@ -1,6 +1,6 @@
 """Whether forecasts are right: seconds by phase and peak memory that runs were forecast to take, beside what they took.
 
-    python benchmarks/forecast.py --model DIR [--text FILE] [--methods rtn gptq awq fast] [--only SUBSTRING] [run.py …]
+    python benchmarks/forecast.py --model DIR [--text FILE] [--methods rtn,gptq,awq,fast] [--only SUBSTRING] [run.py …]
 
 Each run is one call of run.py with `forecast=true` and a cache of its own: the methods on the model in DIR, and two on
 a random Llama, 1024 wide, that is streamed from disk. Further options are run.py's, such as `data.samples=64`. A ratio
@@ -77,13 +77,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a transformers folder")
     parser.add_argument("--text", type=Path, help="a text file; by default WikiText-2, fetched")
-    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq", "awq", "fast"])
+    parser.add_argument("--methods", default="rtn,gptq,awq,fast", help="on the model in DIR")
     parser.add_argument("--only", default="", help="runs whose name has this in it, such as streamed")
     arguments, more = parser.parse_known_args()
     print(machine(torch.device("cpu")))
     print(markdown_table([("run", "what", "forecast", "taken", "taken / forecast")]))
     with tempfile.TemporaryDirectory() as scratch:
-        runs = {method: (arguments.model, method) for method in arguments.methods}
+        runs = {method: (arguments.model, method) for method in arguments.methods.split(",")}
         runs |= {f"streamed {method}": (Path(scratch) / "llama", method) for method in ("gptq", "awq")}
         for name, (model, method) in runs.items():
             if arguments.only not in name:

@@ -280,6 +280,7 @@ def test_without_error_propagation_there_is_no_drift_to_correct():
 @pytest.mark.parametrize(("full", "kept"), [(False, True), (True, False)])
 def test_the_forecast_counts_both_forwards(monkeypatch, full, kept):
     model = tiny_model("llama")
+    _, blocks = find_blocks(model)
     held = memory.held_bytes(tokens().ids.numel(), 64, 160, 4)
     alone, beside = (replace(calibration_of(model, tokens(), SMALL, f), tokens_per_batch=0).most for f in (False, True))
     monkeypatch.setattr(memory, "available_bytes", lambda device, budget=None: 3 * held + alone)
