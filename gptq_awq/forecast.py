@@ -175,8 +175,7 @@ class Counts:
             parts["rotation"] = ends + block * self._count
         if method.tuning_of_model:
             each = [self._trial.steps(tuning) for tuning in method.tuning_of_model]
-            teacher = self._count * self._turn.seconds.get("forward", 0.0) * self._times
-            parts["tuning of the model"] = teacher + sum(ends + block * self._count for ends, block in each)
+            parts["tuning of the model"] = sum(ends + block * self._count for ends, block in each)
         parts["solving"] = parts.get("solving", 0.0) + self._ends(self._turn)
         return parts
 

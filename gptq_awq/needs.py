@@ -15,6 +15,7 @@ from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.residence import streamed
 from gptq_awq.pipeline.inputs import calibration_of, keeps_activations, resolve_compute_dtype, waiting_bytes
 from gptq_awq.plan import Plan
+from gptq_awq.tuning.distill import CHUNK_TOKENS
 
 LEARNED = 36
 """Bytes of a weight whose rounding is learned: latent, gradient, Adam's moments, zero, original, weight, code."""
@@ -60,9 +61,10 @@ class Needs:
         if self.tokens is None or not self.plan.method.tuning_of_model:
             return 0
         dtype, tokens = self._dtype, self.tokens.ids.shape[1]
-        edges = sum(w.shape[0] + w.shape[1] for w in self._matrices)
+        edges = 2 * sum(w.shape[0] + w.shape[1] for w in self._matrices)  # norms and products keep theirs, too
+        logits = 8 * CHUNK_TOKENS * self.model.config.get_text_config().vocab_size * 4
         copies = (self._numbers + sum(w.numel() for w in self._matrices)) * dtype.itemsize
-        return self._codes + self._teacher + copies + max(512, tokens) * edges * dtype.itemsize
+        return self._codes + self._teacher + copies + logits + max(512, tokens) * edges * dtype.itemsize
 
     @property
     def scoring(self) -> int:
@@ -72,9 +74,13 @@ class Needs:
         width, longest = self._width, max(text.ids.shape[1] for text in self.windows)
         columns = max(w.shape[1] for w in self._matrices)
         states = sum(text.ids.numel() for text in self.windows) * width * self._itemsize
-        ends = max(self._largest, self._head_numbers) * self._itemsize if streamed(self.model) else 0
+        ends = (self._numbers - sum(p.numel() for p in self._blocks.parameters())) if streamed(self.model) else 0
         window = memory.held_bytes(longest, width, columns, self._itemsize)
-        return ends + window + states * (2 if streamed(self.model) else 1)
+        return (
+            max(ends, self._largest * streamed(self.model)) * self._itemsize
+            + window
+            + states * (2 if streamed(self.model) else 1)
+        )
 
     @cached_property
     def _calibrated(self) -> memory.Calibration | None:

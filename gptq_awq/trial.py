@@ -240,7 +240,7 @@ class Trial:
         return max(0.0, 2 * one - two), max(0.0, two - one)
 
     def steps(self, tuning: ModelTuning) -> tuple[float, float]:
-        """Seconds that tuning of the whole model takes for all calibration tokens: of its ends, and of each block."""
+        """Seconds that tuning of the whole model takes, and what it learns from: of its ends, and of each block."""
         tokens, given = self._work.tokens, self._tokens()
         assert tokens is not None
         dtype = resolve_compute_dtype(self._plan.settings.compute_dtype, self._plan.device)
@@ -249,15 +249,14 @@ class Trial:
             view = self._apart(count)
             weights = self._rounded(view)
             watched = _Watched()
-            teacher = Teacher(view, given, dtype)
+            with measured() as seconds:
+                teacher = Teacher(view, given, dtype)
             started = time.perf_counter()
             with suppress(_EnoughError), torch.enable_grad():
                 tuning.apply(view, weights, teacher, given, watched.track)
-            if not watched.times:
-                return time.perf_counter() - started
-            return min(watched.times) * watched.total
+            loop = min(watched.times) * watched.total if watched.times else time.perf_counter() - started
+            return seconds["forward"] + loop
 
-        step(1)  # the first time is slow
         one, two = step(1), step(2)
         times = len(tokens.ids) / len(given.ids)
         return max(0.0, 2 * one - two) * times, max(0.0, two - one) * times
