@@ -1,6 +1,5 @@
 """Memory: what is free, what a run has used at most, and what calibration will need."""
 
-import ctypes
 import re
 import resource
 import sys
@@ -36,13 +35,8 @@ def resident_bytes() -> int:
 
 
 def used_bytes(device: torch.device) -> int:
-    """Memory that this process has now: on the device if it is a GPU; else what is left when freed memory is given
-    back to the system (glibc)."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    return resident_bytes()
+    """Memory that this process has now, on the device if it is a GPU; what the C library holds back is in it."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
 
 
 def reset_peak(device: torch.device) -> None:

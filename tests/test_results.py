@@ -42,7 +42,7 @@ RESULT = Result(
 def test_a_row_has_the_keys_of_the_contract_and_error_only_after_a_failure(tmp_path: Path) -> None:
     assert list(json.loads(RESULT.write(tmp_path).read_text())) == [*CONTRACT, *FORMATS]
     failed = replace(RESULT, status="failed", error="UserError: bits=9")
-    assert list(json.loads(failed.write(tmp_path).read_text())) == [*CONTRACT, "error", *FORMATS]
+    assert list(json.loads(failed.write(tmp_path).read_text())) == [*CONTRACT, "error", *FORMATS, "forecast"]
 
 
 def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
