@@ -12,8 +12,8 @@ first --windows of WikiText-2 test, so that quality stands beside speed. --dtype
 the peers' weights too, as they keep one type for both.
 
 Rows of AWQ quantize the first --awq-layers blocks only, ours too, and score the model whose other blocks are whole
-(llm-compressor's AWQ wants about an hour for 30). AutoRound learns its rounding, which we have not: our GPTQ stands
-beside it. Drivers are in benchmarks/peers/, one per library.
+(llm-compressor's AWQ wants about an hour for 30). AutoRound, which learns its rounding, has our method=fast beside it,
+which doesn't. Drivers are in benchmarks/peers/, one per library.
 """
 
 import argparse
@@ -81,7 +81,7 @@ ROWS: Mapping[str, Row] = {
     "gptq": Row("GPTQ, defaults", ("gptq", True), ("gptq", True), ("llmcompressor", "gptqmodel")),
     "awq_plain": Row("AWQ, ranges not searched", ("awq", False), ("awq", False), ("llmcompressor",), cut=True),
     "awq": Row("AWQ, defaults", ("awq", True), ("awq", True), ("llmcompressor", "gptqmodel"), cut=True),
-    "autoround": Row("learned beside our GPTQ", ("gptq", True), ("autoround", True), ("autoround",)),
+    "autoround": Row("learned beside our fast recipe", ("fast", True), ("autoround", True), ("autoround",)),
 }
 
 

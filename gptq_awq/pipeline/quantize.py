@@ -29,7 +29,7 @@ from gptq_awq.journal import Journal
 from gptq_awq.kernels.threads import match_torch
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.experts import experts_in, unfuse
-from gptq_awq.models.residence import read_ahead, resident, streamed
+from gptq_awq.models.residence import read_ahead, residence, resident, streamed
 from gptq_awq.pipeline.block import BlockStep
 from gptq_awq.pipeline.ends import HeadStep, free_head, round_ends
 from gptq_awq.pipeline.experts import ExpertPolicy, no_pairing
@@ -63,7 +63,8 @@ def quantize(
     A mix of grids may round the embedding and the output head too; they come first, as block -1. A head that is solved
     comes last, and is of block -1 as well.
 
-    Nothing is kept in memory of a block that was handed out, so a caller that needs no codes pays no memory for them.
+    Nothing is kept in memory of a block that was handed out, so a caller that needs no codes pays no memory for them. A
+    streamed model's codes are there until the next block is asked for; the journal has them.
 
     Args:
         model: a causal LM in eval mode.
@@ -151,6 +152,8 @@ def _blocks(
             kept.save(f"{prefix}.{index}", blocks[index], done, streams)
         kept.settle(f"{prefix}.{index}", blocks[index], index, grids)
         yield done
+        if residence(blocks[index]) is not None:
+            done.weights.clear()
     if head is not None and finished > count:
         yield head.restore(kept.head(count, grids))
     elif head is not None:
