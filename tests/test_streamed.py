@@ -176,7 +176,8 @@ def test_a_record_is_made_block_by_block(folder, tmp_path):
     path, (method, _) = folder("llama"), load_method("awq")
     model, expected = opened(path), whole(path)
     record = Record(Journal(tmp_path / "record", "key"), 10**9)
-    ours = [b.weights for b in quantize(model, calibration(), method, GRID, record=record, progress=journal(tmp_path))]
+    steps = quantize(model, calibration(), method, GRID, record=record, progress=journal(tmp_path))
+    ours = [dict(block.weights) for block in steps]
     theirs = [b.weights for b in quantize(expected, calibration(), method, GRID)]
     for block, other in zip(ours, theirs, strict=True):
         assert all(torch.equal(block[k].codes, other[k].codes) for k in other)
