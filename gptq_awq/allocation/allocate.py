@@ -26,6 +26,7 @@ from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.observe import observations_sha256
 from gptq_awq.progress import Track, no_track
 from gptq_awq.sealed import Sealed, once
+from gptq_awq.solvers.base import Solver
 from gptq_awq.solvers.rtn import RTN
 
 FILE_NAME = "allocation.json"
@@ -72,6 +73,45 @@ class Allocation:
             scratch.write_text(json.dumps(self.summary() | {"linears": linears}, indent=1) + "\n")
 
 
+@dataclass(frozen=True)
+class Question:
+    """What sensitivities depend on: arguments of `allocate`."""
+
+    model: PreTrainedModel
+    tokens: TokenSet
+    solver: Solver | None
+    grid: AllocatedGrid
+    settings: Settings
+    seed: int
+
+    def answer(self, cache: Path | None, model_sha256: str, track: Track) -> list[Cost]:
+        """Sensitivities from the cache, or computed and kept there."""
+
+        def compute() -> Sealed:
+            return Sealed({}, {"costs": [asdict(cost) for cost in self._computed(track)]})
+
+        content = compute() if cache is None else once(self._path(cache, model_sha256), "sensitivities", compute)
+        return [Cost(c["name"], c["site"], tuple(c["costs"])) for c in content.facts["costs"]]
+
+    def _path(self, cache: Path, model_sha256: str) -> Path:
+        model, settings = self.model, self.settings
+        dtype = resolve_compute_dtype(settings.compute_dtype, model.device)
+        observed = observations_sha256(model, model_sha256, self.tokens, dtype, settings.tokens_per_batch)
+        grid = replace(self.grid, budget_bits=None, budget_bytes=0, tie="linear", allocated={})
+        depends_on = [SCHEMA, observed, str(grid), str(self.solver), self.seed, torch.get_num_threads()]
+        key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
+        return cache / "sensitivities" / f"{key}.safetensors"
+
+    def _computed(self, track: Track) -> list[Cost]:
+        model, grid, tokens = self.model, self.grid, self.tokens
+        _, blocks = find_blocks(model)
+        measure = Measure(grid.sensitivity, model, first_windows(tokens, grid.windows), self.seed, track)
+        inputs = Inputs(model, blocks, tokens, self.settings, error_propagation=False, absorbers=False, track=track)
+        solver = RTN() if grid.rounding == "rtn" or self.solver is None else self.solver
+        grids = [grid.grid(bits) for bits in grid.choices]
+        return list(measured_costs(inputs, model, solver, grids, measure, track))
+
+
 def allocate(
     model: PreTrainedModel,
     tokens: TokenSet,
@@ -99,7 +139,7 @@ def allocate(
     Raises:
         UserError: a budget below the least choice; H that won't factor.
     """
-    costs = _kept_costs(model, tokens, method, grid, settings, seed, model_sha256, cache, track)
+    costs = Question(model, tokens, method.solver, grid, settings, seed).answer(cache, model_sha256, track)
     natural = getattr(method.solver, "natural_groups", True)
     sizes = {cost.name: [stored_bits(model, cost.name, grid.grid(b), natural) for b in grid.choices] for cost in costs}
     weights = sum(matrix(model.get_submodule(cost.name)).numel() for cost in costs)
@@ -148,49 +188,3 @@ def _budget(grid: AllocatedGrid, weights: int) -> int:
         return 8 * grid.budget_bytes
     assert grid.budget_bits is not None
     return int(grid.budget_bits * weights + 1e-6)
-
-
-def _kept_costs(
-    model: PreTrainedModel,
-    tokens: TokenSet,
-    method: Method,
-    grid: AllocatedGrid,
-    settings: Settings,
-    seed: int,
-    model_sha256: str,
-    cache: Path | None,
-    track: Track,
-) -> list[Cost]:
-    """Sensitivities from the cache, or computed and kept there."""
-
-    def compute() -> Sealed:
-        costs = _costs(model, tokens, method, grid, settings, seed, track)
-        return Sealed({}, {"costs": [asdict(cost) for cost in costs]})
-
-    if cache is None:
-        content = compute()
-    else:
-        dtype = resolve_compute_dtype(settings.compute_dtype, model.device)
-        observed = observations_sha256(model, model_sha256, tokens, dtype, settings.tokens_per_batch)
-        question = replace(grid, budget_bits=None, budget_bytes=0, tie="linear", allocated={})
-        depends_on = [SCHEMA, observed, str(question), str(method.solver), seed, torch.get_num_threads()]
-        key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
-        content = once(cache / "sensitivities" / f"{key}.safetensors", "sensitivities", compute)
-    return [Cost(c["name"], c["site"], tuple(c["costs"])) for c in content.facts["costs"]]
-
-
-def _costs(
-    model: PreTrainedModel,
-    tokens: TokenSet,
-    method: Method,
-    grid: AllocatedGrid,
-    settings: Settings,
-    seed: int,
-    track: Track,
-) -> list[Cost]:
-    _, blocks = find_blocks(model)
-    measure = Measure(grid.sensitivity, model, first_windows(tokens, grid.windows), seed, track)
-    inputs = Inputs(model, blocks, tokens, settings, error_propagation=False, absorbers=False, track=track)
-    solver = RTN() if grid.rounding == "rtn" or method.solver is None else method.solver
-    grids = [grid.grid(bits) for bits in grid.choices]
-    return list(measured_costs(inputs, model, solver, grids, measure, track))
