@@ -17,7 +17,6 @@ from rich.table import Table
 
 from gptq_awq import memory
 from gptq_awq.assets import cache_dir
-from gptq_awq.errors import UserError
 from gptq_awq.evaluation.baseline import knows_scores, read_answers
 from gptq_awq.evaluation.floor import TRIAL_TOKENS
 from gptq_awq.models.blocks import find_blocks
@@ -98,8 +97,8 @@ def announce(plan: Plan, work: Work, clock: Clock) -> Forecast | None:
     try:
         with clock.phase("forecast"):
             phases = forecast(plan, work)
-    except UserError as error:  # of one batch, or of the run: then the run will say so
-        log.warning("no forecast: %s", error)
+    except Exception as error:  # of one batch or one block alone; what is wrong with the run, the run will say
+        log.warning("no forecast: %s: %s", type(error).__name__, error)
         return None
     found = Forecast(tuple(phases), clock.total()["total"])
     Console(stderr=True).print(found.table())

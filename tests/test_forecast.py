@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from test_pipeline import SMALL, tokens
-from tiny_models import tiny_model
+from tiny_models import save_tiny_folder, tiny_model
 
 from gptq_awq.forecast import Forecast, PhaseForecast
 from gptq_awq.models.blocks import find_blocks
@@ -51,6 +51,14 @@ def test_a_finished_baseline_is_not_forecast_again(ran, tmp_path, cli, tiny):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "b" / "results.json").read_text())["forecast"]["seconds"]["baseline"] == 0
+
+
+@pytest.mark.parametrize(("name", "method"), [("mixtral", "gptq"), ("gpt2", "awq_gptq")])
+def test_streamed_models_have_one_unasked(name, method, ran, tmp_path):
+    folder = save_tiny_folder(tmp_path / "model", name)
+    row = ran(name, f"model.path={folder}", f"method={method}", "stream=true", "export.formats=[hf]")
+    assert row["forecast"]["seconds"]["quantize"] > 0
+    assert row["forecast"]["seconds"]["export"] > 0
 
 
 def test_parts_add_up_to_their_phase():

@@ -32,6 +32,9 @@ def final_table(result: Result) -> Table:
     phases = ", ".join(f"{phase} {value:.1f}" for phase, value in result.seconds.items() if phase != "total")
     table.add_row("time", "", text.seconds(total_seconds(result.seconds)), phases)
     table.add_row("peak memory", "", text.size(result.peak_memory_bytes))
+    if result.forecast is not None:
+        seconds, most = result.forecast["seconds"]["total"], result.forecast["peak_memory_bytes"]
+        table.add_row("forecast", "", text.seconds(seconds), f"peak memory {text.size(most)}")
     if result.status != "done":
         table.caption = Text(f"{result.status}: {result.error or 'no reason given'}")
     return table
