@@ -43,6 +43,10 @@ QUICK = 3.0
 """Seconds: a turn that took less is done again, since compiling and first calls are a large part of it."""
 SCORED = 512
 """Positions whose logits are timed."""
+MORE = 5
+"""Blocks of the larger model: what one block takes is a small difference, which more blocks make larger."""
+READ_AGAIN = 3
+"""Times that a streamed model's embedding and head come from disk to score a text."""
 ITEMS = 4, 12
 """Of an lm-eval task, in two trials, whose difference is what items take."""
 T = TypeVar("T")
@@ -170,21 +174,24 @@ class Trial:
         model, texts = self._work.loaded.model, self._work.windows
         ids = texts[0].ids[0].long() if texts else torch.arange(SCORED)
         block = self._copy()
-        views: list[Any] = [with_blocks(model, [block] * count) for count in (1, 3)]
+        views: list[Any] = [with_blocks(model, [block] * count) for count in (1, MORE)]
+        began = time.perf_counter()
         with resident(*filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))):
+            ends = time.perf_counter() - began
             fixed, heads = timed(lambda: [Head.of(view, dtype) for view in views])
             hashed, _ = timed(heads[0].sha256)
             window = ids[None].to(model.device)
             states, targets = heads[0].hidden(window)[0, :-1][:SCORED], ids[1 : SCORED + 1]
             one = averaged(lambda: heads[0].hidden(window))
-            three = averaged(lambda: heads[1].hidden(window))
+            more = averaged(lambda: heads[1].hidden(window))
             compare(heads[0], states[:8], states[:8], targets[:8])  # compiles
             nll = averaged(lambda: next_token_nll(heads[0], states, targets))
             compared = averaged(lambda: compare(heads[0], states, states, targets))
-        block_seconds = max(0.0, three - one) / 2
+        block_seconds = max(0.0, more - one) / (MORE - 1)
         per = len(states)
         rest = max(0.0, one - block_seconds)
-        return Scores(fixed / 2 + hashed, len(ids), rest, block_seconds, nll / per, compared / per)
+        read = READ_AGAIN * ends + self.read if self.read else 0.0
+        return Scores(fixed / 2 + hashed + read, len(ids), rest, block_seconds, nll / per, compared / per)
 
     def tasks(self, dtype: torch.dtype) -> tuple[float, float, float]:
         """Seconds of lm-eval's tasks: once, of an item without blocks, and of an item in each block."""
@@ -224,8 +231,19 @@ class Trial:
             out = self._folder / "export"
             return timed(lambda: self._plan.exports.write(source, out, nothing, facts, no_track))[0]
 
-        one, two = write(1), write(2)
-        return max(0.0, 2 * one - two), max(0.0, two - one)
+        if not self.read:
+            return self._line(write, 2)
+        numbers = sum(p.numel() for p in block.parameters())  # there may be no room for two blocks
+        ends = sum(p.numel() for p in loaded.model.parameters()) - sum(p.numel() for p in self._blocks.parameters())
+        one = write(1)
+        return one * ends / (ends + numbers), one * numbers / (ends + numbers)
+
+    def _line(self, measure: Callable[[int], float], more: int = MORE) -> tuple[float, float]:
+        """Seconds of what is outside of blocks, and of each, by models of one block and of `more`."""
+        more = min(more, len(self._blocks))
+        one = measure(1)
+        each = max(0.0, measure(more) - one) / (more - 1) if more > 1 else 0.0
+        return max(0.0, one - each), each
 
     def rotation(self) -> tuple[float, float]:
         """Seconds that transforms of the whole model take: of its ends, and of each block."""
@@ -235,8 +253,7 @@ class Trial:
             return timed(lambda: [each.prepare(view) for each in self._plan.method.of_model])[0]
 
         prepare(1)  # the first time is slow
-        one, two = prepare(1), prepare(2)
-        return max(0.0, 2 * one - two), max(0.0, two - one)
+        return self._line(prepare, 3)
 
     def steps(self, tuning: ModelTuning) -> tuple[float, float]:
         """Seconds that tuning of the whole model takes, and what it learns from: of its ends, and of each block."""
@@ -256,9 +273,9 @@ class Trial:
             loop = min(watched.times) * watched.total if watched.times else time.perf_counter() - started
             return seconds["forward"] + loop
 
-        one, two = step(1), step(2)
         times = len(tokens.ids) / len(given.ids)
-        return max(0.0, 2 * one - two) * times, max(0.0, two - one) * times
+        ends, each = self._line(step)
+        return ends * times, each * times
 
     def _apart(self, count: int) -> Any:
         """A copy of the model with its first blocks only."""
