@@ -46,7 +46,7 @@ SCORED = 512
 MORE = 5
 """Blocks of the larger model: what one block takes is a small difference, which more blocks make larger."""
 READ_AGAIN = 3
-"""Times that a streamed model's embedding and head come from disk to score a text."""
+"""Times that a streamed model's embedding or its head come from disk to score a text, once their halves are known."""
 ITEMS = 4, 12
 """Of an lm-eval task, in two trials, whose difference is what items take."""
 T = TypeVar("T")
@@ -175,23 +175,23 @@ class Trial:
         ids = texts[0].ids[0].long() if texts else torch.arange(SCORED)
         block = self._copy()
         views: list[Any] = [with_blocks(model, [block] * count) for count in (1, MORE)]
+        fixed, heads = timed(lambda: [Head.of(view, dtype) for view in views])
         began = time.perf_counter()
-        with resident(*filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))):
-            ends = time.perf_counter() - began
-            fixed, heads = timed(lambda: [Head.of(view, dtype) for view in views])
-            hashed, _ = timed(heads[0].sha256)
+        with resident(model.get_input_embeddings()):
+            read = time.perf_counter() - began
             window = ids[None].to(model.device)
             states, targets = heads[0].hidden(window)[0, :-1][:SCORED], ids[1 : SCORED + 1]
             one = averaged(lambda: heads[0].hidden(window))
             more = averaged(lambda: heads[1].hidden(window))
+        with resident(heads[0].output):
+            hashed, _ = timed(heads[0].sha256)
             compare(heads[0], states[:8], states[:8], targets[:8])  # compiles
             nll = averaged(lambda: next_token_nll(heads[0], states, targets))
             compared = averaged(lambda: compare(heads[0], states, states, targets))
-        block_seconds = max(0.0, more - one) / (MORE - 1)
+        each = max(0.0, more - one) / (MORE - 1)
+        again = READ_AGAIN * read + self.read if self.read else 0.0
         per = len(states)
-        rest = max(0.0, one - block_seconds)
-        read = READ_AGAIN * ends + self.read if self.read else 0.0
-        return Scores(fixed / 2 + hashed + read, len(ids), rest, block_seconds, nll / per, compared / per)
+        return Scores(fixed / 2 + hashed + again, len(ids), max(0.0, one - each), each, nll / per, compared / per)
 
     def tasks(self, dtype: torch.dtype) -> tuple[float, float, float]:
         """Seconds of lm-eval's tasks: once, of an item without blocks, and of an item in each block."""
