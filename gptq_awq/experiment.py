@@ -7,7 +7,7 @@ and model when they are loaded, memory by a forecast. A mistake is a `UserError`
 import json
 import logging
 import tempfile
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,14 +24,13 @@ from gptq_awq.assets import cache_dir
 from gptq_awq.cache import prune
 from gptq_awq.costs import profiled
 from gptq_awq.errors import UserError
-from gptq_awq.evaluation.evaluate import Baseline, full_precision, score
+from gptq_awq.evaluation.evaluate import full_precision, score
 from gptq_awq.export.base import Source
 from gptq_awq.export.verify import Probe
 from gptq_awq.export.write import Exported, write_card
-from gptq_awq.forecast import Forecast, announce, compare
+from gptq_awq.forecast import announce, compare
 from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.grids.base import QuantizedWeight
-from gptq_awq.manifest import config_sha256, environment
 from gptq_awq.models.activations import quantized_activations
 from gptq_awq.models.residence import streamed
 from gptq_awq.pipeline.inputs import resolve_compute_dtype
@@ -39,13 +38,14 @@ from gptq_awq.pipeline.kept import Codes
 from gptq_awq.pipeline.places import changes_output
 from gptq_awq.pipeline.progress import BlockResult
 from gptq_awq.pipeline.quantize import quantize
-from gptq_awq.pipeline.size import PLAIN_BITS, Footprint
+from gptq_awq.pipeline.size import Footprint
 from gptq_awq.plan import Plan, preflight
 from gptq_awq.profiling import Recorder, phase
 from gptq_awq.progress import Track, no_track, rich_track
 from gptq_awq.ranks import ONE, Ranks, opened
 from gptq_awq.report import final_table
 from gptq_awq.results import FAILURE, FILE_NAME, Ledger, Result
+from gptq_awq.row import LEDGER, made_of, results_row
 from gptq_awq.runlog import Clock, logging_to, remove_unused_hydra_folder
 from gptq_awq.runs import FILES
 from gptq_awq.scores import Scores
@@ -54,7 +54,6 @@ from gptq_awq.tracking import Tracker, run_name
 from gptq_awq.work import Work, load, record_of
 
 log = logging.getLogger(__name__)
-LEDGER = "ledger.jsonl"
 UNFINISHED = "ledger.partial.jsonl"
 PROBE_WINDOWS, PROBE_SEQLEN = 2, 256
 
@@ -182,10 +181,10 @@ def _compute(plan: Plan, work: Work, tracker: Tracker, clock: Clock, track: Trac
             quantized = replace(quantized, weights={})
     with clock.phase("evaluate"), quantized_activations(loaded.model, plan.act, plan.kv):
         scored = score(loaded.model, loaded.tokenizer, baseline, plan.seed, track)
-    manifest = _manifest(plan, work, baseline, checkpoints) | {"resumed": quantized.resumed}
+    manifest = made_of(plan, work, baseline, checkpoints) | {"resumed": quantized.resumed}
     if allocation is not None:
         manifest |= {"allocation": allocation.summary()}
-    result = _result(plan, work, quantized.footprint, scored.metrics, clock, manifest, expected)
+    result = results_row(plan, work, quantized.footprint, scored.metrics, clock, manifest, expected)
     compare(result)
     with _writing(plan.out):
         _store(plan, result, scored.scores, allocation)
@@ -336,69 +335,3 @@ def _export(plan: Plan, work: Work, weights: Mapping[str, QuantizedWeight], trac
     }
     source = Source(loaded.model, loaded.tokenizer, loaded.name, weights)
     return plan.exports.write(source, plan.out, probe, facts, track)
-
-
-def _result(
-    plan: Plan,
-    work: Work,
-    footprint: Footprint,
-    metrics: Mapping[str, Any],
-    clock: Clock,
-    manifest: Mapping[str, Any],
-    expected: Forecast | None,
-) -> Result:
-    full, loaded = plan.method.solver is None, work.loaded
-    return Result(
-        method=plan.method.name,
-        bits=PLAIN_BITS if full else plan.grid.bits,
-        bits_per_weight=footprint.bits_per_weight,
-        group_size=None if full else plan.grid.group_size,
-        sym=None if full else getattr(plan.grid, "sym", None),
-        model=loaded.name,
-        status="done",
-        metrics=metrics,
-        size_bytes=footprint.model_bytes(loaded.model),
-        baseline_size_bytes=work.baseline_bytes,
-        seconds=clock.total(),
-        peak_memory_bytes=memory.peak_bytes(plan.device),
-        ledger=LEDGER,
-        manifest=manifest,
-        config=plan.config,
-        grid=None if full else plan.grid.label,
-        act=plan.act.label,
-        kv=plan.kv.label,
-        forecast=expected and expected.row(),
-    )
-
-
-def _manifest(plan: Plan, work: Work, baseline: Baseline, checkpoints: Sequence[Exported]) -> dict[str, Any]:
-    loaded, tokens = work.loaded, work.tokens
-    return {
-        "run": work.run.sha256,
-        "model": {"source": loaded.source, "sha256": loaded.sha256, "dtype": plan.dtype},
-        "tokens": {
-            "calibration": None if tokens is None else tokens.sha256,
-            "eval": baseline.sha256,
-        },
-        "sources": {
-            "calibration": None if tokens is None else tokens.source,
-            "eval": _evaluation_sources(baseline),
-        },
-        "checkpoints": {
-            c.format: {"path": str(c.path.relative_to(plan.out)), "size_bytes": c.size_bytes, "seconds": c.seconds}
-            for c in checkpoints
-        },
-        "config": config_sha256(plan.config),
-        "code": work.code,
-        "compute_dtype": str(resolve_compute_dtype(plan.settings.compute_dtype, plan.device)),
-        "eval_dtype": str(baseline.compute_dtype if plan.dtype == "float32" else loaded.model.dtype),
-        "act": plan.act.label,
-        "kv": plan.kv.label,
-        "seed": plan.seed,
-        "ranks": plan.settings.ranks.size,
-    } | environment()
-
-
-def _evaluation_sources(baseline: Baseline) -> dict[str, str]:
-    tasks = baseline.tasks.sources if baseline.tasks else {}
-    return {t.name: t.source for t in baseline.tokens} | {f"lm_eval/{name}": s for name, s in tasks.items()}

@@ -23,7 +23,6 @@ from rich.console import Console
 
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.evaluate import full_precision, score
-from gptq_awq.experiment import LEDGER
 from gptq_awq.manifest import environment
 from gptq_awq.models.activations import quantized_activations
 from gptq_awq.pipeline.places import changes_output
@@ -31,6 +30,7 @@ from gptq_awq.pipeline.quantize import quantize
 from gptq_awq.plan import Plan, preflight
 from gptq_awq.progress import Track, rich_track
 from gptq_awq.results import FILE_NAME, Result
+from gptq_awq.row import LEDGER
 from gptq_awq.work import Work, load
 
 

@@ -24,6 +24,7 @@ LAYERS = [
     {"work"},
     {"trial"},
     {"forecast"},
+    {"row"},
     {"api", "experiment"},
     {"replay", "notebook"},
 ]

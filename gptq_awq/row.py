@@ -1,0 +1,86 @@
+"""What a finished run says of itself: its results row, and the manifest in it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gptq_awq import memory
+from gptq_awq.evaluation.evaluate import Baseline
+from gptq_awq.export.write import Exported
+from gptq_awq.forecast import Forecast
+from gptq_awq.manifest import config_sha256, environment
+from gptq_awq.pipeline.inputs import resolve_compute_dtype
+from gptq_awq.pipeline.size import PLAIN_BITS, Footprint
+from gptq_awq.plan import Plan
+from gptq_awq.results import Result
+from gptq_awq.runlog import Clock
+from gptq_awq.work import Work
+
+LEDGER = "ledger.jsonl"
+
+
+def results_row(
+    plan: Plan,
+    work: Work,
+    footprint: Footprint,
+    metrics: Mapping[str, Any],
+    clock: Clock,
+    manifest: Mapping[str, Any],
+    expected: Forecast | None,
+) -> Result:
+    """The row of a run that is done."""
+    full, loaded = plan.method.solver is None, work.loaded
+    return Result(
+        method=plan.method.name,
+        bits=PLAIN_BITS if full else plan.grid.bits,
+        bits_per_weight=footprint.bits_per_weight,
+        group_size=None if full else plan.grid.group_size,
+        sym=None if full else getattr(plan.grid, "sym", None),
+        model=loaded.name,
+        status="done",
+        metrics=metrics,
+        size_bytes=footprint.model_bytes(loaded.model),
+        baseline_size_bytes=work.baseline_bytes,
+        seconds=clock.total(),
+        peak_memory_bytes=memory.peak_bytes(plan.device),
+        ledger=LEDGER,
+        manifest=manifest,
+        config=plan.config,
+        grid=None if full else plan.grid.label,
+        act=plan.act.label,
+        kv=plan.kv.label,
+        forecast=expected and expected.row(),
+    )
+
+
+def made_of(plan: Plan, work: Work, baseline: Baseline, checkpoints: Sequence[Exported]) -> dict[str, Any]:
+    """The manifest: hashes and sources of all that went into a run, and what came out beside its row."""
+    loaded, tokens = work.loaded, work.tokens
+    return {
+        "run": work.run.sha256,
+        "model": {"source": loaded.source, "sha256": loaded.sha256, "dtype": plan.dtype},
+        "tokens": {
+            "calibration": None if tokens is None else tokens.sha256,
+            "eval": baseline.sha256,
+        },
+        "sources": {
+            "calibration": None if tokens is None else tokens.source,
+            "eval": _evaluation_sources(baseline),
+        },
+        "checkpoints": {
+            c.format: {"path": str(c.path.relative_to(plan.out)), "size_bytes": c.size_bytes, "seconds": c.seconds}
+            for c in checkpoints
+        },
+        "config": config_sha256(plan.config),
+        "code": work.code,
+        "compute_dtype": str(resolve_compute_dtype(plan.settings.compute_dtype, plan.device)),
+        "eval_dtype": str(baseline.compute_dtype if plan.dtype == "float32" else loaded.model.dtype),
+        "act": plan.act.label,
+        "kv": plan.kv.label,
+        "seed": plan.seed,
+        "ranks": plan.settings.ranks.size,
+    } | environment()
+
+
+def _evaluation_sources(baseline: Baseline) -> dict[str, str]:
+    tasks = baseline.tasks.sources if baseline.tasks else {}
+    return {t.name: t.source for t in baseline.tokens} | {f"lm_eval/{name}": s for name, s in tasks.items()}
