@@ -41,6 +41,11 @@ class BlockResult:
     rows: list[Row] = field(repr=False)
     restored: bool = False
 
+    def release(self, block: nn.Module) -> None:
+        """It was handed out; of a streamed block only the journal keeps codes, whoever still holds this."""
+        if residence(block) is not None:
+            self.weights.clear()
+
 
 @dataclass
 class Progress:

@@ -29,7 +29,7 @@ from gptq_awq.journal import Journal
 from gptq_awq.kernels.threads import match_torch
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.experts import experts_in, unfuse
-from gptq_awq.models.residence import read_ahead, residence, resident, streamed
+from gptq_awq.models.residence import read_ahead, resident, streamed
 from gptq_awq.pipeline.block import BlockStep
 from gptq_awq.pipeline.ends import HeadStep, free_head, round_ends
 from gptq_awq.pipeline.experts import ExpertPolicy, no_pairing
@@ -152,8 +152,7 @@ def _blocks(
             kept.save(f"{prefix}.{index}", blocks[index], done, streams)
         kept.settle(f"{prefix}.{index}", blocks[index], index, grids)
         yield done
-        if residence(blocks[index]) is not None:
-            done.weights.clear()
+        done.release(blocks[index])
     if head is not None and finished > count:
         yield head.restore(kept.head(count, grids))
     elif head is not None:
