@@ -31,6 +31,10 @@ def call_run(arguments, environment, folder, timeout=300) -> subprocess.Complete
     Raises:
         subprocess.TimeoutExpired: it is still running; it is killed.
     """
+    if any("launcher" in argument for argument in arguments):  # workers of joblib outlive a fork that ends
+        command = [sys.executable, str(RUN), *arguments]
+        ways = {"capture_output": True, "text": True, "check": False, "timeout": timeout}
+        return subprocess.run(command, env=environment, cwd=folder, **ways)
     printed = [folder / ".stdout", folder / ".stderr"]
     process = FORKS.Process(target=_run, args=(arguments, environment, folder, printed))
     process.start()
