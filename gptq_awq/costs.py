@@ -99,9 +99,9 @@ class Costs:
         traffic = self.compute.itemsize * tokens * width * (1 + cross) + 2 * 4 * products
         return Cost(2 * tokens * products, traffic, _named(self.compute))
 
-    def _factor(self, width: int) -> Cost:
-        """One Cholesky factorization and the inverse of its factor, n³/3 each."""
-        return Cost(2 * width**3 / 3, 2 * 4 * width**2, _named(SOLVER))
+    def _factor(self, width: int, count: int = 1) -> Cost:
+        """Cholesky factorizations and the inverses of their factors, n³/3 each."""
+        return Cost(count * 2 * width**3 / 3, count * 2 * 4 * width**2, _named(SOLVER))
 
     def _solve(self, out: int, width: int) -> Cost:
         """Every error goes to the columns after it: out x in²/2 multiplications and additions."""

@@ -1,5 +1,7 @@
 """Dense linear algebra of the solvers: damping and the inverse Cholesky factor."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -38,27 +40,40 @@ def inverse_cholesky(
     Raises:
         NotPositiveDefiniteError: λ = 1 did not suffice (H is broken: non-finite or indefinite).
     """
-    diagonal = hessian.diagonal()
-    diagonal = torch.where(diagonal == 0, 1.0, diagonal)
-    backwards = (torch.arange(len(hessian), device=hessian.device) if order is None else order).flip(0)
     used = damping
     while True:
-        factor = reordered(hessian, backwards)
-        factor.diagonal().copy_(diagonal[backwards] + used * diagonal.mean())
-        if _invert_factor(factor) and bool(torch.isfinite(factor.sum())):
-            return _reversed(factor), used
-        del factor
+        (factor,) = inverse_choleskys([hessian], used, [order])
+        if factor is not None:
+            return factor, used
         if used >= MAX_DAMPING:
             raise NotPositiveDefiniteError(f"the Hessian is not positive definite even with damping {used:g}")
         used = min(max(used * DAMPING_STEP, 1e-3), MAX_DAMPING)
 
 
-def reordered(matrix: Float[Tensor, "n n"], order: Int[Tensor, "n"]) -> Float[Tensor, "n n"]:
-    """Rows and columns in that order; nothing else as large is made."""
-    out = torch.empty_like(matrix)
+def inverse_choleskys(
+    hessians: Sequence[Float[Tensor, "n n"]], damping: float, orders: Sequence[Int[Tensor, "n"] | None]
+) -> list[Float[Tensor, "n n"] | None]:
+    """`inverse_cholesky` of several matrices at once; None where that damping does not suffice."""
+    n = len(hessians[0])
+    factors = hessians[0].new_empty(len(hessians), n, n)
+    for factor, hessian, order in zip(factors, hessians, orders, strict=True):
+        backwards = (torch.arange(n, device=hessian.device) if order is None else order).flip(0)
+        diagonal = torch.where(hessian.diagonal() == 0, 1.0, hessian.diagonal())
+        reordered(hessian, backwards, factor)
+        factor.diagonal().copy_(diagonal[backwards] + damping * diagonal.mean())
+    # One by itself is no stack: the products of single matrices are faster.
+    failed = _invert_factor(factors if len(factors) > 1 else factors[0])
+    fine = (failed == 0) & torch.isfinite(factors.sum((1, 2)))
+    return [_reversed(factor) if good else None for factor, good in zip(factors, fine.tolist(), strict=True)]
+
+
+def reordered(
+    matrix: Float[Tensor, "n n"], order: Int[Tensor, "n"], out: Float[Tensor, "n n"] | None = None
+) -> Float[Tensor, "n n"]:
+    """Rows and columns in that order, written to `out` if it is given; nothing else as large is made."""
+    out = torch.empty_like(matrix) if out is None else out
     for a in range(0, len(order), BLOCK):
         out[a : a + BLOCK] = matrix[order[a : a + BLOCK]].index_select(1, order)
-    return out
 
 
 def _reversed(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
@@ -74,37 +89,33 @@ def _reversed(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     return matrix
 
 
-def _invert_factor(a: Float[Tensor, "n n"]) -> bool:
-    """a ← L⁻¹ with L Lᵀ = a, in place, by halves; False where a is not positive definite. H = J a J gives U = J L⁻¹ J.
+def _invert_factor(a: Float[Tensor, "*stack n n"]) -> Int[Tensor, "*stack"]:
+    """a ← L⁻¹ with L Lᵀ = a, in place, by halves; not 0 where a is not positive definite. H = J a J gives U = J L⁻¹ J.
 
     [A ·; B C]: L₁₁⁻¹ of A; L₂₁ = B L₁₁⁻ᵀ; L₂₂⁻¹ of C - L₂₁L₂₁ᵀ; and -L₂₂⁻¹L₂₁L₁₁⁻¹ below. Nearly all of it is matmuls,
     each in an order that lets results replace their inputs. What is above the diagonal is never read.
     """
-    n = len(a)
+    n = a.shape[-1]
     if n <= 2 * BLOCK:
         lower, failed = torch.linalg.cholesky_ex(a)
-        if failed.item():
-            return False
         a.copy_(torch.linalg.solve_triangular(lower, torch.eye(n, dtype=a.dtype, device=a.device), upper=False))
-        return True
+        return failed
     h = n // 2
-    top, left, rest = a[:h, :h], a[h:, :h], a[h:, h:]
-    if not _invert_factor(top):
-        return False
+    top, left, rest = a[..., :h, :h], a[..., h:, :h], a[..., h:, h:]
+    failed = _invert_factor(top)
     for i in reversed(range(0, h, BLOCK)):
         j = min(i + BLOCK, h)
-        left[:, i:j] = left[:, :j] @ top[i:j, :j].T
+        left[..., i:j] = left[..., :j] @ top[..., i:j, :j].mT
     for i in range(0, n - h, BLOCK):
-        rest[i:, i : i + BLOCK].addmm_(left[i:], left[i : i + BLOCK].T, alpha=-1)
-    if not _invert_factor(rest):
-        return False
+        rest[..., i:, i : i + BLOCK] -= left[..., i:, :] @ left[..., i : i + BLOCK, :].mT
+    failed = failed + _invert_factor(rest)
     for i in range(0, h, BLOCK):
-        left[:, i : i + BLOCK] = left[:, i:] @ top[i:, i : i + BLOCK]
+        left[..., i : i + BLOCK] = left[..., i:] @ top[..., i:, i : i + BLOCK]
     for i in reversed(range(0, n - h, BLOCK)):
         j = min(i + BLOCK, n - h)
-        left[i:j] = -(rest[i:j, :j] @ left[:j])
-    a[:h, h:] = 0
-    return True
+        left[..., i:j, :] = -(rest[..., i:j, :j] @ left[..., :j, :])
+    a[..., :h, h:] = 0
+    return failed
 
 
 def native_dtype(device: torch.device) -> torch.dtype:

@@ -7,7 +7,9 @@ Where the layers before it are quantized already, a site sees x̃ where full pre
 C = 1/n Σ x̃ xᵀ says how the two go together: what the layer should answer, W x, projected on what it is given.
 """
 
-from collections.abc import Callable, Hashable
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor
 from gptq_awq.errors import UserError
 from gptq_awq.kernels import rank_k
 from gptq_awq.kernels.rank_k import RankK
-from gptq_awq.linalg import inverse_cholesky
+from gptq_awq.linalg import NotPositiveDefiniteError, inverse_cholesky, inverse_choleskys
 from gptq_awq.profiling import phase
 from gptq_awq.ranks import ONE, Ranks
 
@@ -99,10 +101,13 @@ class Moments:
         """
         key = (damping, act_order)
         if key not in self._factors:
-            factor = self.keep(key, lambda: self._factor(damping, act_order))
-            self._factors.clear()  # one factor at a time: they are as large as H
-            self._factors[key] = factor
+            self._remember(key, lambda: self._factor(damping, act_order))
         return self._factors[key]
+
+    def _remember(self, key: tuple[float, bool], compute: Callable[[], "Factor"]) -> None:
+        factor = self.keep(key, compute)
+        self._factors.clear()  # one factor at a time: they are as large as H
+        self._factors[key] = factor
 
     def forget_factors(self) -> None:
         """All linears of the site are solved: what they shared, which is as large as H, is not wanted any more."""
@@ -110,11 +115,37 @@ class Moments:
         self._shared.clear()
 
     def _factor(self, damping: float, act_order: bool) -> "Factor":
-        diagonal = torch.where(self.dead(), 1.0, self.hessian.diagonal())
-        order = torch.argsort(diagonal, descending=True) if act_order else None
-        with phase("factor", len(diagonal)):
+        order = self._order(act_order)
+        with phase("factor", len(self.hessian)):
             factor, used = inverse_cholesky(self.hessian, damping, order)
         return factor, order, used
+
+    def _order(self, act_order: bool) -> Int[Tensor, "in"] | None:
+        """That columns are rounded in; None: as they are."""
+        diagonal = torch.where(self.dead(), 1.0, self.hessian.diagonal())
+        return torch.argsort(diagonal, descending=True) if act_order else None
+
+
+def factor_together(sites: Sequence[Moments], damping: float, act_order: bool) -> None:
+    """Find what `inverse_factor` will be asked for, of several sites of one width at once.
+
+    Where that damping does not suffice a site is factored by itself; one that won't factor at all is left to be told so.
+    """
+    key = (damping, act_order)
+    missing = [site for site in sites if key not in site._factors]
+    if len(missing) < 2:
+        return
+
+    @functools.cache
+    def found() -> list[Factor | None]:
+        orders = [site._order(act_order) for site in missing]
+        with phase("factor", len(missing[0].hessian), len(missing)):
+            factors = inverse_choleskys([site.hessian for site in missing], damping, orders)
+        return [None if U is None else (U, order, damping) for U, order in zip(factors, orders, strict=True)]
+
+    for i, site in enumerate(missing):
+        with suppress(NotPositiveDefiniteError):
+            site._remember(key, lambda i=i, site=site: found()[i] or site._factor(damping, act_order))
 
 
 Factor = tuple[Float[Tensor, "in in"], Int[Tensor, "in"] | None, float]

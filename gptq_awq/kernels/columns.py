@@ -58,24 +58,28 @@ def sweep_columns(w, u, scale, zero, max_code, kind, levels, first, codes, error
     """Round some neighbouring columns of one block, passing each error on to the block's later columns.
 
     Args:
-        w: (rows, block) float32, changed in place: the block's weights.
-        u: (block, block) float32: the block's diagonal part of the upper factor.
-        scale: (rows, count) float32, of the columns to round.
-        zero: (rows, count) float32, likewise.
+        w: (stacks, rows, block) float32, changed in place: the block's weights, those of one input in a stack.
+        u: (stacks, block, block) float32: the block's diagonal part of each stack's upper factor.
+        scale: (stacks, rows, count) float32, of the columns to round.
+        zero: (stacks, rows, count) float32, likewise.
         max_code, kind, levels: the grid's arithmetic, as above.
         first: first of these columns within the block.
-        codes: (rows, block) float32, written.
-        errors: (rows, block) float32, written: (w - q) / U_ii.
+        codes: (stacks, rows, block) float32, written.
+        errors: (stacks, rows, block) float32, written: (w - q) / U_ii.
     """
-    rows, block = w.shape
-    for tile in numba.prange((rows + LANES - 1) // LANES):
+    stacks, rows, block = w.shape
+    tiles = (rows + LANES - 1) // LANES
+    for index in numba.prange(stacks * tiles):
+        stack, tile = index // tiles, index % tiles
         x = np.zeros((block, LANES), np.float32)
-        _load(w, tile, x)
-        _sweep_tile(tile, x, u, scale, zero, max_code, kind, levels, first, codes, errors)
+        _load(w[stack], tile, x)
+        _sweep_tile(
+            *(tile, x, u[stack], scale[stack], zero[stack], max_code, kind, levels, first, codes[stack], errors[stack])
+        )
         start, count = tile * LANES, min(LANES, rows - tile * LANES)
         for r in range(count):
             for j in range(first, block):
-                w[start + r, j] = x[j, r]
+                w[stack, start + r, j] = x[j, r]
 
 
 @numba.njit(inline="always")

@@ -59,10 +59,18 @@ def _nearest(x, s, z, max_code, levels, KIND: tl.constexpr, LEVELS: tl.constexpr
 def _sweep(
     w, u, scale, zero, levels, codes, errors,
     max_code, rows, block, first, count,
-    w_row, w_column, u_row, scale_row, scale_column, zero_row, zero_column,
-    codes_row, codes_column, errors_row, errors_column,
+    w_stack, w_row, w_column, u_stack, u_row,
+    scale_stack, scale_row, scale_column, zero_stack, zero_row, zero_column,
+    codes_stack, codes_row, codes_column, errors_stack, errors_row, errors_column,
     KIND: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    stack = tl.program_id(1).to(tl.int64)
+    w += stack * w_stack
+    u += stack * u_stack
+    scale += stack * scale_stack
+    zero += stack * zero_stack
+    codes += stack * codes_stack
+    errors += stack * errors_stack
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     j = tl.arange(0, BLOCK)[None, :]
     real, row = r < rows, r[:, None]
@@ -86,16 +94,16 @@ def _sweep(
 
 
 def sweep_columns(
-    w: Float[Tensor, "rows block"],
-    u: Float[Tensor, "block block"],
-    scale: Float[Tensor, "rows count"],
-    zero: Float[Tensor, "rows count"],
+    w: Float[Tensor, "stacks rows block"],
+    u: Float[Tensor, "stacks block block"],
+    scale: Float[Tensor, "stacks rows count"],
+    zero: Float[Tensor, "stacks rows count"],
     max_code: float,
     kind: int,
     levels: Float[Tensor, "n"],
     first: int,
-    codes: Float[Tensor, "rows block"],
-    errors: Float[Tensor, "rows block"],
+    codes: Float[Tensor, "stacks rows block"],
+    errors: Float[Tensor, "stacks rows block"],
     tile: tuple[int, int] | None = None,
 ) -> None:
     """Round some neighbouring columns of one block, passing each error on to the block's later columns.
@@ -104,8 +112,8 @@ def sweep_columns(
     host is not waited for.
 
     Args:
-        w: the block's weights; columns after those to round are changed in place.
-        u: the block's diagonal part of the upper factor.
+        w: the block's weights, those of one input in a stack; columns after those to round are changed in place.
+        u: the block's diagonal part of each stack's upper factor.
         scale: of the columns to round.
         zero: likewise.
         max_code: the grid's arithmetic, as in columns.py.
@@ -116,14 +124,14 @@ def sweep_columns(
         errors: those columns are written: (w - q) / U_ii.
         tile: rows and warps of one program, see `row_tile`.
     """
-    rows, block = w.shape
+    stacks, rows, block = w.shape
     width = triton.next_power_of_2(block)
     height, warps = tile or row_tile(width)
     with torch.cuda.device_of(w):
-        _sweep[(triton.cdiv(rows, height),)](
+        _sweep[(triton.cdiv(rows, height), stacks)](
             *(w, u, scale, zero, levels, codes, errors),
-            *(float(max_code), rows, block, first, scale.shape[1]),
-            *(*w.stride(), u.stride(0), *scale.stride(), *zero.stride(), *codes.stride(), *errors.stride()),
+            *(float(max_code), rows, block, first, scale.shape[2]),
+            *(*w.stride(), *u.stride()[:2], *scale.stride(), *zero.stride(), *codes.stride(), *errors.stride()),
             *(kind, len(levels), height, width),
             num_warps=warps,
             enable_fp_fusion=False,
