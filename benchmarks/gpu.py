@@ -163,10 +163,11 @@ class Columns:
             if gpu.available(w.device):
                 from gptq_awq.kernels.triton_columns import sweep_columns
 
-                sweep_columns(w, self.u, scale, zero, arithmetic.max_code, kind, levels, 0, q, e, tile)
+                x, u, s, z, c, d = (x[None] for x in (w, self.u, scale, zero, q, e))
+                sweep_columns(x, u, s, z, arithmetic.max_code, kind, levels, 0, c, d, tile)
             else:
-                x, u, s, z, t, c, d = (x.numpy() for x in (w.clone(), self.u, scale, zero, levels, q, e))
-                sweep_on_cpu(x, u, s, z, x.dtype.type(arithmetic.max_code), kind, t, 0, c, d)
+                x, u, s, z, c, d = (x[None].numpy() for x in (w.clone(), self.u, scale, zero, q, e))
+                sweep_on_cpu(x, u, s, z, x.dtype.type(arithmetic.max_code), kind, levels.numpy(), 0, c, d)
             codes.append(q)
         return codes
 

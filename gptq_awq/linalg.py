@@ -74,6 +74,7 @@ def reordered(
     out = torch.empty_like(matrix) if out is None else out
     for a in range(0, len(order), BLOCK):
         out[a : a + BLOCK] = matrix[order[a : a + BLOCK]].index_select(1, order)
+    return out
 
 
 def _reversed(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:

@@ -129,7 +129,7 @@ class Moments:
 def factor_together(sites: Sequence[Moments], damping: float, act_order: bool) -> None:
     """Find what `inverse_factor` will be asked for, of several sites of one width at once.
 
-    Where that damping does not suffice a site is factored by itself; one that won't factor at all is left to be told so.
+    Where that damping does not suffice a site is factored by itself; one that won't factor at all is left out.
     """
     key = (damping, act_order)
     missing = [site for site in sites if key not in site._factors]

@@ -82,7 +82,8 @@ def swept(block: Block, sweep) -> Swept:
     w, arithmetic = block.w.clone(), block.arithmetic
     codes, errors = torch.full_like(w, -1), torch.full_like(w, -1)
     levels, kind = w.new_tensor(arithmetic.levels), KINDS.index(arithmetic.kind)
-    sweep(w, block.u, block.scale, block.zero, arithmetic.max_code, kind, levels, block.first, codes, errors)
+    stacks = (x[None] for x in (w, block.u, block.scale, block.zero))
+    sweep(*stacks, arithmetic.max_code, kind, levels, block.first, codes[None], errors[None])
     outside = torch.ones(w.shape[1], dtype=torch.bool)
     outside[block.rounded] = False
     assert (codes[:, outside] == -1).all()

@@ -6,8 +6,9 @@ what the neighbours are. A new number format is one file with one frozen datacla
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -41,6 +42,17 @@ class Fitted:
         index = group_of_column.to(self.scales.device)
         # Not scales[:, index], which takes ten times as long.
         return self.scales.index_select(1, index), self.zeros.index_select(1, index)
+
+    def rows(self, rows: slice) -> "Fitted":
+        """Of some rows, where a grid fits rows apart."""
+        store = {name: x[rows] for name, x in self.store.items()}
+        return Fitted(self.scales[rows], self.zeros[rows], store)
+
+    def split(self, sizes: Sequence[int]) -> "list[Fitted]":
+        """Copies of so many rows each, the same."""
+        ends = list(accumulate(sizes))
+        parts = [self.rows(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+        return [Fitted(p.scales.clone(), p.zeros.clone(), {k: x.clone() for k, x in p.store.items()}) for p in parts]
 
 
 @dataclass(frozen=True)
@@ -127,8 +139,8 @@ class Grid(ABC):
     def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "*spans cols cols"] | None = None) -> Fitted:
         """Choose scale and zero for every row and group of one span.
 
-        Rows are fitted each by itself, unless a span is the whole weight, so that `fit_all` can pass neighbouring
-        spans as rows: with a stack of n Hessian blocks, row k is of span k mod n.
+        Rows are fitted each by itself where `rows_apart`, and where a span is a part of the weight, so that `fit_all`
+        can pass neighbouring spans as rows: with a stack of n Hessian blocks, row k is of span k mod n.
         """
 
     @property
@@ -144,6 +156,11 @@ class Grid(ABC):
     def span(self) -> int:
         """Columns that are fitted together, a multiple of `group_size`: a super-block; -1 means all of them."""
         return self.group_size
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether some rows of a weight are fitted as they are in all of it."""
+        return self.span != -1 or self.group_size == -1
 
     def check_columns(self, columns: int, where: str) -> None:  # noqa: B027 (most grids take any width)
         """Raise UserError where the format has no room for a weight of that many columns."""
@@ -209,7 +226,7 @@ def nearest(grid: Grid, w: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows co
     """Weights rounded to nearest, on the grid as it is fitted without search."""
     grid = grid.without_search()
     out = torch.empty_like(w)
-    for rows in row_parts(w) if grid.span != -1 else [slice(None)]:  # what spans whole rows may look at all of them
+    for rows in row_parts(w) if grid.rows_apart else [slice(None)]:
         out[rows] = _nearest(grid, w[rows])
     return out
 
@@ -289,6 +306,17 @@ class QuantizedWeight:
     ) -> "QuantizedWeight":
         """From the codes a solver chose and the groups it fitted."""
         return cls(codes.to(torch.uint8), fitted.scales, fitted.zeros, group_of_column, grid, loss, fitted.store)
+
+    @classmethod
+    def below(cls, parts: "Sequence[QuantizedWeight]") -> "QuantizedWeight":
+        """One weight from its rows, of a grid that fits rows apart."""
+        if len(parts) == 1:
+            return parts[0]
+        first = parts[0]
+        codes, scales, zeros = (torch.cat([getattr(p, name) for p in parts]) for name in ("codes", "scales", "zeros"))
+        loss = None if first.loss is None else sum(p.loss for p in parts if p.loss is not None)
+        store = {name: torch.cat([p.store[name] for p in parts]) for name in first.store}
+        return cls(codes, scales, zeros, first.group_of_column, first.grid, loss, store)
 
     def dequantize(self) -> Float[Tensor, "out in"]:
         """The weight that an engine computes with."""

@@ -74,6 +74,11 @@ class TableGrid(Grid):
         return -1 if self.double_quant else self.group_size
 
     @property
+    def rows_apart(self) -> bool:
+        """Unless scales are quantized."""
+        return not self.double_quant
+
+    @property
     def arithmetic(self) -> Arithmetic:
         """A table, as float32 holds it."""
         return Arithmetic("table", 15, tuple(torch.tensor(LEVELS[self.table]).tolist()))

@@ -192,7 +192,8 @@ def _land(
         solution = solved(solver, name, weight, moments, grid)
         dequantized = _put(module, solution.quantized)
     report = LinearReport(name, -1, Site((name,), weight.shape[1]), method, moments, prepared)
-    done.rows.append(report.row(weight, dequantized, solution, time.perf_counter() - started))
+    errors = report.errors(weight, dequantized, solution)
+    done.rows.append(report.row(solution, errors, time.perf_counter() - started))
     done.weights[name] = solution.quantized
 
 

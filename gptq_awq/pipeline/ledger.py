@@ -1,7 +1,7 @@
 """One ledger row per linear: what was asked for, what was done, and what it cost."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -39,27 +39,36 @@ class LinearReport:
     scalings: Mapping[str, Scaling]
 
     @phase("ledger")
-    def row(
-        self,
-        weight: Float[Tensor, "out in"],
-        dequantized: Float[Tensor, "out in"],
-        solution: Solution,
-        seconds: float,
-    ) -> dict[str, Any]:
+    def errors(
+        self, weight: Float[Tensor, "out in"], dequantized: Float[Tensor, "out in"], solution: Solution
+    ) -> "Errors":
+        """What the solver's answer costs, of all rows or of some."""
+        sums = Errors(_squares(weight), _squares(dequantized, weight))
+        if self.moments is None or not self.moments.tokens:
+            return sums
+        hessian = self.moments.hessian
+        loss = solution.quantized.loss if solution.damping is None else None  # else it is of the damped H
+        after = _error(dequantized, weight, hessian) if loss is None else 2 * loss
+        rounded = nearest(solution.quantized.grid, weight)
+        same = torch.equal(rounded, dequantized)
+        before = after if same else quadratic(rounded.sub_(weight), hessian, rough=True)
+        return replace(sums, signal=quadratic(weight, hessian, rough=True), before=before, after=after)
+
+    def row(self, solution: Solution, errors: "Errors", seconds: float) -> dict[str, Any]:
         """The row, as JSON values.
 
         Errors are relative, ‖error‖² / ‖signal‖² of the linear's output: `error_before` of rounding the weight
         that the solver got to nearest without any search, `error_after` of what it answered. The signal, and with
         it both, is known to 0.3% (see `quadratic`).
         """
-        grid, moments, columns = solution.quantized.grid, self.moments, weight.shape[1]
-        size = columns if grid.group_size == -1 else grid.group_size
-        last_group = columns % size or size
+        grid, moments, shape = solution.quantized.grid, self.moments, list(solution.quantized.codes.shape)
+        size = shape[1] if grid.group_size == -1 else grid.group_size
+        last_group = shape[1] % size or size
         row: dict[str, Any] = {
             "name": self.name,
             "block": self.block,
             "site": self.site.name,
-            "shape": list(weight.shape),
+            "shape": shape,
             "requested": self.method.name,
             "solver": solution.algorithm,
             "fallback": solution.fallback,
@@ -74,7 +83,7 @@ class LinearReport:
             "tokens": _tokens(moments),
             "loss": solution.quantized.loss,
             "codes_sha256": solution.quantized.sha256(),
-            "weight_error": _squares(dequantized, weight) / max(_squares(weight), 1e-30),
+            "weight_error": errors.changed / max(errors.weight, 1e-30),
             "seconds": round(seconds, 4),
         }
         if moments is not None and moments.routed is not None:
@@ -82,15 +91,32 @@ class LinearReport:
         if self.site.analogous and any(scaling.scales is not None for scaling in self.scalings.values()):
             row["absorber"] = "verified on another expert"
         if moments is not None and moments.tokens:
-            signal = max(quadratic(weight, moments.hessian, rough=True), 1e-30)
-            loss = solution.quantized.loss if solution.damping is None else None  # else it is of the damped H
-            error = _error(dequantized, weight, moments.hessian) if loss is None else 2 * loss
-            row["error_after"] = error / signal
-            rounded = nearest(grid, weight)
-            same = torch.equal(rounded, dequantized)
-            before = error if same else quadratic(rounded.sub_(weight), moments.hessian, rough=True)
-            row["error_before"] = before / signal
+            signal = max(errors.signal, 1e-30)
+            row |= {"error_after": errors.after / signal, "error_before": errors.before / signal}
         return row
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Sums of squares over some rows of a linear.
+
+    Attributes:
+        weight: of the weight.
+        changed: of what rounding changed of it.
+        signal: of its output.
+        before: of the output's error, were the weight rounded to nearest.
+        after: of the output's error.
+    """
+
+    weight: float
+    changed: float
+    signal: float = 0.0
+    before: float = 0.0
+    after: float = 0.0
+
+    def __add__(self, other: "Errors") -> "Errors":
+        """Of both rows."""
+        return Errors(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 def _squares(a: Float[Tensor, "out in"], b: Float[Tensor, "out in"] | None = None) -> float:

@@ -1,6 +1,7 @@
 """A method: transforms, one solver, tuning. `configs/method/NAME.yaml` is such a preset; there is no other registry."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +13,7 @@ from gptq_awq.grids.base import Grid
 from gptq_awq.linalg import NotPositiveDefiniteError
 from gptq_awq.moments import Moments
 from gptq_awq.profiling import phase
-from gptq_awq.solvers.base import Solution, Solver
+from gptq_awq.solvers.base import Rowwise, Solution, Solver
 from gptq_awq.transforms.base import ModelTransform, Transform
 from gptq_awq.tuning.base import BlockTuning, ModelTuning
 
@@ -96,8 +97,7 @@ def solved(solver: Solver, name: str, weight: Float[Tensor, "out in"], moments: 
     Raises:
         UserError: naming it, where it isn't finite or its Hessian won't factor.
     """
-    if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():  # a NaN is both extremes
-        raise UserError(f"model: {name} has non-finite weights")
+    _check_finite(name, weight)
     try:
         with phase("solve"):
             return solver.solve(weight, moments, grid)
@@ -106,3 +106,28 @@ def solved(solver: Solver, name: str, weight: Float[Tensor, "out in"], moments: 
             f"{name}: {error}; raise method.solver.damping, give more calibration text "
             "(data.samples), or allow method.solver.fallback=rtn"
         ) from error
+
+
+def solved_together(
+    solver: Solver,
+    names: Sequence[str],
+    weights: Sequence[Float[Tensor, "_ in"]],
+    moments: Sequence[Moments | None],
+    grid: Grid,
+) -> list[Solution]:
+    """The same of several weights, together if the solver can.
+
+    Raises:
+        UserError: naming the one that isn't finite or whose Hessian won't factor.
+    """
+    if len(weights) > 1 and isinstance(solver, Rowwise):
+        for name, weight in zip(names, weights, strict=True):
+            _check_finite(name, weight)
+        with suppress(NotPositiveDefiniteError), phase("solve"):  # below, each by itself, it will be seen whose
+            return solver.solve_together(weights, moments, grid)
+    return [solved(solver, *each, grid) for each in zip(names, weights, moments, strict=True)]
+
+
+def _check_finite(name: str, weight: Float[Tensor, "out in"]) -> None:
+    if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():  # a NaN is both extremes
+        raise UserError(f"model: {name} has non-finite weights")

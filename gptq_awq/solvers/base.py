@@ -1,9 +1,10 @@
 """What a solver is, and what it answers.
 
 A solver lands one linear's weight on a grid: a frozen dataclass with `name`, `needs_hessian` and `solve`, and
-`needs_cross` if it is true.
+`needs_cross` if it is true. One whose rows don't depend on each other may have a `solve_together`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -55,4 +56,18 @@ class Solver(Protocol):
 
     def solve(self, weight: Float[Tensor, "out in"], moments: Moments | None, grid: Grid) -> Solution:
         """Quantize one weight (float32), given the statistics of its input."""
+        ...
+
+
+@runtime_checkable
+class Rowwise(Solver, Protocol):
+    """A solver to which each row of a weight is a problem by itself, given its input's moments.
+
+    Several linears are solved together then, and ranks share the rows of one.
+    """
+
+    def solve_together(
+        self, weights: Sequence[Float[Tensor, "_ in"]], moments: Sequence[Moments | None], grid: Grid
+    ) -> list[Solution]:
+        """Quantize some weights: those of one input are given the same moments; inputs have equally many rows."""
         ...

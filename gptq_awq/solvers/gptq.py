@@ -11,7 +11,7 @@ Updates inside a block of `block_size` columns are immediate, those beyond it ar
 the last lazy update left them: the original code's choice, so that results equal its own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from gptq_awq.grids.base import Fitted, Grid, QuantizedWeight, fit_all, group_of
 from gptq_awq.kernels import gpu
 from gptq_awq.kernels.columns import sweep_columns
 from gptq_awq.linalg import NotPositiveDefiniteError, reordered
-from gptq_awq.moments import Moments
+from gptq_awq.moments import Factor, Moments, factor_together
 from gptq_awq.profiling import phase
 from gptq_awq.solvers.base import Solution
 from gptq_awq.solvers.rtn import RTN
@@ -71,43 +71,83 @@ class GPTQ:
 
         Raises:
             NotPositiveDefiniteError: H could not be factored and no fallback is declared.
+            ValueError: no moments.
         """
-        if moments is None:
+        return self.solve_together([weight], [moments], grid)[0]
+
+    def solve_together(
+        self, weights: Sequence[Float[Tensor, "_ in"]], moments: Sequence[Moments | None], grid: Grid
+    ) -> list[Solution]:
+        """Quantize weights by one sweep, whose rows are independent: those of one H below each other, as a stack.
+
+        Args:
+            weights: as many rows for each H, as many columns in all.
+            moments: of their inputs; one object for weights that read the same.
+            grid: where all land; it fits rows apart, unless there is one weight only.
+
+        Raises:
+            NotPositiveDefiniteError: an H could not be factored and no fallback is declared.
+            ValueError: no moments.
+        """
+        known = [each for each in moments if each is not None]
+        if len(known) < len(weights):
             raise ValueError(f"{self.name} needs the moments of the layer's input")
-        W = weight.clone()
-        # 1. Columns that never see an input cannot matter.
+        # Factor the inverse Hessians, in the order that columns are rounded in.
+        inputs = {id(each.hessian): each for each in known}
+        factor_together(list(inputs.values()), self.damping, self.act_order)
+        solutions: dict[int, Solution] = {}
+        stacks: list[_Stack] = []
+        for each in inputs.values():
+            members = [i for i, own in enumerate(known) if own.hessian is each.hessian]
+            try:
+                factor = each.inverse_factor(self.damping, self.act_order)
+            except NotPositiveDefiniteError as error:
+                if self.fallback == "none":
+                    raise
+                for i in members:
+                    rounded = RTN().solve(weights[i], each, grid).quantized
+                    solutions[i] = Solution(rounded, "rtn", fallback=str(error))
+            else:
+                stacks.append(self._stack(members, [weights[i] for i in members], each, factor, grid))
+        if stacks:
+            solutions |= self._swept(stacks)
+        return [solutions[i] for i in range(len(weights))]
+
+    def _swept(self, stacks: list["_Stack"]) -> dict[int, Solution]:
+        """Round, column by column."""
+        W = _stacked([stack.W for stack in stacks])
+        with phase("solve", W.shape[0] * W.shape[1], W.shape[2]):
+            codes, losses = sweep(W, stacks, self.block_size)
+        solutions = {}
+        for stack, own, lost in zip(stacks, codes, losses, strict=True):
+            damping = stack.factor[2]
+            raised = f"damping raised from {self.damping:g} to {damping:g}" if damping != self.damping else None
+            for i, weight in zip(stack.members, stack.apart(own, lost), strict=True):
+                solutions[i] = Solution(weight, self.name, damping, raised)
+        return solutions
+
+    def _stack(
+        self, members: list[int], weights: list[Tensor], moments: Moments, factor: Factor, grid: Grid
+    ) -> "_Stack":
+        """What the sweep begins with, of one H."""
+        U, order, _ = factor
+        W = weights[0].clone() if len(weights) == 1 else torch.cat(weights)
+        # Columns that never see an input cannot matter.
         W.masked_fill_(moments.dead(), 0)
-        # 2. Factor the inverse Hessian, in the order that columns are rounded in.
-        try:
-            U, order, damping = moments.inverse_factor(self.damping, self.act_order)
-        except NotPositiveDefiniteError as error:
-            if self.fallback == "none":
-                raise
-            return Solution(RTN().solve(weight, moments, grid).quantized, "rtn", fallback=str(error))
         W = self.target(W, moments, U, order)
-        # 3. Fit all groups now, in natural order, or leave each to be fitted when its turn comes.
+        # Fit all groups now, in natural order, or leave each to be fitted when its turn comes.
         hessian = moments.hessian if grid.needs_hessian else None
         group_of_column = group_of_columns(W.shape[1], grid.group_size)
-        fitted = _Groups.empty(W, group_of_column, grid)
+        groups = _Groups.empty(W, group_of_column, grid)
         if self.static_groups:
-            fitted.fit_all(W, hessian)
-        # 4. Round, column by column.
+            groups.fit_all(W, hessian)
         if order is not None:
             _permute(W, order)
             if self.static_groups:
                 group_of_column = group_of_column[order.cpu()]
             elif hessian is not None:
                 hessian = reordered(hessian, order)
-        with phase("solve", *W.shape):
-            codes, loss = sweep(W, U, grid, group_of_column, fitted, hessian, self.block_size)
-        # 5. Back to the layer's own column order.
-        if order is not None:
-            inverse = torch.argsort(order)
-            _permute(codes, inverse)
-            group_of_column = group_of_column[inverse.cpu()]
-        quantized = QuantizedWeight.of(grid, codes, fitted.all(), group_of_column, loss)
-        raised = f"damping raised from {self.damping:g} to {damping:g}" if damping != self.damping else None
-        return Solution(quantized, self.name, damping, raised)
+        return _Stack(members, [len(w) for w in weights], W, factor, hessian, group_of_column, groups)
 
     def target(
         self,
@@ -153,12 +193,8 @@ class _Groups:
         self.scales, self.zeros, self.store = fitted.scales, fitted.zeros, fitted.store
         self.stores = {span: {} for span in self.span_of_group.tolist()}
 
-    def fit(self, span: int, W: Tensor, span_of_column: list[int], hessian: Tensor | None) -> None:
-        """Fit one span, whose columns are neighbours in W, to the weights as they are."""
-        a = span_of_column.index(span)
-        b = a + span_of_column.count(span)
-        with phase("search"):
-            fitted = self.grid.fit(W[:, a:b], None if hessian is None else hessian[a:b, a:b])
+    def take(self, span: int, fitted: Fitted) -> None:
+        """Note what was fitted to one span."""
         first = int((self.span_of_group < span).sum())
         groups = slice(first, first + fitted.scales.shape[1])
         self.scales[:, groups], self.zeros[:, groups] = fitted.scales, fitted.zeros
@@ -169,38 +205,103 @@ class _Groups:
         return Fitted(self.scales, self.zeros).per_column(columns)
 
 
+@dataclass(frozen=True)
+class _Stack:
+    """Weights that read one input, below each other, ready for the sweep.
+
+    Attributes:
+        members: which of the weights that were given.
+        rows: of each.
+        W: what rounding starts from, columns in the order that they are rounded in.
+        factor: U, that order, the damping.
+        hessian: H in that order, where ranges are still to be fitted and want it.
+        group_of_column: in that order.
+        groups: scales and zeros.
+    """
+
+    members: list[int]
+    rows: list[int]
+    W: Float[Tensor, "out in"]
+    factor: Factor
+    hessian: Float[Tensor, "in in"] | None
+    group_of_column: Int[Tensor, "in"]
+    groups: _Groups
+
+    def apart(self, codes: UInt8[Tensor, "out in"], losses: Float[Tensor, "out"]) -> list[QuantizedWeight]:
+        """The weights, columns back in the layer's own order."""
+        order, group_of_column = self.factor[1], self.group_of_column
+        if order is not None:
+            inverse = torch.argsort(order)
+            _permute(codes, inverse)
+            group_of_column = group_of_column[inverse.cpu()]
+        grid, fitted = self.groups.grid, self.groups.all()
+        sums = [float(part.sum()) / 2 for part in losses.split(self.rows)]
+        if len(self.rows) == 1:
+            return [QuantizedWeight.of(grid, codes, fitted, group_of_column, sums[0])]
+        parts = zip(codes.split(self.rows), fitted.split(self.rows), sums, strict=True)
+        return [QuantizedWeight.of(grid, own.clone(), its, group_of_column, lost) for own, its, lost in parts]
+
+
 def sweep(
-    W: Float[Tensor, "out in"],
-    U: Float[Tensor, "in in"],
-    grid: Grid,
-    group_of_column: Int[Tensor, "in"],
-    groups: _Groups,
-    hessian: Float[Tensor, "in in"] | None,
-    block_size: int,
-) -> tuple[UInt8[Tensor, "out in"], float]:
+    W: Float[Tensor, "stacks out in"], stacks: Sequence[_Stack], block_size: int
+) -> tuple[list[UInt8[Tensor, "out in"]], Float[Tensor, "stacks out"]]:
     """The blocked column sweep, in the order that columns have here. Changes W, and fits what groups are not.
 
     Returns:
-        Codes, and the loss ½ Σ (w_i - q_i)² / U_ii².
+        Codes of each stack, and each row's Σ (w_i - q_i)² / U_ii² in float64: twice its loss.
     """
-    columns, span_of_column = W.shape[1], groups.span_of_group[group_of_column].tolist()
-    codes, loss = torch.empty_like(W, dtype=torch.uint8), W.new_zeros((), dtype=torch.float64)
-    group_of_column = group_of_column.to(W.device)
+    columns, first = W.shape[2], stacks[0].groups
+    grid, span_of_column = first.grid, first.span_of_group[stacks[0].group_of_column].tolist()
+    codes = [torch.empty_like(own, dtype=torch.uint8) for own in W]
+    losses = W.new_zeros(W.shape[:2], dtype=torch.float64)
+    group_of_columns = [stack.group_of_column.to(W.device) for stack in stacks]
+    factors = [stack.factor[0] for stack in stacks]
     round_columns = _rounding(W.device)
     for i1 in range(0, columns, block_size):
         i2 = min(i1 + block_size, columns)
         # Ranges are fitted to W, which changes between blocks only: all that begin here can be fitted now.
         for span in dict.fromkeys(span_of_column[i1:i2]):
-            if span not in groups.stores:
-                groups.fit(span, W, span_of_column, hessian)
-        W1, U1 = W[:, i1:i2].clone(memory_format=torch.contiguous_format), U[i1:i2, i1:i2].contiguous()
+            if span not in first.stores:
+                _fit(span, W, stacks, span_of_column)
+        W1 = W[:, :, i1:i2].clone(memory_format=torch.contiguous_format)
+        U1 = _stacked([U[i1:i2, i1:i2] for U in factors]).contiguous()
         Q1, E1 = torch.empty_like(W1), torch.empty_like(W1)
-        round_columns(W1, U1, grid, groups.of(group_of_column[i1:i2]), Q1, E1)
-        codes[:, i1:i2] = Q1
-        loss += E1.square().sum(dtype=torch.float64)
+        params = [stack.groups.of(of[i1:i2]) for stack, of in zip(stacks, group_of_columns, strict=True)]
+        scales, zeros = (_stacked(list(each)) for each in zip(*params, strict=True))
+        round_columns(W1, U1, grid, (scales, zeros), Q1, E1)
+        for own, rounded in zip(codes, Q1, strict=True):
+            own[:, i1:i2] = rounded
+        losses += E1.square().sum(2, dtype=torch.float64)
         if i2 < columns:
-            W[:, i2:].addmm_(E1, U[i1:i2, i2:], alpha=-1)
-    return codes, float(loss) / 2
+            _update(W[:, :, i2:], E1, [U[i1:i2, i2:] for U in factors])
+    return codes, losses
+
+
+def _fit(span: int, W: Float[Tensor, "stacks out in"], stacks: Sequence[_Stack], span_of_column: list[int]) -> None:
+    """Fit one span, whose columns are neighbours in W, to the weights as they are."""
+    a = span_of_column.index(span)
+    b = a + span_of_column.count(span)
+    blocks = [stack.hessian[a:b, a:b] for stack in stacks if stack.hessian is not None]
+    grid = stacks[0].groups.grid
+    with phase("search"):
+        # Row k is of stack k mod n, as the grid wants it.
+        rows = W[:, :, a:b].transpose(0, 1).reshape(-1, b - a)
+        fitted = grid.fit(rows, _stacked(blocks) if blocks else None)
+    for i, stack in enumerate(stacks):
+        stack.groups.take(span, fitted if len(stacks) == 1 else fitted.rows(slice(i, None, len(stacks))))
+
+
+def _update(W: Float[Tensor, "stacks out cols"], E: Float[Tensor, "stacks out block"], U: list[Tensor]) -> None:
+    """Later columns absorb a block's errors: W ← W - E U of each stack, in place."""
+    if len(U) == 1:
+        W[0].addmm_(E[0], U[0], alpha=-1)
+    else:
+        W.baddbmm_(E, torch.stack(U), alpha=-1)
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Along a new first dimension; one by itself is not copied."""
+    return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
 
 
 def _permute(matrix: Float[Tensor, "out in"] | UInt8[Tensor, "out in"], order: Int[Tensor, "in"]) -> None:
@@ -226,14 +327,13 @@ def _round_triton(W1: Tensor, U1: Tensor, grid: Grid, params: Params, Q1: Tensor
 
 def _round_plain(W1: Tensor, U1: Tensor, grid: Grid, params: Params, Q1: Tensor, E1: Tensor) -> None:
     """Round the columns of a block: any device. The equations, one line each."""
-    scales, zeros = params
-    for i in range(scales.shape[1]):
-        group = scales[:, i : i + 1], zeros[:, i : i + 1]
-        w = W1[:, i : i + 1]
-        code = grid.encode(w, group)
-        e = (w - grid.decode(code, group)) / U1[i, i]
-        W1[:, i + 1 :] -= e * U1[i, i + 1 :]
-        Q1[:, i : i + 1], E1[:, i : i + 1] = code, e
+    for w, u, scales, zeros, q, e in zip(W1, U1, *params, Q1, E1, strict=True):
+        for i in range(scales.shape[1]):
+            group = scales[:, i : i + 1], zeros[:, i : i + 1]
+            code = grid.encode(w[:, i : i + 1], group)
+            error = (w[:, i : i + 1] - grid.decode(code, group)) / u[i, i]
+            w[:, i + 1 :] -= error * u[i, i + 1 :]
+            q[:, i : i + 1], e[:, i : i + 1] = code, error
 
 
 def _round_compiled(W1: Tensor, U1: Tensor, grid: Grid, params: Params, Q1: Tensor, E1: Tensor) -> None:

@@ -1,5 +1,6 @@
 """RTN: every weight to its nearest neighbour on the grid. The baseline of every paper; needs no data."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float
@@ -27,3 +28,9 @@ class RTN:
         codes = grid.encode(weight, params)
         loss = quadratic(weight - grid.decode(codes, params), moments.hessian) / 2 if moments else None
         return Solution(QuantizedWeight.of(grid, codes, fitted, groups, loss), algorithm=self.name)
+
+    def solve_together(
+        self, weights: Sequence[Float[Tensor, "_ in"]], moments: Sequence[Moments | None], grid: Grid
+    ) -> list[Solution]:
+        """One after the other: there is nothing to share."""
+        return [self.solve(*each, grid) for each in zip(weights, moments, strict=True)]
