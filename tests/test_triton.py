@@ -135,6 +135,27 @@ def test_the_sweep_equals_the_plain_loop_and_the_cpu_kernel_bit_for_bit(
     assert_equal(ours, swept_by_numba(block))
 
 
+def swept_together(blocks: list[Block]) -> list[Swept]:
+    """The same by Triton, of several blocks in one launch, as stacks."""
+    from gptq_awq.kernels.triton_columns import sweep_columns
+
+    w, u, scale, zero = (torch.stack([getattr(b, name) for b in blocks]) for name in ("w", "u", "scale", "zero"))
+    codes, errors, arithmetic = torch.empty_like(w), torch.empty_like(w), blocks[0].arithmetic
+    kind, levels = KINDS.index(arithmetic.kind), w.new_tensor(arithmetic.levels)
+    w, u, scale, zero = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (w, u, scale, zero))  # any strides
+    sweep_columns(w, u, scale, zero, arithmetic.max_code, kind, levels, 0, codes, errors)
+    return [(codes[i], errors[i], w[i, :, w.shape[2] :]) for i in range(len(blocks))]
+
+
+@needs_triton
+@kinds
+def test_stacks_in_one_launch_are_swept_as_one_by_one(interpreter, arithmetic):
+    blocks = [Block.random(arithmetic, 9, 24, 0, 24) for _ in range(3)]
+    blocks = [replace(block, w=(i + 1) * block.w, u=block.u / (i + 1)) for i, block in enumerate(blocks)]
+    for ours, block in zip(interpreter(swept_together, blocks), blocks, strict=True):
+        assert_equal(ours, swept_by_numba(block))
+
+
 @needs_triton
 def test_a_block_in_two_launches_is_the_block_in_one(interpreter):
     whole = Block.random(ARITHMETICS[0], 5, 24, 0, 24)

@@ -1,9 +1,11 @@
 """One turn of the block loop: everything that happens to one block."""
 
 import copy
+import functools
+import operator
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,15 +17,17 @@ from gptq_awq.models.blocks import hooks
 from gptq_awq.models.linear import Site, is_linear, matrix
 from gptq_awq.moments import Moments
 from gptq_awq.pipeline.inputs import Inputs
-from gptq_awq.pipeline.ledger import LinearReport
-from gptq_awq.pipeline.method import Method, solved
+from gptq_awq.pipeline.ledger import Errors, LinearReport
+from gptq_awq.pipeline.method import Method, solved_together
 from gptq_awq.pipeline.observe import Observation
 from gptq_awq.pipeline.progress import Row
 from gptq_awq.pipeline.staged import staged_forward
 from gptq_awq.pipeline.streams import Streams
+from gptq_awq.pipeline.together import Piece, batches, shared
 from gptq_awq.pipeline.tuned import entering, examples, noted
 from gptq_awq.profiling import phase
 from gptq_awq.ranks import ONE, Ranks
+from gptq_awq.solvers.base import Solution
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.transforms.base import ModuleInputs, Scaling
 
@@ -162,47 +166,93 @@ class BlockStep:
         return inputs
 
     def _solve_sites(self, sites: Sequence[tuple[Site, Moments | None]]) -> None:
-        """Land the sites' linears on the grid, each on one of the ranks, which tells the others what came of it."""
-        linears = [(name, site, moments) for site, moments in sites for name in site.linears]
-        shapes = [matrix(self.block.get_submodule(name)).shape for name, _, _ in linears]
-        mine = {i: self._solve(*linears[i]) for i in self._ranks.share([rows * width**2 for rows, width in shapes])}
-        solved: dict[int, tuple[QuantizedWeight, Row]] = {}
-        for part in self._ranks.gather(mine):
-            solved |= part
-        for i, (name, _, _) in enumerate(linears):
-            weight, row = solved[i]
-            if i not in mine:
-                self._land(name, weight.dequantize())
-            self.weights[f"{self.name}.{name}"] = weight
-            self.rows.append(row)
+        """Land the sites' linears on the grid, with other ranks, which tell each other what came of it."""
+        linears = [self._piece(name, site, moments) for site, moments in sites for name in site.linears]
+        own: list[_Solved] = []
+        mine = batches(shared(linears, self._ranks))
+        for i, batch in enumerate(mine):
+            own += self._solve(batch)
+            later = {id(piece.known.hessian) for rest in mine[i + 1 :] for piece in rest if piece.known}
+            for piece in batch:
+                if piece.known and id(piece.known.hessian) not in later:
+                    piece.known.forget_factors()
+        solved: dict[str, list[_Solved]] = {}
+        for rank, parts in enumerate(self._ranks.gather(own)):
+            for part in parts:
+                solved.setdefault(part.name, []).append(part)
+                if rank != self._ranks.rank:
+                    self._land(part)
+        for piece in linears:
+            whole = _joined(solved[piece.name])
+            self.weights[f"{self.name}.{piece.name}"] = whole.solution.quantized
+            self.rows.append(self._report(piece).row(whole.solution, whole.errors, whole.seconds))
 
-    def _solve(self, name: str, site: Site, moments: Moments | None) -> tuple[QuantizedWeight, Row]:
-        """Land one linear on the grid."""
+    def _piece(self, name: str, site: Site, moments: Moments | None) -> Piece:
+        """A linear that is to be solved."""
         assert self.method.solver is not None
-        solver, known, grid = self.method.solver, moments, self.grids[name]
-        if moments is not None and not moments.tokens:  # an expert's, as experts.policy has it
-            solver, known = RTN(), None
-            grid = grid.without_search() if grid.needs_hessian else grid
-        started = time.perf_counter()
-        weight = matrix(self.block.get_submodule(name)).float()
-        full_name = f"{self.name}.{name}"
-        solution = solved(solver, full_name, weight, known, grid)
-        if grid is not self.grids[name]:  # the format is the same
-            solution = replace(solution, quantized=replace(solution.quantized, grid=self.grids[name]))
-        if moments is not None and name == site.linears[-1]:
-            moments.forget_factors()
-        dequantized = solution.quantized.dequantize()
-        scalings = self._prepared | self._scalings.get(site.name, {})
-        report = LinearReport(full_name, self.index, site, self.method, moments, scalings)
-        row = report.row(weight, dequantized, solution, time.perf_counter() - started)
-        self._land(name, dequantized)
-        return solution.quantized, row
+        rows, columns = matrix(self.block.get_submodule(name)).shape
+        piece = Piece(name, site, moments, self.method.solver, self.grids[name], columns, (0, rows))
+        if moments is None or moments.tokens:
+            return piece
+        grid = piece.grid.without_search() if piece.grid.needs_hessian else piece.grid
+        return replace(piece, solver=RTN(), grid=grid)  # an expert's, as experts.policy has it
 
-    def _land(self, name: str, dequantized: Tensor) -> None:
-        """Put a solved weight into the model, and into the copy that computes."""
-        matrix(self.block.get_submodule(name)).copy_(dequantized)
+    def _report(self, piece: Piece) -> LinearReport:
+        scalings = self._prepared | self._scalings.get(piece.site.name, {})
+        return LinearReport(f"{self.name}.{piece.name}", self.index, piece.site, self.method, piece.moments, scalings)
+
+    def _solve(self, batch: Sequence[Piece]) -> "list[_Solved]":
+        """Land some pieces that are solved together."""
+        started, first = time.perf_counter(), batch[0]
+        weights = [matrix(self.block.get_submodule(p.name))[slice(*p.rows)].float() for p in batch]
+        names = [f"{self.name}.{piece.name}" for piece in batch]
+        solutions = solved_together(first.solver, names, weights, [piece.known for piece in batch], first.grid)
+        parts = []
+        for piece, weight, solution in zip(batch, weights, solutions, strict=True):
+            if piece.grid is not self.grids[piece.name]:  # the format is the same
+                solution = replace(solution, quantized=replace(solution.quantized, grid=self.grids[piece.name]))
+            dequantized = solution.quantized.dequantize()
+            errors = self._report(piece).errors(weight, dequantized, solution)
+            parts.append(_Solved(piece.name, piece.rows[0], solution, errors))
+            self._land(parts[-1], dequantized)
+        seconds, rows = time.perf_counter() - started, sum(piece.count for piece in batch)
+        return [replace(part, seconds=seconds * piece.count / rows) for piece, part in zip(batch, parts, strict=True)]
+
+    def _land(self, part: "_Solved", dequantized: Tensor | None = None) -> None:
+        """Put solved rows into the model, and into the copy that computes."""
+        dequantized = part.solution.quantized.dequantize() if dequantized is None else dequantized
+        rows = slice(part.first, part.first + len(dequantized))
+        matrix(self.block.get_submodule(part.name))[rows] = dequantized
         if self.runner is not self.block:
-            matrix(self.runner.get_submodule(name)).copy_(dequantized)
+            matrix(self.runner.get_submodule(part.name))[rows] = dequantized
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """Some rows of a linear that have landed.
+
+    Attributes:
+        name: of the linear within the block.
+        first: row.
+        solution: of these rows.
+        errors: of these rows.
+        seconds: that they took, on one rank.
+    """
+
+    name: str
+    first: int
+    solution: Solution
+    errors: Errors
+    seconds: float = 0.0
+
+
+def _joined(parts: "Sequence[_Solved]") -> "_Solved":
+    """A linear from its rows; ranks factor one and the same H, so what else there is to say is the same of all."""
+    parts = sorted(parts, key=lambda part: part.first)
+    first = parts[0]
+    solution = replace(first.solution, quantized=QuantizedWeight.below([p.solution.quantized for p in parts]))
+    errors = functools.reduce(operator.add, (part.errors for part in parts))
+    return _Solved(first.name, 0, solution, errors, sum(part.seconds for part in parts))
 
 
 def _check_coverage(block: nn.Module, sites: list[Site], name: str) -> None:
