@@ -1,8 +1,8 @@
 """Ranks: the processes, one to a device, that quantize one model together; and the few words they exchange.
 
 `torchrun --nproc-per-node 2 run.py …` starts two, and so does Slurm with two tasks. Each holds the model and some of
-the calibration batches, and takes some of the linears; moments are summed. Rank 0 does alone whatever is there once:
-scores, results, the console. A process that was started by itself is `ONE`, to which all of this costs nothing.
+the calibration batches, and takes some rows of the linears; moments are summed. Rank 0 does alone whatever is there
+once: scores, results, the console. A process that was started by itself is `ONE`, to which all of this costs nothing.
 
 Tensors go by nccl between GPUs and by gloo between CPUs, all else by gloo, which sees at once that a rank has died.
 """

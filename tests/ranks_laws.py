@@ -78,7 +78,8 @@ def together(ranks, folder: Path) -> dict:
     for kept in (journal, Journal(folder / "left", "key")):
         with suppress(KilledError):
             run(METHODS["gptq"], ranks, kept, kill_after=0)
-    found["gptq of experts"] = run(METHODS["gptq"], ranks, name="qwen3-moe")
+    for name in ("gptq", "gptq on full precision"):
+        found[f"{name} of experts"] = run(METHODS[name], ranks, name="qwen3-moe")
     found["resumed"] = run(METHODS["gptq"], ranks, journal)
     found |= {name: run(METHODS["awq"], ranks, record=record) for name in ("recording", "recorded")}
     found["whole numbers"], found["one"] = moments_of_whole_numbers(ranks), moments_seen_by_one(ranks)

@@ -1,25 +1,29 @@
 """Solving several linears together gives what solving them one by one gives."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from test_gptq import moments, problem
 from test_pipeline import GRID, SMALL, run
-from tiny_models import tiny_model
+from tiny_models import tiny_model, tiny_tokens
 
 from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.kquant import KGrid
 from gptq_awq.grids.table import TableGrid
 from gptq_awq.linalg import inverse_cholesky, inverse_choleskys
+from gptq_awq.models.blocks import BlockCalls, find_blocks
 from gptq_awq.models.linear import Site
+from gptq_awq.models.topology import observe_sites
 from gptq_awq.pipeline import block, together
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.together import Piece, batches, shared
 from gptq_awq.ranks import ONE, Ranks
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN
+from gptq_awq.transforms.awq import AWQ
 
 ORDERS = [(False, False), (True, False), (True, True)]
 GRIDS = [
@@ -102,6 +106,24 @@ def test_a_model_whose_linears_are_solved_together_is_that_of_one_by_one(monkeyp
     for a, b in zip(ours.ledger, theirs.ledger, strict=True):
         assert a["error_after"] == pytest.approx(b["error_after"], rel=1e-6)
     assert tiny_model(name).dtype == ours.model.dtype
+
+
+def test_awqs_scales_are_those_of_one_site_after_the_other():
+    model = tiny_model("llama")
+    _, blocks = find_blocks(model)
+    hidden, calls = BlockCalls(model, blocks).record(tiny_tokens())
+    sites = observe_sites(blocks[0], hidden, calls[0], absorbers=True)
+    stats = [moments(problem(4, site.width, seed)[1]) for seed, site in enumerate(sites)]
+    grids, awq, other = {name: GRID for site in sites for name in site.linears}, AWQ(), copy.deepcopy(blocks[0])
+    ours = awq.apply(blocks[0], sites, stats, grids, lambda _name: [])
+    for site, own, scaling in zip(sites, stats, ours, strict=True):
+        (theirs,) = awq.apply(other, [site], [own], grids, lambda _name: [])
+        assert theirs.details == scaling.details
+        if theirs.scales is not None and scaling.scales is not None:
+            assert torch.equal(theirs.scales, scaling.scales)
+    assert sum(scaling.scales is not None for scaling in ours) > 2
+    for a, b in zip(blocks[0].parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def pieces(experts=3, grid=GRID, solver=None):

@@ -29,7 +29,7 @@ from gptq_awq.profiling import phase
 from gptq_awq.ranks import ONE, Ranks
 from gptq_awq.solvers.base import Solution
 from gptq_awq.solvers.rtn import RTN
-from gptq_awq.transforms.base import ModuleInputs, Scaling
+from gptq_awq.transforms.base import ModuleInputs, Scaling, SiteTransform, Transform, absorb_scaling
 
 NOTHING_KNOWN = Scaling(None, {"skipped": "no calibration token reaches this expert"})
 
@@ -130,13 +130,11 @@ class BlockStep:
         return seen
 
     def _transform(self, seen: Observation) -> list[Moments]:
-        """Moments of all sites' inputs, as they are after the transforms. Rank 0 transforms: it has the first batch."""
+        """Moments of all sites' inputs, as they are after the transforms."""
         moments = {site.linears: m for site, m in zip(seen.sites, seen.moments, strict=True)}
         known = [site for site in seen.sites if moments[site.linears].tokens]
         for transform in self.method.of_blocks:
-            stats = [moments[site.linears] for site in known]
-            apply = partial(transform.apply, self.block, known, stats, self.grids, self._inputs_of(seen))
-            scalings = self._ranks.from_first(apply)
+            scalings = self._apply(transform, known, [moments[site.linears] for site in known], self._inputs_of(seen))
             for site in seen.sites:
                 self._scalings.setdefault(site.name, {})[transform.name] = NOTHING_KNOWN
             for site, scaling in zip(known, scalings, strict=True):
@@ -149,6 +147,21 @@ class BlockStep:
         if self.runner is not self.block:
             self.runner.load_state_dict(self.block.state_dict())
         return list(moments.values())
+
+    def _apply(
+        self, transform: Transform, sites: list[Site], stats: list[Moments], inputs: ModuleInputs
+    ) -> list[Scaling]:
+        """Ranks share the sites where these are by themselves; else rank 0 transforms: it has the first batch."""
+        if not isinstance(transform, SiteTransform) or not transform.by_site:
+            return self._ranks.from_first(partial(transform.apply, self.block, sites, stats, self.grids, inputs))
+        rows = [sum(len(matrix(self.block.get_submodule(name))) for name in site.linears) for site in sites]
+        costs = [(site.absorber is not None) * site.width**2 * n for site, n in zip(sites, rows, strict=True)]
+        search = partial(transform.search, self.block, grids=self.grids, inputs=inputs)
+        mine = {i: search(sites[i], stats[i]) for i in self._ranks.share(costs)}
+        found = {i: scaling for part in self._ranks.gather(mine) for i, scaling in part.items()}
+        for i, site in enumerate(sites):
+            absorb_scaling(self.block, site, found[i])
+        return [found[i] for i in range(len(sites))]
 
     def _inputs_of(self, seen: Observation) -> ModuleInputs:
         """A function that shows a submodule's calls on the first batch, with the untransformed weights."""

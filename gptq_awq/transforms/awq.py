@@ -29,10 +29,9 @@ from gptq_awq.kernels import rank_k
 from gptq_awq.kernels.quadratic import Quadratic
 from gptq_awq.linalg import quadratic
 from gptq_awq.models.linear import Site, matrix
-from gptq_awq.models.topology import absorb
 from gptq_awq.moments import Moments
 from gptq_awq.profiling import phase
-from gptq_awq.transforms.base import ModuleInputs, Scaling
+from gptq_awq.transforms.base import ModuleInputs, Scaling, absorb_scaling
 
 MIN_SCALE = 1e-4
 Loss = Callable[[Tensor], float]
@@ -62,7 +61,6 @@ class AWQ:
         if self.objective not in ("linear", "module"):
             raise UserError(f"method.transforms.awq.objective={self.objective}: choose linear or module")
 
-    @phase("search")
     @torch.no_grad()
     def apply(
         self,
@@ -73,11 +71,22 @@ class AWQ:
         inputs: ModuleInputs,
     ) -> list[Scaling]:
         """Scale every site that has an absorber; the others are left alone, and say so."""
-        return [self._scale(block, site, stats, grids, inputs) for site, stats in zip(sites, moments, strict=True)]
+        found = [self.search(block, site, stats, grids, inputs) for site, stats in zip(sites, moments, strict=True)]
+        for site, scaling in zip(sites, found, strict=True):
+            absorb_scaling(block, site, scaling)
+        return found
 
-    def _scale(
+    @property
+    def by_site(self) -> bool:
+        """Whether a site's scales come from its weights and moments alone."""
+        return self.objective == "linear"
+
+    @phase("search")
+    @torch.no_grad()
+    def search(
         self, block: nn.Module, site: Site, stats: Moments, grids: Mapping[str, Grid], inputs: ModuleInputs
     ) -> Scaling:
+        """The scales of one site, which is not changed; those of sites before it would change nothing about it."""
         if site.absorber is None:
             return Scaling(None, {"skipped": "no preceding op can absorb a scale"})
         tie = site.absorber.tie
@@ -92,11 +101,10 @@ class AWQ:
         best, alpha, duo = torch.ones_like(stats.mean_abs), 0.0, False
         unscaled = least = loss(best)
         for with_duo in {"on": (True,), "off": (False,), "both": (False, True)}[self.duo]:
-            step, value = search(lambda step, d=with_duo: loss(scales(d, step)), self.ratio_steps)
+            step, value = least_loss(lambda step, d=with_duo: loss(scales(d, step)), self.ratio_steps)
             if value < least:
                 least, best = value, scales(with_duo, step)
                 alpha, duo = step / self.ratio_steps, with_duo
-        absorb(block, site, site.absorber, best)
         return Scaling(
             best,
             {
@@ -109,7 +117,7 @@ class AWQ:
         )
 
 
-def search(loss: Callable[[int], float], steps: int, stride: int = 4) -> tuple[int, float]:
+def least_loss(loss: Callable[[int], float], steps: int, stride: int = 4) -> tuple[int, float]:
     """The least loss over 0…steps-1: every `stride`-th first, then all between the best one's neighbours.
 
     The loss is nearly smooth in α, so this finds what trying every step finds, for half the work (docs/log.md).

@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from gptq_awq.grids.base import Grid
 from gptq_awq.models.linear import Site
+from gptq_awq.models.topology import absorb
 from gptq_awq.moments import Moments
 
 ModuleInputs = Callable[[str], list[tuple[tuple, dict[str, Any]]]]
@@ -52,6 +54,29 @@ class Transform(Protocol):
         `grids` says where each of the block's linears will land, by name within the block.
         """
         ...
+
+
+@runtime_checkable
+class SiteTransform(Transform, Protocol):
+    """A transform that may be found site by site, so that ranks share the sites."""
+
+    @property
+    def by_site(self) -> bool:
+        """Whether `search` needs no `inputs`: any rank can do it."""
+        ...
+
+    def search(
+        self, block: nn.Module, site: Site, stats: Moments, grids: Mapping[str, Grid], inputs: ModuleInputs
+    ) -> Scaling:
+        """What `apply` does at one site, found on the block as it was; nothing is changed."""
+        ...
+
+
+@torch.no_grad()
+def absorb_scaling(block: nn.Module, site: Site, scaling: Scaling) -> None:
+    """Multiply the site's columns by the scales, and divide what its absorber puts out, in place."""
+    if scaling.scales is not None and site.absorber is not None:
+        absorb(block, site, site.absorber, scaling.scales)
 
 
 @runtime_checkable
