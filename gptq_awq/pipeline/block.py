@@ -184,11 +184,8 @@ class BlockStep:
         own: list[_Solved] = []
         mine = batches(shared(linears, self._ranks))
         for i, batch in enumerate(mine):
-            own += self._solve(batch)
-            later = {id(piece.known.hessian) for rest in mine[i + 1 :] for piece in rest if piece.known}
-            for piece in batch:
-                if piece.known and id(piece.known.hessian) not in later:
-                    piece.known.forget_factors()
+            wanted = {id(piece.known.hessian) for later in mine[i + 1 :] for piece in later if piece.known}
+            own += self._solve(batch, wanted)
         solved: dict[str, list[_Solved]] = {}
         for rank, parts in enumerate(self._ranks.gather(own)):
             for part in parts:
@@ -214,12 +211,15 @@ class BlockStep:
         scalings = self._prepared | self._scalings.get(piece.site.name, {})
         return LinearReport(f"{self.name}.{piece.name}", self.index, piece.site, self.method, piece.moments, scalings)
 
-    def _solve(self, batch: Sequence[Piece]) -> "list[_Solved]":
-        """Land some pieces that are solved together."""
+    def _solve(self, batch: Sequence[Piece], wanted: set[int]) -> "list[_Solved]":
+        """Land some pieces that are solved together; `wanted`: the H that others will be solved with."""
         started, first = time.perf_counter(), batch[0]
         weights = [matrix(self.block.get_submodule(p.name))[slice(*p.rows)].float() for p in batch]
         names = [f"{self.name}.{piece.name}" for piece in batch]
         solutions = solved_together(first.solver, names, weights, [piece.known for piece in batch], first.grid)
+        for piece in batch:
+            if piece.known and id(piece.known.hessian) not in wanted:
+                piece.known.forget_factors()
         parts = []
         for piece, weight, solution in zip(batch, weights, solutions, strict=True):
             if piece.grid is not self.grids[piece.name]:  # the format is the same
