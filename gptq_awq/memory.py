@@ -1,5 +1,6 @@
 """Memory: what is free, what a run has used at most, and what calibration will need."""
 
+import ctypes
 import re
 import resource
 import sys
@@ -56,6 +57,12 @@ def peak_bytes(device: torch.device) -> int:
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
     kilobytes = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobytes
+
+
+def trim() -> None:
+    """Give freed memory back that the C library holds for later, where it is one that can (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 SOLVED = 10

@@ -85,6 +85,8 @@ class Inputs:
         self.dtype = resolve_compute_dtype(settings.compute_dtype, next(model.parameters()).device)
         self.experts, self._advance = experts, not error_propagation
         self.keeps_activations = keeps_activations(model, tokens, settings, error_propagation, full)
+        if error_propagation and not self.keeps_activations:
+            log.info("activations of waiting batches are recomputed at every site (activations=keep holds them)")
         self._sites: list[Site] = []
         heads: int | None = heads_of(model)
 
@@ -134,10 +136,15 @@ class Inputs:
 def keeps_activations(
     model: nn.Module, tokens: TokenSet, settings: Settings, error_propagation: bool, full: bool
 ) -> bool:
-    """Whether batches hold their activations while they wait; see `Settings.activations`."""
-    if settings.activations == "auto" and error_propagation:
-        return _activations_fit(model, tokens, settings, full)
-    return settings.activations == "keep"
+    """Whether batches hold their activations while they wait; see `Settings.activations`.
+
+    "auto": where these fit into half of the memory that is free beside all else that is needed.
+    """
+    if settings.activations != "auto" or not error_propagation:
+        return settings.activations == "keep"
+    needed = replace(calibration_of(model, tokens, settings, full), tokens_per_batch=0)
+    free = settings.free_bytes(next(model.parameters()).device) - needed.most
+    return waiting_bytes(needed) <= max(0, free) / 2
 
 
 def calibration_of(model: nn.Module, tokens: TokenSet, settings: Settings, full: bool) -> memory.Calibration:
@@ -164,19 +171,6 @@ def calibration_of(model: nn.Module, tokens: TokenSet, settings: Settings, full:
 def waiting_bytes(needed: memory.Calibration) -> int:
     """What all batches hold while they wait at a site: in one forward, or in two with full precision's."""
     return (1 + needed.full) * memory.held_bytes(needed.tokens, needed.hidden, needed.widest, needed.itemsize)
-
-
-def _activations_fit(model: nn.Module, tokens: TokenSet, settings: Settings, full: bool) -> bool:
-    """Whether what waiting batches hold fits into half of the memory that is free beside all else that is needed."""
-    needed = replace(calibration_of(model, tokens, settings, full), tokens_per_batch=0)
-    held = waiting_bytes(needed)
-    free = max(0, settings.free_bytes(next(model.parameters()).device) - needed.most)
-    fits = held <= free / 2
-    log.info(
-        "activations of waiting batches take up to %.2f GB of %.2f GB free: %s",
-        *(held / 1e9, free / 1e9, "kept" if fits else "recomputed at every site (activations=keep holds them)"),
-    )
-    return fits
 
 
 def _width(model: nn.Module) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gptq_awq import memory
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight, group_of_columns
 from gptq_awq.journal import Journal
@@ -42,9 +43,13 @@ class BlockResult:
     restored: bool = False
 
     def release(self, block: nn.Module) -> None:
-        """It was handed out; of a streamed block only the journal keeps codes, whoever still holds this."""
+        """It was handed out; of a streamed block only the journal keeps codes, whoever still holds this.
+
+        What the C library keeps of freed memory would grow from block to block.
+        """
         if residence(block) is not None:
             self.weights.clear()
+            memory.trim()
 
 
 @dataclass

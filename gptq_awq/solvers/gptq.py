@@ -61,6 +61,11 @@ class GPTQ:
         if self.fallback not in ("none", "rtn"):
             raise UserError(f"method.solver.fallback={self.fallback}: choose none or rtn")
 
+    def __init_subclass__(cls) -> None:
+        """A subclass with a `solve` of its own is asked for one weight at a time, unless it solves several, too."""
+        if "solve" in vars(cls) and "solve_together" not in vars(cls):
+            cls.solve_together = None  # pyright: ignore[reportAttributeAccessIssue]
+
     @property
     def natural_groups(self) -> bool:
         """Whether groups are made of neighbouring columns, which every checkpoint format can store."""
@@ -73,7 +78,7 @@ class GPTQ:
             NotPositiveDefiniteError: H could not be factored and no fallback is declared.
             ValueError: no moments.
         """
-        return self.solve_together([weight], [moments], grid)[0]
+        return GPTQ.solve_together(self, [weight], [moments], grid)[0]
 
     def solve_together(
         self, weights: Sequence[Float[Tensor, "_ in"]], moments: Sequence[Moments | None], grid: Grid
