@@ -105,13 +105,8 @@ def batches(pieces: Sequence[Piece]) -> list[list[Piece]]:
     for group in _groups(pieces, lambda piece: piece.input):
         first, limit = group[0], max(STACK_BYTES, 4 * group[0].columns ** 2)
         for number, stack in enumerate(_filled([[piece] for piece in group], limit)):
-            shape = (
-                number,
-                _rows(stack),
-                first.columns,
-                first.grid,
-                id(first.solver),
-            )  # one stack of an input at a time
+            # `number`: one stack of an input at a time.
+            shape = (number, _rows(stack), first.columns, first.grid, id(first.solver))
             alike.setdefault(first.name if first.input == first.name else shape, []).append(stack)
     return [batch for stacks in alike.values() for batch in _filled(stacks, BATCH_BYTES, factors=True)]
 
