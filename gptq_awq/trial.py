@@ -1,6 +1,6 @@
 """Small parts of a run, timed before it begins: one block's turn with one batch, one window's scores, a few steps.
 
-Everything is done by the code that the run itself will use, on a copy of one block, and on the model with one or two
+Everything is done by the code that the run itself will use, on a copy of one block, and on the model with one or a few
 blocks in place of all. Nothing that the run will use is changed, nor are the random numbers that it will draw.
 """
 
@@ -170,7 +170,7 @@ class Trial:
 
     @torch.no_grad()
     def scores(self, dtype: torch.dtype) -> Scores:
-        """The first window of the first text, in `dtype`, by a model of one block and by one of three."""
+        """The first window of the first text, in `dtype`, by a model of one block and by one of `MORE`."""
         model, texts = self._work.loaded.model, self._work.windows
         ids = texts[0].ids[0].long() if texts else torch.arange(SCORED)
         block = self._copy()
