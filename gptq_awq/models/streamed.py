@@ -12,6 +12,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from gptq_awq.errors import UserError
+from gptq_awq.memory import return_large
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.checkpoint import Checkpoint
 from gptq_awq.models.classes import auto_class
@@ -29,6 +30,7 @@ def open_streamed(
     Raises:
         UserError: naming `option`, where the folder lacks a tensor, or has none in safetensors files.
     """
+    return_large()
     with init_empty_weights(include_buffers=False):
         model = auto_class(config).from_config(config, dtype=dtype, **code)
     model.tie_weights()
