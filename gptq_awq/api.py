@@ -147,6 +147,9 @@ def quantize_model(
         calibration = make_token_set("calibration", calibration.cpu(), None, "memory")
     if head is not None or untie_head:
         method = replace(method, head=head, untie_head=untie_head)
+    if method.self_calibration is not None and calibration is not None:
+        dtype = resolve_compute_dtype(settings.compute_dtype, next(model.parameters()).device)
+        calibration = method.self_calibration.extend(model, calibration, dtype, track)
     grid = grid or own or IntGrid(bits, group_size, sym, scale_dtype="float16")
     done = QuantizedModel(model, {}, [])
     for block in quantize(model, calibration, method, grid, settings, track, experts=experts):

@@ -51,7 +51,7 @@ from gptq_awq.runs import FILES
 from gptq_awq.scores import Scores
 from gptq_awq.sweep import failed, job_number, store_failure, sweep_folder
 from gptq_awq.tracking import Tracker, run_name
-from gptq_awq.work import Work, load, record_of
+from gptq_awq.work import Work, load, record_of, self_calibrated
 
 log = logging.getLogger(__name__)
 UNFINISHED = "ledger.partial.jsonl"
@@ -161,6 +161,9 @@ def compute(plan: Plan, work: Work, clock: Clock, track: Track, recorder: Record
 
 def _compute(plan: Plan, work: Work, tracker: Tracker, clock: Clock, track: Track, recorder: Recorder) -> Result:
     loaded = work.loaded
+    if plan.method.self_calibration is not None:
+        with clock.phase("write"):
+            work = self_calibrated(plan, work, track)
     expected = announce(plan, work, clock)
     with clock.phase("baseline"):
         baseline = full_precision(
@@ -300,6 +303,7 @@ def _steps(plan: Plan, work: Work, track: Track) -> Generator[BlockResult]:
 
 def _assist(plan: Plan, work: Work) -> None:
     """What further ranks do while the first one computes: their part of quantizing."""
+    work = self_calibrated(plan, work, no_track)
     for _ in _steps(_agreed(plan), work, no_track):
         pass
 

@@ -68,13 +68,14 @@ def trim() -> None:
 MMAP_THRESHOLD = -3
 """mallopt's name for it, in malloc.h."""
 LARGE = 4 * 2**20
-"""Bytes. A page fault per 4 KiB is what giving such tensors back at once costs: a tenth of the time of a small model."""
+"""Bytes. Page faults are what giving such tensors back at once costs: up to a tenth of the time of a small model."""
 
 
 def return_large() -> None:
     """From now on give large tensors back to the system as soon as they are freed, in this process (glibc).
 
-    Otherwise they come from a heap, whose holes no one else can use: with many blocks it grows, though nothing piles up.
+    Otherwise they come from a heap, whose holes no one else can use; over many blocks it grows, though nothing
+    piles up.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE)

@@ -31,7 +31,7 @@ from gptq_awq.plan import Plan, preflight
 from gptq_awq.progress import Track, rich_track
 from gptq_awq.results import FILE_NAME, Result
 from gptq_awq.row import LEDGER
-from gptq_awq.work import Work, load
+from gptq_awq.work import Work, load, self_calibrated
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def replay(run_dir: Path, track: Track, scores: bool = False, device: str | None
         config.out, config.resume = scratch, False
         config.device = device or config.device
         plan = replace(preflight(config), config=stored.config)
-    work = load(plan)
+    work = self_calibrated(plan, load(plan), track)
     circumstances = tuple(_circumstances(stored.manifest, work))
     baseline = None
     if scores:

@@ -3,9 +3,10 @@
 Whatever can be known to be wrong is found here, or when options are instantiated: before anything slow starts.
 """
 
+import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gptq_awq import memory
@@ -30,9 +31,13 @@ from gptq_awq.pipeline.quantize import needs_calibration
 from gptq_awq.pipeline.size import Footprint
 from gptq_awq.pipeline.streams import batches_of
 from gptq_awq.plan import Plan
+from gptq_awq.progress import Track
 from gptq_awq.runs import Run
+from gptq_awq.sealed import Sealed, once
 
 log = logging.getLogger(__name__)
+WRITTEN_SCHEMA = 1
+"""Raised whenever the text that a model writes for itself would be another one."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,10 @@ def load(plan: Plan) -> Work:
     tasks = plan.evaluation.load_tasks(plan.seed)
     calibrates = needs_calibration(plan.method, plan.grid)
     tokens = plan.data.tokens(loaded.tokenizer, seed=plan.seed) if calibrates else None
+    counted, own = tokens, plan.method.self_calibration
+    if own is not None and tokens is not None:
+        own.check(loaded.model, tokens)
+        counted = own.unwritten(tokens)
     grids = landing(loaded.model, plan.grid, plan.method.head) if plan.method.solver is not None else {}
     natural = getattr(plan.method.solver, "natural_groups", True)
     if plan.exports.formats and (plan.act.label or plan.kv.label):
@@ -88,7 +97,7 @@ def load(plan: Plan) -> Work:
             "checkpoints hold weights only: act=%s, kv=%s are for the engine to do", plan.act.label, plan.kv.label
         )
     plan.exports.check(linear_specs(loaded.model, grids, natural), loaded.model, loaded.tokenizer)
-    _check_memory(loaded, tokens, plan)
+    _check_memory(loaded, counted, plan)
     data = {
         "model": loaded.sha256,
         "calibration": tokens and tokens.sha256,
@@ -100,6 +109,27 @@ def load(plan: Plan) -> Work:
     }
     run_ = Run(run_sha256(plan.config, data, code), plan.out)
     return Work(loaded, windows, tasks, tokens, grids, package, run_, baseline_bytes)
+
+
+def self_calibrated(plan: Plan, work: Work, track: Track) -> Work:
+    """The same with all of its calibration data, where the model writes some of it; kept in the cache for other runs.
+
+    Of several ranks the first one writes.
+    """
+    own, given = plan.method.self_calibration, work.tokens
+    if own is None or given is None:
+        return work
+    dtype = resolve_compute_dtype(plan.settings.compute_dtype, plan.device)
+    made_of = WRITTEN_SCHEMA, work.loaded.sha256, given.sha256, own, dtype, plan.device.type
+    key = hashlib.sha256(repr(made_of).encode())
+
+    def write() -> Sealed:
+        return Sealed({"ids": own.write(work.loaded.model, given, dtype, track)})
+
+    kept = plan.settings.ranks.from_first(
+        lambda: once(cache_dir() / "tokens" / f"{key.hexdigest()}.safetensors", "model's own calibration text", write)
+    )
+    return replace(work, tokens=own.added(given, kept.tensors["ids"]))
 
 
 def record_of(plan: Plan, work: Work) -> Record | None:

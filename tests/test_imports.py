@@ -15,7 +15,7 @@ LAYERS = [
     {"moments", "tracking", "report", "cache", "runs"},
     {"grids", "data", "sweep", "frontier"},
     {"models", "solvers"},
-    {"transforms", "tuning", "costs"},
+    {"transforms", "tuning", "costs", "self_calibration"},
     {"pipeline"},
     {"evaluation"},
     {"export", "allocation"},

@@ -29,9 +29,7 @@ print((resident_bytes() - before) / 2**20)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_large_tensors_leave_no_holes_where_memory_is_scarce():
     own = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "LD_PRELOAD"))}
-    held = [
-        float(subprocess.run([sys.executable, "-c", HOLES, str(scarce)], capture_output=True, check=True, env=own).stdout)
-        for scarce in (False, True)
-    ]
+    commands = ([sys.executable, "-c", HOLES, str(scarce)] for scarce in (False, True))
+    held = [float(subprocess.run(c, capture_output=True, check=True, env=own).stdout) for c in commands]
     assert held[0] > 40  # 20 × 5 MB lie between what is still used
     assert held[1] < held[0] / 3

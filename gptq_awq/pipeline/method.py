@@ -13,6 +13,7 @@ from gptq_awq.grids.base import Grid
 from gptq_awq.linalg import NotPositiveDefiniteError
 from gptq_awq.moments import Moments
 from gptq_awq.profiling import phase
+from gptq_awq.self_calibration import SelfCalibration
 from gptq_awq.solvers.base import Rowwise, Solution, Solver
 from gptq_awq.transforms.base import ModelTransform, Transform
 from gptq_awq.tuning.base import BlockTuning, ModelTuning
@@ -30,6 +31,7 @@ class Method:
             far (GPTQ). False calibrates on full-precision inputs everywhere (AWQ's own code).
         cast: without a solver: the 16-bit type that all parameters are rounded to; None: none.
         tuning: applied in order, after the solver; those of the whole model after all blocks.
+        self_calibration: what the model itself writes to be calibrated on, beside the given text; None: nothing.
         head: what becomes of the output head: None leaves it to the grid (most leave it in 16 bits), "rtn" rounds it
             to nearest, "solve" lands it as linears are landed (see `pipeline.ends`).
         untie_head: whether a head that is tied to the embedding may get a matrix of its own for that.
@@ -44,6 +46,7 @@ class Method:
     error_propagation: bool = True
     cast: str | None = None
     tuning: Mapping[str, BlockTuning | ModelTuning] = field(default_factory=dict)
+    self_calibration: SelfCalibration | None = None
     head: str | None = None
     untie_head: bool = False
 

@@ -1,0 +1,133 @@
+"""Calibration text that the model writes itself: self-calibration (Williams et al., arXiv 2410.17170), as LLM-QAT (Liu et
+al., arXiv 2305.17888) did for training.
+
+A few thousand tokens of real text are soon learned by heart, most of all by what is tuned end to end. The
+full-precision model is a source that doesn't run dry: from a few tokens of the calibration text it goes on by itself,
+
+    y_t ~ softmax(logits(y_<t) / T)
+
+and what it says there of its own next token is what the quantized model shall say.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from gptq_awq.data import TokenSet, make_token_set
+from gptq_awq.errors import UserError
+from gptq_awq.models.residence import streamed
+from gptq_awq.progress import Track, no_track
+
+
+@dataclass(frozen=True)
+class SelfCalibration:
+    """More calibration windows, of the same length, written by the model.
+
+    Attributes:
+        windows: how many.
+        prompt: tokens of the calibration text that each begins with, drawn at random.
+        temperature: T; below 1 the text is plainer.
+        batch_size: windows that are written at a time.
+        seed: of prompts and of the text.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    windows: int = 96
+    prompt: int = 32
+    temperature: float = 1.0
+    batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for option in ("windows", "prompt", "batch_size"):
+            if getattr(self, option) < 1:
+                raise UserError(f"method.self_calibration.{option}={getattr(self, option)}: give at least 1")
+        if self.temperature <= 0:
+            raise UserError(f"method.self_calibration.temperature={self.temperature}: give a number above 0")
+
+    def check(self, model: Any, tokens: TokenSet) -> None:
+        """Raise UserError where the model can't write, or the calibration text is no place to begin."""
+        if streamed(model):
+            raise UserError(
+                "method.self_calibration: writing takes the whole model at every token, and it is streamed from disk; "
+                "set it to null, or memory_budget to what the model fits into"
+            )
+        if not model.can_generate():
+            raise UserError(f"method.self_calibration: {type(model).__name__} can't generate; set it to null")
+        if tokens.mask is not None:
+            raise UserError("method.self_calibration: goes on from unpadded windows; choose data.packing=windows")
+        if self.prompt >= tokens.ids.shape[1]:
+            raise UserError(
+                f"method.self_calibration.prompt={self.prompt}: must be below data.seqlen={tokens.ids.shape[1]}"
+            )
+
+    def unwritten(self, tokens: TokenSet) -> TokenSet:
+        """As many tokens as there will be: what memory is counted by."""
+        return replace(tokens, ids=tokens.ids.new_zeros(1).expand(len(tokens.ids) + self.windows, tokens.ids.shape[1]))
+
+    def write(
+        self, model: Any, tokens: TokenSet, dtype: torch.dtype, track: Track = no_track
+    ) -> Int[Tensor, "windows seqlen"]:
+        """What the model writes.
+
+        Args:
+            model: a transformers causal LM in eval mode, in full precision.
+            tokens: calibration data, where it begins.
+            dtype: of forwards.
+            track: reports progress.
+
+        Raises:
+            UserError: as `check` does.
+        """
+        self.check(model, tokens)
+        writer = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
+        prompts = self._prompts(tokens.ids).split(self.batch_size)
+        batches = enumerate(track(prompts, "write calibration text", len(prompts)))
+        return torch.cat([self._continued(writer, batch, number, tokens.ids.shape[1]) for number, batch in batches])
+
+    def extend(self, model: Any, tokens: TokenSet, dtype: torch.dtype, track: Track = no_track) -> TokenSet:
+        """The calibration data, and after it what the model writes."""
+        return self.added(tokens, self.write(model, tokens, dtype, track))
+
+    def added(self, tokens: TokenSet, written: Int[Tensor, "windows seqlen"]) -> TokenSet:
+        """The calibration data, and after it the model's own."""
+        return make_token_set(f"{tokens.name}+self", torch.cat([tokens.ids, written]), None, tokens.source)
+
+    def _prompts(self, ids: Int[Tensor, "n seqlen"]) -> Int[Tensor, "windows prompt"]:
+        generator = torch.Generator().manual_seed(self.seed)
+        rows = torch.randint(len(ids), (self.windows,), generator=generator)
+        starts = torch.randint(ids.shape[1] - self.prompt + 1, (self.windows,), generator=generator)
+        return torch.stack([ids[r, s : s + self.prompt] for r, s in zip(rows, starts, strict=True)])
+
+    def _continued(
+        self, model: Any, prompts: Int[Tensor, "n prompt"], number: int, length: int
+    ) -> Int[Tensor, "n length"]:
+        new = length - self.prompt
+        plain = GenerationConfig(do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
+        prompts = prompts.to(model.device)
+        with torch.no_grad():
+            ids = model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                generation_config=plain,
+                logits_processor=LogitsProcessorList([_Gumbel(self.temperature, self.seed + number, model.device)]),
+            )
+        return ids.cpu()
+
+
+class _Gumbel(LogitsProcessor):
+    """argmax(logits / T + Gumbel noise) is a sample of softmax(logits / T), at a third of torch.multinomial's time."""
+
+    def __init__(self, temperature: float, seed: int, device: torch.device) -> None:
+        self._temperature, self._generator = temperature, torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, input_ids: Tensor, scores: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:  # noqa: ARG002
+        noise = torch.empty_like(scores, dtype=torch.float32).exponential_(generator=self._generator).log_()
+        return scores.float() / self._temperature - noise
