@@ -1,5 +1,5 @@
-"""Calibration text that the model writes itself: self-calibration (Williams et al., arXiv 2410.17170), as LLM-QAT (Liu et
-al., arXiv 2305.17888) did for training.
+"""Calibration text that the model writes itself: self-calibration (Williams et al., arXiv 2410.17170), as LLM-QAT (Liu
+et al., arXiv 2305.17888) did for training.
 
 A few thousand tokens of real text are soon learned by heart, most of all by what is tuned end to end. The
 full-precision model is a source that doesn't run dry: from a few tokens of the calibration text it goes on by itself,
