@@ -33,7 +33,6 @@ from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.models.activations import quantized_activations
 from gptq_awq.models.residence import streamed
-from gptq_awq.pipeline.inputs import resolve_compute_dtype
 from gptq_awq.pipeline.kept import Codes
 from gptq_awq.pipeline.places import changes_output
 from gptq_awq.pipeline.progress import BlockResult
@@ -71,6 +70,7 @@ def run(cfg: DictConfig) -> Result:
 
 
 def _run(cfg: DictConfig, ranks: Ranks) -> Result:
+    cfg.out = str(cfg.out)  # out=2 is a number to the command line
     if ranks.size > 1:  # the folder is named by the time, which each looked up for itself
         cfg.out = ranks.from_first(lambda: cfg.out)
     console = Console(stderr=True, quiet=not ranks.first)
@@ -235,7 +235,7 @@ def _store(plan: Plan, result: Result, scores: Scores, allocation: Allocation | 
 
 def _store_profile(plan: Plan, work: Work, recorder: Recorder) -> None:
     """Where the time went, beside the results."""
-    dtype = resolve_compute_dtype(plan.settings.compute_dtype, plan.device)
+    dtype = plan.compute_dtype
     with _writing(plan.out):
         profiled(recorder, work.loaded.model, dtype, plan.device).write(plan.out, work.run.sha256)
 

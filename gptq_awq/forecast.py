@@ -210,7 +210,7 @@ class Counts:
             return turn.written
         embedding: Any = self._work.loaded.model.get_input_embeddings()
         width: int = embedding.weight.shape[1]
-        dtype = resolve_compute_dtype(self._plan.settings.compute_dtype, self._plan.device)
+        dtype = self._plan.compute_dtype
         state = (1 + self._plan.method.needs_full) * width * dtype.itemsize
         if record_of(self._plan, self._work) is not None:
             return turn.written + self._times * turn.tokens * state

@@ -13,7 +13,7 @@ from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.experts import experts_in
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.residence import streamed
-from gptq_awq.pipeline.inputs import calibration_of, keeps_activations, resolve_compute_dtype, waiting_bytes
+from gptq_awq.pipeline.inputs import calibration_of, keeps_activations, waiting_bytes
 from gptq_awq.plan import Plan
 from gptq_awq.tuning.distill import CHUNK_TOKENS
 
@@ -155,4 +155,4 @@ class Needs:
 
     @property
     def _dtype(self) -> Any:
-        return resolve_compute_dtype(self.plan.settings.compute_dtype, self.plan.device)
+        return self.plan.compute_dtype

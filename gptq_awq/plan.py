@@ -20,7 +20,7 @@ from gptq_awq.grids.dynamic import DynamicGrid, Unrounded
 from gptq_awq.manifest import config_sha256
 from gptq_awq.models.load import checked_device
 from gptq_awq.pipeline.experts import ExpertPolicy
-from gptq_awq.pipeline.inputs import Settings
+from gptq_awq.pipeline.inputs import Settings, resolve_compute_dtype
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.quantize import check_ranks
 from gptq_awq.ranks import ONE, Ranks
@@ -52,6 +52,11 @@ class Plan:
     profile: bool
     cache_bytes: int
     out: Path
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of calibration's forwards."""
+        return resolve_compute_dtype(self.settings.compute_dtype, self.device)
 
     @property
     def room(self) -> int | None:

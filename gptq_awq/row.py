@@ -8,7 +8,6 @@ from gptq_awq.evaluation.evaluate import Baseline
 from gptq_awq.export.write import Exported
 from gptq_awq.forecast import Forecast
 from gptq_awq.manifest import config_sha256, environment
-from gptq_awq.pipeline.inputs import resolve_compute_dtype
 from gptq_awq.pipeline.size import PLAIN_BITS, Footprint
 from gptq_awq.plan import Plan
 from gptq_awq.results import Result
@@ -72,7 +71,7 @@ def made_of(plan: Plan, work: Work, baseline: Baseline, checkpoints: Sequence[Ex
         },
         "config": config_sha256(plan.config),
         "code": work.code,
-        "compute_dtype": str(resolve_compute_dtype(plan.settings.compute_dtype, plan.device)),
+        "compute_dtype": str(plan.compute_dtype),
         "eval_dtype": str(baseline.compute_dtype if plan.dtype == "float32" else loaded.model.dtype),
         "act": plan.act.label,
         "kv": plan.kv.label,

@@ -27,7 +27,7 @@ from gptq_awq.models.blocks import find_blocks, text_config
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.residence import resident
 from gptq_awq.pipeline.block import BlockStep
-from gptq_awq.pipeline.inputs import Inputs, first_batch, keeps_activations, resolve_compute_dtype
+from gptq_awq.pipeline.inputs import Inputs, first_batch, keeps_activations
 from gptq_awq.pipeline.observe import Record
 from gptq_awq.pipeline.progress import BlockResult, Progress, weights_in
 from gptq_awq.plan import Plan
@@ -259,7 +259,7 @@ class Trial:
         """Seconds that tuning of the whole model takes, and what it learns from: of its ends, and of each block."""
         tokens, given = self._work.tokens, self._tokens()
         assert tokens is not None
-        dtype = resolve_compute_dtype(self._plan.settings.compute_dtype, self._plan.device)
+        dtype = self._plan.compute_dtype
 
         def step(count: int) -> float:
             view = self._apart(count)

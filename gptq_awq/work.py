@@ -104,7 +104,7 @@ def load(plan: Plan) -> Work:
         "eval": [t.sha256 for t in windows],
         "tasks": tasks and tasks.sha256(),
         "device": plan.device.type,
-        "compute_dtype": str(resolve_compute_dtype(plan.settings.compute_dtype, plan.device)),
+        "compute_dtype": str(plan.compute_dtype),
         "eval_dtype": str(resolve_compute_dtype(plan.evaluation.compute_dtype, plan.device)),
     }
     run_ = Run(run_sha256(plan.config, data, code), plan.out)
@@ -119,12 +119,11 @@ def self_calibrated(plan: Plan, work: Work, track: Track) -> Work:
     own, given = plan.method.self_calibration, work.tokens
     if own is None or given is None:
         return work
-    dtype = resolve_compute_dtype(plan.settings.compute_dtype, plan.device)
-    made_of = WRITTEN_SCHEMA, work.loaded.sha256, given.sha256, own, dtype, plan.device.type
+    made_of = WRITTEN_SCHEMA, work.loaded.sha256, given.sha256, own, plan.compute_dtype, plan.device.type
     key = hashlib.sha256(repr(made_of).encode())
 
     def write() -> Sealed:
-        return Sealed({"ids": own.write(work.loaded.model, given, dtype, track)})
+        return Sealed({"ids": own.write(work.loaded.model, given, plan.compute_dtype, track)})
 
     kept = plan.settings.ranks.from_first(
         lambda: once(cache_dir() / "tokens" / f"{key.hexdigest()}.safetensors", "model's own calibration text", write)
@@ -136,11 +135,11 @@ def record_of(plan: Plan, work: Work) -> Record | None:
     """Where this run's full-precision calibration is kept for others; None where it has none."""
     if work.tokens is None or plan.method.error_propagation:
         return None
-    settings = plan.settings
-    dtype = resolve_compute_dtype(settings.compute_dtype, plan.device)
     # Of the model as its transforms leave it.
     observed = " ".join([work.loaded.sha256, *map(repr, plan.method.of_model), repr(plan.experts)])
-    key = observations_sha256(work.loaded.model, observed, work.tokens, dtype, settings.tokens_per_batch)
+    key = observations_sha256(
+        work.loaded.model, observed, work.tokens, plan.compute_dtype, plan.settings.tokens_per_batch
+    )
     return Record(Journal(cache_dir() / "moments" / key, key), plan.cache_bytes)
 
 

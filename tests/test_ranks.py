@@ -1,5 +1,6 @@
 """Several ranks do what one does, up to the order of sums; one that dies costs no more than a block."""
 
+import json
 import os
 import signal
 import socket
@@ -50,10 +51,18 @@ def two_ranks(folder, *command, **more):
     ]
 
 
+def one_rank(folder, *command, **more):
+    """A process of this command by itself."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return [
+        subprocess.Popen([sys.executable, *map(str, command)], env=environment(**more), cwd=folder, text=True, **pipes)
+    ]
+
+
 def ended(processes):
-    """What both wrote, once both have ended well."""
+    """What all wrote, once they have ended well."""
     written = [process.communicate(timeout=240) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], written
+    assert not any(process.returncode for process in processes), written
     return written
 
 
@@ -140,6 +149,17 @@ def test_a_killed_rank_stops_the_run_and_the_same_command_goes_on_bit_for_bit(tm
     resumed, anew = (results.read_ledger(path) for path in sorted((tmp_path / "sweep").glob("*/ledger.jsonl")))
     assert list(resumed["codes_sha256"]) == list(anew["codes_sha256"])
     assert rows["metrics"].iloc[0] == rows["metrics"].iloc[1]
+
+
+def test_ranks_calibrate_on_what_the_first_of_them_wrote(tmp_path, tiny):
+    own = "+method.self_calibration={_target_: gptq_awq.self_calibration.SelfCalibration, windows: 8, prompt: 4}"
+    options = ("method=gptq", "tokens_per_batch=64", own, *tiny)
+    for number, processes in ((2, two_ranks), (1, one_rank)):
+        folder = {"GPTQ_AWQ_CACHE": str(tmp_path / f"cache{number}")}
+        ended(processes(tmp_path, ROOT / "run.py", *options, f"out=ranks{number}", **folder))
+    rows = [json.loads((tmp_path / f"ranks{n}" / "results.json").read_text())["manifest"] for n in (1, 2)]
+    assert [row["ranks"] for row in rows] == [1, 2]
+    assert rows[0]["tokens"]["calibration"] == rows[1]["tokens"]["calibration"]
 
 
 MEETING = """
