@@ -6,10 +6,13 @@ full-precision model is a source that doesn't run dry: from a few tokens of the 
 
     y_t ~ softmax(logits(y_<t) / T)
 
-and what it says there of its own next token is what the quantized model shall say.
+and what it says there of its own next token is what the quantized model shall say. Words that end a text are not
+written, so that windows are full.
 """
 
 import copy
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,9 +91,22 @@ class SelfCalibration:
         """
         self.check(model, tokens)
         writer = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
-        prompts = self._prompts(tokens.ids).split(self.batch_size)
-        batches = enumerate(track(prompts, "write calibration text", len(prompts)))
-        return torch.cat([self._continued(writer, batch, number, tokens.ids.shape[1]) for number, batch in batches])
+        batches, new = self._prompts(tokens.ids).split(self.batch_size), tokens.ids.shape[1] - self.prompt
+        steps = iter(track(range(len(batches) * new), "write calibration text", len(batches) * new))
+        words = (_Drawn(self.temperature, self.seed + number, model.device, steps) for number in range(len(batches)))
+        written = [_continued(writer, prompts, new, drawn) for prompts, drawn in zip(batches, words, strict=True)]
+        deque(steps, maxlen=0)  # ends the progress bar
+        return torch.cat(written)
+
+    def needed_bytes(self, model: Any, length: int, dtype: torch.dtype) -> int:
+        """What writing windows of that length allocates, at most: a batch's keys, values and logits; where forwards
+        are in another type than the model, its parameters once more."""
+        config, rows = model.config.get_text_config(), min(self.batch_size, self.windows)
+        heads = getattr(config, "num_attention_heads", 1)
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kept = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width
+        copied = sum(p.numel() for p in model.parameters()) if model.dtype != dtype else 0
+        return (kept * rows * length + copied) * dtype.itemsize + 16 * rows * config.vocab_size
 
     def extend(self, model: Any, tokens: TokenSet, dtype: torch.dtype, track: Track = no_track) -> TokenSet:
         """The calibration data, and after it what the model writes."""
@@ -106,20 +122,19 @@ class SelfCalibration:
         starts = torch.randint(ids.shape[1] - self.prompt + 1, (self.windows,), generator=generator)
         return torch.stack([ids[r, s : s + self.prompt] for r, s in zip(rows, starts, strict=True)])
 
-    def _continued(
-        self, model: Any, prompts: Int[Tensor, "n prompt"], number: int, length: int
-    ) -> Int[Tensor, "n length"]:
-        new = length - self.prompt
-        plain = GenerationConfig(do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
-        prompts = prompts.to(model.device)
-        with torch.no_grad():
-            ids = model.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
-                generation_config=plain,
-                logits_processor=LogitsProcessorList([_Drawn(self.temperature, self.seed + number, model.device)]),
-            )
-        return ids.cpu()
+
+def _continued(model: Any, prompts: Int[Tensor, "n prompt"], new: int, drawn: "_Drawn") -> Int[Tensor, "n length"]:
+    """The prompts, and `new` tokens after each."""
+    plain = GenerationConfig(
+        do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0, repetition_penalty=1.0
+    )
+    prompts = prompts.to(model.device)
+    seen = torch.ones_like(prompts)
+    with torch.no_grad():
+        ids = model.generate(
+            prompts, attention_mask=seen, generation_config=plain, logits_processor=LogitsProcessorList([drawn])
+        )
+    return ids.cpu()
 
 
 class _Drawn(LogitsProcessor):
@@ -128,10 +143,12 @@ class _Drawn(LogitsProcessor):
     Twelve times as fast as torch.multinomial on a CPU, and drawn by a generator of its own.
     """
 
-    def __init__(self, temperature: float, seed: int, device: torch.device) -> None:
+    def __init__(self, temperature: float, seed: int, device: torch.device, steps: Iterator[int]) -> None:
         self._temperature, self._generator = temperature, torch.Generator(device).manual_seed(seed)
+        self._steps = steps
 
     def __call__(self, input_ids: Tensor, scores: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:  # noqa: ARG002
+        next(self._steps, None)
         below = (scores.float() / self._temperature).softmax(-1).cumsum(-1)
         u = torch.rand(len(below), 1, generator=self._generator, device=below.device) * below[:, -1:]
         word = torch.searchsorted(below, u, right=True).clamp_(max=below.shape[1] - 1)

@@ -86,10 +86,9 @@ def load(plan: Plan) -> Work:
     tasks = plan.evaluation.load_tasks(plan.seed)
     calibrates = needs_calibration(plan.method, plan.grid)
     tokens = plan.data.tokens(loaded.tokenizer, seed=plan.seed) if calibrates else None
-    counted, own = tokens, plan.method.self_calibration
+    own = plan.method.self_calibration
     if own is not None and tokens is not None:
         own.check(loaded.model, tokens)
-        counted = own.unwritten(tokens)
     grids = landing(loaded.model, plan.grid, plan.method.head) if plan.method.solver is not None else {}
     natural = getattr(plan.method.solver, "natural_groups", True)
     if plan.exports.formats and (plan.act.label or plan.kv.label):
@@ -97,7 +96,7 @@ def load(plan: Plan) -> Work:
             "checkpoints hold weights only: act=%s, kv=%s are for the engine to do", plan.act.label, plan.kv.label
         )
     plan.exports.check(linear_specs(loaded.model, grids, natural), loaded.model, loaded.tokenizer)
-    _check_memory(loaded, counted, plan)
+    _check_memory(loaded, tokens, plan)
     data = {
         "model": loaded.sha256,
         "calibration": tokens and tokens.sha256,
@@ -148,8 +147,12 @@ def _check_memory(loaded: LoadedModel, tokens: TokenSet | None, plan: Plan) -> N
     if tokens is None:
         return
     ranks, (_, blocks) = plan.settings.ranks, find_blocks(loaded.model)
+    writing, own = 0, plan.method.self_calibration
+    if own is not None:
+        writing = own.needed_bytes(loaded.model, tokens.ids.shape[1], plan.compute_dtype)
+        tokens = own.unwritten(tokens)
     batches_of(ranks, tokens, plan.settings.tokens_per_batch)
-    needed = Needs(plan, loaded.model, tokens).calibration
+    needed = max(writing, Needs(plan, loaded.model, tokens).calibration)
     log.info("calibration needs about %.2f GB beyond the model", needed / 1e9)
     what = f"calibrating {loaded.name} (widest layer: {widest(blocks)} columns)"
     needed = needed if plan.settings.memory_budget is not None else needed * ranks.sharing(plan.device)

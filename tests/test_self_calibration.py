@@ -35,7 +35,7 @@ def pieces(ids: torch.Tensor, length: int) -> set[tuple[int, ...]]:
 def test_words_are_drawn_from_the_softmax():
     logits, count = torch.tensor([2.0, 1.0, 0.0, -1.0]), 20_000
     for temperature in (1.0, 0.5):
-        drawn = _Drawn(temperature, 0, torch.device("cpu"))(torch.empty(0), logits.expand(count, 4))
+        drawn = _Drawn(temperature, 0, torch.device("cpu"), iter(()))(torch.empty(0), logits.expand(count, 4))
         found = drawn.argmax(1).bincount(minlength=4) / count
         expected = (logits / temperature).softmax(0)
         assert (found - expected).abs().max() < 4 * (0.25 / count) ** 0.5
@@ -73,6 +73,19 @@ def test_windows_are_full_whatever_the_model_ends_with():
         model.lm_head.weight.zero_()
         model.lm_head.weight[2] = 1.0  # the end of the text, wherever the last state's sum is positive
     assert SelfCalibration(windows=8, prompt=4).write(model, given(), torch.float32).shape == (8, 24)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "opt"])
+def test_what_writing_keeps_is_counted(name):
+    model = tiny_model(name)
+    with torch.no_grad():
+        kept = model(tiny_tokens(3, 24), use_cache=True).past_key_values
+    bytes_ = sum(x.nbytes for layer in kept.layers for x in (layer.keys, layer.values))
+    logits = 16 * 3 * model.config.vocab_size
+    own = SelfCalibration(windows=5, batch_size=3)
+    assert own.needed_bytes(model, 24, torch.float32) == bytes_ + logits
+    copied = sum(p.numel() for p in model.parameters())
+    assert own.needed_bytes(model, 24, torch.bfloat16) == bytes_ // 2 + 2 * copied + logits
 
 
 def test_what_it_cannot_go_on_from_is_refused(model):
