@@ -68,7 +68,7 @@ def trim() -> None:
 MMAP_THRESHOLD = -3
 """mallopt's name for it, in malloc.h."""
 LARGE = 4 * 2**20
-"""Bytes. Page faults are what giving such tensors back at once costs: up to a tenth of the time of a small model."""
+"""Bytes. Page faults are what giving such tensors back at once costs: up to a fifth of the time of a small model."""
 
 
 def return_large() -> None:
