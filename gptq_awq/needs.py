@@ -60,7 +60,7 @@ class Needs:
         """Of the whole model: a copy, its weights once more for gradients, and a step's activations."""
         if self.tokens is None or not self.plan.method.tuning_of_model:
             return 0
-        dtype, tokens = self._dtype, self.tokens.ids.shape[1]
+        dtype, tokens = self.plan.compute_dtype, self.tokens.ids.shape[1]
         edges = 2 * sum(w.shape[0] + w.shape[1] for w in self._matrices)  # norms and products keep theirs, too
         logits = 8 * CHUNK_TOKENS * self.model.config.get_text_config().vocab_size * 4
         copies = (self._numbers + sum(w.numel() for w in self._matrices)) * dtype.itemsize
@@ -122,7 +122,7 @@ class Needs:
         if self.tokens is None or not self.plan.method.tuning_of_model:
             return 0
         ends = self._numbers - sum(p.numel() for p in self._blocks.parameters())
-        return (ends + self.tokens.ids.numel() * self._width) * self._dtype.itemsize
+        return (ends + self.tokens.ids.numel() * self._width) * self.plan.compute_dtype.itemsize
 
     @cached_property
     def _blocks(self) -> nn.ModuleList:
@@ -152,7 +152,3 @@ class Needs:
     @property
     def _width(self) -> int:
         return self.model.get_input_embeddings().weight.shape[1]
-
-    @property
-    def _dtype(self) -> Any:
-        return self.plan.compute_dtype

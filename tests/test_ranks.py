@@ -32,37 +32,32 @@ def environment(**more):
     return os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"} | more
 
 
+def started(folder, command, **more):
+    """A process of this command."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], env=environment(**more), cwd=folder, text=True, **pipes
+    )
+
+
+def one_rank(folder, *command, **more):
+    """A process by itself."""
+    return [started(folder, command, **more)]
+
+
 def two_ranks(folder, *command, **more):
     """Two processes of this command, as Slurm starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     slurm = {"SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return [
-        subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            env=environment(**slurm, **more, SLURM_PROCID=str(rank)),
-            cwd=folder,
-            text=True,
-            **pipes,
-        )
-        for rank in range(2)
-    ]
-
-
-def one_rank(folder, *command, **more):
-    """A process of this command by itself."""
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return [
-        subprocess.Popen([sys.executable, *map(str, command)], env=environment(**more), cwd=folder, text=True, **pipes)
-    ]
+    return [started(folder, command, **slurm, **more, SLURM_PROCID=str(rank)) for rank in range(2)]
 
 
 def ended(processes):
     """What all wrote, once they have ended well."""
     written = [process.communicate(timeout=240) for process in processes]
-    assert not any(process.returncode for process in processes), written
+    assert [process.returncode for process in processes] == [0] * len(processes), written
     return written
 
 
