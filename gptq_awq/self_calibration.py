@@ -23,6 +23,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from gptq_awq.data import TokenSet, make_token_set
 from gptq_awq.errors import UserError
+from gptq_awq.models.blocks import head_size, key_value_heads, text_config
 from gptq_awq.models.residence import streamed
 from gptq_awq.progress import Track, no_track
 
@@ -101,10 +102,8 @@ class SelfCalibration:
     def needed_bytes(self, model: Any, length: int, dtype: torch.dtype) -> int:
         """What writing windows of that length allocates, at most: a batch's keys, values and logits; where forwards
         are in another type than the model, its parameters once more."""
-        config, rows = model.config.get_text_config(), min(self.batch_size, self.windows)
-        heads = getattr(config, "num_attention_heads", 1)
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kept = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width
+        config, rows = text_config(model), min(self.batch_size, self.windows)
+        kept = 2 * config.num_hidden_layers * key_value_heads(config) * head_size(config)
         copied = sum(p.numel() for p in model.parameters()) if model.dtype != dtype else 0
         return (kept * rows * length + copied) * dtype.itemsize + 16 * rows * config.vocab_size
 

@@ -59,19 +59,28 @@ def test_more_budget_never_predicts_more_and_is_never_exceeded(tmp_path):
     found = [allocation(tmp_path, budget_bits=b, method=Method("rtn", RTN())) for b in (2.6, 3.0, 3.5, 4.5, 9.0)]
     assert all(a.predicted >= b.predicted for a, b in itertools.pairwise(found))
     assert all(a.bits_per_weight <= a.grid.budget_bits for a in found)
-    assert set(found[-1].chosen.values()) == {8}
+    assert {bits for bits, _ in found[-1].chosen.values()} == {8}
     assert len(list((tmp_path / "sensitivities").glob("*.safetensors"))) == 1  # whatever the budget
 
 
 @pytest.mark.parametrize("solver", [GPTQ(), GPTQ(act_order=True)])
-def test_what_is_stored_is_what_was_counted(solver):
+@pytest.mark.parametrize("group_sizes", [None, [16, 64]])
+def test_what_is_stored_is_what_was_counted(solver, group_sizes):
     method = Method("gptq", solver)
-    found = allocation(method=method, budget_bits=6.0)
+    found = allocation(method=method, budget_bits=6.0, group_sizes=group_sizes)
     done = quantize_model(tiny_model("llama"), tokens(), method, grid=found.grid, settings=SMALL)
     footprint = Footprint()
     footprint.add(done.weights)
     assert footprint.bits_per_weight == pytest.approx(found.bits_per_weight)
-    assert {name: weight.grid.bits for name, weight in done.weights.items()} == found.chosen
+    assert {name: (weight.grid.bits, weight.grid.group_size) for name, weight in done.weights.items()} == found.chosen
+
+
+def test_a_choice_of_group_sizes_never_predicts_more_than_one_of_them():
+    """Bits go where a finer scale is the cheaper way to spend them."""
+    one, both = (allocation(budget_bits=4.3, group_sizes=sizes) for sizes in (None, [32, 16]))
+    assert both.predicted <= one.predicted * (1 + 1e-5)
+    assert {size for _, size in both.chosen.values()} == {16, 32}
+    assert set(both.summary()["linears_by_bits"]) == {f"{b}g{g}" for b in both.grid.choices for g in (32, 16)}
 
 
 def test_bytes_are_bits():
@@ -89,7 +98,7 @@ def test_tied_sites_get_the_same_bits():
 def test_a_tied_model_is_uniform_and_shares_the_sensitivities(tmp_path):
     for budget, bits in ((UNIFORM_3, 3), (UNIFORM_3 + 0.9, 3), (20.0, 8)):
         found = allocation(tmp_path, tie="model", budget_bits=budget)
-        assert set(found.chosen.values()) == {bits}
+        assert set(found.chosen.values()) == {(bits, 32)}
     allocation(tmp_path)
     assert len(list((tmp_path / "sensitivities").glob("*.safetensors"))) == 1
 
@@ -127,7 +136,10 @@ def test_fisher_predicts_the_kl_of_a_small_change():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"budget_bits": None}, {"budget_bytes": 5}, {"choices": []}, {"choices": [1]}, {"tie": "q"}, {"windows": 0}],
+    [
+        *({"budget_bits": None}, {"budget_bytes": 5}, {"choices": []}, {"choices": [1]}, {"group_sizes": []}),
+        *({"group_sizes": [0]}, {"tie": "q"}, {"windows": 0}),
+    ],
 )
 def test_what_makes_no_sense_is_refused_at_once(wrong):
     with pytest.raises(UserError):

@@ -17,7 +17,7 @@ from gptq_awq.allocation.sensitivity import Cost, Measure, first_windows, measur
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.files import replacing
-from gptq_awq.grids.allocated import AllocatedGrid
+from gptq_awq.grids.allocated import AllocatedGrid, Width
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import matrix
@@ -36,41 +36,49 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Allocation:
-    """Bits by linear, and what they are predicted to cost.
+    """Bits and group size by linear, and what they are predicted to cost.
 
     Attributes:
         grid: the resolved choice of grids.
-        costs: of every linear at every choice.
-        chosen: bits by linear.
+        costs: of every linear at every width.
         bits_per_weight: stored, scales and zeros included, of all linears.
         predicted: sum of the costs; with sensitivity=fisher or kl, the predicted KL in nats per token.
     """
 
     grid: AllocatedGrid
     costs: Sequence[Cost]
-    chosen: Mapping[str, int]
     bits_per_weight: float
     predicted: float
 
+    @property
+    def chosen(self) -> Mapping[str, Width]:
+        """By a linear's name."""
+        return self.grid.allocated
+
     def summary(self) -> dict[str, Any]:
         """For the manifest."""
-        histogram = {str(b): list(self.chosen.values()).count(b) for b in self.grid.choices}
+        histogram = {self._name(width): list(self.chosen.values()).count(width) for width in self.grid.widths}
         facts = {"sensitivity": self.grid.sensitivity, "linears_by_bits": histogram}
         return facts | {"bits_per_weight": self.bits_per_weight, "predicted": self.predicted}
 
     def write(self, folder: Path) -> None:
         """Write `folder/allocation.json`. Raises OSError."""
-        choices = list(self.grid.choices)
-        linears = {
-            cost.name: {
-                "bits": self.chosen[cost.name],
-                "predicted": cost.costs[choices.index(self.chosen[cost.name])],
-                "costs": dict(zip(map(str, choices), cost.costs, strict=True)),
+        widths = self.grid.widths
+        names = [self._name(width) for width in widths]
+        linears = {}
+        for cost in self.costs:
+            bits, group_size = width = self.chosen[cost.name]
+            linears[cost.name] = {
+                **{"bits": bits, "group_size": group_size, "predicted": cost.costs[widths.index(width)]},
+                "costs": dict(zip(names, cost.costs, strict=True)),
             }
-            for cost in self.costs
-        }
         with replacing(folder / FILE_NAME) as scratch:
             scratch.write_text(json.dumps(self.summary() | {"linears": linears}, indent=1) + "\n")
+
+    def _name(self, width: Width) -> str:
+        """A width's; the group size is told where there are several."""
+        bits, group_size = width
+        return f"{bits}g{group_size}" if self.grid.group_sizes else str(bits)
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,7 @@ class Question:
         measure = Measure(grid.sensitivity, model, first_windows(tokens, grid.windows), self.seed, track)
         inputs = Inputs(model, blocks, tokens, self.settings, error_propagation=False, absorbers=False, track=track)
         solver = RTN() if grid.rounding == "rtn" or self.solver is None else self.solver
-        grids = [grid.grid(bits) for bits in grid.choices]
+        grids = [grid.grid(width) for width in grid.widths]
         return list(measured_costs(inputs, model, solver, grids, measure, track))
 
 
@@ -141,19 +149,19 @@ def allocate(
     """
     costs = Question(model, tokens, method.solver, grid, settings, seed).answer(cache, model_sha256, track)
     natural = getattr(method.solver, "natural_groups", True)
-    sizes = {cost.name: [stored_bits(model, cost.name, grid.grid(b), natural) for b in grid.choices] for cost in costs}
+    sizes = {cost.name: [stored_bits(model, cost.name, grid.grid(w), natural) for w in grid.widths] for cost in costs}
     weights = sum(matrix(model.get_submodule(cost.name)).numel() for cost in costs)
-    chosen = allocated_bits(grid, costs, sizes, _budget(grid, weights))
-    at = {name: list(grid.choices).index(bits) for name, bits in chosen.items()}
+    chosen = allocated_widths(grid, costs, sizes, _budget(grid, weights))
+    at = {name: grid.widths.index(width) for name, width in chosen.items()}
     stored = sum(sizes[name][k] for name, k in at.items())
     predicted = sum(cost.costs[at[cost.name]] for cost in costs)
-    return Allocation(replace(grid, allocated=chosen), costs, chosen, stored / weights, predicted)
+    return Allocation(replace(grid, allocated=chosen), costs, stored / weights, predicted)
 
 
-def allocated_bits(
+def allocated_widths(
     grid: AllocatedGrid, costs: Sequence[Cost], sizes: Mapping[str, Sequence[int]], budget: int
-) -> dict[str, int]:
-    """Bits by linear: least sum of costs with the sum of sizes (in bits) within the budget.
+) -> dict[str, Width]:
+    """Width by linear: least sum of costs with the sum of sizes (in bits) within the budget.
 
     Raises:
         UserError: a budget below the least choice.
@@ -172,14 +180,14 @@ def allocated_bits(
             "times as much with its scales; raise the budget or group_size"
         )
     picked = cheapest(together, size, budget)
-    return {cost.name: grid.choices[k] for group, k in zip(groups.values(), picked, strict=True) for cost in group}
+    return {cost.name: grid.widths[k] for group, k in zip(groups.values(), picked, strict=True) for cost in group}
 
 
 def stored_bits(model: nn.Module, name: str, grid: IntGrid, natural: bool = True) -> int:
     """Bits that a checkpoint stores of one linear: what its results row will count."""
     rows, columns = matrix(model.get_submodule(name)).shape
     groups = 1 if grid.group_size == -1 else -(-columns // grid.group_size)
-    order = 0 if natural else 32 * columns
+    order = 0 if natural or groups == 1 else 32 * columns
     return round(rows * (columns * grid.bits + groups * grid.overhead_bits)) + order
 
 

@@ -15,6 +15,7 @@ from gguf import GGUFWriter, RopeScalingType
 from jaxtyping import Float, Int
 
 from gptq_awq.errors import UserError
+from gptq_awq.models.blocks import head_size, key_value_heads
 
 log = logging.getLogger(__name__)
 
@@ -119,14 +120,6 @@ class Architecture:
         return order(config) if order else None
 
 
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _kv_heads(config: Any) -> int:
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-
 def _interleaved(heads: int, head_dim: int) -> Int[np.ndarray, "rows"]:
     """llama.cpp's llama rotates neighbours (2i, 2i + 1), transformers the two halves (i, i + d/2) of a head."""
     return np.arange(heads * head_dim).reshape(heads, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)
@@ -144,8 +137,8 @@ LLAMA = Architecture(
     rope=("default", "linear", "llama3"),
     biased=True,
     orders={
-        "attn_q": lambda c: _interleaved(c.num_attention_heads, _head_dim(c)),
-        "attn_k": lambda c: _interleaved(_kv_heads(c), _head_dim(c)),
+        "attn_q": lambda c: _interleaved(c.num_attention_heads, head_size(c)),
+        "attn_k": lambda c: _interleaved(key_value_heads(c), head_size(c)),
     },
 )
 GEMMA = {"activations": ("gelu_pytorch_tanh",), "norm_shift": 1}
@@ -182,7 +175,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         biased="always",
         square=True,
         head="output",
-        orders={"attn_qkv": lambda c: _qkv_apart(c.num_attention_heads, _head_dim(c))},
+        orders={"attn_qkv": lambda c: _qkv_apart(c.num_attention_heads, head_size(c))},
     ),
 }
 """Transformers' model_type → llama.cpp's architecture."""
@@ -215,7 +208,7 @@ def _differences(arch: Architecture, config: Any) -> Iterator[str]:
             yield f"{kind} rope"
         if rope.get("partial_rotary_factor", 1.0) != 1 and arch.name not in ("gptneox", "phi3"):
             yield "partial rotation"
-    if arch.square and _head_dim(config) * config.num_attention_heads != config.hidden_size:
+    if arch.square and head_size(config) * config.num_attention_heads != config.hidden_size:
         yield "attention wider or narrower than the hidden size"
     if not arch.biased and getattr(config, "attention_bias", False):
         yield "attention_bias"
@@ -232,7 +225,7 @@ def _attention_differences(config: Any) -> Iterator[str]:
     if scalar is not None:
         blocks, gemma2 = config.num_hidden_layers, config.model_type == "gemma2"
         largest = blocks == (46 if gemma2 else 62)  # llama.cpp tells the 27B models by their number of blocks
-        fixed = config.hidden_size // config.num_attention_heads if largest else _head_dim(config)
+        fixed = config.hidden_size // config.num_attention_heads if largest else head_size(config)
         if scalar != fixed:
             yield f"query_pre_attn_scalar={scalar} (but {fixed})"
     if getattr(config, "use_bidirectional_attention", False):
@@ -270,13 +263,13 @@ def rows(name: str, config: Any) -> Int[np.ndarray, "rows"] | None:
 def add_hyperparameters(writer: GGUFWriter, config: Any) -> None:
     """The `ARCH.*` fields."""
     arch = architecture(config)
-    head_dim = _head_dim(config)
+    head_dim = head_size(config)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(context_length(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(_feed_forward_length(config))
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(_kv_heads(config))
+    writer.add_head_count_kv(key_value_heads(config))
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     if hasattr(config, "rms_norm_eps"):
@@ -348,7 +341,7 @@ def rope_factors(config: Any) -> Float[np.ndarray, "half_head"] | None:
     rope = _ropes(config).get("", {})
     if rope.get("rope_type") != "llama3":
         return None
-    dim, factor = _head_dim(config), rope["factor"]
+    dim, factor = head_size(config), rope["factor"]
     wavelength = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, dim, 2) / dim)
     context, low, high = (rope[k] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"))
     smooth = np.clip((context / wavelength - low) / (high - low), 0, 1)

@@ -12,6 +12,7 @@ from gptq_awq.export.base import LinearSpec
 from gptq_awq.export.packing import ragged
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.mix import role_of
+from gptq_awq.models.blocks import key_value_heads
 
 FORMATS = ("gptq", "awq", "compressed_tensors")
 DEGREES = (1, 2, 4, 8)
@@ -90,7 +91,7 @@ def tensor_parallel(linears: Sequence[LinearSpec], config: PreTrainedConfig) -> 
 def obstacle(linears: Sequence[LinearSpec], config: PreTrainedConfig, degree: int) -> str | None:
     """Why a model can't be split between so many devices; None: it can."""
     heads = config.num_attention_heads
-    shared = getattr(config, "num_key_value_heads", None) or heads
+    shared = key_value_heads(config)
     if heads % degree:
         return f"{heads} heads"
     if shared % degree and degree % shared:

@@ -6,11 +6,15 @@ preflight and quantization `gptq_awq.allocation` finds it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Literal
 
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, Place
 from gptq_awq.grids.integer import IntGrid
+
+Width = tuple[int, int]
+"""Bits and group size."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,9 @@ class AllocatedGrid:
         rounding: what the costs are measured on: the method's `solver`, or `rtn`, which is quicker.
         windows: calibration windows that gradients (fisher) or losses (kl) are measured on.
         group_size: columns that share a scale; -1 for the whole row.
+        group_sizes: to choose among beside the bits, each with each; None: group_size alone.
         sym: see `IntGrid`, as are search and scale_dtype.
-        allocated: bits by a linear's full name; empty until they are known.
+        allocated: bits and group size by a linear's full name; empty until they are known.
 
     Raises:
         UserError: both budgets or none, bits that no integer grid has, a word there isn't.
@@ -42,29 +47,38 @@ class AllocatedGrid:
     rounding: Literal["solver", "rtn"] = "solver"
     windows: int = 8
     group_size: int = 64
+    group_sizes: Sequence[int] | None = None
     sym: bool = False
     search: str = "minmax"
     scale_dtype: str = "float16"
-    allocated: Mapping[str, int] = field(default_factory=dict)
+    allocated: Mapping[str, Width] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.budget_bits is None) == (self.budget_bytes is None):
             raise UserError("grid.budget_bits and grid.budget_bytes: give one of them, and null for the other")
         if not self.choices:
             raise UserError("grid.choices=[]: give some bits to choose among, such as [2,3,4,6]")
+        if self.group_sizes is not None and not self.group_sizes:
+            raise UserError("grid.group_sizes=[]: give some to choose among, such as [32,64,128], or null")
         sensitivities, ties = ("fisher", "error", "kl"), ("linear", "site", "model")
         for option, known in {"tie": ties, "sensitivity": sensitivities, "rounding": ("solver", "rtn")}.items():
             if getattr(self, option) not in known:
                 raise UserError(f"grid.{option}={getattr(self, option)}: choose one of {', '.join(known)}")
         if self.windows < 1:
             raise UserError(f"grid.windows={self.windows}: give at least 1")
-        for bits in self.choices:
-            self.grid(bits)
+        for width in self.widths:
+            self.grid(width)
+
+    @property
+    def widths(self) -> list[Width]:
+        """What there is to choose among."""
+        return list(product(self.choices, self.group_sizes or [self.group_size]))
 
     @property
     def bits(self) -> float:
         """Of most linears' codes; before they are known, of the widest choice."""
-        return max(self.choices, key=list(self.allocated.values()).count) if self.allocated else max(self.choices)
+        allocated = [bits for bits, _ in self.allocated.values()]
+        return max(self.choices, key=allocated.count) if allocated else max(self.choices)
 
     @property
     def needs_hessian(self) -> bool:
@@ -83,13 +97,13 @@ class AllocatedGrid:
         be able to hold any mix.
         """
         if place.head:
-            return self.grid(max(self.choices))
+            return self.grid((max(self.choices), self.group_size))
         if place.block < 0:
             return None
-        turn = self.choices[place.block % len(self.choices)]
+        turn = self.widths[place.block % len(self.widths)]
         return self.grid(self.allocated.get(place.name, turn))
 
-    def grid(self, bits: int) -> IntGrid:
+    def grid(self, width: Width) -> IntGrid:
         """The grid of one width."""
         options: dict[str, Any] = {"search": self.search, "scale_dtype": self.scale_dtype}
-        return IntGrid(bits, self.group_size, self.sym, **options)
+        return IntGrid(*width, self.sym, **options)

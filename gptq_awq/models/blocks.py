@@ -77,6 +77,16 @@ def heads_of(model: nn.Module) -> int | None:
     return getattr(text_config(model), "num_attention_heads", None)
 
 
+def head_size(config: Any) -> int:
+    """Channels of one head, by a language model's config."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def key_value_heads(config: Any) -> int:
+    """Heads that keys and values have: fewer than queries where several share them."""
+    return getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None) or 1
+
+
 def language_model(model: nn.Module) -> nn.Module:
     """The part of a model that turns tokens into hidden states; the model itself where it doesn't say."""
     decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None

@@ -6,7 +6,7 @@ from torch import nn
 
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, GridChoice, Place
-from gptq_awq.models.blocks import find_blocks, text_config
+from gptq_awq.models.blocks import find_blocks, heads_of, key_value_heads, text_config
 from gptq_awq.models.linear import is_linear, matrix
 
 
@@ -40,7 +40,7 @@ def changes_output(model: nn.Module, grids: Mapping[str, Grid]) -> bool:
 def _inner(model: nn.Module) -> Iterator[Place]:
     """The blocks' linears."""
     prefix, blocks = find_blocks(model)
-    shared_kv = _shared_kv(model)
+    shared_kv = (heads_of(model) or 1) // key_value_heads(text_config(model))
     names: dict[int, str] = {}
     for index, block in enumerate(blocks):
         for name, module in block.named_modules():
@@ -59,9 +59,3 @@ def _ends(model: nn.Module, head_wanted: bool) -> Iterator[Place]:
     yield Place(names[id(embedding)], embedding.weight.shape[1], tied=tied)
     if head is not None and not tied:
         yield Place(names[id(head)], head.weight.shape[1], head=head_wanted)
-
-
-def _shared_kv(model: nn.Module) -> int:
-    config = text_config(model)
-    heads = getattr(config, "num_attention_heads", None) or 1
-    return heads // (getattr(config, "num_key_value_heads", None) or heads)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from gptq_awq.errors import UserError
 from gptq_awq.hadamard import largest_order, times_hadamard
-from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call, find_blocks, heads_of
+from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call, find_blocks, head_size, heads_of, text_config
 from gptq_awq.models.ends import Ends, untie
 from gptq_awq.models.experts import experts_in
 from gptq_awq.models.linear import Site, is_linear, matrix
@@ -98,7 +98,7 @@ class QuaRot:
             work = _Work(f"{prefix}.{index}", copy.deepcopy(block).float(), calls[index], hidden)
             work.sites = sites = observe_sites(block, hidden, calls[index], True, heads, sites)
             if self.heads:
-                order = _rotate_heads(work, _head_size(model, ends.width), draw)
+                order = _rotate_heads(work, head_size(text_config(model)), draw)
             hidden = _rotate_block(work, Q)
             block.load_state_dict(work.block.state_dict())
         untie(model)
@@ -218,11 +218,6 @@ def _rotate_rows(producer: nn.Module, heads: Int[Tensor, "heads size"], H: Rotat
         matrix(producer)[rows] = H(matrix(producer)[rows].T).T
         if bias is not None:
             bias.data[rows] = H(bias.data[rows])
-
-
-def _head_size(model: nn.Module, width: int) -> int:
-    config: Any = model.config
-    return getattr(config, "head_dim", None) or width // config.num_attention_heads
 
 
 def _signs(n: int, draw: torch.Generator) -> Float[Tensor, "n"]:
