@@ -18,7 +18,9 @@ from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.pipeline.inputs import Settings
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.size import Footprint
+from gptq_awq.solvers.gptaq import GPTAQ
 from gptq_awq.solvers.gptq import GPTQ
+from gptq_awq.solvers.qronos import Qronos
 from gptq_awq.solvers.rtn import RTN
 
 SMALL = Settings(compute_dtype="float32", tokens_per_batch=64)
@@ -81,6 +83,14 @@ def test_a_choice_of_group_sizes_never_predicts_more_than_one_of_them():
     assert both.predicted <= one.predicted * (1 + 1e-5)
     assert {size for _, size in both.chosen.values()} == {16, 32}
     assert set(both.summary()["linears_by_bits"]) == {f"{b}g{g}" for b in both.grid.choices for g in (32, 16)}
+
+
+@pytest.mark.parametrize("solver", [GPTAQ(act_order=True), Qronos(act_order=True)])
+def test_solvers_that_make_up_for_drift_have_the_sensitivities_of_gptq(solver):
+    """They are measured on full precision's inputs, where nothing has drifted."""
+    own, gptq = (allocation(method=Method("", s)) for s in (solver, GPTQ(act_order=True)))
+    for one, other in zip(own.costs, gptq.costs, strict=True):
+        assert one.costs == pytest.approx(other.costs, rel=1e-3)
 
 
 def test_bytes_are_bits():

@@ -107,12 +107,15 @@ def measured_costs(
         UserError: H that won't factor.
     """
     prefix, blocks = find_blocks(model)
+    needs_cross = getattr(solver, "needs_cross", False)
     for index in track(range(len(blocks)), "sensitivities", len(blocks)):
         block = blocks[index]
         with torch.no_grad():
             runner = inputs.runner(block) if inputs.streams is not None else block
             seen = inputs.observe(block, runner, index)
             for site, moments in zip(seen.sites, seen.moments, strict=True):
+                if needs_cross:  # nothing has drifted from full precision
+                    moments = replace(moments, cross=moments.hessian)
                 for linear in site.linears:
                     name = f"{prefix}.{index}.{linear}"
                     rounded = _rounded(name, matrix(block.get_submodule(linear)).float(), solver, moments, grids)
