@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import statistics
 
 import numpy as np
 import pytest
@@ -82,6 +83,7 @@ def test_a_choice_of_group_sizes_never_predicts_more_than_one_of_them():
     one, both = (allocation(budget_bits=4.3, group_sizes=sizes) for sizes in (None, [32, 16]))
     assert both.predicted <= one.predicted * (1 + 1e-5)
     assert {size for _, size in both.chosen.values()} == {16, 32}
+    assert both.grid.group_size == statistics.mode(size for _, size in both.chosen.values())
     assert set(both.summary()["linears_by_bits"]) == {f"{b}g{g}" for b in both.grid.choices for g in (32, 16)}
 
 

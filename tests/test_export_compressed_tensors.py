@@ -4,8 +4,19 @@ import json
 
 import pytest
 import torch
-from quantized_weights import assert_same, from_codes, int_grid, quantized, save_packed, specs, tiny_source
-from transformers import GPT2Config, LlamaConfig
+from quantized_weights import (
+    assert_decodes,
+    assert_same,
+    from_codes,
+    int_grid,
+    quantized,
+    rounded_source,
+    save_packed,
+    specs,
+    tiny_source,
+)
+from tiny_models import tiny_model, tiny_tokens
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from gptq_awq.errors import UserError
 from gptq_awq.export import compressed_tensors
@@ -17,6 +28,7 @@ from gptq_awq.export.compressed_tensors import (
     quantization_config,
 )
 from gptq_awq.export.folder import FolderTensors
+from gptq_awq.grids.per_layer import PerLayerGrid
 
 LLAMA = LlamaConfig()
 READERS = ("library", "own")
@@ -38,7 +50,7 @@ def reader(request, monkeypatch):
 def test_packing_then_independent_unpacking_gives_the_codes(bits, sym, group_size, order, reader, tmp_path):
     grid = int_grid(bits, group_size, sym)
     weight = quantized(grid, order, rows=33)
-    save_packed(tmp_path, pack(weight, torch.float16), quantization_config(grid, "pack-quantized", []))
+    save_packed(tmp_path, pack(weight, torch.float16), quantization_config({"lin": grid}, "pack-quantized", []))
     (decoded,) = CompressedTensorsFormat().decode(tmp_path)
     assert_same(decoded, weight)
 
@@ -49,7 +61,9 @@ def test_packing_then_independent_unpacking_gives_the_codes(bits, sym, group_siz
 def test_bytes_give_the_codes(sym, group_size, dtype, reader, tmp_path):
     grid = int_grid(8, group_size, sym, dtype)
     weight = quantized(grid, rows=33)
-    save_packed(tmp_path, pack_int8(weight, getattr(torch, dtype)), quantization_config(grid, "int-quantized", []))
+    save_packed(
+        tmp_path, pack_int8(weight, getattr(torch, dtype)), quantization_config({"lin": grid}, "int-quantized", [])
+    )
     (decoded,) = CompressedTensorsFormat().decode(tmp_path)
     assert_same(decoded, weight)
 
@@ -57,7 +71,7 @@ def test_bytes_give_the_codes(sym, group_size, dtype, reader, tmp_path):
 def test_widths_that_fill_no_words_are_padded(reader, tmp_path):
     grid = int_grid(3, -1)
     weight = quantized(grid, rows=7, columns=13)
-    save_packed(tmp_path, pack(weight, torch.float16), quantization_config(grid, "pack-quantized", []))
+    save_packed(tmp_path, pack(weight, torch.float16), quantization_config({"lin": grid}, "pack-quantized", []))
     (decoded,) = CompressedTensorsFormat().decode(tmp_path)
     assert_same(decoded, weight)
 
@@ -106,6 +120,32 @@ def test_an_unknown_layout_is_refused():
         CompressedTensorsFormat(layout="int4")  # pyright: ignore[reportArgumentType]
 
 
+def mixed_source(sym):
+    """A tiny Llama whose linears differ in bits and group size, and some in symmetry unless all have it."""
+    overrides = {"*.down_proj": {"bits": 8, "group_size": -1, "sym": sym}, "*.0.self_attn.*": {"bits": 3, "sym": True}}
+    grid = PerLayerGrid(4, 32, sym, scale_dtype="float32", overrides=overrides)
+    return rounded_source(tiny_model("llama"), grid)
+
+
+def test_linears_on_grids_of_their_own_are_in_groups_of_their_own(reader, tmp_path):
+    source = mixed_source(sym=False)
+    assert_decodes(CompressedTensorsFormat("float32"), source, tmp_path)
+    groups = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert sorted(name for group in groups.values() for name in group["targets"]) == sorted(source.weights)
+    told = {(g["weights"]["num_bits"], g["weights"]["group_size"], g["weights"]["symmetric"]) for g in groups.values()}
+    assert told == {(4, 32, False), (8, None, False), (3, 32, True)}
+
+
+def test_transformers_computes_the_very_same_logits_of_several_grids(tmp_path, tiny_folder):
+    pytest.importorskip("compressed_tensors")
+    source = mixed_source(sym=True)
+    CompressedTensorsFormat("float32").write(source, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    tokens = tiny_tokens()
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, source.model(tokens).logits)
+
+
 @pytest.mark.parametrize(
     ("layout", "options"),
     [
@@ -116,9 +156,6 @@ def test_an_unknown_layout_is_refused():
 )
 def test_transformers_computes_the_very_same_logits(layout, options, tmp_path, tiny_folder):
     pytest.importorskip("compressed_tensors")
-    from tiny_models import tiny_tokens
-    from transformers import AutoModelForCausalLM
-
     source = tiny_source(dtype="float32", **options)
     CompressedTensorsFormat("float32", layout).write(source, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]

@@ -42,6 +42,15 @@ def test_what_an_engine_refuses_is_said(grid, natural_order, line):
     assert line in said(grid, natural_order)
 
 
+def test_of_several_widths_each_is_spoken_of_once_and_what_vllm_fuses_is():
+    linears = [*specs(int_grid(3, 32), **SHAPES), *specs(int_grid(3, 64), other=(64, 64))]
+    lines = [line for line in lint(linears, CONFIG) if line.startswith("compressed_tensors")]
+    assert len([line for line in lines if "3 bits on a GPU" in line]) == 1
+    assert any("tie=site" in line for line in lines)
+    assert any("sym=true only" in line for line in lines)
+    assert "tie=site" not in said(int_grid(3, 32))
+
+
 def test_only_formats_that_are_asked_for_are_spoken_of():
     assert "gptq" not in said(int_grid(4, 32), formats=("awq", "gguf"))
     assert said(int_grid(4, 32), formats=("gguf",)) == ""

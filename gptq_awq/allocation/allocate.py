@@ -155,7 +155,7 @@ def allocate(
     at = {name: grid.widths.index(width) for name, width in chosen.items()}
     stored = sum(sizes[name][k] for name, k in at.items())
     predicted = sum(cost.costs[at[cost.name]] for cost in costs)
-    return Allocation(replace(grid, allocated=chosen), costs, stored / weights, predicted)
+    return Allocation(grid.resolved(chosen), costs, stored / weights, predicted)
 
 
 def allocated_widths(

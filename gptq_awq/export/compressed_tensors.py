@@ -9,11 +9,13 @@ A linear of `out` rows and `in` columns, codes of b bits, G groups of neighbouri
                      weight_zero_point  (out, G)          int8    zeros less 128 (asymmetric)
     both             weight_scale       (out, G)
 
+Linears on other grids than each other are in groups of their own in config.json, by name.
+
 Streams without gaps for 3, 5, 6 and 7 bits are the library's since 0.18; before, it left a word's last bits free.
 g_idx went out of the format with 0.19.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,7 +32,7 @@ from gptq_awq.export.folder import FolderTensors, read_config, write_folder
 from gptq_awq.export.packing import (
     PRODUCER,
     exactly,
-    one_int_grid,
+    int_grids,
     pack_words,
     require_linear_modules,
     require_natural_order,
@@ -38,12 +40,13 @@ from gptq_awq.export.packing import (
     unpack_words,
     unquantized,
 )
-from gptq_awq.grids.base import QuantizedWeight
+from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
 
 FORMATS = {"pack": "pack-quantized", "int8": "int-quantized"}
 DENSE_SINCE = (0, 18)
-GROUP = "group_0"
+ALL = "Linear"
+"""The target that is every linear: modules are named by class, too."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,13 @@ class CompressedTensorsFormat:
 
     def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:
         """Raise UserError for grids, bits, orders or architectures that the format has no room for."""
-        grid = one_int_grid(linears, self.name, self.dtype, ("float16", "bfloat16", "float32"))
+        grids = int_grids(linears, self.name, self.dtype, ("float16", "bfloat16", "float32"))
         require_whole_groups(linears, self.name)
         require_natural_order(linears, self.name, " (g_idx left it in 0.19), or export.formats=[gptq]")
-        if self.layout == "int8" and grid.bits != 8:
+        other = next((grid.bits for grid in grids if grid.bits != 8), None)
+        if self.layout == "int8" and other is not None:
             raise UserError(
-                f"bits={grid.bits}: export.compressed_tensors.layout=int8 holds 8 bits; choose bits=8 or "
+                f"bits={other}: export.compressed_tensors.layout=int8 holds 8 bits; choose bits=8 or "
                 "export.compressed_tensors.layout=pack"
             )
         require_linear_modules(config, self.name)
@@ -90,9 +94,8 @@ class CompressedTensorsFormat:
             for name, weight in weights.items()
             for part, tensor in packer(weight, dtype).items()
         )
-        grid = next(iter(weights.values())).grid
-        assert isinstance(grid, IntGrid)
-        config = quantization_config(grid, FORMATS[self.layout], unquantized(source))
+        grids = {name: weight.grid.without_search() for name, weight in weights.items()}
+        config = quantization_config(grids, FORMATS[self.layout], unquantized(source))
         write_folder(source, folder, packed, dtype, config, self.shard)
 
     def decoder(self) -> str:
@@ -101,12 +104,13 @@ class CompressedTensorsFormat:
 
     def decode(self, folder: Path) -> Iterator[Decoded]:
         """Every quantized weight."""
-        group, tensors = read_config(folder)["quantization_config"]["config_groups"][GROUP], FolderTensors(folder)
+        groups, tensors = read_config(folder)["quantization_config"]["config_groups"], FolderTensors(folder)
+        by_target = {target: group for group in groups.values() for target in group["targets"]}
         read = read_with_library if library_reads() else read_alone
         for key in [key for key in tensors if key.endswith(".weight_scale")]:
             name = key.removesuffix(".weight_scale")
             parts = {part: tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in tensors}
-            yield Decoded(name, *read(parts, group))
+            yield Decoded(name, *read(parts, by_target.get(name) or by_target[ALL]))
 
 
 PARTS = ("weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point")
@@ -149,10 +153,44 @@ def is_symmetric(weight: QuantizedWeight) -> bool:
     return weight.grid.sym
 
 
-def quantization_config(grid: IntGrid, format_: str, ignore: Sequence[str]) -> dict[str, Any]:
-    """As config.json holds it; `ignore` names the linears that stay as they are."""
+def quantization_config(grids: Mapping[str, Grid], format_: str, ignore: Sequence[str]) -> dict[str, Any]:
+    """As config.json holds it.
+
+    Args:
+        grids: by a linear's name; `IntGrid`s, searches aside.
+        format_: pack-quantized or int-quantized.
+        ignore: names of the linears that stay as they are.
+    """
+    named: dict[Grid, list[str]] = {}
+    for name, grid in grids.items():
+        named.setdefault(grid, []).append(name)
+    # The format is said once more, as the library would guess pack-quantized where activations stay as they are.
+    groups = {
+        f"group_{number}": {
+            "targets": [ALL] if len(named) == 1 else names,
+            "weights": _weights(grid),
+            "format": format_,
+        }
+        for number, (grid, names) in enumerate(named.items())
+    }
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": format_,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": list(ignore),
+    }
+    if format_ == FORMATS["pack"] and [group["weights"]["symmetric"] for group in groups.values()] == [False]:
+        # An option of transformers, which else expects unpacked zeros (seen with compressed-tensors 0.15 to 0.20), and
+        # which with it knows one group only.
+        config["dequantize"] = True
+    return config
+
+
+def _weights(grid: Grid) -> dict[str, Any]:
+    assert isinstance(grid, IntGrid)
     channel = grid.group_size == -1
-    weights = {
+    return {
         "num_bits": grid.bits,
         "type": "int",
         "symmetric": grid.sym,
@@ -160,18 +198,6 @@ def quantization_config(grid: IntGrid, format_: str, ignore: Sequence[str]) -> d
         "group_size": None if channel else grid.group_size,
         "dynamic": False,
     }
-    config = {
-        "quant_method": "compressed-tensors",
-        "format": format_,
-        "quantization_status": "compressed",
-        # The format is said once more, as the library would guess pack-quantized where activations stay as they are.
-        "config_groups": {GROUP: {"targets": ["Linear"], "weights": weights, "format": format_}},
-        "ignore": list(ignore),
-    }
-    if format_ == FORMATS["pack"] and not grid.sym:
-        # An option of transformers, which else expects unpacked zeros (seen with compressed-tensors 0.15 to 0.20).
-        config["dequantize"] = True
-    return config
 
 
 def library_reads() -> bool:

@@ -34,7 +34,17 @@ def lint(linears: Sequence[LinearSpec], config: PreTrainedConfig, formats: Colle
     natural = all(linear.natural_order for linear in linears)
     whole = not any(ragged(linear) for linear in linears)
     rules = [rule for grid in grids if isinstance(grid, IntGrid) for rule in engine_rules(grid, natural, whole)]
-    lines = [f"{name}: {sentence}" for names, holds, sentence in rules for name in names if holds and name in formats]
+    several = len({grid.without_search() for grid in grids if isinstance(grid, IntGrid)}) > 1
+    rules += [
+        (("compressed_tensors",), several, "vLLM wants q, k and v alike, and gate and up; grid.tie=site makes them"),
+        (
+            ("compressed_tensors",),
+            several and not all(grid.sym for grid in grids if isinstance(grid, IntGrid)),
+            "transformers reads layers that differ with sym=true only",
+        ),
+    ]
+    said = [f"{name}: {sentence}" for names, holds, sentence in rules for name in names if holds and name in formats]
+    lines = list(dict.fromkeys(said))
     return [*lines, tensor_parallel(linears, config)] if set(FORMATS) & set(formats) else lines
 
 

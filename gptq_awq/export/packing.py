@@ -58,8 +58,8 @@ def exactly(values: Float[Tensor, "..."], dtype: torch.dtype, what: str) -> Tens
     return stored.contiguous()
 
 
-def one_int_grid(linears: Sequence[LinearSpec], name: str, dtype: str, dtypes: Sequence[str]) -> IntGrid:
-    """The integer grid that all of a model's linears are on.
+def int_grids(linears: Sequence[LinearSpec], name: str, dtype: str, dtypes: Sequence[str]) -> list[IntGrid]:
+    """The integer grid of each of a model's linears, less how ranges are chosen, which is not stored.
 
     Args:
         linears: of the model.
@@ -68,22 +68,30 @@ def one_int_grid(linears: Sequence[LinearSpec], name: str, dtype: str, dtypes: S
         dtypes: those that the format's engines take.
 
     Raises:
-        UserError: another grid, or several; a dtype that would round the scales.
+        UserError: another grid; a dtype that would round the scales.
     """
-    grid = linears[0].grid
+    if dtype not in dtypes:
+        raise UserError(f"export.{name}.dtype={dtype}: choose one of {', '.join(dtypes)}")
+    grids = []
     for linear in linears:
         if not isinstance(linear.grid, IntGrid):
             kind = type(linear.grid).__name__
             raise UserError(f"export.formats={name}: holds integer grids, not {kind}; choose grid=int")
-        if linear.grid.without_search() != grid.without_search():  # how ranges were chosen is not stored
+        require_dtype(linear.grid, dtype, name)
+        grids.append(linear.grid.without_search())
+    return grids
+
+
+def one_int_grid(linears: Sequence[LinearSpec], name: str, dtype: str, dtypes: Sequence[str]) -> IntGrid:
+    """The grid that all linears are on; arguments and errors are those of `int_grids`, and several are one."""
+    grids = int_grids(linears, name, dtype, dtypes)
+    for linear, grid in zip(linears, grids, strict=True):
+        if grid != grids[0]:
             raise UserError(
-                f"export.formats={name}: holds one grid for all layers, {linear.name} has its own; choose grid=int"
+                f"export.formats={name}: holds one grid for all layers, {linear.name} has its own; choose grid=int or "
+                "export.formats=[compressed_tensors]"
             )
-    assert isinstance(grid, IntGrid)
-    if dtype not in dtypes:
-        raise UserError(f"export.{name}.dtype={dtype}: choose one of {', '.join(dtypes)}")
-    require_dtype(grid, dtype, name)
-    return grid
+    return grids[0]
 
 
 def require_whole_groups(linears: Sequence[LinearSpec], name: str) -> None:

@@ -5,7 +5,7 @@ preflight and quantization `gptq_awq.allocation` finds it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ class AllocatedGrid:
         sensitivity: what a rounding costs: `fisher`, `error` or `kl` (see allocation/sensitivity.py).
         rounding: what the costs are measured on: the method's `solver`, or `rtn`, which is quicker.
         windows: calibration windows that gradients (fisher) or losses (kl) are measured on.
-        group_size: columns that share a scale; -1 for the whole row.
+        group_size: columns that share a scale; -1 for the whole row. Once `allocated` is known, of most linears.
         group_sizes: to choose among beside the bits, each with each; None: group_size alone.
         sym: see `IntGrid`, as are search and scale_dtype.
         allocated: bits and group size by a linear's full name; empty until they are known.
@@ -91,17 +91,23 @@ class AllocatedGrid:
         return "allocated"
 
     def at(self, place: Place) -> Grid | None:
-        """The grid of one linear; None for embeddings. An output head that is asked for gets the widest choice.
+        """The grid of one linear; None for embeddings. An output head that is asked for gets the most of the bits, and
+        the first of the group sizes.
 
         The budget doesn't count it. Before bits are known blocks take turns among the choices: a checkpoint format must
         be able to hold any mix.
         """
         if place.head:
-            return self.grid((max(self.choices), self.group_size))
+            return self.grid(max(self.widths, key=lambda width: width[0]))
         if place.block < 0:
             return None
         turn = self.widths[place.block % len(self.widths)]
         return self.grid(self.allocated.get(place.name, turn))
+
+    def resolved(self, allocated: Mapping[str, Width]) -> "AllocatedGrid":
+        """The answer, by a linear's full name."""
+        sizes = [size for _, size in allocated.values()]
+        return replace(self, allocated=allocated, group_size=max(sizes, key=sizes.count, default=self.group_size))
 
     def grid(self, width: Width) -> IntGrid:
         """The grid of one width."""
