@@ -42,11 +42,15 @@ def allocation(cache=None, method=METHOD, **options):
 def test_the_knapsack_equals_brute_force(seed):
     draw = np.random.default_rng(seed)
     costs, sizes = draw.exponential(size=(5, 4)) ** 4, draw.integers(1, 50, (5, 4)) * 8
-    budget = int(sizes.min(1).sum() + draw.integers(0, 600))
-    options = list(itertools.product(range(4), repeat=5))
+    missing = draw.random((5, 4)) < 0.3
+    missing[range(5), draw.integers(0, 4, 5)] = False
+    costs[missing] = np.inf
+    budget = int(np.where(missing, 400, sizes).min(1).sum() + draw.integers(0, 600))
+    options = [o for o in itertools.product(range(4), repeat=5) if not missing[range(5), o].any()]
     fitting = [o for o in options if sizes[range(5), o].sum() <= budget]
     least = min(costs[range(5), o].sum() for o in fitting)
     chosen = cheapest(costs, sizes, budget)
+    assert not missing[range(5), chosen].any()
     assert sizes[range(5), chosen].sum() <= budget
     assert costs[range(5), chosen].sum() == pytest.approx(least, rel=1e-5)
 
@@ -85,6 +89,26 @@ def test_a_choice_of_group_sizes_never_predicts_more_than_one_of_them():
     assert {size for _, size in both.chosen.values()} == {16, 32}
     assert both.grid.group_size == statistics.mode(size for _, size in both.chosen.values())
     assert set(both.summary()["linears_by_bits"]) == {f"{b}g{g}" for b in both.grid.choices for g in (32, 16)}
+
+
+def test_group_sizes_go_to_linears_whose_columns_they_divide():
+    """64 and 160 columns."""
+    found = allocation(budget_bits=5.0, group_sizes=[16, 64, 80])
+    for cost in found.costs:
+        columns = 160 if cost.name.endswith("down_proj") else 64
+        possible = [size for (_, size), c in zip(found.grid.widths, cost.costs, strict=True) if c is not None]
+        assert set(possible) == ({16, 80} if columns == 160 else {16, 64})
+        assert columns % found.chosen[cost.name][1] == 0
+    with pytest.raises(UserError, match="group_sizes"):
+        allocation(budget_bits=5.0, group_sizes=[64, 80], tie="model")
+
+
+@pytest.mark.parametrize("solver", [GPTQ(), GPTQ(act_order=True)])
+def test_a_budget_of_uniform_bits_is_their_size(solver):
+    found = allocation(budget_bits=None, budget_uniform=3, group_sizes=[16, 32, 64, 160], method=Method("", solver))
+    uniform = allocation(budget_bits=99, choices=[3], method=Method("", solver))
+    assert 0.95 * uniform.bits_per_weight < found.bits_per_weight <= uniform.bits_per_weight
+    assert (found.grid.bits, found.grid.group_size) == (3, 32)
 
 
 @pytest.mark.parametrize("solver", [GPTAQ(act_order=True), Qronos(act_order=True)])
@@ -149,7 +173,14 @@ def test_fisher_predicts_the_kl_of_a_small_change():
 @pytest.mark.parametrize(
     "wrong",
     [
-        *({"budget_bits": None}, {"budget_bytes": 5}, {"choices": []}, {"choices": [1]}, {"group_sizes": []}),
+        *(
+            {"budget_bits": None},
+            {"budget_bytes": 5},
+            {"budget_uniform": 3},
+            {"choices": []},
+            {"choices": [1]},
+            {"group_sizes": []},
+        ),
         *({"group_sizes": [0]}, {"tie": "q"}, {"windows": 0}),
     ],
 )
@@ -161,6 +192,20 @@ def test_what_makes_no_sense_is_refused_at_once(wrong):
 def test_a_budget_that_nothing_fits_is_refused():
     with pytest.raises(UserError, match="budget_bits"):
         allocation(budget_bits=2.0)
+
+
+def test_a_mixed_run_is_as_large_as_uniform_bits(cli, tiny_folder, tiny_text, tmp_path):
+    options = ["model=local", f"model.path={tiny_folder}", "data=local", f"data.path={tiny_text}", "data.samples=4"]
+    options += ["data.seqlen=32", "eval=none", "method=fast", "bits=4", "group_size=32"]
+    mixed = ["grid=mixed", "grid.group_sizes=[16,32,64]", "export.formats=[compressed_tensors]"]
+    rows = []
+    for number, grid in enumerate((["grid=int"], mixed)):
+        done = cli(*options, *grid, f"out={tmp_path / str(number)}")
+        assert done.returncode == 0, done.stderr
+        rows.append(json.loads((tmp_path / str(number) / "results.json").read_text()))
+    assert rows[1]["bits_per_weight"] <= rows[0]["bits_per_weight"]
+    assert [row["bits"] for row in rows] == [4, 4]
+    assert len(rows[1]["manifest"]["allocation"]["linears_by_bits"]) > 1
 
 
 def test_a_run_allocates_and_says_so(cli, tiny_folder, tiny_text, tmp_path):

@@ -70,7 +70,7 @@ class Allocation:
             bits, group_size = width = self.chosen[cost.name]
             linears[cost.name] = {
                 **{"bits": bits, "group_size": group_size, "predicted": cost.costs[widths.index(width)]},
-                "costs": dict(zip(names, cost.costs, strict=True)),
+                "costs": {n: c for n, c in zip(names, cost.costs, strict=True) if c is not None},
             }
         with replacing(folder / FILE_NAME) as scratch:
             scratch.write_text(json.dumps(self.summary() | {"linears": linears}, indent=1) + "\n")
@@ -105,7 +105,8 @@ class Question:
         model, settings = self.model, self.settings
         dtype = resolve_compute_dtype(settings.compute_dtype, model.device)
         observed = observations_sha256(model, model_sha256, self.tokens, dtype, settings.tokens_per_batch)
-        grid = replace(self.grid, budget_bits=None, budget_bytes=0, tie="linear", allocated={})
+        budget = {"budget_bits": None, "budget_bytes": 0, "budget_uniform": None}
+        grid = replace(self.grid, **budget, tie="linear", allocated={})
         depends_on = [SCHEMA, observed, str(grid), str(self.solver), self.seed, torch.get_num_threads()]
         key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
         return cache / "sensitivities" / f"{key}.safetensors"
@@ -116,8 +117,7 @@ class Question:
         measure = Measure(grid.sensitivity, model, first_windows(tokens, grid.windows), self.seed, track)
         inputs = Inputs(model, blocks, tokens, self.settings, error_propagation=False, absorbers=False, track=track)
         solver = RTN() if grid.rounding == "rtn" or self.solver is None else self.solver
-        grids = [grid.grid(width) for width in grid.widths]
-        return list(measured_costs(inputs, model, solver, grids, measure, track))
+        return list(measured_costs(inputs, model, solver, grid, measure, track))
 
 
 def allocate(
@@ -151,10 +151,15 @@ def allocate(
     natural = getattr(method.solver, "natural_groups", True)
     sizes = {cost.name: [stored_bits(model, cost.name, grid.grid(w), natural) for w in grid.widths] for cost in costs}
     weights = sum(matrix(model.get_submodule(cost.name)).numel() for cost in costs)
-    chosen = allocated_widths(grid, costs, sizes, _budget(grid, weights))
+    if grid.budget_uniform is None:
+        budget = _budget(grid, weights)
+    else:
+        uniform = grid.grid((grid.budget_uniform, grid.group_size))
+        budget = sum(stored_bits(model, cost.name, uniform, natural) for cost in costs)
+    chosen = allocated_widths(grid, costs, sizes, budget)
     at = {name: grid.widths.index(width) for name, width in chosen.items()}
     stored = sum(sizes[name][k] for name, k in at.items())
-    predicted = sum(cost.costs[at[cost.name]] for cost in costs)
+    predicted = sum(cost.costs[at[cost.name]] or 0.0 for cost in costs)
     return Allocation(grid.resolved(chosen), costs, stored / weights, predicted)
 
 
@@ -164,23 +169,31 @@ def allocated_widths(
     """Width by linear: least sum of costs with the sum of sizes (in bits) within the budget.
 
     Raises:
-        UserError: a budget below the least choice.
+        UserError: a budget below the least choice; no width that fits all that are tied.
     """
     groups: dict[str, list[Cost]] = {}
     for cost in costs:
         tied = {"linear": cost.name, "site": cost.site, "model": ""}[grid.tie]
         groups.setdefault(tied, []).append(cost)
-    together = np.array([np.sum([cost.costs for cost in group], 0) for group in groups.values()])
+    together = np.array([np.sum([_finite(cost) for cost in group], 0) for group in groups.values()])
+    if not np.isfinite(together).any(1).all():
+        raise UserError(f"grid.group_sizes={list(grid.group_sizes or [])}: none divides all widths that grid.tie ties")
     size = np.array([np.sum([sizes[cost.name] for cost in group], 0) for group in groups.values()], dtype=np.int64)
-    least = int(size.min(1).sum())
+    least = int(size.min(1, where=np.isfinite(together), initial=size.max()).sum())
     if least > budget:
-        option = "budget_bits" if grid.budget_bytes is None else "budget_bytes"
+        given = ("budget_bits", "budget_bytes", "budget_uniform")
+        option = next(name for name in given if getattr(grid, name) is not None)
         raise UserError(
             f"grid.{option}={getattr(grid, option)}: the least of grid.choices takes {least / max(budget, 1):.2f} "
             "times as much with its scales; raise the budget or group_size"
         )
     picked = cheapest(together, size, budget)
     return {cost.name: grid.widths[k] for group, k in zip(groups.values(), picked, strict=True) for cost in group}
+
+
+def _finite(cost: Cost) -> list[float]:
+    """Its costs, infinite where a width does not fit."""
+    return [np.inf if c is None else c for c in cost.costs]
 
 
 def stored_bits(model: nn.Module, name: str, grid: IntGrid, natural: bool = True) -> int:

@@ -22,26 +22,28 @@ def cheapest(
     """The choice of each item.
 
     Args:
-        costs: at least 0, finite.
+        costs: at least 0; infinite where an item doesn't have that choice, and it has one.
         sizes: whole numbers.
         budget: for the sum of sizes.
 
     Raises:
         ValueError: even the smallest sizes don't fit.
     """
-    least = sizes.min(1)
+    possible = np.isfinite(costs)
+    least = sizes.min(1, where=possible, initial=sizes.max())
     room = budget - int(least.sum())
     if room < 0:
         raise ValueError(f"the smallest choices take {least.sum()}, the budget is {budget}")
     items, choices = costs.shape
-    extra = sizes - least[:, None]  # smaller numbers are solved more exactly
+    extra = np.where(possible, sizes - least[:, None], 0)  # smaller numbers are solved more exactly
+    costs = np.where(possible, costs, 0.0)
     unit = gcd(*extra.ravel().tolist()) or 1
     scale = costs.max() or 1.0
     one_each = csr_array((np.ones(costs.size), (np.repeat(np.arange(items), choices), np.arange(costs.size))))
     solved = milp(
         costs.ravel() / scale * items,
         integrality=np.ones(costs.size),
-        bounds=Bounds(0, 1),
+        bounds=Bounds(0, possible.ravel().astype(float)),
         constraints=[
             LinearConstraint(one_each, 1, 1),
             LinearConstraint(extra.reshape(1, -1) // unit, ub=room // unit),

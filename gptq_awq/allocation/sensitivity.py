@@ -24,6 +24,7 @@ from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.divergence import divergence
 from gptq_awq.evaluation.perplexity import TokenScores, token_losses
+from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.grids.base import Grid
 from gptq_awq.linalg import NotPositiveDefiniteError
 from gptq_awq.models.blocks import find_blocks, hooks
@@ -41,12 +42,12 @@ class Cost:
     Attributes:
         name: in the model.
         site: name, in the model, of the linears that read its input.
-        costs: by choice; what unit they have is the measure's business.
+        costs: by width, None where its groups don't fit; what unit they have is the measure's business.
     """
 
     name: str
     site: str
-    costs: tuple[float, ...]
+    costs: tuple[float | None, ...]
 
 
 class Measure:
@@ -97,11 +98,11 @@ def measured_costs(
     inputs: Inputs,
     model: nn.Module,
     solver: Solver,
-    grids: Sequence[Grid],
+    grid: AllocatedGrid,
     measure: Measure,
     track: Track = no_track,
 ) -> Iterator[Cost]:
-    """The cost of every linear at every width, each rounded by `solver` on full-precision inputs.
+    """The cost of every linear at every width that fits, each rounded by `solver` on full-precision inputs.
 
     Raises:
         UserError: H that won't factor.
@@ -118,8 +119,11 @@ def measured_costs(
                     moments = replace(moments, cross=moments.hessian)
                 for linear in site.linears:
                     name = f"{prefix}.{index}.{linear}"
-                    rounded = _rounded(name, matrix(block.get_submodule(linear)).float(), solver, moments, grids)
-                    yield Cost(name, f"{prefix}.{index}.{site.name}", measure(name, rounded, moments))
+                    weight = matrix(block.get_submodule(linear)).float()
+                    widths = grid.fitting(weight.shape[1])
+                    rounded = _rounded(name, weight, solver, moments, [grid.grid(width) for width in widths])
+                    costs = dict(zip(widths, measure(name, rounded, moments), strict=True))
+                    yield Cost(name, f"{prefix}.{index}.{site.name}", tuple(map(costs.get, grid.widths)))
 
 
 def output_fisher(

@@ -24,23 +24,26 @@ class AllocatedGrid:
     Attributes:
         budget_bits: stored bits per weight, on average over the blocks' linears, scales and zeros included.
         budget_bytes: of all those linears, instead of budget_bits.
+        budget_uniform: the bits of a uniform grid, in groups of group_size, whose size is the budget; instead of both.
         choices: bits to choose among.
         tie: what gets the same bits: each `linear` by itself; the linears of a `site` (q, k and v; gate and up),
             which some engines fuse; or all of the `model`: uniform bits, the most that fit.
         sensitivity: what a rounding costs: `fisher`, `error` or `kl` (see allocation/sensitivity.py).
         rounding: what the costs are measured on: the method's `solver`, or `rtn`, which is quicker.
         windows: calibration windows that gradients (fisher) or losses (kl) are measured on.
-        group_size: columns that share a scale; -1 for the whole row. Once `allocated` is known, of most linears.
-        group_sizes: to choose among beside the bits, each with each; None: group_size alone.
+        group_size: columns that share a scale; -1 for the whole row. Of most linears, once `allocated` is known.
+        group_sizes: to choose among beside the bits, each with each, for linears whose columns they divide; None:
+            group_size alone.
         sym: see `IntGrid`, as are search and scale_dtype.
         allocated: bits and group size by a linear's full name; empty until they are known.
 
     Raises:
-        UserError: both budgets or none, bits that no integer grid has, a word there isn't.
+        UserError: not one of the budgets, bits that no integer grid has, a word there isn't.
     """
 
     budget_bits: float | None = 4.0
     budget_bytes: int | None = None
+    budget_uniform: int | None = None
     choices: Sequence[int] = (2, 3, 4, 5, 6, 8)
     tie: Literal["linear", "site", "model"] = "linear"
     sensitivity: Literal["fisher", "error", "kl"] = "fisher"
@@ -54,8 +57,10 @@ class AllocatedGrid:
     allocated: Mapping[str, Width] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if (self.budget_bits is None) == (self.budget_bytes is None):
-            raise UserError("grid.budget_bits and grid.budget_bytes: give one of them, and null for the other")
+        if [self.budget_bits, self.budget_bytes, self.budget_uniform].count(None) != 2:
+            raise UserError(
+                "grid.budget_bits, grid.budget_bytes, grid.budget_uniform: give one of them, and null for the others"
+            )
         if not self.choices:
             raise UserError("grid.choices=[]: give some bits to choose among, such as [2,3,4,6]")
         if self.group_sizes is not None and not self.group_sizes:
@@ -74,9 +79,15 @@ class AllocatedGrid:
         """What there is to choose among."""
         return list(product(self.choices, self.group_sizes or [self.group_size]))
 
+    def fitting(self, columns: int) -> list[Width]:
+        """The widths of a linear: those whose groups are whole, where there are any."""
+        return [width for width in self.widths if columns % width[1] == 0] or self.widths
+
     @property
     def bits(self) -> float:
-        """Of most linears' codes; before they are known, of the widest choice."""
+        """Of a uniform grid that is as large, or of most linears' codes; until they are known, of the widest choice."""
+        if self.budget_uniform is not None:
+            return self.budget_uniform
         allocated = [bits for bits, _ in self.allocated.values()]
         return max(self.choices, key=allocated.count) if allocated else max(self.choices)
 
@@ -98,16 +109,18 @@ class AllocatedGrid:
         be able to hold any mix.
         """
         if place.head:
-            return self.grid(max(self.widths, key=lambda width: width[0]))
+            return self.grid(max(self.fitting(place.columns), key=lambda width: width[0]))
         if place.block < 0:
             return None
-        turn = self.widths[place.block % len(self.widths)]
-        return self.grid(self.allocated.get(place.name, turn))
+        fitting = self.fitting(place.columns)
+        return self.grid(self.allocated.get(place.name, fitting[place.block % len(fitting)]))
 
     def resolved(self, allocated: Mapping[str, Width]) -> "AllocatedGrid":
         """The answer, by a linear's full name."""
         sizes = [size for _, size in allocated.values()]
-        return replace(self, allocated=allocated, group_size=max(sizes, key=sizes.count, default=self.group_size))
+        usual = max(sizes, key=sizes.count, default=self.group_size)
+        group_size = self.group_size if self.budget_uniform is not None else usual
+        return replace(self, allocated=allocated, group_size=group_size)
 
     def grid(self, width: Width) -> IntGrid:
         """The grid of one width."""
