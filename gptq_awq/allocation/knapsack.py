@@ -43,7 +43,7 @@ def cheapest(
     solved = milp(
         costs.ravel() / scale * items,
         integrality=np.ones(costs.size),
-        bounds=Bounds(0, possible.ravel().astype(float)),
+        bounds=Bounds(0, possible.ravel().astype(float)),  # pyright: ignore[reportArgumentType]
         constraints=[
             LinearConstraint(one_each, 1, 1),
             LinearConstraint(extra.reshape(1, -1) // unit, ub=room // unit),
