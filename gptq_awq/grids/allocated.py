@@ -71,7 +71,8 @@ class AllocatedGrid:
                 raise UserError(f"grid.{option}={getattr(self, option)}: choose one of {', '.join(known)}")
         if self.windows < 1:
             raise UserError(f"grid.windows={self.windows}: give at least 1")
-        for width in self.widths:
+        uniform = [] if self.budget_uniform is None else [(self.budget_uniform, self.group_size)]
+        for width in [*uniform, *self.widths]:
             self.grid(width)
 
     @property
