@@ -181,7 +181,7 @@ def test_fisher_predicts_the_kl_of_a_small_change():
             {"choices": [1]},
             {"group_sizes": []},
         ),
-        *({"group_sizes": [0]}, {"tie": "q"}, {"windows": 0}),
+        *({"group_sizes": [0]}, {"tie": "q"}, {"windows": 0}, {"budget_bits": None, "budget_uniform": 1}),
     ],
 )
 def test_what_makes_no_sense_is_refused_at_once(wrong):
