@@ -69,7 +69,9 @@ class Allocation:
         for cost in self.costs:
             bits, group_size = width = self.chosen[cost.name]
             linears[cost.name] = {
-                **{"bits": bits, "group_size": group_size, "predicted": cost.costs[widths.index(width)]},
+                "bits": bits,
+                "group_size": group_size,
+                "predicted": cost.costs[widths.index(width)],
                 "costs": {n: c for n, c in zip(names, cost.costs, strict=True) if c is not None},
             }
         with replacing(folder / FILE_NAME) as scratch:
@@ -150,17 +152,12 @@ def allocate(
     costs = Question(model, tokens, method.solver, grid, settings, seed).answer(cache, model_sha256, track)
     natural = getattr(method.solver, "natural_groups", True)
     sizes = {cost.name: [stored_bits(model, cost.name, grid.grid(w), natural) for w in grid.widths] for cost in costs}
-    weights = sum(matrix(model.get_submodule(cost.name)).numel() for cost in costs)
-    if grid.budget_uniform is None:
-        budget = _budget(grid, weights)
-    else:
-        uniform = grid.grid((grid.budget_uniform, grid.group_size))
-        budget = sum(stored_bits(model, cost.name, uniform, natural) for cost in costs)
-    chosen = allocated_widths(grid, costs, sizes, budget)
+    weights = {name: matrix(model.get_submodule(name)).numel() for name in sizes}
+    chosen = allocated_widths(grid, costs, sizes, _budget(model, grid, weights, natural))
     at = {name: grid.widths.index(width) for name, width in chosen.items()}
     stored = sum(sizes[name][k] for name, k in at.items())
-    predicted = sum(cost.costs[at[cost.name]] or 0.0 for cost in costs)
-    return Allocation(grid.resolved(chosen), costs, stored / weights, predicted)
+    predicted = sum(_finite(cost)[at[cost.name]] for cost in costs)
+    return Allocation(grid.resolved(chosen), costs, stored / sum(weights.values()), predicted)
 
 
 def allocated_widths(
@@ -204,8 +201,12 @@ def stored_bits(model: nn.Module, name: str, grid: IntGrid, natural: bool = True
     return round(rows * (columns * grid.bits + groups * grid.overhead_bits)) + order
 
 
-def _budget(grid: AllocatedGrid, weights: int) -> int:
+def _budget(model: nn.Module, grid: AllocatedGrid, weights: Mapping[str, int], natural: bool) -> int:
+    """In bits, whichever way it is given; `weights` are numbers of them by linear."""
+    if grid.budget_uniform is not None:
+        uniform = grid.grid((grid.budget_uniform, grid.group_size))
+        return sum(stored_bits(model, name, uniform, natural) for name in weights)
     if grid.budget_bytes is not None:
         return 8 * grid.budget_bytes
     assert grid.budget_bits is not None
-    return int(grid.budget_bits * weights + 1e-6)
+    return int(grid.budget_bits * sum(weights.values()) + 1e-6)

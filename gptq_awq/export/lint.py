@@ -29,17 +29,18 @@ def lint(linears: Sequence[LinearSpec], config: PreTrainedConfig, formats: Colle
         formats: those that are asked for.
     """
     grids = {linear.grid for linear in linears}
-    if not linears or not all(isinstance(grid, IntGrid) for grid in grids):
+    integers = [grid for grid in grids if isinstance(grid, IntGrid)]
+    if not linears or len(integers) < len(grids):
         return []
     natural = all(linear.natural_order for linear in linears)
     whole = not any(ragged(linear) for linear in linears)
-    rules = [rule for grid in grids if isinstance(grid, IntGrid) for rule in engine_rules(grid, natural, whole)]
-    several = len({grid.without_search() for grid in grids if isinstance(grid, IntGrid)}) > 1
+    rules = [rule for grid in integers for rule in engine_rules(grid, natural, whole)]
+    several = len({grid.without_search() for grid in integers}) > 1
     rules += [
         (("compressed_tensors",), several, "vLLM wants q, k and v alike, and gate and up; grid.tie=site makes them"),
         (
             ("compressed_tensors",),
-            several and not all(grid.sym for grid in grids if isinstance(grid, IntGrid)),
+            several and not all(grid.sym for grid in integers),
             "transformers reads layers that differ with sym=true only",
         ),
     ]
