@@ -23,6 +23,7 @@ from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.base import Grid
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.kquant import KGrid
+from gptq_awq.grids.per_layer import PerLayerGrid
 from gptq_awq.grids.table import TableGrid
 from gptq_awq.grids.ternary import TernaryGrid
 from gptq_awq.journal import Journal
@@ -35,7 +36,7 @@ from gptq_awq.tuning.distill import Distill
 from gptq_awq.tuning.linear import rescaled, tuned_linears
 
 GRID = IntGrid(3, 24, scale_dtype="float16")
-LEARNING = Distill(epochs=8, tokens_per_step=64, scale_lr=3e-3, vector_lr=1e-3)
+LEARNING = Distill(epochs=8, tokens_per_step=64, scale_lr=0.024, vector_lr=1e-3)
 EMBEDDING = {"gpt2": "transformer.wte.weight", "gemma3": "model.embed_tokens.weight"}
 WEIGHTS = {
     "natural": quantized(IntGrid(3, 32)),
@@ -237,7 +238,7 @@ def test_a_step_goes_against_autograds_gradient_of_the_kl(name, data):
     grid = replace(GRID, scale_dtype="float32")
     plain = run(None, name, grid, data)
     kl, deltas, vectors = kl_gradients(plain.model, plain.weights, data, logits(sharp_model(name), data))
-    step = Distill(epochs=1, tokens_per_step=data.ids.numel(), scale_lr=0.01, vector_lr=0.02)
+    step = Distill(epochs=1, tokens_per_step=data.ids.numel(), scale_lr=0.08, vector_lr=0.02)
     tuned = run(step, name, grid, data)  # Adam's first step: lr towards the gradient's other sign
     assert tuned.ledger[0]["tuning"]["distill"]["kl_first_pass"] == pytest.approx(kl, rel=1e-3)
     assert tuned.ledger[0]["tuning"]["distill"]["steps"] == 1
@@ -251,6 +252,16 @@ def test_a_step_goes_against_autograds_gradient_of_the_kl(name, data):
         clear = grad.abs() > 1e-3 * grad.abs().max()
         moved = (after[key] - before[key])[clear]
         assert torch.allclose(moved, -0.02 * grad[clear].sign(), rtol=0, atol=1e-5), key
+
+
+def test_a_bit_more_halves_the_step():
+    data, grid = tokens(), PerLayerGrid(3, 24, scale_dtype="float32", overrides={"*.0.*": 2, "*.1.*": 4})
+    plain = run(None, "llama", grid, data)
+    tuned = run(Distill(epochs=1, tokens_per_step=data.ids.numel(), scale_lr=0.08), "llama", grid, data)
+    for key, weight in plain.weights.items():
+        moved = (tuned.weights[key].scales / weight.scales).log().abs().max()
+        assert float(moved) == pytest.approx(0.08 / 2**weight.grid.bits, rel=1e-3), key
+    assert len({weight.grid.bits for weight in plain.weights.values()}) == 2
 
 
 def test_what_stands_at_padding_changes_nothing():

@@ -44,7 +44,8 @@ class Distill:
     Attributes:
         epochs: passes over the calibration set.
         tokens_per_step: in whole windows, at least one.
-        scale_lr: largest relative change of a scale in one step; it rises over `warmup` and falls to 0.
+        scale_lr: largest change of a scale in one step, by how far it moves the last code, in codes: of b bits, the
+            fraction scale_lr / 2^b. It rises over `warmup` and falls to 0.
         vector_lr: largest change of a norm's or bias's entry in one step.
         warmup: fraction of the steps.
         seed: of the order of windows.
@@ -55,7 +56,7 @@ class Distill:
 
     epochs: float = 2.0
     tokens_per_step: int = 512
-    scale_lr: float = 5e-3
+    scale_lr: float = 0.04
     vector_lr: float = 1e-3
     warmup: float = 0.1
     seed: int = 0
@@ -118,14 +119,16 @@ class _Student:
         self._model = copy.deepcopy(model).to(dtype).requires_grad_(False)
         self._decoder = decoder_of(self._model)
         self._linears = tuned_linears(self._model, weights)
+        self._levels = {name: weight.grid.arithmetic.max_code + 1 for name, weight in weights.items()}
         self._vectors = Vectors(self._model, model)
         self._template = None
 
     def optimizer(self, scale_lr: float, vector_lr: float) -> torch.optim.Optimizer:
         """Adam over scales and vectors; `lr` of each group is its largest."""
-        scales = {"params": [linear.delta for linear in self._linears.values()], "largest": scale_lr}
-        vectors = {"params": list(self._vectors.masters.values()), "largest": vector_lr}
-        return torch.optim.Adam([scales, vectors], lr=0.0, betas=BETAS, eps=1e-12)
+        groups: list[dict[str, Any]] = [{"params": list(self._vectors.masters.values()), "largest": vector_lr}]
+        for name, linear in self._linears.items():
+            groups.append({"params": [linear.delta], "largest": scale_lr / self._levels[name]})
+        return torch.optim.Adam(groups, lr=0.0, betas=BETAS, eps=1e-12)
 
     def learn(self, rows: Int[Tensor, "windows"], teacher: Teacher, tokens: TokenSet) -> float:
         """The loss of some windows; gradients are added up in the parameters."""
