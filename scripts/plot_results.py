@@ -55,8 +55,9 @@ def points(runs: Iterable[Row], metric: str) -> dict[str, list[Point]]:
 
 
 def _line(run: Row) -> str:
-    """A run's method, and what its activations and cache are rounded to: W4A8 is on another line than W4A16."""
-    return ", ".join([run["method"], *(f"{key} {run[key]}" for key in ("act", "kv") if run[key])])
+    """A run's method, its grid if not plain integers, and what its activations and cache are rounded to."""
+    grid = [run["grid"]] if run["grid"] not in (None, "int") else []
+    return ", ".join([run["method"], *grid, *(f"{key} {run[key]}" for key in ("act", "kv") if run[key])])
 
 
 def choose(rows: Iterable[Row], model: str | None, metric: str | None) -> tuple[list[Row], str]:

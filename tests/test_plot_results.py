@@ -70,6 +70,13 @@ def test_what_else_is_rounded_has_lines_of_its_own(plot: ModuleType, tmp_path: P
     assert list(plot.points(records(load(tmp_path)), PPL)) == ["fp, act int8", "gptq", "gptq, act int8"]
 
 
+def test_another_grid_is_another_line(plot: ModuleType, tmp_path: Path) -> None:
+    for name, method, grid in (("a", "gptq", "int"), ("b", "gptq", "allocated"), ("c", "rtn", "nf4")):
+        (tmp_path / name).mkdir()
+        replace(RESULT, method=method, grid=grid, metrics={PPL: 20.0}).write(tmp_path / name)
+    assert list(plot.points(records(load(tmp_path)), PPL)) == ["gptq", "gptq, allocated", "rtn, nf4"]
+
+
 @pytest.mark.parametrize("options", [[], ["--metric", "wikitext2/kl"]])
 def test_a_picture_is_drawn_and_the_same_runs_give_the_same_file(
     options: list[str], plot: ModuleType, root: Path, tmp_path: Path

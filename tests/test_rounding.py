@@ -178,7 +178,7 @@ def test_a_step_goes_against_autograds_gradient_of_the_blocks_error():
     state = {f"{name}.weight": straight_through(w, latents[name], deltas[name]) for name, w in weights.items()}
     (functional_call(block, state, (x,)) - y).square().mean().backward()
     step = LearnedRounding(
-        epochs=1, tokens_per_step=x[..., 0].numel(), rounding_lr=0.5, scale_lr=0.01, optimizer="sign"
+        epochs=1, tokens_per_step=x[..., 0].numel(), rounding_lr=0.5, scale_lr=0.08, optimizer="sign"
     )
     before = float((block(x) - y).square().mean() / y.square().mean())
     tuned, details = step.apply_block(block, weights, originals, examples)

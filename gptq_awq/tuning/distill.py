@@ -27,7 +27,7 @@ from gptq_awq.models.attention import differentiable_attention
 from gptq_awq.models.halves import logits
 from gptq_awq.models.linear import matrix
 from gptq_awq.progress import Track
-from gptq_awq.tuning.linear import check_scales, rescaled, tuned_linears
+from gptq_awq.tuning.linear import check_scales, rescaled, scale_rates, tuned_linears
 from gptq_awq.tuning.passes import first_and_last, shuffled
 from gptq_awq.tuning.teacher import Teacher, decoder_of, inputs_of
 from gptq_awq.tuning.vectors import Vectors
@@ -44,8 +44,8 @@ class Distill:
     Attributes:
         epochs: passes over the calibration set.
         tokens_per_step: in whole windows, at least one.
-        scale_lr: largest change of a scale in one step, by how far it moves the last code, in codes: of b bits, the
-            fraction scale_lr / 2^b. It rises over `warmup` and falls to 0.
+        scale_lr: how far one step of a scale moves the last code at most, in codes: it changes by the fraction
+            scale_lr / 2^b. It rises over `warmup` and falls to 0.
         vector_lr: largest change of a norm's or bias's entry in one step.
         warmup: fraction of the steps.
         seed: of the order of windows.
@@ -107,9 +107,9 @@ class Distill:
             rate = min(1.0, (step + 1) / max(1, self.warmup * steps)) * (1 - step / steps)
             student.step(optimizer, rate)
         if not losses:
-            return student.write(model, weights), {}
+            return student.write(model), {}
         first, last = first_and_last(losses, max(1, round(len(tokens.ids) / windows)))
-        return student.write(model, weights), {"steps": steps, "kl_first_pass": first, "kl_last_pass": last}
+        return student.write(model), {"steps": steps, "kl_first_pass": first, "kl_last_pass": last}
 
 
 class _Student:
@@ -119,16 +119,15 @@ class _Student:
         self._model = copy.deepcopy(model).to(dtype).requires_grad_(False)
         self._decoder = decoder_of(self._model)
         self._linears = tuned_linears(self._model, weights)
-        self._levels = {name: weight.grid.arithmetic.max_code + 1 for name, weight in weights.items()}
+        self._weights = weights
         self._vectors = Vectors(self._model, model)
         self._template = None
 
     def optimizer(self, scale_lr: float, vector_lr: float) -> torch.optim.Optimizer:
         """Adam over scales and vectors; `lr` of each group is its largest."""
-        groups: list[dict[str, Any]] = [{"params": list(self._vectors.masters.values()), "largest": vector_lr}]
-        for name, linear in self._linears.items():
-            groups.append({"params": [linear.delta], "largest": scale_lr / self._levels[name]})
-        return torch.optim.Adam(groups, lr=0.0, betas=BETAS, eps=1e-12)
+        scales = scale_rates({name: linear.delta for name, linear in self._linears.items()}, self._weights, scale_lr)
+        vectors = {"params": list(self._vectors.masters.values()), "largest": vector_lr}
+        return torch.optim.Adam([*scales, vectors], lr=0.0, betas=BETAS, eps=1e-12)
 
     def learn(self, rows: Int[Tensor, "windows"], teacher: Teacher, tokens: TokenSet) -> float:
         """The loss of some windows; gradients are added up in the parameters."""
@@ -164,11 +163,11 @@ class _Student:
         self._vectors.step(optimizer, rate)
 
     @torch.no_grad()
-    def write(self, model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> dict[str, QuantizedWeight]:
+    def write(self, model: nn.Module) -> dict[str, QuantizedWeight]:
         """What was learned, put into the model."""
         tuned = {}
         for name, linear in self._linears.items():
-            tuned[name] = rescaled(weights[name], linear.delta)
+            tuned[name] = rescaled(self._weights[name], linear.delta)
             matrix(model.get_submodule(name)).copy_(tuned[name].dequantize())
         self._vectors.write(model)
         return tuned

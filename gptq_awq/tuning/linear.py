@@ -9,6 +9,7 @@ and the tuned scale is s exp(δ). Formats whose scales are codes of a second lev
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -103,6 +104,19 @@ def tuned_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> d
         tuned[name] = TunedLinear(model.get_submodule(name), weight)
         setattr(model.get_submodule(parent), last, tuned[name])
     return tuned
+
+
+def scale_rates(
+    deltas: Mapping[str, Tensor], weights: Mapping[str, QuantizedWeight], lr: float
+) -> list[dict[str, Any]]:
+    """An optimizer's groups for scales: `largest` steps of δ, lr / 2^b, move the last of 2^b codes by about lr codes.
+
+    What a relative step of a scale does to weights, beside what rounding did, doubles with every bit.
+    """
+    return [
+        {"params": [delta], "largest": lr / (weights[name].grid.arithmetic.max_code + 1)}
+        for name, delta in deltas.items()
+    ]
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.models.attention import differentiable_attention
 from gptq_awq.models.linear import matrix
 from gptq_awq.tuning.base import Example
-from gptq_awq.tuning.linear import Groups, check_scales, rescaled
+from gptq_awq.tuning.linear import Groups, check_scales, rescaled, scale_rates
 from gptq_awq.tuning.passes import first_and_last, shuffled
 from gptq_awq.tuning.vectors import Vectors
 
@@ -38,7 +38,7 @@ class LearnedRounding:
         epochs: passes over the calibration set.
         tokens_per_step: in whole windows, at least one.
         rounding_lr: largest change of a latent in one step, in code units; it falls to 0 linearly.
-        scale_lr: largest relative change of a scale in one step.
+        scale_lr: how far one step of a scale moves the last code at most, in codes: see `Distill`.
         vector_lr: largest change of a norm's or bias's entry in one step.
         margin: how far from an edge of its code's cell a latent starts at least, in code units, below 0.5.
         optimizer: "sign" (SignRound's) or "adam".
@@ -51,7 +51,7 @@ class LearnedRounding:
     epochs: float = 4.0
     tokens_per_step: int = 1024
     rounding_lr: float = 0.01
-    scale_lr: float = 2e-3
+    scale_lr: float = 0.016
     vector_lr: float = 0.0
     margin: float = 0.1
     optimizer: Literal["sign", "adam"] = "adam"
@@ -99,7 +99,7 @@ class LearnedRounding:
         for step, rows in enumerate(shuffled(len(windows), per_step, steps, self.seed)):
             losses.append(student.learn([windows[i] for i in rows.tolist()]))
             student.step(optimizer, 1 - step / steps)
-        tuned, changed = student.write(block, weights)
+        tuned, changed = student.write(block)
         return tuned, _details(losses, per_step, len(windows)) | {"codes_changed": changed}
 
 
@@ -174,6 +174,7 @@ class _StudentBlock:
         margin: float,
     ) -> None:
         self._block = copy.deepcopy(block).to(dtype).requires_grad_(False)
+        self._weights = weights
         self._linears: dict[str, RoundedLinear] = {}
         for name, weight in weights.items():
             parent, _, last = name.rpartition(".")
@@ -184,10 +185,9 @@ class _StudentBlock:
 
     def optimizer(self, rounding: float, scale: float, vector: float, kind: str) -> torch.optim.Optimizer:
         """Over latents, scales and vectors; `largest` is each one's largest step."""
-        linears = list(self._linears.values())
         groups = [
-            {"params": [linear.latent for linear in linears], "largest": rounding},
-            {"params": [linear.delta for linear in linears], "largest": scale},
+            {"params": [linear.latent for linear in self._linears.values()], "largest": rounding},
+            *scale_rates({name: linear.delta for name, linear in self._linears.items()}, self._weights, scale),
             {"params": list(self._vectors.masters.values()), "largest": vector},
         ]
         if kind == "sign":
@@ -211,15 +211,13 @@ class _StudentBlock:
                 linear.latent.clamp_(-0.5, linear.max_code + 0.5)
 
     @torch.no_grad()
-    def write(
-        self, block: nn.Module, weights: Mapping[str, QuantizedWeight]
-    ) -> tuple[dict[str, QuantizedWeight], float]:
+    def write(self, block: nn.Module) -> tuple[dict[str, QuantizedWeight], float]:
         """What was learned, put into the block; the weights, and the share of codes that changed."""
         tuned, changed, total = {}, 0, 0
         for name, linear in self._linears.items():
             codes = linear.codes(linear.latent).to(torch.uint8)
-            changed, total = changed + int((codes != weights[name].codes).sum()), total + codes.numel()
-            tuned[name] = rescaled(replace(weights[name], codes=codes), linear.delta)
+            changed, total = changed + int((codes != self._weights[name].codes).sum()), total + codes.numel()
+            tuned[name] = rescaled(replace(self._weights[name], codes=codes), linear.delta)
             matrix(block.get_submodule(name)).copy_(tuned[name].dequantize())
         self._vectors.write(block)
         return tuned, changed / max(1, total)
