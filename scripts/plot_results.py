@@ -87,7 +87,7 @@ def draw(lines: dict[str, list[Point]], metric: str, model: str) -> "Figure":
         raise UserError(f"--metric: no run has a positive {metric} to draw")
     floor = min(shown) / 2
     with rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(6, 3.8), layout="constrained")
+        figure = Figure(figsize=(7.5, 3.8), layout="constrained")
         axes = figure.add_subplot()
         for (method, line), colour, marker in zip(lines.items(), COLOURS * 9, MARKERS * 9, strict=False):
             _draw_line(axes, line, floor, label=method, color=colour, marker=marker)
@@ -97,7 +97,7 @@ def draw(lines: dict[str, list[Point]], metric: str, model: str) -> "Figure":
     if any(point.hollow for line in lines.values() for point in line):
         label = "not distinguishable\nfrom full precision"
         axes.plot([], [], "o", color="0.4", markerfacecolor="white", markersize=5, label=label)
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside right upper")
     return figure
 
 
