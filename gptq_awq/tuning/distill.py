@@ -125,7 +125,7 @@ class _Student:
 
     def optimizer(self, scale_lr: float, vector_lr: float) -> torch.optim.Optimizer:
         """Adam over scales and vectors; `lr` of each group is its largest."""
-        scales = scale_rates({name: linear.delta for name, linear in self._linears.items()}, self._weights, scale_lr)
+        scales = scale_rates(self._linears, self._weights, scale_lr)
         vectors = {"params": list(self._vectors.masters.values()), "largest": vector_lr}
         return torch.optim.Adam([*scales, vectors], lr=0.0, betas=BETAS, eps=1e-12)
 

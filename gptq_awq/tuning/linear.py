@@ -107,15 +107,15 @@ def tuned_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> d
 
 
 def scale_rates(
-    deltas: Mapping[str, Tensor], weights: Mapping[str, QuantizedWeight], lr: float
+    linears: Mapping[str, nn.Module], weights: Mapping[str, QuantizedWeight], lr: float
 ) -> list[dict[str, Any]]:
-    """An optimizer's groups for scales: `largest` steps of δ, lr / 2^b, move the last of 2^b codes by about lr codes.
+    """An optimizer's groups for all δ: a `largest` step, lr / 2^b, moves the last of 2^b codes by about lr codes.
 
     What a relative step of a scale does to weights, beside what rounding did, doubles with every bit.
     """
     return [
-        {"params": [delta], "largest": lr / (weights[name].grid.arithmetic.max_code + 1)}
-        for name, delta in deltas.items()
+        {"params": [linear.get_parameter("delta")], "largest": lr / (weights[name].grid.arithmetic.max_code + 1)}
+        for name, linear in linears.items()
     ]
 
 

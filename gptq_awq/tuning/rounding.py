@@ -187,7 +187,7 @@ class _StudentBlock:
         """Over latents, scales and vectors; `largest` is each one's largest step."""
         groups = [
             {"params": [linear.latent for linear in self._linears.values()], "largest": rounding},
-            *scale_rates({name: linear.delta for name, linear in self._linears.items()}, self._weights, scale),
+            *scale_rates(self._linears, self._weights, scale),
             {"params": list(self._vectors.masters.values()), "largest": vector},
         ]
         if kind == "sign":
