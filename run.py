@@ -13,7 +13,7 @@ from gptq_awq.plugins import check_plugins
 def main(cfg: DictConfig) -> float | tuple[float, ...]:
     """Run one experiment; a mistake in its options is one line and exit code 2. Returns what a search minimizes."""
     from gptq_awq.experiment import run
-    from gptq_awq.ranks import RankLostError
+    from gptq_awq.runtime.distributed import RankLostError
     from gptq_awq.sweep import no_objective, objective, sweep_folder
 
     try:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from gptq_awq import memory, quantize_model
+from gptq_awq import quantize_model
 from gptq_awq.data import make_token_set
 from gptq_awq.grids.arithmetic import KINDS
 from gptq_awq.grids.base import Grid
@@ -33,6 +33,7 @@ from gptq_awq.pipeline.inputs import Settings, resolve_compute_dtype
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.staged import staged_forward
 from gptq_awq.pipeline.streams import Streams, open_streams
+from gptq_awq.runtime import memory
 from gptq_awq.solvers.gptq import GPTQ
 
 TILES = ((2, 1), (4, 1), (8, 1), (8, 2), (8, 4), (16, 1), (16, 4))

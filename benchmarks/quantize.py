@@ -13,9 +13,10 @@ import time
 
 import torch
 
-from gptq_awq import memory, quantize_model
+from gptq_awq import quantize_model
 from gptq_awq.data import WikiText2
 from gptq_awq.models.load import AssetModel, LocalModel
+from gptq_awq.runtime import memory
 
 CPU = torch.device("cpu")
 

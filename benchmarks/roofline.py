@@ -4,7 +4,7 @@
 
 Measures, in one process, how fast this machine multiplies (float32 and bfloat16: the shapes of the model's linears on
 a batch, and a large square; the faster counts) and copies, before and after. Then quantizes with the marks of
-`gptq_awq.profiling` on, after a first block, not measured, that compiles what gets compiled. No phase can be done in
+`gptq_awq.runtime.profiling` on, after a first block, not measured, that compiles what gets compiled. No phase can be done in
 less than its operations at the matmul rate, nor its bytes at the copy rate (gptq_awq/costs.py counts both): the larger
 of the two over the measured seconds is the share of the limit. Seconds are a phase's own, without those inside of it.
 """
@@ -26,7 +26,7 @@ from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.load import AssetModel, LoadedModel, LocalModel
 from gptq_awq.pipeline.inputs import Settings, resolve_compute_dtype
 from gptq_awq.pipeline.quantize import quantize
-from gptq_awq.profiling import PHASES, PhaseTime, Recorder, by_phase, markdown_table, spans
+from gptq_awq.runtime.profiling import PHASES, PhaseTime, Recorder, by_phase, markdown_table, spans
 
 DTYPES = (torch.float32, torch.bfloat16)
 SQUARE = 2048

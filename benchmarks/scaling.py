@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gptq_awq import memory, quantize_model
+from gptq_awq import quantize_model
 from gptq_awq.costs import machine
-from gptq_awq.profiling import markdown_table
+from gptq_awq.runtime import memory
+from gptq_awq.runtime.profiling import markdown_table
 
 CPU = torch.device("cpu")
 SEQLEN, VOCAB, HEAD = 256, 2048, 64

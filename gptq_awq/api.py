@@ -26,7 +26,7 @@ from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.observe import Observer, passing
 from gptq_awq.pipeline.quantize import Settings, quantize
 from gptq_awq.pipeline.streams import open_streams
-from gptq_awq.progress import Track, no_track
+from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN
 
@@ -132,7 +132,7 @@ def quantize_model(
         sym: symmetric grid.
         grid: instead of the preset's, of bits, group_size and sym: any grid, or mix of them.
         settings: how calibration computes.
-        track: reports progress, see `gptq_awq.progress`.
+        track: reports progress, see `gptq_awq.runtime.progress`.
         experts: what calibrates experts that few tokens reach.
         head: what becomes of the output head, None, "rtn" or "solve", and
         untie_head: whether a tied one may get a matrix of its own for that: see `Method`.

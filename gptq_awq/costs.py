@@ -14,7 +14,7 @@ import torch
 
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import is_linear, matrix
-from gptq_awq.profiling import Cost, Profile, Recorder, Span, by_op, by_phase, spans
+from gptq_awq.runtime.profiling import Cost, Profile, Recorder, Span, by_op, by_phase, spans
 
 Dtype = torch.dtype
 SOLVER = torch.float32

@@ -18,7 +18,6 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from gptq_awq import memory
 from gptq_awq.allocation.allocate import Allocation, allocate
 from gptq_awq.assets import cache_dir
 from gptq_awq.cache import prune
@@ -39,14 +38,15 @@ from gptq_awq.pipeline.progress import BlockResult
 from gptq_awq.pipeline.quantize import quantize
 from gptq_awq.pipeline.size import Footprint
 from gptq_awq.plan import Plan, preflight
-from gptq_awq.profiling import Recorder, phase
-from gptq_awq.progress import Track, no_track, rich_track
-from gptq_awq.ranks import ONE, Ranks, opened
 from gptq_awq.report import final_table
 from gptq_awq.results import FAILURE, FILE_NAME, Ledger, Result
 from gptq_awq.row import LEDGER, made_of, results_row
-from gptq_awq.runlog import Clock, logging_to, remove_unused_hydra_folder
 from gptq_awq.runs import FILES
+from gptq_awq.runtime import memory
+from gptq_awq.runtime.distributed import ONE, Ranks, opened
+from gptq_awq.runtime.profiling import Recorder, phase
+from gptq_awq.runtime.progress import Track, no_track, rich_track
+from gptq_awq.runtime.runlog import Clock, logging_to, remove_unused_hydra_folder
 from gptq_awq.scores import Scores
 from gptq_awq.sweep import failed, job_number, store_failure, sweep_folder
 from gptq_awq.tracking import Tracker, run_name

@@ -15,7 +15,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gptq_awq import memory
 from gptq_awq.assets import cache_dir
 from gptq_awq.evaluation.baseline import knows_scores, read_answers
 from gptq_awq.evaluation.floor import TRIAL_TOKENS
@@ -26,7 +25,8 @@ from gptq_awq.needs import Needs
 from gptq_awq.pipeline.inputs import resolve_compute_dtype
 from gptq_awq.plan import Plan
 from gptq_awq.results import Result
-from gptq_awq.runlog import Clock
+from gptq_awq.runtime import memory
+from gptq_awq.runtime.runlog import Clock
 from gptq_awq.trial import Scores, Trial, Turn, trial_of
 from gptq_awq.work import Work, record_of
 

@@ -21,8 +21,8 @@ from gptq_awq.errors import UserError
 from gptq_awq.kernels import rank_k
 from gptq_awq.kernels.rank_k import RankK
 from gptq_awq.linalg import NotPositiveDefiniteError, inverse_cholesky, inverse_choleskys
-from gptq_awq.profiling import phase
-from gptq_awq.ranks import ONE, Ranks
+from gptq_awq.runtime.distributed import ONE, Ranks
+from gptq_awq.runtime.profiling import phase
 
 # H is symmetric: only blocks on and above its diagonal are computed. Wider blocks waste more work below
 # the diagonal, narrower ones leave the matrix unit idle.

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from gptq_awq import memory
 from gptq_awq.data import TokenSet
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.experts import experts_in
@@ -15,6 +14,7 @@ from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.residence import streamed
 from gptq_awq.pipeline.inputs import calibration_of, keeps_activations, waiting_bytes
 from gptq_awq.plan import Plan
+from gptq_awq.runtime import memory
 from gptq_awq.tuning.distill import CHUNK_TOKENS
 
 LEARNED = 36

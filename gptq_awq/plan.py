@@ -11,7 +11,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gptq_awq import memory
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.protocol import Evaluation
 from gptq_awq.export.write import Exports
@@ -23,7 +22,8 @@ from gptq_awq.pipeline.experts import ExpertPolicy
 from gptq_awq.pipeline.inputs import Settings, resolve_compute_dtype
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.quantize import check_ranks
-from gptq_awq.ranks import ONE, Ranks
+from gptq_awq.runtime import memory
+from gptq_awq.runtime.distributed import ONE, Ranks
 from gptq_awq.tracking import Tracking
 
 

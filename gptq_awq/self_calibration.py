@@ -25,7 +25,7 @@ from gptq_awq.data import TokenSet, make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import head_size, key_value_heads, text_config
 from gptq_awq.models.residence import streamed
-from gptq_awq.progress import Track, no_track
+from gptq_awq.runtime.progress import Track, no_track
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ from gptq_awq.pipeline.inputs import Inputs, first_batch, keeps_activations
 from gptq_awq.pipeline.observe import Record
 from gptq_awq.pipeline.progress import BlockResult, Progress, weights_in
 from gptq_awq.plan import Plan
-from gptq_awq.profiling import OTHER, Recorder, spans
-from gptq_awq.progress import no_track
-from gptq_awq.ranks import ONE
+from gptq_awq.runtime.distributed import ONE
+from gptq_awq.runtime.profiling import OTHER, Recorder, spans
+from gptq_awq.runtime.progress import no_track
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.tuning.base import ModelTuning
 from gptq_awq.tuning.teacher import Teacher

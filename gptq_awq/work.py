@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gptq_awq import memory
 from gptq_awq.assets import cache_dir
 from gptq_awq.data import TokenSet
 from gptq_awq.export.base import linear_specs
@@ -31,8 +30,9 @@ from gptq_awq.pipeline.quantize import needs_calibration
 from gptq_awq.pipeline.size import Footprint
 from gptq_awq.pipeline.streams import batches_of
 from gptq_awq.plan import Plan
-from gptq_awq.progress import Track
 from gptq_awq.runs import Run
+from gptq_awq.runtime import memory
+from gptq_awq.runtime.progress import Track
 from gptq_awq.sealed import Sealed, once
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from gptq_awq.moments import MomentsSum
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.observe import Record
 from gptq_awq.pipeline.quantize import quantize
-from gptq_awq.ranks import opened, rank_and_size
+from gptq_awq.runtime.distributed import opened, rank_and_size
 from gptq_awq.solvers.gptq import GPTQ
 
 PRESETS = ("rtn", "gptq", "awq", "awq_gptq", "smoothquant", "gptaq", "qronos")

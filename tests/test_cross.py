@@ -8,7 +8,6 @@ import torch
 from test_pipeline import GRID, SMALL, tokens
 from tiny_models import CONFIGS, tiny_model, tiny_tokens
 
-from gptq_awq import memory
 from gptq_awq.data import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.journal import Journal
@@ -20,6 +19,7 @@ from gptq_awq.pipeline.observe import in_dtype
 from gptq_awq.pipeline.quantize import quantize
 from gptq_awq.pipeline.staged import staged_forward
 from gptq_awq.pipeline.streams import open_streams
+from gptq_awq.runtime import memory
 from gptq_awq.sealed import DamagedError
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN

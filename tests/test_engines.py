@@ -29,7 +29,7 @@ from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.mix import LlamaMix
 from gptq_awq.grids.table import TableGrid
-from gptq_awq.progress import no_track
+from gptq_awq.runtime.progress import no_track
 
 WORDS = 50
 

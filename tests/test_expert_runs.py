@@ -12,7 +12,6 @@ from tiny_models import MIXTURES, ROUTED, save_tiny_folder, tiny_model, tiny_tok
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
-from gptq_awq import memory
 from gptq_awq.api import load_method
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Source, linear_specs
@@ -29,6 +28,7 @@ from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.observe import Record
 from gptq_awq.pipeline.places import landing
 from gptq_awq.pipeline.quantize import Settings, quantize
+from gptq_awq.runtime import memory
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.tuning.rounding import LearnedRounding
 

@@ -17,7 +17,7 @@ from gptq_awq.export.hf import HFFormat
 from gptq_awq.export.mlx import MLXFormat
 from gptq_awq.export.verify import Probe, Record, reference_model, verify
 from gptq_awq.export.write import Exports, make_exports
-from gptq_awq.progress import no_track
+from gptq_awq.runtime.progress import no_track
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,7 +10,7 @@ import pytest
 HOLES = """
 import sys
 import torch
-from gptq_awq.memory import resident_bytes, return_large
+from gptq_awq.runtime.memory import resident_bytes, return_large
 if sys.argv[1] == "True":
     return_large()
 for _ in range(3):  # the C library learns from what is freed: sizes below the largest so far come from the heap

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import CONFIGS, tiny_model, tiny_tokens
 
-from gptq_awq import memory, quantize_model
+from gptq_awq import quantize_model
 from gptq_awq.api import load_method
 from gptq_awq.data import make_token_set
 from gptq_awq.errors import UserError
@@ -21,6 +21,7 @@ from gptq_awq.pipeline.inputs import Inputs
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.quantize import Settings, needs_calibration, quantize
 from gptq_awq.pipeline.size import Footprint
+from gptq_awq.runtime import memory
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.transforms.awq import AWQ

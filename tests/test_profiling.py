@@ -19,8 +19,8 @@ from gptq_awq.api import load_method
 from gptq_awq.costs import Costs, copy_rate, matmul_rate, profiled
 from gptq_awq.errors import UserError
 from gptq_awq.pipeline.quantize import quantize
-from gptq_awq.profiling import PHASES, PREFIX, Event, Recorder, Span, by_op, by_phase, phase, spans, write_trace
 from gptq_awq.results import Result, read_ledger
+from gptq_awq.runtime.profiling import PHASES, PREFIX, Event, Recorder, Span, by_op, by_phase, phase, spans, write_trace
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from gptq_awq.progress import line_track, no_track, rich_track
+from gptq_awq.runtime.progress import line_track, no_track, rich_track
 
 
 def console(terminal: bool) -> Console:

@@ -20,7 +20,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.journal import Journal
 from gptq_awq.pipeline.quantize import check_ranks
 from gptq_awq.pipeline.streams import batches_of
-from gptq_awq.ranks import ONE, RankLostError, Ranks, opened, rank_and_size
+from gptq_awq.runtime.distributed import ONE, RankLostError, Ranks, opened, rank_and_size
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -159,7 +159,7 @@ def test_ranks_calibrate_on_what_the_first_of_them_wrote(tmp_path, tiny):
 
 MEETING = """
 import sys
-from gptq_awq.ranks import opened
+from gptq_awq.runtime.distributed import opened
 with opened(float(sys.argv[1])) as ranks:
     print(ranks.gather(f"{ranks.rank} of {ranks.size}"), ranks.place, ranks.neighbours, flush=True)
     ranks.from_first(sys.stdin.readline)

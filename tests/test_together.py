@@ -20,7 +20,7 @@ from gptq_awq.models.topology import observe_sites
 from gptq_awq.pipeline import block, together
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.together import Piece, batches, shared
-from gptq_awq.ranks import ONE, Ranks
+from gptq_awq.runtime.distributed import ONE, Ranks
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.transforms.awq import AWQ

@@ -24,7 +24,7 @@ from gptq_awq.models.linear import matrix
 from gptq_awq.pipeline.inputs import Inputs, Settings, resolve_compute_dtype
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.observe import observations_sha256
-from gptq_awq.progress import Track, no_track
+from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.sealed import Sealed, once
 from gptq_awq.solvers.base import Solver
 from gptq_awq.solvers.rtn import RTN

@@ -31,7 +31,7 @@ from gptq_awq.models.blocks import find_blocks, hooks
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.moments import Moments
 from gptq_awq.pipeline.inputs import Inputs
-from gptq_awq.progress import Track, no_track
+from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.solvers.base import Solver
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from gptq_awq.data import TokenSet
 from gptq_awq.evaluation.perplexity import TokenScores, token_losses
 from gptq_awq.files import locked, replacing
-from gptq_awq.progress import Track, no_track
+from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.sealed import Sealed, lock_path, once
 
 log = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ from gptq_awq.evaluation.head import Parameters
 from gptq_awq.evaluation.perplexity import TokenScores, perplexity
 from gptq_awq.models.residence import resident
 from gptq_awq.pipeline.inputs import resolve_compute_dtype
-from gptq_awq.progress import Track, no_track
+from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.scores import Scores
 from gptq_awq.statistics import block_sums, interval, paired_test, resampled_means
 

@@ -22,7 +22,7 @@ from gptq_awq.kernels.threads import match_torch
 from gptq_awq.models.blocks import BlockCalls, find_blocks
 from gptq_awq.models.halves import logits
 from gptq_awq.models.residence import resident, streamed
-from gptq_awq.profiling import phase
+from gptq_awq.runtime.profiling import phase
 from gptq_awq.sealed import tensor_bytes
 
 CHUNK_LOGITS = 2**23

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.head import Head
-from gptq_awq.progress import Track, no_track
+from gptq_awq.runtime.progress import Track, no_track
 
 DEFAULT_CONTEXT = 2048
 """Context of a model whose config names none, as in lm-eval."""

@@ -10,8 +10,8 @@ from gptq_awq.evaluation.head import Head
 from gptq_awq.evaluation.precision import lowered
 from gptq_awq.models.blocks import BlockCalls, Call, find_blocks
 from gptq_awq.models.residence import read_ahead, resident, streamed
-from gptq_awq.profiling import phase
-from gptq_awq.progress import Track, no_track
+from gptq_awq.runtime.profiling import phase
+from gptq_awq.runtime.progress import Track, no_track
 
 
 def states_of(

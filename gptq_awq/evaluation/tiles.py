@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gptq_awq.evaluation.head import Head, Parameters
 from gptq_awq.kernels.softmax import add_tile, add_tiles
-from gptq_awq.profiling import phase
+from gptq_awq.runtime.profiling import phase
 
 
 @dataclass(frozen=True)

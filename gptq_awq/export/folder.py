@@ -15,10 +15,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Source
-from gptq_awq.memory import parse_bytes
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.experts import experts_in, fused_tensors
 from gptq_awq.models.residence import each_tensor
+from gptq_awq.runtime.memory import parse_bytes
 
 SHARD = "4GB"
 PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")

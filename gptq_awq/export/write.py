@@ -19,7 +19,7 @@ from gptq_awq.export.lint import lint
 from gptq_awq.export.verify import Probe, Record, verify
 from gptq_awq.models.classes import also_sees
 from gptq_awq.models.experts import experts_in
-from gptq_awq.progress import Track
+from gptq_awq.runtime.progress import Track
 
 log = logging.getLogger(__name__)
 CARD = "README.md"

@@ -25,8 +25,8 @@ from gptq_awq.pipeline.staged import staged_forward
 from gptq_awq.pipeline.streams import Streams
 from gptq_awq.pipeline.together import Piece, batches, shared
 from gptq_awq.pipeline.tuned import entering, examples, noted
-from gptq_awq.profiling import phase
-from gptq_awq.ranks import ONE, Ranks
+from gptq_awq.runtime.distributed import ONE, Ranks
+from gptq_awq.runtime.profiling import phase
 from gptq_awq.solvers.base import Solution
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.transforms.base import ModuleInputs, Scaling, SiteTransform, Transform, absorb_scaling

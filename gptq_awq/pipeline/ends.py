@@ -28,7 +28,7 @@ from gptq_awq.pipeline.ledger import LinearReport
 from gptq_awq.pipeline.method import Method, solved
 from gptq_awq.pipeline.progress import BlockResult
 from gptq_awq.pipeline.streams import Streams
-from gptq_awq.ranks import Ranks
+from gptq_awq.runtime.distributed import Ranks
 from gptq_awq.solvers.base import Solver
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.transforms.base import Scaling

@@ -25,8 +25,8 @@ from gptq_awq.models.experts import Experts
 from gptq_awq.models.linear import Site, is_linear
 from gptq_awq.moments import Moments, MomentsSum
 from gptq_awq.pipeline.streams import Stream
-from gptq_awq.profiling import phase
-from gptq_awq.ranks import ONE, Ranks
+from gptq_awq.runtime.distributed import ONE, Ranks
+from gptq_awq.runtime.profiling import phase
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gptq_awq import memory
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.linalg import native_dtype
@@ -17,8 +16,9 @@ from gptq_awq.models.residence import streamed
 from gptq_awq.pipeline.experts import ExpertPolicy
 from gptq_awq.pipeline.observe import Observation, Observer, Record, in_dtype, read, recorded
 from gptq_awq.pipeline.streams import Streams, open_streams
-from gptq_awq.progress import Track, no_track
-from gptq_awq.ranks import ONE, Ranks
+from gptq_awq.runtime import memory
+from gptq_awq.runtime.distributed import ONE, Ranks
+from gptq_awq.runtime.progress import Track, no_track
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from gptq_awq.linalg import quadratic
 from gptq_awq.models.linear import Site
 from gptq_awq.moments import Moments
 from gptq_awq.pipeline.method import Method
-from gptq_awq.profiling import phase
+from gptq_awq.runtime.profiling import phase
 from gptq_awq.solvers.base import Solution
 from gptq_awq.transforms.base import Scaling
 

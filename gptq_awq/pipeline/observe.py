@@ -33,9 +33,9 @@ from gptq_awq.pipeline.experts import ExpertPolicy
 from gptq_awq.pipeline.progress import keep_block
 from gptq_awq.pipeline.staged import observe_forward
 from gptq_awq.pipeline.streams import Streams
-from gptq_awq.profiling import phase
-from gptq_awq.progress import Track
-from gptq_awq.ranks import ONE, Ranks
+from gptq_awq.runtime.distributed import ONE, Ranks
+from gptq_awq.runtime.profiling import phase
+from gptq_awq.runtime.progress import Track
 from gptq_awq.sealed import DamagedError, Sealed, lock_path, once
 
 log = logging.getLogger(__name__)

@@ -12,14 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gptq_awq import memory
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight, group_of_columns
 from gptq_awq.journal import Journal
 from gptq_awq.models.residence import residence
 from gptq_awq.pipeline.streams import Streams
-from gptq_awq.profiling import phase
-from gptq_awq.ranks import ONE, Ranks
+from gptq_awq.runtime import memory
+from gptq_awq.runtime.distributed import ONE, Ranks
+from gptq_awq.runtime.profiling import phase
 from gptq_awq.sealed import DamagedError, Sealed
 
 log = logging.getLogger(__name__)

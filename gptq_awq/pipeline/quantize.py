@@ -39,8 +39,8 @@ from gptq_awq.pipeline.observe import Record
 from gptq_awq.pipeline.places import landing
 from gptq_awq.pipeline.progress import BlockResult, Progress
 from gptq_awq.pipeline.tuned import tuned_model
-from gptq_awq.progress import Track, no_track
-from gptq_awq.ranks import Ranks
+from gptq_awq.runtime.distributed import Ranks
+from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.transforms.base import Scaling
 from gptq_awq.tuning.teacher import Teacher
 

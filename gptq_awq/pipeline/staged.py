@@ -32,7 +32,7 @@ from gptq_awq.moments import Moments, MomentsSum
 from gptq_awq.pipeline.experts import ExpertPolicy, Routes, no_pairing
 from gptq_awq.pipeline.padding import PickedRows
 from gptq_awq.pipeline.streams import Stream, Streams
-from gptq_awq.profiling import phase
+from gptq_awq.runtime.profiling import phase
 
 OnSite = Callable[[Site, Moments], None]
 

@@ -22,9 +22,9 @@ from gptq_awq.models.attention import faster_attention_of
 from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call, text_config
 from gptq_awq.models.residence import resident
 from gptq_awq.pipeline.spill import Spilled
-from gptq_awq.profiling import phase
-from gptq_awq.progress import Track, no_track
-from gptq_awq.ranks import ONE, Ranks
+from gptq_awq.runtime.distributed import ONE, Ranks
+from gptq_awq.runtime.profiling import phase
+from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.sealed import DamagedError
 
 

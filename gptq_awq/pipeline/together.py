@@ -12,7 +12,7 @@ from typing import TypeVar
 from gptq_awq.grids.base import Grid
 from gptq_awq.models.linear import Site
 from gptq_awq.moments import Moments
-from gptq_awq.ranks import Ranks
+from gptq_awq.runtime.distributed import Ranks
 from gptq_awq.solvers.base import Rowwise, Solver
 
 T = TypeVar("T")

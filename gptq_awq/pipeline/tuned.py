@@ -11,8 +11,8 @@ from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.progress import BlockResult, Row
 from gptq_awq.pipeline.streams import Streams
-from gptq_awq.profiling import phase
-from gptq_awq.progress import Track
+from gptq_awq.runtime.profiling import phase
+from gptq_awq.runtime.progress import Track
 from gptq_awq.tuning.base import Example
 from gptq_awq.tuning.teacher import Teacher
 

@@ -25,7 +25,7 @@ from gptq_awq.kernels import gpu
 from gptq_awq.kernels.columns import sweep_columns
 from gptq_awq.linalg import NotPositiveDefiniteError, reordered
 from gptq_awq.moments import Factor, Moments, factor_together
-from gptq_awq.profiling import phase
+from gptq_awq.runtime.profiling import phase
 from gptq_awq.solvers.base import Solution
 from gptq_awq.solvers.rtn import RTN
 

@@ -30,7 +30,7 @@ from gptq_awq.kernels.quadratic import Quadratic
 from gptq_awq.linalg import quadratic
 from gptq_awq.models.linear import Site, matrix
 from gptq_awq.moments import Moments
-from gptq_awq.profiling import phase
+from gptq_awq.runtime.profiling import phase
 from gptq_awq.transforms.base import ModuleInputs, Scaling, absorb_scaling
 
 MIN_SCALE = 1e-4

@@ -31,7 +31,7 @@ from gptq_awq.models.ends import Ends, untie
 from gptq_awq.models.experts import experts_in
 from gptq_awq.models.linear import Site, is_linear, matrix
 from gptq_awq.models.topology import VERIFY_TOLERANCE, observe_sites, relative_error
-from gptq_awq.profiling import phase
+from gptq_awq.runtime.profiling import phase
 
 LOGITS_TOLERANCE = {torch.float32: 1e-3}
 """Largest relative change of the logits; 16-bit weights are rounded anew, which is far more than in float32."""

@@ -22,7 +22,7 @@ from gptq_awq.grids.base import Grid
 from gptq_awq.models.linear import Site, is_linear, matrix
 from gptq_awq.models.topology import absorb
 from gptq_awq.moments import Moments
-from gptq_awq.profiling import phase
+from gptq_awq.runtime.profiling import phase
 from gptq_awq.transforms.base import ModuleInputs, Scaling
 
 MIN_SCALE = 1e-5

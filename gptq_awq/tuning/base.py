@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gptq_awq.data import TokenSet
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.models.blocks import Call
-from gptq_awq.progress import Track
+from gptq_awq.runtime.progress import Track
 from gptq_awq.tuning.teacher import Teacher
 
 Tuned = tuple[dict[str, QuantizedWeight], dict[str, Any]]

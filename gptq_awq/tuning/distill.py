@@ -26,7 +26,7 @@ from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.models.attention import differentiable_attention
 from gptq_awq.models.halves import logits
 from gptq_awq.models.linear import matrix
-from gptq_awq.progress import Track
+from gptq_awq.runtime.progress import Track
 from gptq_awq.tuning.linear import check_scales, rescaled, scale_rates, tuned_linears
 from gptq_awq.tuning.passes import first_and_last, shuffled
 from gptq_awq.tuning.teacher import Teacher, decoder_of, inputs_of

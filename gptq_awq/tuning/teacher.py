@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.models.halves import logits
-from gptq_awq.profiling import phase
+from gptq_awq.runtime.profiling import phase
 
 
 class Teacher:
