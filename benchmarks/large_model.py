@@ -24,10 +24,10 @@ from transformers import AutoConfig, LlamaConfig
 
 from gptq_awq.api import load_method
 from gptq_awq.data import make_token_set
-from gptq_awq.journal import Journal
 from gptq_awq.models.streamed import open_streamed
 from gptq_awq.pipeline.inputs import Settings
 from gptq_awq.pipeline.quantize import quantize
+from gptq_awq.storage.journal import Journal
 
 LLAMA_8B: dict[str, Any] = {
     "vocab_size": 128256,

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from gptq_awq.api import load_method
-from gptq_awq.assets import cache_dir
 from gptq_awq.data import WikiText2, evaluation_windows
 from gptq_awq.evaluation.evaluate import Baseline, full_precision, score
 from gptq_awq.export.base import Source
@@ -28,6 +27,7 @@ from gptq_awq.export.gguf_file import read_gguf, write_gguf
 from gptq_awq.grids.mix import LlamaMix
 from gptq_awq.models.load import AssetModel, LoadedModel, LocalModel
 from gptq_awq.pipeline.quantize import quantize
+from gptq_awq.storage.assets import cache_dir
 
 
 def llamacpp(tool: str) -> str:

@@ -16,8 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from gptq_awq.assets import cache_dir
 from gptq_awq.results import Result
+from gptq_awq.storage.assets import cache_dir
 
 RUN = Path(__file__).resolve().parent.parent / "run.py"
 PHASES = ("load", "baseline", "quantize", "evaluate")

@@ -3,7 +3,7 @@
     python -m gptq_awq.cache list
     python -m gptq_awq.cache clear [KIND …] [--older DAYS]
 
-The folder is `gptq_awq.assets.cache_dir()`, or $GPTQ_AWQ_CACHE; runs, processes and nodes may share it. Everything in
+The folder is `gptq_awq.storage.assets.cache_dir()`, or $GPTQ_AWQ_CACHE; runs, processes and nodes may share it. Everything in
 it is named by the hash of what it depends on, written whole, and checked when read; so deleting any of it costs
 time and nothing else. After a run, what was not used for longest is dropped until `cache_gb` suffices (downloads,
 models and the progress of unfinished runs don't count, and are only dropped by hand).
@@ -23,8 +23,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gptq_awq.assets import cache_dir
 from gptq_awq.errors import UserError
+from gptq_awq.storage.assets import cache_dir
 
 log = logging.getLogger(__name__)
 SECONDS_PER_DAY = 86400

@@ -21,9 +21,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from gptq_awq.assets import ASSETS, HubRows, cache_dir, fetch, hub_asset
 from gptq_awq.errors import UserError
-from gptq_awq.sealed import Sealed, once
+from gptq_awq.storage.assets import ASSETS, HubRows, cache_dir, fetch, hub_asset
+from gptq_awq.storage.checksummed import Sealed, once
 from gptq_awq.text import READERS, Text, joined_as_gptq, make_text, read_jsonl, wikitext_articles
 
 LONG_TEXT = 200_000

@@ -19,7 +19,6 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from gptq_awq.allocation.allocate import Allocation, allocate
-from gptq_awq.assets import cache_dir
 from gptq_awq.cache import prune
 from gptq_awq.costs import profiled
 from gptq_awq.errors import UserError
@@ -48,6 +47,7 @@ from gptq_awq.runtime.profiling import Recorder, phase
 from gptq_awq.runtime.progress import Track, no_track, rich_track
 from gptq_awq.runtime.runlog import Clock, logging_to, remove_unused_hydra_folder
 from gptq_awq.scores import Scores
+from gptq_awq.storage.assets import cache_dir
 from gptq_awq.sweep import failed, job_number, store_failure, sweep_folder
 from gptq_awq.tracking import Tracker, run_name
 from gptq_awq.work import Work, load, record_of, self_calibrated

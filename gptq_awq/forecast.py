@@ -15,7 +15,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gptq_awq.assets import cache_dir
 from gptq_awq.evaluation.baseline import knows_scores, read_answers
 from gptq_awq.evaluation.floor import TRIAL_TOKENS
 from gptq_awq.models.blocks import find_blocks
@@ -27,6 +26,7 @@ from gptq_awq.plan import Plan
 from gptq_awq.results import Result
 from gptq_awq.runtime import memory
 from gptq_awq.runtime.runlog import Clock
+from gptq_awq.storage.assets import cache_dir
 from gptq_awq.trial import Scores, Trial, Turn, trial_of
 from gptq_awq.work import Work, record_of
 

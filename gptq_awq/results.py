@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import orjson
 
 from gptq_awq.errors import UserError
-from gptq_awq.files import replacing
+from gptq_awq.storage.atomic import replacing
 
 if TYPE_CHECKING:  # 65 MB and half a second, which a run that only writes its row need not spend
     import pandas as pd

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptq_awq.assets import cache_dir
-from gptq_awq.files import locked, replacing
-from gptq_awq.journal import Journal
 from gptq_awq.manifest import environment
 from gptq_awq.results import FILE_NAME, Result
+from gptq_awq.storage.assets import cache_dir
+from gptq_awq.storage.atomic import locked, replacing
+from gptq_awq.storage.journal import Journal
 
 log = logging.getLogger(__name__)
 FILES = ("config.yaml", "ledger.jsonl", "allocation.json", "scores.npz", "checkpoints", FILE_NAME)

@@ -23,7 +23,7 @@ from typing import Self
 import numpy as np
 from jaxtyping import Float
 
-from gptq_awq.files import replacing
+from gptq_awq.storage.atomic import replacing
 
 FILE_NAME = "scores.npz"
 

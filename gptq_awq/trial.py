@@ -22,7 +22,6 @@ from gptq_awq.evaluation.head import Head
 from gptq_awq.evaluation.perplexity import next_token_nll
 from gptq_awq.export.base import Source
 from gptq_awq.export.verify import Probe
-from gptq_awq.journal import Journal
 from gptq_awq.models.blocks import find_blocks, text_config
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.residence import resident
@@ -35,6 +34,7 @@ from gptq_awq.runtime.distributed import ONE
 from gptq_awq.runtime.profiling import OTHER, Recorder, spans
 from gptq_awq.runtime.progress import no_track
 from gptq_awq.solvers.rtn import RTN
+from gptq_awq.storage.journal import Journal
 from gptq_awq.tuning.base import ModelTuning
 from gptq_awq.tuning.teacher import Teacher
 from gptq_awq.work import Work, record_of

@@ -9,11 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gptq_awq.assets import cache_dir
 from gptq_awq.data import TokenSet
 from gptq_awq.export.base import linear_specs
 from gptq_awq.grids.base import Grid
-from gptq_awq.journal import Journal
 from gptq_awq.manifest import code_sha256, package_sha256, run_sha256
 from gptq_awq.models.activations import check_activations
 from gptq_awq.models.blocks import find_blocks
@@ -33,7 +31,9 @@ from gptq_awq.plan import Plan
 from gptq_awq.runs import Run
 from gptq_awq.runtime import memory
 from gptq_awq.runtime.progress import Track
-from gptq_awq.sealed import Sealed, once
+from gptq_awq.storage.assets import cache_dir
+from gptq_awq.storage.checksummed import Sealed, once
+from gptq_awq.storage.journal import Journal
 
 log = logging.getLogger(__name__)
 WRITTEN_SCHEMA = 1

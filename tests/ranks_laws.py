@@ -11,13 +11,13 @@ from tiny_models import tiny_model
 
 from gptq_awq.api import load_method
 from gptq_awq.errors import UserError
-from gptq_awq.journal import Journal
 from gptq_awq.moments import MomentsSum
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.observe import Record
 from gptq_awq.pipeline.quantize import quantize
 from gptq_awq.runtime.distributed import opened, rank_and_size
 from gptq_awq.solvers.gptq import GPTQ
+from gptq_awq.storage.journal import Journal
 
 PRESETS = ("rtn", "gptq", "awq", "awq_gptq", "smoothquant", "gptaq", "qronos")
 METHODS = {name: load_method(name)[0] for name in PRESETS}

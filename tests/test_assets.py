@@ -15,9 +15,9 @@ import pytest
 from fake_hub import COMMIT, fake_hub, run_against
 from huggingface_hub import constants
 
-from gptq_awq import assets
-from gptq_awq.assets import ASSETS, Asset, HubRows, WheelMember, fetch, hub_asset, hub_reachable
 from gptq_awq.errors import UserError
+from gptq_awq.storage import assets
+from gptq_awq.storage.assets import ASSETS, Asset, HubRows, WheelMember, fetch, hub_asset, hub_reachable
 
 CONTENT = b"some text\n" * 1000
 
@@ -212,7 +212,7 @@ def test_the_hubs_rows_give_the_original_files_bytes(shared, tmp_path):
     }
     script = """
 import json
-from gptq_awq.assets import ASSETS, HubRows, fetch, hub_asset
+from gptq_awq.storage.assets import ASSETS, HubRows, fetch, hub_asset
 c4 = HubRows("allenai/c4", file="en/c4-train.00000-of-01024.json.gz", limit=7)
 served = [fetch(asset) for asset in (ASSETS["wikitext2-test"], ASSETS["lambada"], hub_asset("c4", c4))]
 print(json.dumps([(s.source, s.path.read_text().count(chr(10))) for s in served]))

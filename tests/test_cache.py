@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from gptq_awq import cache, data
 from gptq_awq.errors import UserError
-from gptq_awq.sealed import read
+from gptq_awq.storage.checksummed import read
 
 
 def put(folder, kind, name, size, age_days=0.0):

@@ -10,7 +10,6 @@ from tiny_models import CONFIGS, tiny_model, tiny_tokens
 
 from gptq_awq.data import make_token_set
 from gptq_awq.errors import UserError
-from gptq_awq.journal import Journal
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.moments import Moments, MomentsSum
 from gptq_awq.pipeline.inputs import Inputs, calibration_of
@@ -20,9 +19,10 @@ from gptq_awq.pipeline.quantize import quantize
 from gptq_awq.pipeline.staged import staged_forward
 from gptq_awq.pipeline.streams import open_streams
 from gptq_awq.runtime import memory
-from gptq_awq.sealed import DamagedError
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN
+from gptq_awq.storage.checksummed import DamagedError
+from gptq_awq.storage.journal import Journal
 from gptq_awq.transforms.awq import AWQ
 
 CPU = torch.device("cpu")

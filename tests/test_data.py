@@ -9,8 +9,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gptq_awq import assets
-from gptq_awq.assets import ASSETS
 from gptq_awq.data import (
     HubText,
     LocalText,
@@ -22,6 +20,8 @@ from gptq_awq.data import (
     wikitext_articles,
 )
 from gptq_awq.errors import UserError
+from gptq_awq.storage import assets
+from gptq_awq.storage.assets import ASSETS
 
 
 @pytest.fixture(scope="module")

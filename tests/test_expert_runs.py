@@ -19,7 +19,6 @@ from gptq_awq.export.folder import Shards
 from gptq_awq.export.gptq import GPTQFormat
 from gptq_awq.export.hf import HFFormat
 from gptq_awq.export.write import Exports
-from gptq_awq.journal import Journal
 from gptq_awq.models.experts import fuse, unfuse
 from gptq_awq.models.streamed import open_streamed
 from gptq_awq.pipeline.experts import ExpertPolicy
@@ -30,6 +29,7 @@ from gptq_awq.pipeline.places import landing
 from gptq_awq.pipeline.quantize import Settings, quantize
 from gptq_awq.runtime import memory
 from gptq_awq.solvers.gptq import GPTQ
+from gptq_awq.storage.journal import Journal
 from gptq_awq.tuning.rounding import LearnedRounding
 
 

@@ -17,7 +17,6 @@ from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.mix import LlamaMix
 from gptq_awq.grids.per_layer import PerLayerGrid
-from gptq_awq.journal import Journal
 from gptq_awq.models import streamed
 from gptq_awq.models.linear import matrix
 from gptq_awq.models.load import load_folder
@@ -31,6 +30,7 @@ from gptq_awq.pipeline.size import Footprint
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.qronos import Qronos
 from gptq_awq.solvers.rtn import RTN
+from gptq_awq.storage.journal import Journal
 
 GPTQ_METHOD = Method("gptq", GPTQ(act_order=True, static_groups=True))
 

@@ -7,10 +7,10 @@ import threading
 import pytest
 import torch
 
-from gptq_awq import sealed
-from gptq_awq.files import locked, replacing
-from gptq_awq.journal import Journal
-from gptq_awq.sealed import DamagedError, Sealed
+from gptq_awq.storage import checksummed as sealed
+from gptq_awq.storage.atomic import locked, replacing
+from gptq_awq.storage.checksummed import DamagedError, Sealed
+from gptq_awq.storage.journal import Journal
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16), "codes": torch.arange(4).byte()}
 FACTS = {"rows": [{"loss": float("inf"), "shape": [2, 3]}], "name": "ü"}

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from gptq_awq.assets import Asset
 from gptq_awq.errors import UserError
 from gptq_awq.models import load
 from gptq_awq.models.load import AssetModel, HubModel, LocalModel, folder_sha256
+from gptq_awq.storage.assets import Asset
 
 TEXT = "Once upon a time, in 1998, there was a café — and it's  gone.\n\n\tThe end"
 MERGES = ["o n", "t h", "th e", "Ġ the", "Ġ t"]

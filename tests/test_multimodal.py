@@ -12,12 +12,12 @@ from gptq_awq import quantize_model
 from gptq_awq.api import load_method, observe_moments
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.head import Head
-from gptq_awq.journal import Journal
 from gptq_awq.models import streamed
 from gptq_awq.models.blocks import find_blocks, heads_of
 from gptq_awq.models.load import load_folder
 from gptq_awq.models.topology import relative_error
 from gptq_awq.pipeline.quantize import quantize
+from gptq_awq.storage.journal import Journal
 
 # Larger than the language model, to tempt whoever looks for the largest list of modules.
 TOWER = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 4}

@@ -18,7 +18,6 @@ from gptq_awq.export.base import Source
 from gptq_awq.export.hf import HFFormat
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.hadamard import hadamard
-from gptq_awq.journal import Journal
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.ends import untie
 from gptq_awq.models.topology import relative_error
@@ -26,6 +25,7 @@ from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.quantize import needs_calibration
 from gptq_awq.pipeline.size import Footprint
 from gptq_awq.solvers.gptq import GPTQ
+from gptq_awq.storage.journal import Journal
 from gptq_awq.transforms.quarot import QuaRot, Rotation
 
 POST_NORM = ("gemma3", "opt-post-norm")

@@ -17,10 +17,10 @@ from test_pipeline import SMALL, tokens
 from gptq_awq import results
 from gptq_awq.api import load_method
 from gptq_awq.errors import UserError
-from gptq_awq.journal import Journal
 from gptq_awq.pipeline.quantize import check_ranks
 from gptq_awq.pipeline.streams import batches_of
 from gptq_awq.runtime.distributed import ONE, RankLostError, Ranks, opened, rank_and_size
+from gptq_awq.storage.journal import Journal
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 from gptq_awq.data import TokenSet
 from gptq_awq.evaluation.perplexity import TokenScores, token_losses
-from gptq_awq.files import locked, replacing
 from gptq_awq.runtime.progress import Track, no_track
-from gptq_awq.sealed import Sealed, lock_path, once
+from gptq_awq.storage.atomic import locked, replacing
+from gptq_awq.storage.checksummed import Sealed, lock_path, once
 
 log = logging.getLogger(__name__)
 

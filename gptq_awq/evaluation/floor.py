@@ -19,7 +19,7 @@ from gptq_awq.evaluation.head import Head
 from gptq_awq.evaluation.perplexity import checked_windows, next_token_nll
 from gptq_awq.evaluation.states import states_of
 from gptq_awq.models.residence import resident
-from gptq_awq.sealed import Sealed, once
+from gptq_awq.storage.checksummed import Sealed, once
 
 TRIAL_TOKENS = 2048
 MAX_LOSS_CHANGE = 1e-3

@@ -28,11 +28,11 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel
 
-from gptq_awq.assets import ASSETS, fetch, hub_reachable
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.language_model import LanguageModel
 from gptq_awq.evaluation.recorded import RecordedLM, request_sha256
 from gptq_awq.runtime.progress import Track, no_track
+from gptq_awq.storage.assets import ASSETS, fetch, hub_reachable
 
 log = logging.getLogger(__name__)
 

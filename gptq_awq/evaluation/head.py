@@ -23,7 +23,7 @@ from gptq_awq.models.blocks import BlockCalls, find_blocks
 from gptq_awq.models.halves import logits
 from gptq_awq.models.residence import resident, streamed
 from gptq_awq.runtime.profiling import phase
-from gptq_awq.sealed import tensor_bytes
+from gptq_awq.storage.checksummed import tensor_bytes
 
 CHUNK_LOGITS = 2**23
 """Logits of whole rows computed at a time: 32 MB in fp32."""

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from gptq_awq.grids.arithmetic import Arithmetic, Params
-from gptq_awq.sealed import Sealed
+from gptq_awq.storage.checksummed import Sealed
 
 AT_ONCE = 2**22
 """Numbers of a weight that are encoded or decoded together."""

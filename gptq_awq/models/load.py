@@ -21,11 +21,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from gptq_awq.assets import ASSETS, cache_dir, fetch, file_sha256, hub_reachable, scratch_folder
 from gptq_awq.errors import UserError
 from gptq_awq.models.checkpoint import folder_numbers
 from gptq_awq.models.classes import also_sees, auto_class
 from gptq_awq.models.streamed import open_streamed
+from gptq_awq.storage.assets import ASSETS, cache_dir, fetch, file_sha256, hub_reachable, scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class LoadedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class AssetModel:
-    """A GGUF file among `gptq_awq.assets.ASSETS`."""
+    """A GGUF file among `gptq_awq.storage.assets.ASSETS`."""
 
     name: str
     asset: str

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 
 from gptq_awq.grids.base import Grid, QuantizedWeight
-from gptq_awq.journal import Journal
 from gptq_awq.pipeline.progress import BlockResult, weights_in
+from gptq_awq.storage.journal import Journal
 
 
 class KeptWeights(Mapping[str, QuantizedWeight]):

@@ -22,8 +22,6 @@ from torch import Tensor, nn
 
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
-from gptq_awq.files import locked
-from gptq_awq.journal import Journal
 from gptq_awq.models.blocks import Call
 from gptq_awq.models.linear import Absorber, Site
 from gptq_awq.models.residence import read_ahead, resident
@@ -36,7 +34,9 @@ from gptq_awq.pipeline.streams import Streams
 from gptq_awq.runtime.distributed import ONE, Ranks
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.runtime.progress import Track
-from gptq_awq.sealed import DamagedError, Sealed, lock_path, once
+from gptq_awq.storage.atomic import locked
+from gptq_awq.storage.checksummed import DamagedError, Sealed, lock_path, once
+from gptq_awq.storage.journal import Journal
 
 log = logging.getLogger(__name__)
 SCHEMA = 3

@@ -14,13 +14,13 @@ from transformers.pytorch_utils import Conv1D
 
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight, group_of_columns
-from gptq_awq.journal import Journal
 from gptq_awq.models.residence import residence
 from gptq_awq.pipeline.streams import Streams
 from gptq_awq.runtime import memory
 from gptq_awq.runtime.distributed import ONE, Ranks
 from gptq_awq.runtime.profiling import phase
-from gptq_awq.sealed import DamagedError, Sealed
+from gptq_awq.storage.checksummed import DamagedError, Sealed
+from gptq_awq.storage.journal import Journal
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]

@@ -25,7 +25,6 @@ from torch import nn
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import GridChoice
-from gptq_awq.journal import Journal
 from gptq_awq.kernels.threads import match_torch
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.experts import experts_in, unfuse
@@ -41,6 +40,7 @@ from gptq_awq.pipeline.progress import BlockResult, Progress
 from gptq_awq.pipeline.tuned import tuned_model
 from gptq_awq.runtime.distributed import Ranks
 from gptq_awq.runtime.progress import Track, no_track
+from gptq_awq.storage.journal import Journal
 from gptq_awq.transforms.base import Scaling
 from gptq_awq.tuning.teacher import Teacher
 

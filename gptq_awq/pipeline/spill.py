@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gptq_awq.files import replacing
-from gptq_awq.sealed import tensor_bytes
+from gptq_awq.storage.atomic import replacing
+from gptq_awq.storage.checksummed import tensor_bytes
 
 
 @dataclass(frozen=True)

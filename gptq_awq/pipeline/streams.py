@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
-from gptq_awq.journal import Journal
 from gptq_awq.models.attention import faster_attention_of
 from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call, text_config
 from gptq_awq.models.residence import resident
@@ -25,7 +24,8 @@ from gptq_awq.pipeline.spill import Spilled
 from gptq_awq.runtime.distributed import ONE, Ranks
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.runtime.progress import Track, no_track
-from gptq_awq.sealed import DamagedError
+from gptq_awq.storage.checksummed import DamagedError
+from gptq_awq.storage.journal import Journal
 
 
 class Stream:

@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gptq_awq.assets import cache_dir
 from gptq_awq.errors import UserError
+from gptq_awq.storage.assets import cache_dir
 
 RECORD = "engine.json"
 """The file that marks a complete environment; scripts/install_engine.py writes it last."""

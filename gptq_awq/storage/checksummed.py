@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gptq_awq.files import locked, replacing
+from gptq_awq.storage.atomic import locked, replacing
 
 log = logging.getLogger(__name__)
 

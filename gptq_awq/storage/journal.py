@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gptq_awq.sealed import DamagedError, Sealed
+from gptq_awq.storage.checksummed import DamagedError, Sealed
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Files that survive: atomic writes, checksums, journals of finished blocks, downloaded assets."""
