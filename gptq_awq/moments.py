@@ -20,7 +20,7 @@ from torch import Tensor
 from gptq_awq.errors import UserError
 from gptq_awq.kernels import rank_k
 from gptq_awq.kernels.rank_k import RankK
-from gptq_awq.linalg import NotPositiveDefiniteError, inverse_cholesky, inverse_choleskys
+from gptq_awq.numerics.linalg import NotPositiveDefiniteError, inverse_cholesky, inverse_choleskys
 from gptq_awq.runtime.distributed import ONE, Ranks
 from gptq_awq.runtime.profiling import phase
 

@@ -19,8 +19,8 @@ from gptq_awq.grids.mix import LlamaMix
 from gptq_awq.grids.signed import SignedGrid
 from gptq_awq.grids.table import TableGrid, dynamic_levels
 from gptq_awq.grids.ternary import TernaryGrid
-from gptq_awq.linalg import quadratic
 from gptq_awq.moments import Moments
+from gptq_awq.numerics.linalg import quadratic
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN
 

@@ -4,7 +4,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from gptq_awq.hadamard import hadamard, largest_order, times_hadamard
+from gptq_awq.numerics.hadamard import hadamard, largest_order, times_hadamard
 
 # Paley I (12, 20, 24, 60, 108), Paley II (28, 36, 76), and widths and head sizes of models.
 ORDERS = [

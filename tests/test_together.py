@@ -13,10 +13,10 @@ from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.kquant import KGrid
 from gptq_awq.grids.table import TableGrid
-from gptq_awq.linalg import inverse_cholesky, inverse_choleskys
 from gptq_awq.models.blocks import BlockCalls, find_blocks
 from gptq_awq.models.linear import Site
 from gptq_awq.models.topology import observe_sites
+from gptq_awq.numerics.linalg import inverse_cholesky, inverse_choleskys
 from gptq_awq.pipeline import block, together
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.together import Piece, batches, shared

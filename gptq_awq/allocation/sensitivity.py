@@ -26,10 +26,10 @@ from gptq_awq.evaluation.divergence import divergence
 from gptq_awq.evaluation.perplexity import TokenScores, token_losses
 from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.grids.base import Grid
-from gptq_awq.linalg import NotPositiveDefiniteError
 from gptq_awq.models.blocks import find_blocks, hooks
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.moments import Moments
+from gptq_awq.numerics.linalg import NotPositiveDefiniteError
 from gptq_awq.pipeline.inputs import Inputs
 from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.solvers.base import Solver

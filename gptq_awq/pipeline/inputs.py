@@ -9,10 +9,10 @@ from torch import nn
 
 from gptq_awq.data import TokenSet
 from gptq_awq.errors import UserError
-from gptq_awq.linalg import native_dtype
 from gptq_awq.models.blocks import find_blocks, heads_of
 from gptq_awq.models.linear import Site, is_linear, matrix, widest
 from gptq_awq.models.residence import streamed
+from gptq_awq.numerics.linalg import native_dtype
 from gptq_awq.pipeline.experts import ExpertPolicy
 from gptq_awq.pipeline.observe import Observation, Observer, Record, in_dtype, read, recorded
 from gptq_awq.pipeline.streams import Streams, open_streams

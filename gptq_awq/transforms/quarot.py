@@ -25,12 +25,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gptq_awq.errors import UserError
-from gptq_awq.hadamard import largest_order, times_hadamard
 from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call, find_blocks, head_size, heads_of, text_config
 from gptq_awq.models.ends import Ends, untie
 from gptq_awq.models.experts import experts_in
 from gptq_awq.models.linear import Site, is_linear, matrix
 from gptq_awq.models.topology import VERIFY_TOLERANCE, observe_sites, relative_error
+from gptq_awq.numerics.hadamard import largest_order, times_hadamard
 from gptq_awq.runtime.profiling import phase
 
 LOGITS_TOLERANCE = {torch.float32: 1e-3}

@@ -1,0 +1,1 @@
+"""Linear algebra on torch tensors: damped Cholesky factors, quadratic forms, Hadamard matrices."""
