@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from gptq_awq.api import quantize_model
-from gptq_awq.data import LocalText, WikiText2, evaluation_windows
+from gptq_awq.data.corpora import LocalText, WikiText2
+from gptq_awq.data.tokens import evaluation_windows
 from gptq_awq.errors import UserError
 from gptq_awq.export.awq import AWQFormat
 from gptq_awq.export.base import Format, Source

@@ -19,7 +19,8 @@ import torch
 from transformers import PreTrainedModel
 
 from gptq_awq import quantize_model
-from gptq_awq.data import LocalText, WikiText2, evaluation_windows
+from gptq_awq.data.corpora import LocalText, WikiText2
+from gptq_awq.data.tokens import evaluation_windows
 from gptq_awq.evaluation.divergence import compare
 from gptq_awq.evaluation.head import Head
 from gptq_awq.evaluation.perplexity import next_token_nll

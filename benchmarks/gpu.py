@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gptq_awq import quantize_model
-from gptq_awq.data import make_token_set
+from gptq_awq.data.tokens import make_token_set
 from gptq_awq.grids.arithmetic import KINDS
 from gptq_awq.grids.base import Grid
 from gptq_awq.grids.integer import IntGrid

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
 
 from gptq_awq.api import load_method
-from gptq_awq.data import make_token_set
+from gptq_awq.data.tokens import make_token_set
 from gptq_awq.models.streamed import open_streamed
 from gptq_awq.pipeline.inputs import Settings
 from gptq_awq.pipeline.quantize import quantize

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from gptq_awq.api import load_method
-from gptq_awq.data import WikiText2, evaluation_windows
+from gptq_awq.data.corpora import WikiText2
+from gptq_awq.data.tokens import evaluation_windows
 from gptq_awq.evaluation.evaluate import Baseline, full_precision, score
 from gptq_awq.export.base import Source
 from gptq_awq.export.engines.run import find

@@ -38,7 +38,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from gptq_awq.data import TokenSet, WikiText2, evaluation_windows
+from gptq_awq.data.corpora import WikiText2
+from gptq_awq.data.tokens import TokenSet, evaluation_windows
 from gptq_awq.evaluation.perplexity import perplexity, token_losses
 from gptq_awq.export.engines.run import RECORD, engines_folder
 from gptq_awq.models.blocks import find_blocks

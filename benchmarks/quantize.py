@@ -14,7 +14,7 @@ import time
 import torch
 
 from gptq_awq import quantize_model
-from gptq_awq.data import WikiText2
+from gptq_awq.data.corpora import WikiText2
 from gptq_awq.models.load import AssetModel, LocalModel
 from gptq_awq.runtime import memory
 

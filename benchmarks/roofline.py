@@ -20,7 +20,8 @@ import torch
 
 from gptq_awq.api import load_method
 from gptq_awq.costs import Costs, copy_rate, machine, matmul_rate
-from gptq_awq.data import TokenSet, WikiText2
+from gptq_awq.data.corpora import WikiText2
+from gptq_awq.data.tokens import TokenSet
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.load import AssetModel, LoadedModel, LocalModel

@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from gptq_awq.data import WikiText2
+from gptq_awq.data.corpora import WikiText2
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.load import AssetModel, LocalModel
 from gptq_awq.models.topology import observe_sites

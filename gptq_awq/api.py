@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gptq_awq.data import TokenSet, make_token_set
+from gptq_awq.data.tokens import TokenSet, make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, GridChoice, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid

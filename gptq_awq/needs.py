@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from gptq_awq.data import TokenSet
+from gptq_awq.data.tokens import TokenSet
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.experts import experts_in
 from gptq_awq.models.linear import is_linear, matrix

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 from transformers import PreTrainedModel
 
 from gptq_awq.api import CONFIGS
-from gptq_awq.data import TokenSet
+from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from gptq_awq.data import TokenSet, make_token_set
+from gptq_awq.data.tokens import TokenSet, make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import head_size, key_value_heads, text_config
 from gptq_awq.models.residence import streamed

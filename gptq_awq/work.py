@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gptq_awq.data import TokenSet
+from gptq_awq.data.tokens import TokenSet
 from gptq_awq.export.base import linear_specs
 from gptq_awq.grids.base import Grid
 from gptq_awq.manifest import code_sha256, package_sha256, run_sha256

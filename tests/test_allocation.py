@@ -13,7 +13,7 @@ from gptq_awq import quantize_model
 from gptq_awq.allocation.allocate import FILE_NAME, allocate
 from gptq_awq.allocation.knapsack import cheapest
 from gptq_awq.allocation.sensitivity import output_fisher
-from gptq_awq.data import make_token_set
+from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.pipeline.inputs import Settings

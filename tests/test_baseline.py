@@ -8,7 +8,7 @@ from test_divergence import disturb
 from test_perplexity import plain_losses, windows
 from tiny_models import tiny_model, tiny_tokens
 
-from gptq_awq.data import make_token_set
+from gptq_awq.data.tokens import make_token_set
 from gptq_awq.evaluation import baseline as baseline_module
 from gptq_awq.evaluation.baseline import baseline_scores, read_answers, write_answers
 from gptq_awq.evaluation.evaluate import full_precision, score

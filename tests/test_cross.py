@@ -8,7 +8,7 @@ import torch
 from test_pipeline import GRID, SMALL, tokens
 from tiny_models import CONFIGS, tiny_model, tiny_tokens
 
-from gptq_awq.data import make_token_set
+from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.moments import Moments, MomentsSum

@@ -9,16 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gptq_awq.data import (
-    HubText,
-    LocalText,
-    WikiText2,
-    calibration_tokens,
-    evaluation_windows,
-    make_text,
-    make_token_set,
-    wikitext_articles,
-)
+from gptq_awq.data.corpora import HubText, LocalText, WikiText2
+from gptq_awq.data.tokens import calibration_tokens, evaluation_windows, make_text, make_token_set, wikitext_articles
 from gptq_awq.errors import UserError
 from gptq_awq.storage import assets
 from gptq_awq.storage.assets import ASSETS

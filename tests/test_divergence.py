@@ -3,7 +3,7 @@ import torch
 from test_perplexity import ARCHITECTURES, windows
 from tiny_models import tiny_model, tiny_tokens
 
-from gptq_awq.data import make_token_set
+from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation import head as head_module
 from gptq_awq.evaluation.divergence import divergence, token_kl

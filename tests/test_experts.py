@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 from gptq_awq import quantize_model
 from gptq_awq.api import observe_moments
-from gptq_awq.data import make_token_set
+from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.models.blocks import BlockCalls, find_blocks

@@ -11,7 +11,7 @@ from tiny_models import CONFIGS, save_tiny_folder, tiny_model, tiny_tokens
 
 from gptq_awq import quantize_model, results
 from gptq_awq.api import load_method
-from gptq_awq.data import make_token_set
+from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.grids.integer import IntGrid

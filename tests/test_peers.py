@@ -13,7 +13,7 @@ from tiny_models import tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM
 
 from gptq_awq import quantize_model
-from gptq_awq.data import make_token_set
+from gptq_awq.data.tokens import make_token_set
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.models.load import LocalModel
 from gptq_awq.pipeline.method import Method

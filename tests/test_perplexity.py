@@ -5,7 +5,7 @@ import torch
 import transformers
 from tiny_models import CONFIGS, GROUPED, tiny_model, tiny_tokens
 
-from gptq_awq.data import make_token_set
+from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation import head as head_module
 from gptq_awq.evaluation.head import Head

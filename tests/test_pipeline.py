@@ -9,7 +9,7 @@ from tiny_models import CONFIGS, tiny_model, tiny_tokens
 
 from gptq_awq import quantize_model
 from gptq_awq.api import load_method
-from gptq_awq.data import make_token_set
+from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.models.blocks import BlockCalls, find_blocks

@@ -196,7 +196,7 @@ def test_the_precision_of_scoring_is_a_column_where_it_differs(tmp_path: Path) -
 def test_nested_settings_are_columns_where_they_alone_tell_runs_apart(tmp_path: Path) -> None:
     def run(method: str, samples: int, target: str, propagation: bool | None) -> Result:
         solver = {} if propagation is None else {"error_propagation": propagation}
-        data = {"_target_": f"gptq_awq.data.{target}", "samples": samples, "split": f"of {target}"}
+        data = {"_target_": f"gptq_awq.data.corpora.{target}", "samples": samples, "split": f"of {target}"}
         return replace(RESULT, method=method, config={"method": solver, "data": data, "tracking": {"id": samples}})
 
     runs = {
@@ -218,12 +218,12 @@ def test_nested_settings_are_columns_where_they_alone_tell_runs_apart(tmp_path: 
 
 
 def test_calibration_texts_go_by_the_name_they_have(tmp_path: Path) -> None:
-    hub = "gptq_awq.data.HubText"
+    hub = "gptq_awq.data.corpora.HubText"
     texts = [
-        {"_target_": "gptq_awq.data.WikiText2"},
+        {"_target_": "gptq_awq.data.corpora.WikiText2"},
         {"_target_": hub, "name": "c4", "joiner": " "},
         {"_target_": hub, "name": "pile", "joiner": "\n\n"},
-        {"_target_": "gptq_awq.data.LocalText", "path": "/text/my own.txt", "joiner": "|"},
+        {"_target_": "gptq_awq.data.corpora.LocalText", "path": "/text/my own.txt", "joiner": "|"},
     ]
     runs = {f"run{index}": replace(RESULT, config={"data": text}) for index, text in enumerate(texts)}
     rows = cells(comparison(load(write(tmp_path, **runs))))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokens
 
-from gptq_awq.data import make_token_set
+from gptq_awq.data.tokens import make_token_set
 from gptq_awq.evaluation.evaluate import full_precision, score
 from gptq_awq.scores import FILE_NAME, Scores
 from gptq_awq.statistics import BLOCK

@@ -8,7 +8,7 @@ from tiny_models import tiny_model, tiny_tokens
 from transformers import GenerationConfig
 
 from gptq_awq.api import load_method, quantize_model
-from gptq_awq.data import make_token_set
+from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.self_calibration import SelfCalibration, _Drawn
 

@@ -11,7 +11,7 @@ from tiny_models import CONFIGS, save_tiny_folder, tiny_model, tiny_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptq_awq.api import load_method
-from gptq_awq.data import make_token_set
+from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.evaluate import full_precision, score
 from gptq_awq.evaluation.head import Head

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from gptq_awq import quantize_model, results
 from gptq_awq.api import load_method
-from gptq_awq.data import make_token_set
+from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.export import mlx
 from gptq_awq.export.base import Source

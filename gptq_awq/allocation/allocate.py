@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from gptq_awq.allocation.knapsack import cheapest
 from gptq_awq.allocation.sensitivity import Cost, Measure, first_windows, measured_costs
-from gptq_awq.data import TokenSet
+from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.grids.allocated import AllocatedGrid, Width
 from gptq_awq.grids.integer import IntGrid

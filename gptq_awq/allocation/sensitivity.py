@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gptq_awq.data import TokenSet
+from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.divergence import divergence
 from gptq_awq.evaluation.perplexity import TokenScores, token_losses

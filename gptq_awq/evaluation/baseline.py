@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from gptq_awq.data import TokenSet
+from gptq_awq.data.tokens import TokenSet
 from gptq_awq.evaluation.perplexity import TokenScores, token_losses
 from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.storage.atomic import locked, replacing

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gptq_awq.data import TokenSet
+from gptq_awq.data.tokens import TokenSet
 from gptq_awq.evaluation.head import Head, Parameters
 from gptq_awq.evaluation.perplexity import (
     TokenScores,

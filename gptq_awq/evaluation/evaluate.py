@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from transformers import PreTrainedModel
 
-from gptq_awq.data import TokenSet
+from gptq_awq.data.tokens import TokenSet
 from gptq_awq.evaluation.baseline import baseline_scores, floor_path, read_answers, write_answers
 from gptq_awq.evaluation.divergence import Divergence, divergence
 from gptq_awq.evaluation.floor import Floor, floors

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from gptq_awq.data import TokenSet
+from gptq_awq.data.tokens import TokenSet
 from gptq_awq.evaluation.divergence import compare
 from gptq_awq.evaluation.head import Head
 from gptq_awq.evaluation.perplexity import checked_windows, next_token_nll

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gptq_awq.data import Corpus, LocalText, TokenSet, evaluation_windows
+from gptq_awq.data.corpora import Corpus, LocalText
+from gptq_awq.data.tokens import TokenSet, evaluation_windows
 from gptq_awq.errors import UserError
 
 if TYPE_CHECKING:

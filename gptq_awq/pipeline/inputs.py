@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gptq_awq.data import TokenSet
+from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import find_blocks, heads_of
 from gptq_awq.models.linear import Site, is_linear, matrix, widest

@@ -20,7 +20,7 @@ import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gptq_awq.data import TokenSet
+from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import Call
 from gptq_awq.models.linear import Absorber, Site

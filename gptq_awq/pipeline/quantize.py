@@ -22,7 +22,7 @@ from collections.abc import Generator, Iterator
 import torch
 from torch import nn
 
-from gptq_awq.data import TokenSet
+from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import GridChoice
 from gptq_awq.kernels.threads import match_torch

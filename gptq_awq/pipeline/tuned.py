@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gptq_awq.data import TokenSet
+from gptq_awq.data.tokens import TokenSet
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.progress import BlockResult, Row

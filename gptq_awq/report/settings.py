@@ -93,7 +93,7 @@ def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
     settings = flat(config)
     named = (settings.get(f"data.{key}") for key in ("path", "name", "_target_"))
     if text := next(filter(None, named), None):
-        settings["data"] = str(text).rpartition("/")[2].removeprefix("gptq_awq.data.")
+        settings["data"] = str(text).rpartition("/")[2].removeprefix("gptq_awq.data.").removeprefix("corpora.")
     return {k: v for k, v in _numeric(settings).items() if k not in SHOWN and k.partition(".")[0] not in LABELLED}
 
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from gptq_awq.data import TokenSet
+from gptq_awq.data.tokens import TokenSet
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.models.blocks import Call
 from gptq_awq.runtime.progress import Track

@@ -20,7 +20,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from gptq_awq.data import TokenSet
+from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.models.attention import differentiable_attention

@@ -1,19 +1,16 @@
-"""Text, and the tokens made of it for calibration and evaluation.
+"""Token ids: drawn from a text for calibration, cut into windows for evaluation.
 
-A corpus (`WikiText2`, `HubText`, `LocalText`) knows where text comes from and, in the fields of `Corpus`, how
-calibration draws from it. `calibration_tokens` draws random windows as the GPTQ code does (arXiv 2210.17323),
-or documents, padded to one length, with a mask. `evaluation_windows` is that code's perplexity protocol: the
-text as one document without special tokens, cut into contiguous windows.
+`calibration_tokens` draws random windows as the GPTQ code does (arXiv 2210.17323), or documents, padded to one length,
+with a mask. `evaluation_windows` is that code's perplexity protocol: the text as one document without special tokens,
+cut into contiguous windows.
 
 Every message names the option to change: `option` is its prefix on the command line ("data" for calibration,
 "eval.perplexity" for evaluation).
 """
 
 import hashlib
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -21,10 +18,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from gptq_awq.data.text import Text
 from gptq_awq.errors import UserError
-from gptq_awq.storage.assets import ASSETS, HubRows, cache_dir, fetch, hub_asset
+from gptq_awq.storage.assets import cache_dir
 from gptq_awq.storage.checksummed import Sealed, once
-from gptq_awq.text import READERS, Text, joined_as_gptq, make_text, read_jsonl, wikitext_articles
 
 LONG_TEXT = 200_000
 """Characters from which on tokenizing takes longer than reading the ids from the cache."""
@@ -47,130 +44,6 @@ class TokenSet:
     sha256: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Corpus(ABC):
-    """A source of text, and how calibration draws `samples` rows of `seqlen` tokens from it.
-
-    packing: "windows" (random windows of the joined text) or "documents" (one row each, padded, masked).
-    chat_template: make each document a user's turn of a chat. add_bos: begin each row with the BOS token.
-    """
-
-    samples: int = 32
-    seqlen: int = 512
-    packing: str = "windows"
-    chat_template: bool = False
-    add_bos: bool = False
-
-    @abstractmethod
-    def text(self, option: str = "data") -> Text:
-        """The text. Raises UserError naming `option`."""
-
-    def tokens(self, tokenizer: Tokenizer, seed: int, option: str = "data") -> TokenSet:
-        """Calibration tokens, drawn with `seed`. Raises UserError naming `option`."""
-        return calibration_tokens(
-            self.text(option),
-            tokenizer,
-            self.samples,
-            self.seqlen,
-            seed,
-            packing=self.packing,
-            chat_template=self.chat_template,
-            add_bos=self.add_bos,
-            option=option,
-        )
-
-
-# ---------------------------------------------------------------------------------------------------- sources
-
-
-@dataclass(frozen=True, kw_only=True)
-class WikiText2(Corpus):
-    """WikiText-2 raw (arXiv 1609.07843); its documents are the articles.
-
-    split: train, valid or test. join "raw": the original file, byte for byte. "gptq": "\\n\\n" between the
-    hub's rows, as the GPTQ code has it: another text with another perplexity, hence another name.
-    """
-
-    split: str = "test"
-    join: str = "raw"
-
-    def text(self, option: str = "data") -> Text:
-        """The split; `Text.name` is "wikitext2", with "-gptq" or "-SPLIT" added off the beaten path."""
-        _choice(self.split, ("train", "valid", "test"), f"{option}.split")
-        _choice(self.join, ("raw", "gptq"), f"{option}.join")
-        served = fetch(ASSETS[f"wikitext2-{self.split}"], hint=f"{_own_file(option)} needs no network")
-        name = "wikitext2" + ("-gptq" if self.join == "gptq" else "")
-        name += "" if self.split == "test" else f"-{self.split}"
-        articles = wikitext_articles(served.path.read_bytes().decode())
-        if self.join == "raw":
-            return make_text(name, articles, served.source, joiner="")
-        return make_text(name, map(joined_as_gptq, articles), served.source, joiner="\n\n")
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubText(Corpus):
-    """The first `documents` rows of a dataset on the Hugging Face hub, downloaded once and kept in the cache.
-
-    files: for datasets too large to list, the one data file to read for each split.
-    """
-
-    name: str
-    repo: str
-    split: str
-    config: str | None = None
-    files: dict[str, str] | None = None
-    revision: str = "main"
-    field: str = "text"
-    documents: int = 4000
-    joiner: str = "\n\n"
-
-    def text(self, option: str = "data") -> Text:
-        """The rows; `Text.name` is "NAME-SPLIT". UserError names offline choices when the hub is away."""
-        files = dict(self.files or {})
-        if files:
-            _choice(self.split, tuple(files), f"{option}.split")
-        rows = HubRows(
-            self.repo,
-            self.config,
-            self.split,
-            file=files.get(self.split),
-            revision=self.revision,
-            field=self.field,
-            limit=_positive(self.documents, f"{option}.documents"),
-        )
-        name = f"{self.name}-{self.split}"
-        bundled = "data=wikitext2" if option == "data" else f"data@{option}=wikitext2"
-        served = fetch(hub_asset(name, rows), hint=f"Choose {bundled} or {_own_file(option)} instead")
-        return make_text(name, read_jsonl(served.path, self.field, option), served.source, self.joiner)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalText(Corpus):
-    """A file of one's own: .txt (one document) or .jsonl/.parquet (a document per row, in `field`)."""
-
-    path: str | None = None
-    field: str = "text"
-    joiner: str = "\n\n"
-
-    def text(self, option: str = "data") -> Text:
-        """The file's documents; `Text.name` is the file's name without its suffix."""
-        if self.path is None:
-            raise UserError(f"{option}.path is not set: name a .txt, .jsonl or .parquet file")
-        path = Path(self.path).expanduser()
-        if not path.is_file():
-            raise UserError(f"{option}.path={self.path}: there is no such file")
-        read = READERS.get(path.suffix.lower())
-        if read is None:
-            raise UserError(f"{option}.path={self.path}: the suffix must be one of {', '.join(READERS)}")
-        text = make_text(path.stem, read(path, self.field, option), str(path), self.joiner)
-        if not text.joined.strip():
-            raise UserError(f"{option}.path={self.path}: the file holds no text")
-        return text
-
-
-# ----------------------------------------------------------------------------------------------------- tokens
-
-
 def calibration_tokens(
     text: Text,
     tokenizer: Tokenizer,
@@ -190,9 +63,9 @@ def calibration_tokens(
 
     Raises UserError naming `option` where the text is too short, or the tokenizer lacks what is asked of it.
     """
-    _positive(samples, f"{option}.samples")
-    _positive(seqlen, f"{option}.seqlen")
-    _choice(packing, ("windows", "documents"), f"{option}.packing")
+    check_positive(samples, f"{option}.samples")
+    check_positive(seqlen, f"{option}.seqlen")
+    check_choice(packing, ("windows", "documents"), f"{option}.packing")
     if chat_template:
         _check_chat(tokenizer, packing, add_bos, option)
         text = replace(text, documents=tuple(_as_chat(document, tokenizer) for document in text.documents))
@@ -214,10 +87,10 @@ def evaluation_windows(
     What is left at the end, shorter than `seqlen`, is dropped, as in the GPTQ code. Raises UserError naming
     `option` where the text holds fewer windows.
     """
-    _positive(seqlen, f"{option}.seqlen")
+    check_positive(seqlen, f"{option}.seqlen")
     tokens = _encode_long(text.joined, tokenizer)
     there = len(tokens) // seqlen
-    wanted = max(there, 1) if windows is None else _positive(windows, f"{option}.windows")
+    wanted = max(there, 1) if windows is None else check_positive(windows, f"{option}.windows")
     if there < wanted:
         raise UserError(
             f"too little text for {option}.windows={wanted} of {option}.seqlen={seqlen} tokens: "
@@ -307,16 +180,12 @@ def _as_chat(document: str, tokenizer: Tokenizer) -> str:
     return tokenizer.apply_chat_template([{"role": "user", "content": document}], tokenize=False)
 
 
-def _own_file(option: str) -> str:
-    return "data=local data.path=FILE" if option == "data" else f"{option.removesuffix('.text')}.path=FILE"
-
-
-def _choice(value: str, choices: tuple[str, ...], option: str) -> None:
+def check_choice(value: str, choices: tuple[str, ...], option: str) -> None:
     if value not in choices:
         raise UserError(f"{option}={value}: choose one of {', '.join(choices)}")
 
 
-def _positive(value: int, option: str) -> int:
+def check_positive(value: int, option: str) -> int:
     if not isinstance(value, int) or value < 1:
         raise UserError(f"{option}={value}: must be a whole number of at least 1")
     return value

@@ -1,0 +1,136 @@
+"""Corpora: where text comes from, and how calibration draws token ids from it.
+
+A corpus (`WikiText2`, `HubText`, `LocalText`) knows its text and, in the fields of `Corpus`, how many rows of how many
+tokens calibration draws. Adding a dataset is one class with a `text` method, or one yaml that names a hub dataset.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptq_awq.data.text import READERS, Text, joined_as_gptq, make_text, read_jsonl, wikitext_articles
+from gptq_awq.data.tokens import Tokenizer, TokenSet, calibration_tokens, check_choice, check_positive
+from gptq_awq.errors import UserError
+from gptq_awq.storage.assets import ASSETS, HubRows, fetch, hub_asset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus(ABC):
+    """A source of text, and how calibration draws `samples` rows of `seqlen` tokens from it.
+
+    packing: "windows" (random windows of the joined text) or "documents" (one row each, padded, masked).
+    chat_template: make each document a user's turn of a chat. add_bos: begin each row with the BOS token.
+    """
+
+    samples: int = 32
+    seqlen: int = 512
+    packing: str = "windows"
+    chat_template: bool = False
+    add_bos: bool = False
+
+    @abstractmethod
+    def text(self, option: str = "data") -> Text:
+        """The text. Raises UserError naming `option`."""
+
+    def tokens(self, tokenizer: Tokenizer, seed: int, option: str = "data") -> TokenSet:
+        """Calibration tokens, drawn with `seed`. Raises UserError naming `option`."""
+        return calibration_tokens(
+            self.text(option),
+            tokenizer,
+            self.samples,
+            self.seqlen,
+            seed,
+            packing=self.packing,
+            chat_template=self.chat_template,
+            add_bos=self.add_bos,
+            option=option,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WikiText2(Corpus):
+    """WikiText-2 raw (arXiv 1609.07843); its documents are the articles.
+
+    split: train, valid or test. join "raw": the original file, byte for byte. "gptq": "\\n\\n" between the
+    hub's rows, as the GPTQ code has it: another text with another perplexity, hence another name.
+    """
+
+    split: str = "test"
+    join: str = "raw"
+
+    def text(self, option: str = "data") -> Text:
+        """The split; `Text.name` is "wikitext2", with "-gptq" or "-SPLIT" added off the beaten path."""
+        check_choice(self.split, ("train", "valid", "test"), f"{option}.split")
+        check_choice(self.join, ("raw", "gptq"), f"{option}.join")
+        served = fetch(ASSETS[f"wikitext2-{self.split}"], hint=f"{_own_file(option)} needs no network")
+        name = "wikitext2" + ("-gptq" if self.join == "gptq" else "")
+        name += "" if self.split == "test" else f"-{self.split}"
+        articles = wikitext_articles(served.path.read_bytes().decode())
+        if self.join == "raw":
+            return make_text(name, articles, served.source, joiner="")
+        return make_text(name, map(joined_as_gptq, articles), served.source, joiner="\n\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubText(Corpus):
+    """The first `documents` rows of a dataset on the Hugging Face hub, downloaded once and kept in the cache.
+
+    files: for datasets too large to list, the one data file to read for each split.
+    """
+
+    name: str
+    repo: str
+    split: str
+    config: str | None = None
+    files: dict[str, str] | None = None
+    revision: str = "main"
+    field: str = "text"
+    documents: int = 4000
+    joiner: str = "\n\n"
+
+    def text(self, option: str = "data") -> Text:
+        """The rows; `Text.name` is "NAME-SPLIT". UserError names offline choices when the hub is away."""
+        files = dict(self.files or {})
+        if files:
+            check_choice(self.split, tuple(files), f"{option}.split")
+        rows = HubRows(
+            self.repo,
+            self.config,
+            self.split,
+            file=files.get(self.split),
+            revision=self.revision,
+            field=self.field,
+            limit=check_positive(self.documents, f"{option}.documents"),
+        )
+        name = f"{self.name}-{self.split}"
+        bundled = "data=wikitext2" if option == "data" else f"data@{option}=wikitext2"
+        served = fetch(hub_asset(name, rows), hint=f"Choose {bundled} or {_own_file(option)} instead")
+        return make_text(name, read_jsonl(served.path, self.field, option), served.source, self.joiner)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalText(Corpus):
+    """A file of one's own: .txt (one document) or .jsonl/.parquet (a document per row, in `field`)."""
+
+    path: str | None = None
+    field: str = "text"
+    joiner: str = "\n\n"
+
+    def text(self, option: str = "data") -> Text:
+        """The file's documents; `Text.name` is the file's name without its suffix."""
+        if self.path is None:
+            raise UserError(f"{option}.path is not set: name a .txt, .jsonl or .parquet file")
+        path = Path(self.path).expanduser()
+        if not path.is_file():
+            raise UserError(f"{option}.path={self.path}: there is no such file")
+        read = READERS.get(path.suffix.lower())
+        if read is None:
+            raise UserError(f"{option}.path={self.path}: the suffix must be one of {', '.join(READERS)}")
+        text = make_text(path.stem, read(path, self.field, option), str(path), self.joiner)
+        if not text.joined.strip():
+            raise UserError(f"{option}.path={self.path}: the file holds no text")
+        return text
+
+
+def _own_file(option: str) -> str:
+    return "data=local data.path=FILE" if option == "data" else f"{option.removesuffix('.text')}.path=FILE"
