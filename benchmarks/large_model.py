@@ -24,7 +24,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from gptq_awq.api import load_method
 from gptq_awq.data.tokens import make_token_set
-from gptq_awq.models.streamed import open_streamed
+from gptq_awq.models.offloaded_model import open_streamed
 from gptq_awq.pipeline.inputs import Settings
 from gptq_awq.pipeline.quantize import quantize
 from gptq_awq.storage.journal import Journal

@@ -30,7 +30,7 @@ from gptq_awq.forecast import announce, compare
 from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.models.activations import quantized_activations
-from gptq_awq.models.residence import streamed
+from gptq_awq.models.offload import streamed
 from gptq_awq.pipeline.kept import Codes
 from gptq_awq.pipeline.places import changes_output
 from gptq_awq.pipeline.progress import BlockResult

@@ -24,7 +24,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from gptq_awq.data.tokens import TokenSet, make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import head_size, key_value_heads, text_config
-from gptq_awq.models.residence import streamed
+from gptq_awq.models.offload import streamed
 from gptq_awq.runtime.progress import Track, no_track
 
 

@@ -24,7 +24,7 @@ from gptq_awq.export.base import Source
 from gptq_awq.export.verify import Probe
 from gptq_awq.models.blocks import find_blocks, text_config
 from gptq_awq.models.linear import is_linear, matrix
-from gptq_awq.models.residence import resident
+from gptq_awq.models.offload import resident
 from gptq_awq.pipeline.block import BlockStep
 from gptq_awq.pipeline.inputs import Inputs, first_batch, keeps_activations
 from gptq_awq.pipeline.observe import Record

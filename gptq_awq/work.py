@@ -15,7 +15,7 @@ from gptq_awq.grids.base import Grid
 from gptq_awq.manifest import code_sha256, package_sha256, run_sha256
 from gptq_awq.models.activations import check_activations
 from gptq_awq.models.blocks import find_blocks
-from gptq_awq.models.ends import untie
+from gptq_awq.models.embeddings import untie
 from gptq_awq.models.experts import compute_eagerly, unfuse
 from gptq_awq.models.linear import widest
 from gptq_awq.models.load import LoadedModel

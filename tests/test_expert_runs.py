@@ -20,7 +20,7 @@ from gptq_awq.export.gptq import GPTQFormat
 from gptq_awq.export.hf import HFFormat
 from gptq_awq.export.write import Exports
 from gptq_awq.models.experts import fuse, unfuse
-from gptq_awq.models.streamed import open_streamed
+from gptq_awq.models.offloaded_model import open_streamed
 from gptq_awq.pipeline.experts import ExpertPolicy
 from gptq_awq.pipeline.kept import Codes
 from gptq_awq.pipeline.method import Method

@@ -17,10 +17,10 @@ from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.mix import LlamaMix
 from gptq_awq.grids.per_layer import PerLayerGrid
-from gptq_awq.models import streamed
+from gptq_awq.models import offloaded_model as streamed
 from gptq_awq.models.linear import matrix
 from gptq_awq.models.load import load_folder
-from gptq_awq.models.residence import residence, resident
+from gptq_awq.models.offload import residence, resident
 from gptq_awq.models.topology import relative_error
 from gptq_awq.moments import Moments
 from gptq_awq.pipeline.method import Method

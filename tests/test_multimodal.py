@@ -12,7 +12,7 @@ from gptq_awq import quantize_model
 from gptq_awq.api import load_method, observe_moments
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.head import Head
-from gptq_awq.models import streamed
+from gptq_awq.models import offloaded_model as streamed
 from gptq_awq.models.blocks import find_blocks, heads_of
 from gptq_awq.models.load import load_folder
 from gptq_awq.models.topology import relative_error

@@ -18,7 +18,7 @@ from gptq_awq.export.base import Source
 from gptq_awq.export.hf import HFFormat
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.models.blocks import find_blocks
-from gptq_awq.models.ends import untie
+from gptq_awq.models.embeddings import untie
 from gptq_awq.models.topology import relative_error
 from gptq_awq.numerics.hadamard import hadamard
 from gptq_awq.pipeline.method import Method

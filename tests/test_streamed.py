@@ -17,11 +17,11 @@ from gptq_awq.evaluation.evaluate import full_precision, score
 from gptq_awq.evaluation.head import Head
 from gptq_awq.grids.base import Grid, Place
 from gptq_awq.grids.integer import IntGrid
-from gptq_awq.models import streamed as module
+from gptq_awq.models import offloaded_model as module
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.load import load_folder
-from gptq_awq.models.residence import residence, resident, streamed
-from gptq_awq.models.streamed import open_streamed
+from gptq_awq.models.offload import residence, resident, streamed
+from gptq_awq.models.offloaded_model import open_streamed
 from gptq_awq.pipeline.inputs import Settings
 from gptq_awq.pipeline.observe import Record
 from gptq_awq.pipeline.quantize import quantize

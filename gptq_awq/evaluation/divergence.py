@@ -23,7 +23,7 @@ from gptq_awq.evaluation.perplexity import (
 )
 from gptq_awq.evaluation.states import states_of
 from gptq_awq.evaluation.tiles import comparison
-from gptq_awq.models.residence import resident
+from gptq_awq.models.offload import resident
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.runtime.progress import Track, no_track
 

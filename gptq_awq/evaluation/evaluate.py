@@ -26,7 +26,7 @@ from gptq_awq.evaluation.divergence import Divergence, divergence
 from gptq_awq.evaluation.floor import Floor, floors
 from gptq_awq.evaluation.head import Parameters
 from gptq_awq.evaluation.perplexity import TokenScores, perplexity
-from gptq_awq.models.residence import resident
+from gptq_awq.models.offload import resident
 from gptq_awq.pipeline.inputs import resolve_compute_dtype
 from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.scores import Scores

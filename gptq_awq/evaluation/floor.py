@@ -18,7 +18,7 @@ from gptq_awq.evaluation.divergence import compare
 from gptq_awq.evaluation.head import Head
 from gptq_awq.evaluation.perplexity import checked_windows, next_token_nll
 from gptq_awq.evaluation.states import states_of
-from gptq_awq.models.residence import resident
+from gptq_awq.models.offload import resident
 from gptq_awq.storage.checksummed import Sealed, once
 
 TRIAL_TOKENS = 2048

@@ -20,8 +20,8 @@ from gptq_awq.errors import UserError
 from gptq_awq.evaluation.precision import lowered, lowered_head
 from gptq_awq.kernels.threads import match_torch
 from gptq_awq.models.blocks import BlockCalls, find_blocks
-from gptq_awq.models.halves import logits
-from gptq_awq.models.residence import resident, streamed
+from gptq_awq.models.decoder_head import logits
+from gptq_awq.models.offload import resident, streamed
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.storage.checksummed import tensor_bytes
 

@@ -17,7 +17,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.evaluation.head import Head
 from gptq_awq.evaluation.states import states_of
 from gptq_awq.evaluation.tiles import predictions
-from gptq_awq.models.residence import resident
+from gptq_awq.models.offload import resident
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.runtime.progress import Track, no_track
 

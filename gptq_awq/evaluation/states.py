@@ -9,7 +9,7 @@ from torch import Tensor
 from gptq_awq.evaluation.head import Head
 from gptq_awq.evaluation.precision import lowered
 from gptq_awq.models.blocks import BlockCalls, Call, find_blocks
-from gptq_awq.models.residence import read_ahead, resident, streamed
+from gptq_awq.models.offload import read_ahead, resident, streamed
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.runtime.progress import Track, no_track
 

@@ -17,7 +17,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.export.base import Source
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.experts import experts_in, fused_tensors
-from gptq_awq.models.residence import each_tensor
+from gptq_awq.models.offload import each_tensor
 from gptq_awq.runtime.memory import parse_bytes
 
 SHARD = "4GB"

@@ -29,7 +29,7 @@ from gptq_awq.grids.kquant import KGrid
 from gptq_awq.grids.signed import SignedGrid
 from gptq_awq.grids.table import TableGrid
 from gptq_awq.grids.ternary import TernaryGrid
-from gptq_awq.models.residence import streamed
+from gptq_awq.models.offload import streamed
 
 FITS = "grid=q4_0, q8_0, q4_k_m and their kin (configs/grid) fit; so does sym=true group_size=32 with bits 4, 5 or 8"
 

@@ -33,7 +33,7 @@ from gptq_awq.export.gguf_architecture import (
     rows,
 )
 from gptq_awq.export.gguf_tokenizer import Vocabulary, modelfile, vocabulary
-from gptq_awq.models.residence import Residence, homes
+from gptq_awq.models.offload import Residence, homes
 
 __all__ = ["StoredTensor", "check_architecture", "modelfile", "read_gguf", "rows", "vocabulary", "write_gguf"]
 

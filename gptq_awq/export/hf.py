@@ -19,10 +19,10 @@ from transformers.pytorch_utils import Conv1D
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
 from gptq_awq.export.folder import read_config, write_folder
-from gptq_awq.models.classes import auto_class
+from gptq_awq.models.auto_class import auto_class
 from gptq_awq.models.experts import unfuse
-from gptq_awq.models.residence import each_tensor
-from gptq_awq.models.streamed import open_streamed
+from gptq_awq.models.offload import each_tensor
+from gptq_awq.models.offloaded_model import open_streamed
 
 QUANTIZED = "gptq_awq_quantized"
 """Key of config.json: names of the modules whose weights were quantized, and now are plain numbers."""

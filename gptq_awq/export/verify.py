@@ -23,7 +23,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, Format, Source
 from gptq_awq.export.engines import Comparison, answer, compare
 from gptq_awq.export.folder import FolderTensors, read_config
-from gptq_awq.models.classes import auto_class
+from gptq_awq.models.auto_class import auto_class
 from gptq_awq.storage.assets import file_sha256
 
 RECORD = "verification.json"

@@ -17,7 +17,7 @@ from gptq_awq.export.card import model_card
 from gptq_awq.export.gguf import GGUFFormat
 from gptq_awq.export.lint import lint
 from gptq_awq.export.verify import Probe, Record, verify
-from gptq_awq.models.classes import also_sees
+from gptq_awq.models.auto_class import also_sees
 from gptq_awq.models.experts import experts_in
 from gptq_awq.runtime.progress import Track
 

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call, find_blocks
 from gptq_awq.models.linear import is_linear, matrix
-from gptq_awq.models.residence import residence, resident
+from gptq_awq.models.offload import residence, resident
 
 TOLERANCE = 1e-2
 """Relative change of a block's output in 16 bits: the product is the same one, its rounding may be another."""

@@ -22,9 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from gptq_awq.errors import UserError
+from gptq_awq.models.auto_class import also_sees, auto_class
 from gptq_awq.models.checkpoint import folder_numbers
-from gptq_awq.models.classes import also_sees, auto_class
-from gptq_awq.models.streamed import open_streamed
+from gptq_awq.models.offloaded_model import open_streamed
 from gptq_awq.storage.assets import ASSETS, cache_dir, fetch, file_sha256, hub_reachable, scratch_folder
 
 log = logging.getLogger(__name__)

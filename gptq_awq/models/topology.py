@@ -26,9 +26,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gptq_awq.models.blocks import Call, hooks
+from gptq_awq.models.expert_sites import Seen, alike, completed
+from gptq_awq.models.expert_sites import like as like_that
 from gptq_awq.models.linear import Absorber, Site, channels, is_linear, matrix
-from gptq_awq.models.routed import Seen, alike, completed
-from gptq_awq.models.routed import like as like_that
 
 LEVELS = 64  # distinct factors in one trace: 2.2% apart, far above rounding errors
 TRACE_TOLERANCE = 3e-3

@@ -11,7 +11,7 @@ from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import find_blocks, heads_of
 from gptq_awq.models.linear import Site, is_linear, matrix, widest
-from gptq_awq.models.residence import streamed
+from gptq_awq.models.offload import streamed
 from gptq_awq.numerics.linalg import native_dtype
 from gptq_awq.pipeline.experts import ExpertPolicy
 from gptq_awq.pipeline.observe import Observation, Observer, Record, in_dtype, read, recorded

@@ -24,7 +24,7 @@ from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import Call
 from gptq_awq.models.linear import Absorber, Site
-from gptq_awq.models.residence import read_ahead, resident
+from gptq_awq.models.offload import read_ahead, resident
 from gptq_awq.models.topology import observe_sites
 from gptq_awq.moments import Factor, Keep, Moments, pack_symmetric, unpack_symmetric
 from gptq_awq.pipeline.experts import ExpertPolicy

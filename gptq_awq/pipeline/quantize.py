@@ -28,7 +28,7 @@ from gptq_awq.grids.base import GridChoice
 from gptq_awq.kernels.threads import match_torch
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.experts import experts_in, unfuse
-from gptq_awq.models.residence import read_ahead, resident, streamed
+from gptq_awq.models.offload import read_ahead, resident, streamed
 from gptq_awq.pipeline.block import BlockStep
 from gptq_awq.pipeline.ends import HeadStep, free_head, round_ends
 from gptq_awq.pipeline.experts import ExpertPolicy, no_pairing

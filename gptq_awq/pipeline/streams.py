@@ -19,7 +19,7 @@ from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.models.attention import faster_attention_of
 from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call, text_config
-from gptq_awq.models.residence import resident
+from gptq_awq.models.offload import resident
 from gptq_awq.pipeline.spill import Spilled
 from gptq_awq.runtime.distributed import ONE, Ranks
 from gptq_awq.runtime.profiling import phase

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call, find_blocks, head_size, heads_of, text_config
-from gptq_awq.models.ends import Ends, untie
+from gptq_awq.models.embeddings import Ends, untie
 from gptq_awq.models.experts import experts_in
 from gptq_awq.models.linear import Site, is_linear, matrix
 from gptq_awq.models.topology import VERIFY_TOLERANCE, observe_sites, relative_error

@@ -24,7 +24,7 @@ from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.models.attention import differentiable_attention
-from gptq_awq.models.halves import logits
+from gptq_awq.models.decoder_head import logits
 from gptq_awq.models.linear import matrix
 from gptq_awq.runtime.progress import Track
 from gptq_awq.tuning.linear import check_scales, rescaled, scale_rates, tuned_linears

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
-from gptq_awq.models.halves import logits
+from gptq_awq.models.decoder_head import logits
 from gptq_awq.runtime.profiling import phase
 
 

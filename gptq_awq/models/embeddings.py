@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gptq_awq.errors import UserError
+from gptq_awq.models.auto_class import also_sees
 from gptq_awq.models.blocks import find_blocks, hooks
-from gptq_awq.models.classes import also_sees
 from gptq_awq.models.linear import is_linear
 
 

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from gptq_awq.errors import UserError
+from gptq_awq.models.auto_class import auto_class
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.checkpoint import Checkpoint
-from gptq_awq.models.classes import auto_class
-from gptq_awq.models.residence import Residence
+from gptq_awq.models.offload import Residence
 from gptq_awq.runtime.memory import return_large
 
 SMALL = 2**20
