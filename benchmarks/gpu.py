@@ -19,6 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gptq_awq import quantize_model
+from gptq_awq.calibration.activations import Streams, open_streams
+from gptq_awq.calibration.block_inputs import Settings, resolve_compute_dtype
+from gptq_awq.calibration.moments import Moments, MomentsSum
+from gptq_awq.calibration.sequential import staged_forward
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.grids.arithmetic import KINDS
 from gptq_awq.grids.base import Grid
@@ -28,11 +32,7 @@ from gptq_awq.kernels.columns import sweep_columns as sweep_on_cpu
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import Site, matrix
 from gptq_awq.models.topology import observe_sites
-from gptq_awq.moments import Moments, MomentsSum
-from gptq_awq.pipeline.inputs import Settings, resolve_compute_dtype
 from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.staged import staged_forward
-from gptq_awq.pipeline.streams import Streams, open_streams
 from gptq_awq.runtime import memory
 from gptq_awq.solvers.gptq import GPTQ
 

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
 
 from gptq_awq.api import load_method
+from gptq_awq.calibration.block_inputs import Settings
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.models.offloaded_model import open_streamed
-from gptq_awq.pipeline.inputs import Settings
 from gptq_awq.pipeline.quantize import quantize
 from gptq_awq.storage.journal import Journal
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gptq_awq.moments import MomentsSum
+from gptq_awq.calibration.moments import MomentsSum
 
 
 def main() -> None:

@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 
 from gptq_awq.api import load_method
+from gptq_awq.calibration.block_inputs import Settings, resolve_compute_dtype
 from gptq_awq.costs import Costs, copy_rate, machine, matmul_rate
 from gptq_awq.data.corpora import WikiText2
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.load import AssetModel, LoadedModel, LocalModel
-from gptq_awq.pipeline.inputs import Settings, resolve_compute_dtype
 from gptq_awq.pipeline.quantize import quantize
 from gptq_awq.runtime.profiling import PHASES, PhaseTime, Recorder, by_phase, markdown_table, spans
 

@@ -10,12 +10,12 @@ import time
 
 import torch
 
+from gptq_awq.calibration.activations import open_streams
+from gptq_awq.calibration.sequential import observe_forward, staged_forward
 from gptq_awq.data.corpora import WikiText2
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.load import AssetModel, LocalModel
 from gptq_awq.models.topology import observe_sites
-from gptq_awq.pipeline.staged import observe_forward, staged_forward
-from gptq_awq.pipeline.streams import open_streams
 
 
 def main() -> None:

@@ -12,6 +12,11 @@ from hydra.utils import instantiate
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gptq_awq.calibration.activations import open_streams
+from gptq_awq.calibration.block_inputs import resolve_compute_dtype
+from gptq_awq.calibration.expert_policy import ExpertPolicy
+from gptq_awq.calibration.moments import Moments
+from gptq_awq.calibration.observation import Observer, passing
 from gptq_awq.data.tokens import TokenSet, make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, GridChoice, QuantizedWeight
@@ -19,13 +24,8 @@ from gptq_awq.grids.integer import IntGrid
 from gptq_awq.models.blocks import find_blocks, heads_of
 from gptq_awq.models.experts import unfuse
 from gptq_awq.models.linear import Site, matrix
-from gptq_awq.moments import Moments
-from gptq_awq.pipeline.experts import ExpertPolicy
-from gptq_awq.pipeline.inputs import resolve_compute_dtype
 from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.observe import Observer, passing
 from gptq_awq.pipeline.quantize import Settings, quantize
-from gptq_awq.pipeline.streams import open_streams
 from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN

@@ -15,13 +15,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from gptq_awq.calibration.block_inputs import resolve_compute_dtype
 from gptq_awq.evaluation.baseline import knows_scores, read_answers
 from gptq_awq.evaluation.floor import TRIAL_TOKENS
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.offload import streamed
 from gptq_awq.needs import Needs
-from gptq_awq.pipeline.inputs import resolve_compute_dtype
 from gptq_awq.plan import Plan
 from gptq_awq.results import Result
 from gptq_awq.runtime import memory

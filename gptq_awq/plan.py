@@ -11,6 +11,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from gptq_awq.calibration.block_inputs import Settings, resolve_compute_dtype
+from gptq_awq.calibration.expert_policy import ExpertPolicy
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.protocol import Evaluation
 from gptq_awq.export.write import Exports
@@ -18,8 +20,6 @@ from gptq_awq.grids.base import GridChoice
 from gptq_awq.grids.dynamic import DynamicGrid, Unrounded
 from gptq_awq.manifest import config_sha256
 from gptq_awq.models.load import checked_device
-from gptq_awq.pipeline.experts import ExpertPolicy
-from gptq_awq.pipeline.inputs import Settings, resolve_compute_dtype
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.quantize import check_ranks
 from gptq_awq.runtime import memory

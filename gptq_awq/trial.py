@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from gptq_awq.calibration.block_inputs import Inputs, first_batch, keeps_activations
+from gptq_awq.calibration.observation import Record
 from gptq_awq.evaluation.divergence import compare
 from gptq_awq.evaluation.head import Head
 from gptq_awq.evaluation.perplexity import next_token_nll
@@ -26,8 +28,6 @@ from gptq_awq.models.blocks import find_blocks, text_config
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.offload import resident
 from gptq_awq.pipeline.block import BlockStep
-from gptq_awq.pipeline.inputs import Inputs, first_batch, keeps_activations
-from gptq_awq.pipeline.observe import Record
 from gptq_awq.pipeline.progress import BlockResult, Progress, weights_in
 from gptq_awq.plan import Plan
 from gptq_awq.runtime.distributed import ONE

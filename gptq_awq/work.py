@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gptq_awq.calibration.activations import batches_of
+from gptq_awq.calibration.block_inputs import resolve_compute_dtype
+from gptq_awq.calibration.observation import Record, observations_sha256
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.export.base import linear_specs
 from gptq_awq.grids.base import Grid
@@ -21,12 +24,9 @@ from gptq_awq.models.linear import widest
 from gptq_awq.models.load import LoadedModel
 from gptq_awq.needs import Needs
 from gptq_awq.pipeline.ends import free_head
-from gptq_awq.pipeline.inputs import resolve_compute_dtype
-from gptq_awq.pipeline.observe import Record, observations_sha256
 from gptq_awq.pipeline.places import landing
 from gptq_awq.pipeline.quantize import needs_calibration
 from gptq_awq.pipeline.size import Footprint
-from gptq_awq.pipeline.streams import batches_of
 from gptq_awq.plan import Plan
 from gptq_awq.runs import Run
 from gptq_awq.runtime import memory

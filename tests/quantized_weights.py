@@ -5,10 +5,10 @@ import json
 import torch
 from safetensors.torch import save_file
 
+from gptq_awq.calibration.moments import Moments
 from gptq_awq.export.base import LinearSpec, Source
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
-from gptq_awq.moments import Moments
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN
 

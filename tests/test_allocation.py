@@ -13,10 +13,10 @@ from gptq_awq import quantize_model
 from gptq_awq.allocation.allocate import FILE_NAME, allocate
 from gptq_awq.allocation.knapsack import cheapest
 from gptq_awq.allocation.sensitivity import output_fisher
+from gptq_awq.calibration.block_inputs import Settings
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.grids.allocated import AllocatedGrid
-from gptq_awq.pipeline.inputs import Settings
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.size import Footprint
 from gptq_awq.solvers.gptaq import GPTAQ

@@ -8,16 +8,16 @@ import torch
 from test_pipeline import GRID, SMALL, tokens
 from tiny_models import CONFIGS, tiny_model, tiny_tokens
 
+from gptq_awq.calibration.activations import open_streams
+from gptq_awq.calibration.block_inputs import Inputs, calibration_of
+from gptq_awq.calibration.moments import Moments, MomentsSum
+from gptq_awq.calibration.observation import in_dtype
+from gptq_awq.calibration.sequential import staged_forward
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import find_blocks
-from gptq_awq.moments import Moments, MomentsSum
-from gptq_awq.pipeline.inputs import Inputs, calibration_of
 from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.observe import in_dtype
 from gptq_awq.pipeline.quantize import quantize
-from gptq_awq.pipeline.staged import staged_forward
-from gptq_awq.pipeline.streams import open_streams
 from gptq_awq.runtime import memory
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN

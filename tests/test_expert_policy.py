@@ -11,9 +11,9 @@ from torch.nn import functional
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from gptq_awq.api import observe_moments
+from gptq_awq.calibration.expert_policy import ExpertPolicy
 from gptq_awq.errors import UserError
 from gptq_awq.grids.integer import IntGrid
-from gptq_awq.pipeline.experts import ExpertPolicy
 
 # ----------------------------------------------------------------------------------------------- few tokens: the policy
 

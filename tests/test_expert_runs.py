@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
 from gptq_awq.api import load_method
+from gptq_awq.calibration.expert_policy import ExpertPolicy
+from gptq_awq.calibration.observation import Record
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Source, linear_specs
 from gptq_awq.export.folder import Shards
@@ -21,10 +23,8 @@ from gptq_awq.export.hf import HFFormat
 from gptq_awq.export.write import Exports
 from gptq_awq.models.experts import fuse, unfuse
 from gptq_awq.models.offloaded_model import open_streamed
-from gptq_awq.pipeline.experts import ExpertPolicy
 from gptq_awq.pipeline.kept import Codes
 from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.observe import Record
 from gptq_awq.pipeline.places import landing
 from gptq_awq.pipeline.quantize import Settings, quantize
 from gptq_awq.runtime import memory

@@ -10,6 +10,10 @@ from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 from gptq_awq import quantize_model
 from gptq_awq.api import observe_moments
+from gptq_awq.calibration.activations import open_streams
+from gptq_awq.calibration.expert_policy import ExpertPolicy
+from gptq_awq.calibration.moments import Moments
+from gptq_awq.calibration.sequential import staged_forward
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.grids.integer import IntGrid
@@ -17,12 +21,8 @@ from gptq_awq.models.blocks import BlockCalls, find_blocks
 from gptq_awq.models.experts import Experts, experts_in, fuse, unfuse
 from gptq_awq.models.linear import matrix
 from gptq_awq.models.topology import observe_sites
-from gptq_awq.moments import Moments
-from gptq_awq.pipeline.experts import ExpertPolicy
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.quantize import Settings
-from gptq_awq.pipeline.staged import staged_forward
-from gptq_awq.pipeline.streams import open_streams
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN
 

@@ -7,9 +7,9 @@ import torch
 from test_pipeline import SMALL, tokens
 from tiny_models import tiny_model
 
+from gptq_awq.calibration.moments import Moments
 from gptq_awq.errors import UserError
 from gptq_awq.grids.integer import IntGrid
-from gptq_awq.moments import Moments
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.quantize import quantize
 from gptq_awq.solvers.gptaq import GPTAQ

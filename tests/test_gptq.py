@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from gptq_awq import quantize_weight
+from gptq_awq.calibration.moments import Moments
 from gptq_awq.errors import UserError
 from gptq_awq.grids.integer import IntGrid
-from gptq_awq.moments import Moments
 from gptq_awq.numerics.linalg import NotPositiveDefiniteError, inverse_cholesky, quadratic
 from gptq_awq.solvers import gptq as gptq_module
 from gptq_awq.solvers.gptq import GPTQ

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gptq_awq.solvers.gptq as gptq_module
+from gptq_awq.calibration.moments import Moments
 from gptq_awq.errors import UserError
 from gptq_awq.grids import search
 from gptq_awq.grids.affine import AffineGrid
@@ -19,7 +20,6 @@ from gptq_awq.grids.mix import LlamaMix
 from gptq_awq.grids.signed import SignedGrid
 from gptq_awq.grids.table import TableGrid, dynamic_levels
 from gptq_awq.grids.ternary import TernaryGrid
-from gptq_awq.moments import Moments
 from gptq_awq.numerics.linalg import quadratic
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN

@@ -11,6 +11,7 @@ from tiny_models import CONFIGS, save_tiny_folder, tiny_model, tiny_tokens
 
 from gptq_awq import quantize_model, results
 from gptq_awq.api import load_method
+from gptq_awq.calibration.moments import Moments
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.grids.allocated import AllocatedGrid
@@ -22,7 +23,6 @@ from gptq_awq.models.linear import matrix
 from gptq_awq.models.load import load_folder
 from gptq_awq.models.offload import residence, resident
 from gptq_awq.models.topology import relative_error
-from gptq_awq.moments import Moments
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.places import landing
 from gptq_awq.pipeline.quantize import quantize

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from gptq_awq.calibration.moments import MomentsSum
 from gptq_awq.errors import UserError
 from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.arithmetic import in_numbers
@@ -15,7 +16,6 @@ from gptq_awq.kernels import rank_k
 from gptq_awq.kernels.product import packed, product
 from gptq_awq.kernels.quadratic import Quadratic
 from gptq_awq.kernels.threads import match_torch
-from gptq_awq.moments import MomentsSum
 from gptq_awq.numerics.linalg import quadratic
 
 needs_bf16 = pytest.mark.skipif(not rank_k.available(), reason="this CPU has no bfloat16 dot product (AVX512-BF16)")

@@ -9,15 +9,15 @@ from tiny_models import CONFIGS, tiny_model, tiny_tokens
 
 from gptq_awq import quantize_model
 from gptq_awq.api import load_method
+from gptq_awq.calibration.block_inputs import Inputs
+from gptq_awq.calibration.moments import Moments, MomentsSum
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.models.blocks import BlockCalls, find_blocks
 from gptq_awq.models.linear import matrix
 from gptq_awq.models.topology import observe_sites, relative_error
-from gptq_awq.moments import Moments, MomentsSum
 from gptq_awq.numerics.linalg import quadratic
-from gptq_awq.pipeline.inputs import Inputs
 from gptq_awq.pipeline.method import Method
 from gptq_awq.pipeline.quantize import Settings, needs_calibration, quantize
 from gptq_awq.pipeline.size import Footprint

@@ -16,9 +16,9 @@ from test_pipeline import SMALL, tokens
 
 from gptq_awq import results
 from gptq_awq.api import load_method
+from gptq_awq.calibration.activations import batches_of
 from gptq_awq.errors import UserError
 from gptq_awq.pipeline.quantize import check_ranks
-from gptq_awq.pipeline.streams import batches_of
 from gptq_awq.runtime.distributed import ONE, RankLostError, Ranks, opened, rank_and_size
 from gptq_awq.storage.journal import Journal
 
@@ -147,7 +147,7 @@ def test_a_killed_rank_stops_the_run_and_the_same_command_goes_on_bit_for_bit(tm
 
 
 def test_ranks_calibrate_on_what_the_first_of_them_wrote(tmp_path, tiny):
-    own = "+method.self_calibration={_target_: gptq_awq.self_calibration.SelfCalibration, windows: 8, prompt: 4}"
+    own = "+method.self_calibration={_target_: gptq_awq.calibration.self_calibration.SelfCalibration, windows: 8, prompt: 4}"
     options = ("method=gptq", "tokens_per_batch=64", own, *tiny)
     for number, processes in ((2, two_ranks), (1, one_rank)):
         folder = {"GPTQ_AWQ_CACHE": str(tmp_path / f"cache{number}")}

@@ -9,14 +9,14 @@ from test_journal import flip
 from test_pipeline import GRID, SMALL, tokens
 from tiny_models import tiny_model
 
-from gptq_awq import moments
 from gptq_awq.api import load_method
+from gptq_awq.calibration import moments
+from gptq_awq.calibration import observation as observe
+from gptq_awq.calibration.observation import Record, observations_sha256
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.mix import LlamaMix
 from gptq_awq.grids.table import TableGrid
-from gptq_awq.pipeline import observe
 from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.observe import Record, observations_sha256
 from gptq_awq.pipeline.quantize import quantize
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.storage.journal import Journal

@@ -8,12 +8,12 @@ from tiny_models import tiny_model, tiny_tokens
 from transformers import GenerationConfig
 
 from gptq_awq.api import load_method, quantize_model
+from gptq_awq.calibration.self_calibration import SelfCalibration, _Drawn
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
-from gptq_awq.self_calibration import SelfCalibration, _Drawn
 
 OWN = (
-    "+method.self_calibration._target_=gptq_awq.self_calibration.SelfCalibration",
+    "+method.self_calibration._target_=gptq_awq.calibration.self_calibration.SelfCalibration",
     "+method.self_calibration.windows=6",
     "+method.self_calibration.prompt=4",
 )

@@ -8,13 +8,13 @@ from tiny_models import COMMON, GROUPED, SPECIAL, tiny_tokens
 
 from gptq_awq import quantize_model
 from gptq_awq.api import observe_moments
+from gptq_awq.calibration.activations import open_streams
+from gptq_awq.calibration.sequential import staged_forward
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import is_linear
 from gptq_awq.models.topology import relative_error
 from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.staged import staged_forward
-from gptq_awq.pipeline.streams import open_streams
 from gptq_awq.solvers.rtn import RTN
 
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}

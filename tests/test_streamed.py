@@ -11,6 +11,8 @@ from tiny_models import CONFIGS, save_tiny_folder, tiny_model, tiny_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptq_awq.api import load_method
+from gptq_awq.calibration.block_inputs import Settings
+from gptq_awq.calibration.observation import Record
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.evaluate import full_precision, score
@@ -22,8 +24,6 @@ from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.load import load_folder
 from gptq_awq.models.offload import residence, resident, streamed
 from gptq_awq.models.offloaded_model import open_streamed
-from gptq_awq.pipeline.inputs import Settings
-from gptq_awq.pipeline.observe import Record
 from gptq_awq.pipeline.quantize import quantize
 from gptq_awq.storage.journal import Journal
 

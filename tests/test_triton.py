@@ -250,10 +250,10 @@ def test_the_range_search_finds_the_least_error(interpreter, arithmetic, with_he
 
 def solved(kernels: str) -> list[str]:
     """Hashes of what GPTQ makes of one weight on several grids."""
+    from gptq_awq.calibration.moments import Moments
     from gptq_awq.grids.affine import AffineGrid
     from gptq_awq.grids.integer import IntGrid
     from gptq_awq.grids.table import TableGrid
-    from gptq_awq.moments import Moments
     from gptq_awq.solvers.gptq import GPTQ
 
     draw = torch.Generator().manual_seed(0)

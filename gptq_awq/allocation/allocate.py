@@ -14,15 +14,15 @@ from transformers import PreTrainedModel
 
 from gptq_awq.allocation.knapsack import cheapest
 from gptq_awq.allocation.sensitivity import Cost, Measure, first_windows, measured_costs
+from gptq_awq.calibration.block_inputs import Inputs, Settings, resolve_compute_dtype
+from gptq_awq.calibration.observation import observations_sha256
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.grids.allocated import AllocatedGrid, Width
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import matrix
-from gptq_awq.pipeline.inputs import Inputs, Settings, resolve_compute_dtype
 from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.observe import observations_sha256
 from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.solvers.base import Solver
 from gptq_awq.solvers.rtn import RTN

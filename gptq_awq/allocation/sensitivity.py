@@ -20,6 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gptq_awq.calibration.block_inputs import Inputs
+from gptq_awq.calibration.moments import Moments
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.divergence import divergence
@@ -28,9 +30,7 @@ from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.grids.base import Grid
 from gptq_awq.models.blocks import find_blocks, hooks
 from gptq_awq.models.linear import is_linear, matrix
-from gptq_awq.moments import Moments
 from gptq_awq.numerics.linalg import NotPositiveDefiniteError
-from gptq_awq.pipeline.inputs import Inputs
 from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.solvers.base import Solver
 

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from transformers import PreTrainedModel
 
+from gptq_awq.calibration.block_inputs import resolve_compute_dtype
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.evaluation.baseline import baseline_scores, floor_path, read_answers, write_answers
 from gptq_awq.evaluation.divergence import Divergence, divergence
@@ -27,7 +28,6 @@ from gptq_awq.evaluation.floor import Floor, floors
 from gptq_awq.evaluation.head import Parameters
 from gptq_awq.evaluation.perplexity import TokenScores, perplexity
 from gptq_awq.models.offload import resident
-from gptq_awq.pipeline.inputs import resolve_compute_dtype
 from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.scores import Scores
 from gptq_awq.statistics import block_sums, interval, paired_test, resampled_means

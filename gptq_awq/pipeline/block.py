@@ -11,18 +11,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gptq_awq.calibration.activations import Streams
+from gptq_awq.calibration.block_inputs import Inputs
+from gptq_awq.calibration.moments import Moments
+from gptq_awq.calibration.observation import Observation
+from gptq_awq.calibration.sequential import staged_forward
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.models.blocks import hooks
 from gptq_awq.models.linear import Site, is_linear, matrix
-from gptq_awq.moments import Moments
-from gptq_awq.pipeline.inputs import Inputs
 from gptq_awq.pipeline.ledger import Errors, LinearReport
 from gptq_awq.pipeline.method import Method, solved_together
-from gptq_awq.pipeline.observe import Observation
 from gptq_awq.pipeline.progress import Row
-from gptq_awq.pipeline.staged import staged_forward
-from gptq_awq.pipeline.streams import Streams
 from gptq_awq.pipeline.together import Piece, batches, shared
 from gptq_awq.pipeline.tuned import entering, examples, noted
 from gptq_awq.runtime.distributed import ONE, Ranks

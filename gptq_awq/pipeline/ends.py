@@ -17,17 +17,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gptq_awq.calibration.activations import Streams
+from gptq_awq.calibration.moments import Moments, MomentsSum
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.models.blocks import BlockCalls, find_blocks
 from gptq_awq.models.embeddings import is_tied, untie
 from gptq_awq.models.linear import Site, is_linear, matrix
 from gptq_awq.models.offload import residence, resident
-from gptq_awq.moments import Moments, MomentsSum
 from gptq_awq.pipeline.ledger import LinearReport
 from gptq_awq.pipeline.method import Method, solved
 from gptq_awq.pipeline.progress import BlockResult
-from gptq_awq.pipeline.streams import Streams
 from gptq_awq.runtime.distributed import Ranks
 from gptq_awq.solvers.base import Solver
 from gptq_awq.solvers.rtn import RTN

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gptq_awq.calibration.moments import Moments
 from gptq_awq.grids.base import nearest, row_parts
 from gptq_awq.models.linear import Site
-from gptq_awq.moments import Moments
 from gptq_awq.numerics.linalg import quadratic
 from gptq_awq.pipeline.method import Method
 from gptq_awq.runtime.profiling import phase

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gptq_awq.calibration.moments import Moments
+from gptq_awq.calibration.self_calibration import SelfCalibration
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid
-from gptq_awq.moments import Moments
 from gptq_awq.numerics.linalg import NotPositiveDefiniteError
 from gptq_awq.runtime.profiling import phase
-from gptq_awq.self_calibration import SelfCalibration
 from gptq_awq.solvers.base import Rowwise, Solution, Solver
 from gptq_awq.transforms.base import ModelTransform, Transform
 from gptq_awq.tuning.base import BlockTuning, ModelTuning

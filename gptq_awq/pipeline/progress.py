@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gptq_awq.calibration.activations import Streams
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight, group_of_columns
 from gptq_awq.models.offload import residence
-from gptq_awq.pipeline.streams import Streams
 from gptq_awq.runtime import memory
 from gptq_awq.runtime.distributed import ONE, Ranks
 from gptq_awq.runtime.profiling import phase

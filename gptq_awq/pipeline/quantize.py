@@ -22,6 +22,9 @@ from collections.abc import Generator, Iterator
 import torch
 from torch import nn
 
+from gptq_awq.calibration.block_inputs import Inputs, Settings, resolve_compute_dtype
+from gptq_awq.calibration.expert_policy import ExpertPolicy, no_pairing
+from gptq_awq.calibration.observation import Record
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import GridChoice
@@ -31,10 +34,7 @@ from gptq_awq.models.experts import experts_in, unfuse
 from gptq_awq.models.offload import read_ahead, resident, streamed
 from gptq_awq.pipeline.block import BlockStep
 from gptq_awq.pipeline.ends import HeadStep, free_head, round_ends
-from gptq_awq.pipeline.experts import ExpertPolicy, no_pairing
-from gptq_awq.pipeline.inputs import Inputs, Settings, resolve_compute_dtype
 from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.observe import Record
 from gptq_awq.pipeline.places import landing
 from gptq_awq.pipeline.progress import BlockResult, Progress
 from gptq_awq.pipeline.tuned import tuned_model

@@ -9,9 +9,9 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from gptq_awq.calibration.moments import Moments
 from gptq_awq.grids.base import Grid
 from gptq_awq.models.linear import Site
-from gptq_awq.moments import Moments
 from gptq_awq.runtime.distributed import Ranks
 from gptq_awq.solvers.base import Rowwise, Solver
 

@@ -11,8 +11,8 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
+from gptq_awq.calibration.moments import Moments
 from gptq_awq.grids.base import Grid, QuantizedWeight
-from gptq_awq.moments import Moments
 
 
 @dataclass(frozen=True)

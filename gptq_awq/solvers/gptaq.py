@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gptq_awq.moments import Moments
+from gptq_awq.calibration.moments import Moments
 from gptq_awq.solvers.drift import DriftCorrected, columns_back, columns_in, in_order
 
 

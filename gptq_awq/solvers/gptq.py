@@ -18,12 +18,12 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from gptq_awq.calibration.moments import Factor, Moments, factor_together
 from gptq_awq.errors import UserError
 from gptq_awq.grids.arithmetic import KINDS, Params, in_numbers
 from gptq_awq.grids.base import Fitted, Grid, QuantizedWeight, fit_all, group_of_columns, joined, row_parts
 from gptq_awq.kernels import gpu
 from gptq_awq.kernels.columns import sweep_columns
-from gptq_awq.moments import Factor, Moments, factor_together
 from gptq_awq.numerics.linalg import NotPositiveDefiniteError, reordered
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.solvers.base import Solution

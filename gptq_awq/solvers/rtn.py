@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from gptq_awq.calibration.moments import Moments
 from gptq_awq.grids.base import Grid, QuantizedWeight, fit_all, group_of_columns
-from gptq_awq.moments import Moments
 from gptq_awq.numerics.linalg import quadratic
 from gptq_awq.solvers.base import Solution
 

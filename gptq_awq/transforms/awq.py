@@ -22,13 +22,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gptq_awq.calibration.moments import Moments
 from gptq_awq.errors import UserError
 from gptq_awq.grids.arithmetic import in_numbers
 from gptq_awq.grids.base import Grid, fit_all, group_spans, nearest
 from gptq_awq.kernels import rank_k
 from gptq_awq.kernels.quadratic import Quadratic
 from gptq_awq.models.linear import Site, matrix
-from gptq_awq.moments import Moments
 from gptq_awq.numerics.linalg import quadratic
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.transforms.base import ModuleInputs, Scaling, absorb_scaling

@@ -10,10 +10,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from gptq_awq.calibration.moments import Moments
 from gptq_awq.grids.base import Grid
 from gptq_awq.models.linear import Site
 from gptq_awq.models.topology import absorb
-from gptq_awq.moments import Moments
 
 ModuleInputs = Callable[[str], list[tuple[tuple, dict[str, Any]]]]
 """Name of a submodule → the (args, kwargs) it was called with, one entry per sampled batch."""

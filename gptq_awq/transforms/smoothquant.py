@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gptq_awq.calibration.moments import Moments
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid
 from gptq_awq.models.linear import Site, is_linear, matrix
 from gptq_awq.models.topology import absorb
-from gptq_awq.moments import Moments
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.transforms.base import ModuleInputs, Scaling
 

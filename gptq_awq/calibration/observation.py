@@ -20,17 +20,17 @@ import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gptq_awq.calibration.activations import Streams
+from gptq_awq.calibration.expert_policy import ExpertPolicy
+from gptq_awq.calibration.moments import Factor, Keep, Moments, pack_symmetric, unpack_symmetric
+from gptq_awq.calibration.sequential import observe_forward
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import Call
 from gptq_awq.models.linear import Absorber, Site
 from gptq_awq.models.offload import read_ahead, resident
 from gptq_awq.models.topology import observe_sites
-from gptq_awq.moments import Factor, Keep, Moments, pack_symmetric, unpack_symmetric
-from gptq_awq.pipeline.experts import ExpertPolicy
 from gptq_awq.pipeline.progress import keep_block
-from gptq_awq.pipeline.staged import observe_forward
-from gptq_awq.pipeline.streams import Streams
 from gptq_awq.runtime.distributed import ONE, Ranks
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.runtime.progress import Track

@@ -19,12 +19,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from gptq_awq.calibration.activations import Stream
+from gptq_awq.calibration.moments import Moments, MomentsSum
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import hooks
 from gptq_awq.models.experts import Experts
 from gptq_awq.models.linear import Site, is_linear
-from gptq_awq.moments import Moments, MomentsSum
-from gptq_awq.pipeline.streams import Stream
 from gptq_awq.runtime.distributed import ONE, Ranks
 from gptq_awq.runtime.profiling import phase
 

@@ -24,14 +24,14 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
+from gptq_awq.calibration.activations import Stream, Streams
+from gptq_awq.calibration.expert_masks import PickedRows
+from gptq_awq.calibration.expert_policy import ExpertPolicy, Routes, no_pairing
+from gptq_awq.calibration.moments import Moments, MomentsSum
 from gptq_awq.errors import UserError
 from gptq_awq.models.attention import faster_attention_of
 from gptq_awq.models.blocks import hooks
 from gptq_awq.models.linear import Site
-from gptq_awq.moments import Moments, MomentsSum
-from gptq_awq.pipeline.experts import ExpertPolicy, Routes, no_pairing
-from gptq_awq.pipeline.padding import PickedRows
-from gptq_awq.pipeline.streams import Stream, Streams
 from gptq_awq.runtime.profiling import phase
 
 OnSite = Callable[[Site, Moments], None]

@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from gptq_awq.calibration.activations import Streams, open_streams
+from gptq_awq.calibration.expert_policy import ExpertPolicy
+from gptq_awq.calibration.observation import Observation, Observer, Record, in_dtype, read, recorded
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import find_blocks, heads_of
 from gptq_awq.models.linear import Site, is_linear, matrix, widest
 from gptq_awq.models.offload import streamed
 from gptq_awq.numerics.linalg import native_dtype
-from gptq_awq.pipeline.experts import ExpertPolicy
-from gptq_awq.pipeline.observe import Observation, Observer, Record, in_dtype, read, recorded
-from gptq_awq.pipeline.streams import Streams, open_streams
 from gptq_awq.runtime import memory
 from gptq_awq.runtime.distributed import ONE, Ranks
 from gptq_awq.runtime.progress import Track, no_track

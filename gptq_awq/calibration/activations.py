@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from gptq_awq.calibration.offload import Spilled
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.models.attention import faster_attention_of
 from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call, text_config
 from gptq_awq.models.offload import resident
-from gptq_awq.pipeline.spill import Spilled
 from gptq_awq.runtime.distributed import ONE, Ranks
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.runtime.progress import Track, no_track

@@ -1,0 +1,1 @@
+"""What solvers see of a layer: second moments of its inputs, gathered block by block from calibration text."""
