@@ -36,7 +36,7 @@ from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.mix import LlamaMix
 from gptq_awq.grids.table import TableGrid
 from gptq_awq.models.load import AssetModel, LoadedModel, LocalModel
-from gptq_awq.pipeline.method import Method
+from gptq_awq.quantization.method import Method
 from gptq_awq.runtime.progress import no_track
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN

@@ -32,7 +32,7 @@ from gptq_awq.kernels.columns import sweep_columns as sweep_on_cpu
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import Site, matrix
 from gptq_awq.models.topology import observe_sites
-from gptq_awq.pipeline.method import Method
+from gptq_awq.quantization.method import Method
 from gptq_awq.runtime import memory
 from gptq_awq.solvers.gptq import GPTQ
 

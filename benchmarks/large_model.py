@@ -26,7 +26,7 @@ from gptq_awq.api import load_method
 from gptq_awq.calibration.block_inputs import Settings
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.models.offloaded_model import open_streamed
-from gptq_awq.pipeline.quantize import quantize
+from gptq_awq.quantization.quantize import quantize
 from gptq_awq.storage.journal import Journal
 
 LLAMA_8B: dict[str, Any] = {

@@ -27,7 +27,7 @@ from gptq_awq.export.gguf import GGUFFormat
 from gptq_awq.export.gguf_file import read_gguf, write_gguf
 from gptq_awq.grids.mix import LlamaMix
 from gptq_awq.models.load import AssetModel, LoadedModel, LocalModel
-from gptq_awq.pipeline.quantize import quantize
+from gptq_awq.quantization.quantize import quantize
 from gptq_awq.storage.assets import cache_dir
 
 

@@ -26,7 +26,7 @@ from gptq_awq.data.tokens import TokenSet
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.load import AssetModel, LoadedModel, LocalModel
-from gptq_awq.pipeline.quantize import quantize
+from gptq_awq.quantization.quantize import quantize
 from gptq_awq.runtime.profiling import PHASES, PhaseTime, Recorder, by_phase, markdown_table, spans
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -24,8 +24,8 @@ from gptq_awq.grids.integer import IntGrid
 from gptq_awq.models.blocks import find_blocks, heads_of
 from gptq_awq.models.experts import unfuse
 from gptq_awq.models.linear import Site, matrix
-from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.quantize import Settings, quantize
+from gptq_awq.quantization.method import Method
+from gptq_awq.quantization.quantize import Settings, quantize
 from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN
@@ -138,7 +138,7 @@ def quantize_model(
         untie_head: whether a tied one may get a matrix of its own for that: see `Method`.
 
     Raises:
-        UserError: as `gptq_awq.pipeline.quantize.quantize` and `load_method` do.
+        UserError: as `gptq_awq.quantization.quantize.quantize` and `load_method` do.
     """
     own: GridChoice | None = None
     if isinstance(method, str):

@@ -31,12 +31,12 @@ from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.models.activations import quantized_activations
 from gptq_awq.models.offload import streamed
-from gptq_awq.pipeline.kept import Codes
-from gptq_awq.pipeline.places import changes_output
-from gptq_awq.pipeline.progress import BlockResult
-from gptq_awq.pipeline.quantize import quantize
-from gptq_awq.pipeline.size import Footprint
 from gptq_awq.plan import Plan, preflight
+from gptq_awq.quantization.codes import Codes
+from gptq_awq.quantization.footprint import Footprint
+from gptq_awq.quantization.quantize import quantize
+from gptq_awq.quantization.resume import BlockResult
+from gptq_awq.quantization.targets import changes_output
 from gptq_awq.report import final_table
 from gptq_awq.results import FAILURE, FILE_NAME, Ledger, Result
 from gptq_awq.row import LEDGER, made_of, results_row

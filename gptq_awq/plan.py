@@ -20,8 +20,8 @@ from gptq_awq.grids.base import GridChoice
 from gptq_awq.grids.dynamic import DynamicGrid, Unrounded
 from gptq_awq.manifest import config_sha256
 from gptq_awq.models.load import checked_device
-from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.quantize import check_ranks
+from gptq_awq.quantization.method import Method
+from gptq_awq.quantization.quantize import check_ranks
 from gptq_awq.runtime import memory
 from gptq_awq.runtime.distributed import ONE, Ranks
 from gptq_awq.tracking import Tracking

@@ -25,9 +25,9 @@ from gptq_awq.errors import UserError
 from gptq_awq.evaluation.evaluate import full_precision, score
 from gptq_awq.manifest import environment
 from gptq_awq.models.activations import quantized_activations
-from gptq_awq.pipeline.places import changes_output
-from gptq_awq.pipeline.quantize import quantize
 from gptq_awq.plan import Plan, preflight
+from gptq_awq.quantization.quantize import quantize
+from gptq_awq.quantization.targets import changes_output
 from gptq_awq.results import FILE_NAME, Result
 from gptq_awq.row import LEDGER
 from gptq_awq.runtime.progress import Track, rich_track

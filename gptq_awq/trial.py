@@ -27,9 +27,9 @@ from gptq_awq.export.verify import Probe
 from gptq_awq.models.blocks import find_blocks, text_config
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.offload import resident
-from gptq_awq.pipeline.block import BlockStep
-from gptq_awq.pipeline.progress import BlockResult, Progress, weights_in
 from gptq_awq.plan import Plan
+from gptq_awq.quantization.block import BlockStep
+from gptq_awq.quantization.resume import BlockResult, Progress, weights_in
 from gptq_awq.runtime.distributed import ONE
 from gptq_awq.runtime.profiling import OTHER, Recorder, spans
 from gptq_awq.runtime.progress import no_track

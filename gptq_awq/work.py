@@ -23,11 +23,11 @@ from gptq_awq.models.experts import compute_eagerly, unfuse
 from gptq_awq.models.linear import widest
 from gptq_awq.models.load import LoadedModel
 from gptq_awq.needs import Needs
-from gptq_awq.pipeline.ends import free_head
-from gptq_awq.pipeline.places import landing
-from gptq_awq.pipeline.quantize import needs_calibration
-from gptq_awq.pipeline.size import Footprint
 from gptq_awq.plan import Plan
+from gptq_awq.quantization.embeddings import free_head
+from gptq_awq.quantization.footprint import Footprint
+from gptq_awq.quantization.quantize import needs_calibration
+from gptq_awq.quantization.targets import landing
 from gptq_awq.runs import Run
 from gptq_awq.runtime import memory
 from gptq_awq.runtime.progress import Track

@@ -5,7 +5,7 @@ import runpy
 import signal
 from pathlib import Path
 
-from gptq_awq.pipeline.block import BlockStep
+from gptq_awq.quantization.block import BlockStep
 
 run = BlockStep.run
 

@@ -13,8 +13,8 @@ from gptq_awq.api import load_method
 from gptq_awq.calibration.moments import MomentsSum
 from gptq_awq.calibration.observation import Record
 from gptq_awq.errors import UserError
-from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.quantize import quantize
+from gptq_awq.quantization.method import Method
+from gptq_awq.quantization.quantize import quantize
 from gptq_awq.runtime.distributed import opened, rank_and_size
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.storage.journal import Journal

@@ -17,8 +17,8 @@ from gptq_awq.calibration.block_inputs import Settings
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.grids.allocated import AllocatedGrid
-from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.size import Footprint
+from gptq_awq.quantization.footprint import Footprint
+from gptq_awq.quantization.method import Method
 from gptq_awq.solvers.gptaq import GPTAQ
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.qronos import Qronos

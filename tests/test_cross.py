@@ -16,8 +16,8 @@ from gptq_awq.calibration.sequential import staged_forward
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import find_blocks
-from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.quantize import quantize
+from gptq_awq.quantization.method import Method
+from gptq_awq.quantization.quantize import quantize
 from gptq_awq.runtime import memory
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN
@@ -180,7 +180,7 @@ def test_recomputed_activations_give_the_same_moments_to_the_last_bit(dtype):
 def test_after_a_block_the_streams_hold_full_precisions_outputs(needs_hessian, monkeypatch):
     """With a solver that needs H (staged) and with one that only wants full precision beside."""
     held = []
-    from gptq_awq.pipeline import quantize as module
+    from gptq_awq.quantization import quantize as module
 
     solve = module.BlockStep.run
 

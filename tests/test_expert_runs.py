@@ -23,10 +23,10 @@ from gptq_awq.export.hf import HFFormat
 from gptq_awq.export.write import Exports
 from gptq_awq.models.experts import fuse, unfuse
 from gptq_awq.models.offloaded_model import open_streamed
-from gptq_awq.pipeline.kept import Codes
-from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.places import landing
-from gptq_awq.pipeline.quantize import Settings, quantize
+from gptq_awq.quantization.codes import Codes
+from gptq_awq.quantization.method import Method
+from gptq_awq.quantization.quantize import Settings, quantize
+from gptq_awq.quantization.targets import landing
 from gptq_awq.runtime import memory
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.storage.journal import Journal

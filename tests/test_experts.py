@@ -21,8 +21,8 @@ from gptq_awq.models.blocks import BlockCalls, find_blocks
 from gptq_awq.models.experts import Experts, experts_in, fuse, unfuse
 from gptq_awq.models.linear import matrix
 from gptq_awq.models.topology import observe_sites
-from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.quantize import Settings
+from gptq_awq.quantization.method import Method
+from gptq_awq.quantization.quantize import Settings
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN
 

@@ -104,7 +104,7 @@ def test_a_folder_says_what_it_holds(sym, said, tmp_path):
 
 @pytest.mark.parametrize(("static_groups", "desc_act"), [(True, False), (False, True)])
 def test_desc_act_tells_whether_groups_are_permuted(static_groups, desc_act, tmp_path):
-    from gptq_awq.pipeline.method import Method
+    from gptq_awq.quantization.method import Method
     from gptq_awq.solvers.gptq import GPTQ
 
     source = tiny_source(Method("gptq", GPTQ(act_order=True, static_groups=static_groups)))

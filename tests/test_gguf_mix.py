@@ -9,7 +9,7 @@ from gptq_awq.export.gguf import ggml_type
 from gptq_awq.export.gguf_file import read_gguf, write_gguf
 from gptq_awq.grids.mix import BASE, LlamaMix
 from gptq_awq.models.load import load_folder
-from gptq_awq.pipeline.places import landing
+from gptq_awq.quantization.targets import landing
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from tiny_models import tiny_model
 from gptq_awq.calibration.moments import Moments
 from gptq_awq.errors import UserError
 from gptq_awq.grids.integer import IntGrid
-from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.quantize import quantize
+from gptq_awq.quantization.method import Method
+from gptq_awq.quantization.quantize import quantize
 from gptq_awq.solvers.gptaq import GPTAQ
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.qronos import Qronos

@@ -23,10 +23,10 @@ from gptq_awq.models.linear import matrix
 from gptq_awq.models.load import load_folder
 from gptq_awq.models.offload import residence, resident
 from gptq_awq.models.topology import relative_error
-from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.places import landing
-from gptq_awq.pipeline.quantize import quantize
-from gptq_awq.pipeline.size import Footprint
+from gptq_awq.quantization.footprint import Footprint
+from gptq_awq.quantization.method import Method
+from gptq_awq.quantization.quantize import quantize
+from gptq_awq.quantization.targets import landing
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.qronos import Qronos
 from gptq_awq.solvers.rtn import RTN

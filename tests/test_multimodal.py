@@ -16,7 +16,7 @@ from gptq_awq.models import offloaded_model as streamed
 from gptq_awq.models.blocks import find_blocks, heads_of
 from gptq_awq.models.load import load_folder
 from gptq_awq.models.topology import relative_error
-from gptq_awq.pipeline.quantize import quantize
+from gptq_awq.quantization.quantize import quantize
 from gptq_awq.storage.journal import Journal
 
 # Larger than the language model, to tempt whoever looks for the largest list of modules.

@@ -16,8 +16,8 @@ from gptq_awq import quantize_model
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.models.load import LocalModel
-from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.quantize import Settings
+from gptq_awq.quantization.method import Method
+from gptq_awq.quantization.quantize import Settings
 from gptq_awq.solvers.gptq import GPTQ
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"

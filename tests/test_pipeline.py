@@ -18,9 +18,9 @@ from gptq_awq.models.blocks import BlockCalls, find_blocks
 from gptq_awq.models.linear import matrix
 from gptq_awq.models.topology import observe_sites, relative_error
 from gptq_awq.numerics.linalg import quadratic
-from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.quantize import Settings, needs_calibration, quantize
-from gptq_awq.pipeline.size import Footprint
+from gptq_awq.quantization.footprint import Footprint
+from gptq_awq.quantization.method import Method
+from gptq_awq.quantization.quantize import Settings, needs_calibration, quantize
 from gptq_awq.runtime import memory
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN

@@ -18,7 +18,7 @@ from gptq_awq import experiment
 from gptq_awq.api import load_method
 from gptq_awq.costs import Costs, copy_rate, matmul_rate, profiled
 from gptq_awq.errors import UserError
-from gptq_awq.pipeline.quantize import quantize
+from gptq_awq.quantization.quantize import quantize
 from gptq_awq.results import Result, read_ledger
 from gptq_awq.runtime.profiling import PHASES, PREFIX, Event, Recorder, Span, by_op, by_phase, phase, spans, write_trace
 

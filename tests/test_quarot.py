@@ -21,9 +21,9 @@ from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.embeddings import untie
 from gptq_awq.models.topology import relative_error
 from gptq_awq.numerics.hadamard import hadamard
-from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.quantize import needs_calibration
-from gptq_awq.pipeline.size import Footprint
+from gptq_awq.quantization.footprint import Footprint
+from gptq_awq.quantization.method import Method
+from gptq_awq.quantization.quantize import needs_calibration
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.storage.journal import Journal
 from gptq_awq.transforms.quarot import QuaRot, Rotation

@@ -18,7 +18,7 @@ from gptq_awq import results
 from gptq_awq.api import load_method
 from gptq_awq.calibration.activations import batches_of
 from gptq_awq.errors import UserError
-from gptq_awq.pipeline.quantize import check_ranks
+from gptq_awq.quantization.quantize import check_ranks
 from gptq_awq.runtime.distributed import ONE, RankLostError, Ranks, opened, rank_and_size
 from gptq_awq.storage.journal import Journal
 

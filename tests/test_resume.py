@@ -16,8 +16,8 @@ from gptq_awq.calibration.observation import Record, observations_sha256
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.mix import LlamaMix
 from gptq_awq.grids.table import TableGrid
-from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.quantize import quantize
+from gptq_awq.quantization.method import Method
+from gptq_awq.quantization.quantize import quantize
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.storage.journal import Journal
 

@@ -21,8 +21,8 @@ from gptq_awq.grids.kquant import KGrid
 from gptq_awq.grids.table import TableGrid
 from gptq_awq.models.blocks import Call
 from gptq_awq.models.linear import is_linear, matrix
-from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.quantize import quantize
+from gptq_awq.quantization.method import Method
+from gptq_awq.quantization.quantize import quantize
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.storage.journal import Journal

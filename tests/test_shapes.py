@@ -14,7 +14,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import is_linear
 from gptq_awq.models.topology import relative_error
-from gptq_awq.pipeline.method import Method
+from gptq_awq.quantization.method import Method
 from gptq_awq.solvers.rtn import RTN
 
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}

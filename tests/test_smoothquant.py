@@ -12,7 +12,7 @@ from gptq_awq.grids.integer import IntGrid
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import matrix
 from gptq_awq.models.topology import relative_error
-from gptq_awq.pipeline.method import Method
+from gptq_awq.quantization.method import Method
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.transforms.smoothquant import SmoothQuant, smoothing
 

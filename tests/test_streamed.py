@@ -24,7 +24,7 @@ from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.load import load_folder
 from gptq_awq.models.offload import residence, resident, streamed
 from gptq_awq.models.offloaded_model import open_streamed
-from gptq_awq.pipeline.quantize import quantize
+from gptq_awq.quantization.quantize import quantize
 from gptq_awq.storage.journal import Journal
 
 GRID = IntGrid(4, 16)

@@ -17,9 +17,10 @@ from gptq_awq.models.blocks import BlockCalls, find_blocks
 from gptq_awq.models.linear import Site
 from gptq_awq.models.topology import observe_sites
 from gptq_awq.numerics.linalg import inverse_cholesky, inverse_choleskys
-from gptq_awq.pipeline import block, together
-from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.together import Piece, batches, shared
+from gptq_awq.quantization import batching as together
+from gptq_awq.quantization import block
+from gptq_awq.quantization.batching import Piece, batches, shared
+from gptq_awq.quantization.method import Method
 from gptq_awq.runtime.distributed import ONE, Ranks
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN

@@ -10,8 +10,8 @@ from gptq_awq import quantize_model
 from gptq_awq.api import load_method
 from gptq_awq.grids.base import Grid
 from gptq_awq.models.load import LocalModel
-from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.quantize import Settings
+from gptq_awq.quantization.method import Method
+from gptq_awq.quantization.quantize import Settings
 from gptq_awq.solvers.gptq import GPTQ
 
 

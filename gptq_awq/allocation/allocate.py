@@ -22,7 +22,7 @@ from gptq_awq.grids.allocated import AllocatedGrid, Width
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import matrix
-from gptq_awq.pipeline.method import Method
+from gptq_awq.quantization.method import Method
 from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.solvers.base import Solver
 from gptq_awq.solvers.rtn import RTN

@@ -30,7 +30,7 @@ from gptq_awq.models.blocks import Call
 from gptq_awq.models.linear import Absorber, Site
 from gptq_awq.models.offload import read_ahead, resident
 from gptq_awq.models.topology import observe_sites
-from gptq_awq.pipeline.progress import keep_block
+from gptq_awq.quantization.resume import keep_block
 from gptq_awq.runtime.distributed import ONE, Ranks
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.runtime.progress import Track

@@ -20,11 +20,11 @@ from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.models.blocks import hooks
 from gptq_awq.models.linear import Site, is_linear, matrix
-from gptq_awq.pipeline.ledger import Errors, LinearReport
-from gptq_awq.pipeline.method import Method, solved_together
-from gptq_awq.pipeline.progress import Row
-from gptq_awq.pipeline.together import Piece, batches, shared
-from gptq_awq.pipeline.tuned import entering, examples, noted
+from gptq_awq.quantization.batching import Piece, batches, shared
+from gptq_awq.quantization.ledger import Errors, LinearReport
+from gptq_awq.quantization.method import Method, solved_together
+from gptq_awq.quantization.resume import Row
+from gptq_awq.quantization.tuning_step import entering, examples, noted
 from gptq_awq.runtime.distributed import ONE, Ranks
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.solvers.base import Solution

@@ -32,12 +32,12 @@ from gptq_awq.kernels.threads import match_torch
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.experts import experts_in, unfuse
 from gptq_awq.models.offload import read_ahead, resident, streamed
-from gptq_awq.pipeline.block import BlockStep
-from gptq_awq.pipeline.ends import HeadStep, free_head, round_ends
-from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.places import landing
-from gptq_awq.pipeline.progress import BlockResult, Progress
-from gptq_awq.pipeline.tuned import tuned_model
+from gptq_awq.quantization.block import BlockStep
+from gptq_awq.quantization.embeddings import HeadStep, free_head, round_ends
+from gptq_awq.quantization.method import Method
+from gptq_awq.quantization.resume import BlockResult, Progress
+from gptq_awq.quantization.targets import landing
+from gptq_awq.quantization.tuning_step import tuned_model
 from gptq_awq.runtime.distributed import Ranks
 from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.storage.journal import Journal

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from gptq_awq.grids.base import Grid, QuantizedWeight
-from gptq_awq.pipeline.progress import BlockResult, weights_in
+from gptq_awq.quantization.resume import BlockResult, weights_in
 from gptq_awq.storage.journal import Journal
 
 

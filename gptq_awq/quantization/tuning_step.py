@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from gptq_awq.calibration.activations import Streams
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.grids.base import QuantizedWeight
-from gptq_awq.pipeline.method import Method
-from gptq_awq.pipeline.progress import BlockResult, Row
+from gptq_awq.quantization.method import Method
+from gptq_awq.quantization.resume import BlockResult, Row
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.runtime.progress import Track
 from gptq_awq.tuning.base import Example

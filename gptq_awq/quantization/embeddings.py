@@ -25,9 +25,9 @@ from gptq_awq.models.blocks import BlockCalls, find_blocks
 from gptq_awq.models.embeddings import is_tied, untie
 from gptq_awq.models.linear import Site, is_linear, matrix
 from gptq_awq.models.offload import residence, resident
-from gptq_awq.pipeline.ledger import LinearReport
-from gptq_awq.pipeline.method import Method, solved
-from gptq_awq.pipeline.progress import BlockResult
+from gptq_awq.quantization.ledger import LinearReport
+from gptq_awq.quantization.method import Method, solved
+from gptq_awq.quantization.resume import BlockResult
 from gptq_awq.runtime.distributed import Ranks
 from gptq_awq.solvers.base import Solver
 from gptq_awq.solvers.rtn import RTN

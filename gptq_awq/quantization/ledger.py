@@ -12,7 +12,7 @@ from gptq_awq.calibration.moments import Moments
 from gptq_awq.grids.base import nearest, row_parts
 from gptq_awq.models.linear import Site
 from gptq_awq.numerics.linalg import quadratic
-from gptq_awq.pipeline.method import Method
+from gptq_awq.quantization.method import Method
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.solvers.base import Solution
 from gptq_awq.transforms.base import Scaling
