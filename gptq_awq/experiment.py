@@ -23,6 +23,7 @@ from gptq_awq.cache import prune
 from gptq_awq.costs import profiled
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.evaluate import full_precision, score
+from gptq_awq.evaluation.scores import Scores
 from gptq_awq.export.base import Source
 from gptq_awq.export.verify import Probe
 from gptq_awq.export.write import Exported, write_card
@@ -46,7 +47,6 @@ from gptq_awq.runtime.distributed import ONE, Ranks, opened
 from gptq_awq.runtime.profiling import Recorder, phase
 from gptq_awq.runtime.progress import Track, no_track, rich_track
 from gptq_awq.runtime.runlog import Clock, logging_to, remove_unused_hydra_folder
-from gptq_awq.scores import Scores
 from gptq_awq.storage.assets import cache_dir
 from gptq_awq.sweep import failed, job_number, store_failure, sweep_folder
 from gptq_awq.tracking import Tracker, run_name

@@ -16,9 +16,9 @@ import pytest
 from rich.console import Console
 
 from gptq_awq.errors import UserError
+from gptq_awq.evaluation.scores import Scores
 from gptq_awq.report import comparison, final_table, main
 from gptq_awq.results import FAILURE, Result, load
-from gptq_awq.scores import Scores
 
 PPL = "wikitext2/ppl@2048"
 METRICS = {

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gptq_awq.evaluation.scores import Scores
 from gptq_awq.report import main
 from gptq_awq.report.profile import profiles
 from gptq_awq.results import Ledger, Result
-from gptq_awq.scores import Scores
 
 PPL = "text/ppl@256"
 FLAGS = (

@@ -9,8 +9,8 @@ from tiny_models import tiny_model, tiny_tokens
 
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.evaluation.evaluate import full_precision, score
-from gptq_awq.scores import FILE_NAME, Scores
-from gptq_awq.statistics import BLOCK
+from gptq_awq.evaluation.scores import FILE_NAME, Scores
+from gptq_awq.evaluation.statistics import BLOCK
 
 SCORES = Scores({"text/nll": np.arange(5.0), "text/nll/baseline": np.ones(5), "lm_eval/task/acc": np.zeros(0)})
 

@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, ttest_1samp, ttest_rel
 
-from gptq_awq.statistics import block_sums, bootstrap_tests, holm, interval, mcnemar, paired_test, resampled_means
+from gptq_awq.evaluation.statistics import (
+    block_sums,
+    bootstrap_tests,
+    holm,
+    interval,
+    mcnemar,
+    paired_test,
+    resampled_means,
+)
 
 
 def correlated(rng, windows, length, memory=0.9):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, ttest_1samp
 
+from gptq_awq.evaluation.scores import FILE_NAME, Scores
+from gptq_awq.evaluation.statistics import bootstrap_tests, holm
 from gptq_awq.report import verdicts as module
 from gptq_awq.report.rows import Row, is_full_precision, measured
 from gptq_awq.report.verdicts import Verdict, best_of_bits, higher_is_better, read_scores, verdicts
-from gptq_awq.scores import FILE_NAME, Scores
-from gptq_awq.statistics import bootstrap_tests, holm
 
 PPL, KL, AGREE, ACC = "text/ppl@256", "text/kl", "text/top1_agreement", "lm_eval/task/acc"
 BLOCKS, TOKENS = 64, 128.0

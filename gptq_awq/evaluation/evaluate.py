@@ -27,10 +27,10 @@ from gptq_awq.evaluation.divergence import Divergence, divergence
 from gptq_awq.evaluation.floor import Floor, floors
 from gptq_awq.evaluation.head import Parameters
 from gptq_awq.evaluation.perplexity import TokenScores, perplexity
+from gptq_awq.evaluation.scores import Scores
+from gptq_awq.evaluation.statistics import block_sums, interval, paired_test, resampled_means
 from gptq_awq.models.offload import resident
 from gptq_awq.runtime.progress import Track, no_track
-from gptq_awq.scores import Scores
-from gptq_awq.statistics import block_sums, interval, paired_test, resampled_means
 
 if TYPE_CHECKING:  # lm-eval takes seconds to import, which runs without it need not spend
     from gptq_awq.evaluation.harness import TaskResults, Tasks, TaskScore

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from gptq_awq.evaluation.scores import Scores
+from gptq_awq.evaluation.statistics import LEVEL, MIN_BLOCKS, bootstrap_tests, holm, mcnemar
 from gptq_awq.report.rows import Row, distinguishable, is_full_precision, is_perplexity, measured
-from gptq_awq.scores import Scores
-from gptq_awq.statistics import LEVEL, MIN_BLOCKS, bootstrap_tests, holm, mcnemar
 
 log = logging.getLogger(__name__)
 LOWER_IS_BETTER = ("ppl", "perplexity", "kl", "nll", "loss", "bits_per_byte", "brier", "mse", "ter", "wer")
