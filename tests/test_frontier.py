@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from gptq_awq.errors import UserError
-from gptq_awq.frontier import choose, draw, main, points, table, uniform_at
+from gptq_awq.frontier.frontier import choose, draw, main, points, table, uniform_at
 from gptq_awq.results import load
 
 KL = "text/kl"
