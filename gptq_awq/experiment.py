@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from gptq_awq.allocation.allocate import Allocation, allocate
-from gptq_awq.cache import prune
+from gptq_awq.cache.cache import prune
 from gptq_awq.costs import profiled
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.evaluate import full_precision, score

@@ -1,0 +1,1 @@
+"""The cache folder that runs share, and its command: `python -m gptq_awq.cache`."""
