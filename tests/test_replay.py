@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from gptq_awq.replay import main
+from gptq_awq.replay.replay import main
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,7 @@ def test_a_model_in_memory_is_calibrated_on_both():
 
 
 def test_a_run_calibrates_on_what_its_model_wrote_and_replays(cli, tiny, tmp_path, cache):
-    from gptq_awq.replay import main
+    from gptq_awq.replay.replay import main
 
     plain = cli("method=gptq", "bits=3", *tiny, f"out={tmp_path / 'plain'}")
     done = cli("method=gptq", "bits=3", *tiny, *OWN, f"out={tmp_path / 'own'}")

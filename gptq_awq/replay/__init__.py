@@ -1,0 +1,1 @@
+"""Computes a stored run again and names the first layer that differs: `python -m gptq_awq.replay`."""
