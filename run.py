@@ -1,4 +1,4 @@
-"""The command line: `python run.py method=awq bits=4`. Everything else is configs/ and gptq_awq/experiment.py."""
+"""The command line: `python run.py method=awq bits=4`. Everything else is configs/ and gptq_awq/experiment/run.py."""
 
 import sys
 
@@ -6,15 +6,15 @@ import hydra
 from omegaconf import DictConfig
 
 from gptq_awq.errors import UserError
-from gptq_awq.plugins import check_plugins
+from gptq_awq.experiment.plugins import check_plugins
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def main(cfg: DictConfig) -> float | tuple[float, ...]:
     """Run one experiment; a mistake in its options is one line and exit code 2. Returns what a search minimizes."""
-    from gptq_awq.experiment import run
+    from gptq_awq.experiment.run import run
+    from gptq_awq.experiment.sweep import no_objective, objective, sweep_folder
     from gptq_awq.runtime.distributed import RankLostError
-    from gptq_awq.sweep import no_objective, objective, sweep_folder
 
     try:
         return objective(run(cfg), cfg.objective)
@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> float | tuple[float, ...]:
         sys.stderr.write(f"error: {error}\n")
         if sweep_folder() is None or isinstance(error, RankLostError):
             sys.exit(2)
-        return no_objective(cfg.objective)  # the sweep's other runs go on; gptq_awq.sweep has the last word
+        return no_objective(cfg.objective)  # the sweep's other runs go on; gptq_awq.experiment.sweep has the last word
 
 
 if __name__ == "__main__":

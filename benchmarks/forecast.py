@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from large_model import SMALL, make
 
-from gptq_awq.costs import machine
+from gptq_awq.experiment.costs import machine
 from gptq_awq.results import Result
 from gptq_awq.runtime.profiling import markdown_table
 

@@ -179,8 +179,8 @@ def test_non_finite_weights_are_refused_by_name(cli, tiny, tmp_path):
 def test_too_little_memory_is_said_before_calibration_starts(tiny_folder, tiny_text, tmp_path, monkeypatch):
     from hydra import compose, initialize_config_dir
 
-    from gptq_awq import experiment
     from gptq_awq.errors import UserError
+    from gptq_awq.experiment.run import run as experiment
     from gptq_awq.runtime import memory
 
     monkeypatch.setattr(memory, "available_bytes", lambda device, budget=None: 1000)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from gptq_awq import experiment
 from gptq_awq.errors import UserError
+from gptq_awq.experiment.run import run as experiment
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SEEN = []

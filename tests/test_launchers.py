@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from gptq_awq import plugins, results
+from gptq_awq import results
 from gptq_awq.errors import UserError
+from gptq_awq.experiment.run import plugins
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,10 +14,10 @@ from test_pipeline import GRID, SMALL, tokens
 from tiny_models import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from gptq_awq import experiment
 from gptq_awq.api import load_method
-from gptq_awq.costs import Costs, copy_rate, matmul_rate, profiled
 from gptq_awq.errors import UserError
+from gptq_awq.experiment.costs import Costs, copy_rate, matmul_rate, profiled
+from gptq_awq.experiment.run import run as experiment
 from gptq_awq.quantization.quantize import quantize
 from gptq_awq.results import Result, read_ledger
 from gptq_awq.runtime.profiling import PHASES, PREFIX, Event, Recorder, Span, by_op, by_phase, phase, spans, write_trace

@@ -14,7 +14,7 @@ def stored(tmp_path_factory, tiny_folder, tiny_text):
     from hydra import compose, initialize_config_dir
     from test_sweeps import ROOT
 
-    from gptq_awq.experiment import run
+    from gptq_awq.experiment.run import run
 
     out = tmp_path_factory.mktemp("stored") / "run"
     overrides = [

@@ -23,15 +23,15 @@ from rich.console import Console
 
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.evaluate import full_precision, score
-from gptq_awq.manifest import environment
+from gptq_awq.experiment.context import Work, load, self_calibrated
+from gptq_awq.experiment.fingerprint import environment
+from gptq_awq.experiment.plan import Plan, preflight
+from gptq_awq.experiment.summary import LEDGER
 from gptq_awq.models.activations import quantized_activations
-from gptq_awq.plan import Plan, preflight
 from gptq_awq.quantization.quantize import quantize
 from gptq_awq.quantization.targets import changes_output
 from gptq_awq.results import FILE_NAME, Result
-from gptq_awq.row import LEDGER
 from gptq_awq.runtime.progress import Track, rich_track
-from gptq_awq.work import Work, load, self_calibrated
 
 
 @dataclass(frozen=True)

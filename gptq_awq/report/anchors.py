@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, get_args
 import yaml
 
 from gptq_awq.errors import UserError
-from gptq_awq.plugins import EXPERIMENTS
+from gptq_awq.experiment.plugins import EXPERIMENTS
 from gptq_awq.report import text
 from gptq_awq.report.rows import FULL_PRECISION, Row
 from gptq_awq.report.settings import IDENTITY, flat

@@ -15,16 +15,16 @@ from gptq_awq.calibration.block_inputs import Settings, resolve_compute_dtype
 from gptq_awq.calibration.expert_policy import ExpertPolicy
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.protocol import Evaluation
+from gptq_awq.experiment.fingerprint import config_sha256
+from gptq_awq.experiment.tracking import Tracking
 from gptq_awq.export.write import Exports
 from gptq_awq.grids.base import GridChoice
 from gptq_awq.grids.dynamic import DynamicGrid, Unrounded
-from gptq_awq.manifest import config_sha256
 from gptq_awq.models.load import checked_device
 from gptq_awq.quantization.method import Method
 from gptq_awq.quantization.quantize import check_ranks
 from gptq_awq.runtime import memory
 from gptq_awq.runtime.distributed import ONE, Ranks
-from gptq_awq.tracking import Tracking
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptq_awq.manifest import environment
+from gptq_awq.experiment.fingerprint import environment
 from gptq_awq.results import FILE_NAME, Result
 from gptq_awq.storage.assets import cache_dir
 from gptq_awq.storage.atomic import locked, replacing

@@ -22,12 +22,13 @@ from gptq_awq.calibration.observation import Record
 from gptq_awq.evaluation.divergence import compare
 from gptq_awq.evaluation.head import Head
 from gptq_awq.evaluation.perplexity import next_token_nll
+from gptq_awq.experiment.context import Work, record_of
+from gptq_awq.experiment.plan import Plan
 from gptq_awq.export.base import Source
 from gptq_awq.export.verify import Probe
 from gptq_awq.models.blocks import find_blocks, text_config
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.offload import resident
-from gptq_awq.plan import Plan
 from gptq_awq.quantization.block import BlockStep
 from gptq_awq.quantization.resume import BlockResult, Progress, weights_in
 from gptq_awq.runtime.distributed import ONE
@@ -37,7 +38,6 @@ from gptq_awq.solvers.rtn import RTN
 from gptq_awq.storage.journal import Journal
 from gptq_awq.tuning.base import ModelTuning
 from gptq_awq.tuning.teacher import Teacher
-from gptq_awq.work import Work, record_of
 
 QUICK = 3.0
 """Seconds: a turn that took less is done again, since compiling and first calls are a large part of it."""

@@ -9,11 +9,11 @@ from torch import nn
 
 from gptq_awq.calibration.block_inputs import calibration_of, keeps_activations, waiting_bytes
 from gptq_awq.data.tokens import TokenSet
+from gptq_awq.experiment.plan import Plan
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.experts import experts_in
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.offload import streamed
-from gptq_awq.plan import Plan
 from gptq_awq.runtime import memory
 from gptq_awq.tuning.distill import CHUNK_TOKENS
 

@@ -18,17 +18,17 @@ from rich.table import Table
 from gptq_awq.calibration.block_inputs import resolve_compute_dtype
 from gptq_awq.evaluation.baseline import knows_scores, read_answers
 from gptq_awq.evaluation.floor import TRIAL_TOKENS
+from gptq_awq.experiment.context import Work, record_of
+from gptq_awq.experiment.dry_run import Scores, Trial, Turn, trial_of
+from gptq_awq.experiment.memory_model import Needs
+from gptq_awq.experiment.plan import Plan
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.offload import streamed
-from gptq_awq.needs import Needs
-from gptq_awq.plan import Plan
 from gptq_awq.results import Result
 from gptq_awq.runtime import memory
 from gptq_awq.runtime.runlog import Clock
 from gptq_awq.storage.assets import cache_dir
-from gptq_awq.trial import Scores, Trial, Turn, trial_of
-from gptq_awq.work import Work, record_of
 
 log = logging.getLogger(__name__)
 OF_TOKENS = ("forward", "moments", "tune")

@@ -20,19 +20,24 @@ from rich.console import Console
 
 from gptq_awq.allocation.allocate import Allocation, allocate
 from gptq_awq.cache.cache import prune
-from gptq_awq.costs import profiled
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.evaluate import full_precision, score
 from gptq_awq.evaluation.scores import Scores
+from gptq_awq.experiment.context import Work, load, record_of, self_calibrated
+from gptq_awq.experiment.costs import profiled
+from gptq_awq.experiment.forecast import announce, compare
+from gptq_awq.experiment.plan import Plan, preflight
+from gptq_awq.experiment.registry import FILES
+from gptq_awq.experiment.summary import LEDGER, made_of, results_row
+from gptq_awq.experiment.sweep import failed, job_number, store_failure, sweep_folder
+from gptq_awq.experiment.tracking import Tracker, run_name
 from gptq_awq.export.base import Source
 from gptq_awq.export.verify import Probe
 from gptq_awq.export.write import Exported, write_card
-from gptq_awq.forecast import announce, compare
 from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.models.activations import quantized_activations
 from gptq_awq.models.offload import streamed
-from gptq_awq.plan import Plan, preflight
 from gptq_awq.quantization.codes import Codes
 from gptq_awq.quantization.footprint import Footprint
 from gptq_awq.quantization.quantize import quantize
@@ -40,17 +45,12 @@ from gptq_awq.quantization.resume import BlockResult
 from gptq_awq.quantization.targets import changes_output
 from gptq_awq.report import final_table
 from gptq_awq.results import FAILURE, FILE_NAME, Ledger, Result
-from gptq_awq.row import LEDGER, made_of, results_row
-from gptq_awq.runs import FILES
 from gptq_awq.runtime import memory
 from gptq_awq.runtime.distributed import ONE, Ranks, opened
 from gptq_awq.runtime.profiling import Recorder, phase
 from gptq_awq.runtime.progress import Track, no_track, rich_track
 from gptq_awq.runtime.runlog import Clock, logging_to, remove_unused_hydra_folder
 from gptq_awq.storage.assets import cache_dir
-from gptq_awq.sweep import failed, job_number, store_failure, sweep_folder
-from gptq_awq.tracking import Tracker, run_name
-from gptq_awq.work import Work, load, record_of, self_calibrated
 
 log = logging.getLogger(__name__)
 UNFINISHED = "ledger.partial.jsonl"

@@ -4,15 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptq_awq.evaluation.evaluate import Baseline
+from gptq_awq.experiment.context import Work
+from gptq_awq.experiment.fingerprint import config_sha256, environment
+from gptq_awq.experiment.forecast import Forecast
+from gptq_awq.experiment.plan import Plan
 from gptq_awq.export.write import Exported
-from gptq_awq.forecast import Forecast
-from gptq_awq.manifest import config_sha256, environment
-from gptq_awq.plan import Plan
 from gptq_awq.quantization.footprint import PLAIN_BITS, Footprint
 from gptq_awq.results import Result
 from gptq_awq.runtime import memory
 from gptq_awq.runtime.runlog import Clock
-from gptq_awq.work import Work
 
 LEDGER = "ledger.jsonl"
 

@@ -40,11 +40,11 @@ def package_sha256() -> str:
 def code_sha256(config: Mapping[str, Any] | None = None) -> str:
     """Hash of the source that a run's numbers come from.
 
-    That is all that `gptq_awq.experiment` imports, but for what only reports, and the modules that the config's
+    That is all that `gptq_awq.experiment.run` imports, but for what only reports, and the modules that the config's
     `_target_`s name, the user's own included (their own imports are not followed). So a new solver, or a better
     table, leaves finished runs of other methods what they are.
     """
-    wanted = ["gptq_awq.experiment", *(target.rpartition(".")[0] for target in _targets(config or {}))]
+    wanted = ["gptq_awq.experiment.run", *(target.rpartition(".")[0] for target in _targets(config or {}))]
     sources: dict[str, bytes] = {}
     while wanted:
         module = wanted.pop()

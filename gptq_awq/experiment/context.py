@@ -13,22 +13,22 @@ from gptq_awq.calibration.activations import batches_of
 from gptq_awq.calibration.block_inputs import resolve_compute_dtype
 from gptq_awq.calibration.observation import Record, observations_sha256
 from gptq_awq.data.tokens import TokenSet
+from gptq_awq.experiment.fingerprint import code_sha256, package_sha256, run_sha256
+from gptq_awq.experiment.memory_model import Needs
+from gptq_awq.experiment.plan import Plan
+from gptq_awq.experiment.registry import Run
 from gptq_awq.export.base import linear_specs
 from gptq_awq.grids.base import Grid
-from gptq_awq.manifest import code_sha256, package_sha256, run_sha256
 from gptq_awq.models.activations import check_activations
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.embeddings import untie
 from gptq_awq.models.experts import compute_eagerly, unfuse
 from gptq_awq.models.linear import widest
 from gptq_awq.models.load import LoadedModel
-from gptq_awq.needs import Needs
-from gptq_awq.plan import Plan
 from gptq_awq.quantization.embeddings import free_head
 from gptq_awq.quantization.footprint import Footprint
 from gptq_awq.quantization.quantize import needs_calibration
 from gptq_awq.quantization.targets import landing
-from gptq_awq.runs import Run
 from gptq_awq.runtime import memory
 from gptq_awq.runtime.progress import Track
 from gptq_awq.storage.assets import cache_dir
