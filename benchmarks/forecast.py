@@ -3,7 +3,7 @@
     python benchmarks/forecast.py --model DIR [--text FILE] [--methods rtn,gptq,awq,fast] [--only SUBSTRING] [run.py …]
 
 Each run is one call of run.py with `forecast=true` and a cache of its own: the methods on the model in DIR, and two on
-a random Llama, 1024 wide, that is streamed from disk. Further options are run.py's, such as `data.samples=64`. A ratio
+a random Llama, 1024 wide, that is offloaded from disk. Further options are run.py's, such as `data.samples=64`. A ratio
 is taken / forecast: between 0.83 and 1.2 a forecast is within 20%. Threads are what the environment says.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from large_model import SMALL, make
 
-from gptq_awq.experiment.costs import machine
+from gptq_awq.experiment.forecasting.costs import machine
 from gptq_awq.results import Result
 from gptq_awq.runtime.profiling import markdown_table
 
@@ -78,20 +78,20 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a transformers folder")
     parser.add_argument("--text", type=Path, help="a text file; by default WikiText-2, fetched")
     parser.add_argument("--methods", default="rtn,gptq,awq,fast", help="on the model in DIR")
-    parser.add_argument("--only", default="", help="runs whose name has this in it, such as streamed")
+    parser.add_argument("--only", default="", help="runs whose name has this in it, such as offloaded")
     arguments, more = parser.parse_known_args()
     print(machine(torch.device("cpu")))
     print(markdown_table([("run", "what", "forecast", "taken", "taken / forecast")]))
     with tempfile.TemporaryDirectory() as scratch:
         runs = {method: (arguments.model, method) for method in arguments.methods.split(",")}
-        runs |= {f"streamed {method}": (Path(scratch) / "llama", method) for method in ("gptq", "awq")}
+        runs |= {f"offloaded {method}": (Path(scratch) / "llama", method) for method in ("gptq", "awq")}
         for name, (model, method) in runs.items():
             if arguments.only not in name:
                 continue
-            streams = model != arguments.model
-            if streams and not model.exists():
+            activations = model != arguments.model
+            if activations and not model.exists():
                 random_llama(model, arguments.model)
-            given = [*options(model, arguments.text), *(STREAMED if streams else ()), f"method={method}", *more]
+            given = [*options(model, arguments.text), *(STREAMED if activations else ()), f"method={method}", *more]
             result = measure(Path(scratch) / name.replace(" ", "-"), *given)
             for row in rows(name, result):
                 print(f"| {' | '.join(row)} |", flush=True)

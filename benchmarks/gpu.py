@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gptq_awq import quantize_model
-from gptq_awq.calibration.activations import Streams, open_streams
-from gptq_awq.calibration.block_inputs import Settings, resolve_compute_dtype
+from gptq_awq.calibration.activations import Activations, open_activations
+from gptq_awq.calibration.block_inputs import Settings
 from gptq_awq.calibration.moments import Moments, MomentsSum
 from gptq_awq.calibration.sequential import staged_forward
 from gptq_awq.data.tokens import make_token_set
@@ -32,6 +32,7 @@ from gptq_awq.kernels.columns import sweep_columns as sweep_on_cpu
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import Site, matrix
 from gptq_awq.models.topology import observe_sites
+from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.quantization.method import Method
 from gptq_awq.runtime import memory
 from gptq_awq.solvers.gptq import GPTQ
@@ -239,19 +240,21 @@ def phases(model: nn.Module, geometry: Geometry, solver: GPTQ, grid: Grid, setti
     tokens = make_token_set("random", geometry.tokens(), None, "random")
     watch = Stopwatch(device)
     dtype = resolve_compute_dtype(settings.compute_dtype, device)
-    streams = open_streams(model.to(dtype), blocks, tokens, settings.tokens_per_batch, dtype)
+    activations = open_activations(model.to(dtype), blocks, tokens, settings.tokens_per_batch, dtype)
     watch.lap("embedding")
     for index, block in enumerate(blocks):
-        _one_block(block, index, streams, solver, grid, watch)
+        _one_block(block, index, activations, solver, grid, watch)
     return dict(watch.seconds)
 
 
-def _one_block(block: nn.Module, index: int, streams: Streams, solver: GPTQ, grid: Grid, watch: Stopwatch) -> None:
-    sites = observe_sites(block, streams.probe_input(), streams.probe.calls[index], absorbers=False)
+def _one_block(
+    block: nn.Module, index: int, activations: Activations, solver: GPTQ, grid: Grid, watch: Stopwatch
+) -> None:
+    sites = observe_sites(block, activations.probe_input(), activations.probe.calls[index], absorbers=False)
     watch.lap("topology")
     with torch.no_grad():
-        for stream in streams.batches:
-            stream.calls[index].run(block, stream.hidden)
+        for batch in activations.batches:
+            batch.calls[index].run(block, batch.hidden)
     watch.lap("forward alone")
 
     def solve(site: Site, moments: Moments) -> None:
@@ -263,7 +266,7 @@ def _one_block(block: nn.Module, index: int, streams: Streams, solver: GPTQ, gri
             weight.copy_(solver.solve(weight.float(), moments, grid).quantized.dequantize())
         watch.lap("solve")
 
-    staged_forward(block, index, sites, streams, solve)
+    staged_forward(block, index, sites, activations, solve)
     watch.lap("forward and moments")
 
 

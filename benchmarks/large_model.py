@@ -1,4 +1,4 @@
-"""Peak memory of quantizing the first blocks of a large model that is streamed from disk, and of how it grows.
+"""Peak memory of quantizing the first blocks of a large model that is offloaded from disk, and of how it grows.
 
     python benchmarks/large_model.py geometry            2 blocks of an 8B geometry, random bf16 shards: ≤ 4 GB?
     python benchmarks/large_model.py depth               8 and 64 blocks of one width: how much more memory?
@@ -25,7 +25,7 @@ from transformers import AutoConfig, LlamaConfig
 from gptq_awq.api import load_method
 from gptq_awq.calibration.block_inputs import Settings
 from gptq_awq.data.tokens import make_token_set
-from gptq_awq.models.offloaded_model import open_streamed
+from gptq_awq.models.offloaded_model import open_offloaded
 from gptq_awq.quantization.quantize import quantize
 from gptq_awq.storage.journal import Journal
 
@@ -80,7 +80,7 @@ def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 
 def measure(folder: Path, blocks: int, tokens: int, dtype: str, spill: bool, budget: int | None) -> dict[str, float]:
     """Quantize the first blocks with GPTQ in this process; peak resident memory and what it began with, in GB."""
-    model = open_streamed(
+    model = open_offloaded(
         folder, AutoConfig.from_pretrained(folder), getattr(torch, dtype), torch.device("cpu"), "model"
     )
     ids = torch.randint(0, model.config.vocab_size, (max(1, tokens // 512), 512))

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from gptq_awq.evaluation.scores import Scores
 from gptq_awq.results import load
-from gptq_awq.scores import Scores
 
 METHODS = ("rtn", "awq", "gptq", "awq_gptq")
 BITS = (2, 3, 4, 8)

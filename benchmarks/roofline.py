@@ -4,9 +4,9 @@
 
 Measures, in one process, how fast this machine multiplies (float32 and bfloat16: the shapes of the model's linears on
 a batch, and a large square; the faster counts) and copies, before and after. Then quantizes with the marks of
-`gptq_awq.runtime.profiling` on, after a first block, not measured, that compiles what gets compiled. No phase can be done in
-less than its operations at the matmul rate, nor its bytes at the copy rate (gptq_awq/experiment/costs.py counts both): the larger
-of the two over the measured seconds is the share of the limit. Seconds are a phase's own, without those inside of it.
+`gptq_awq.runtime.profiling` on, after a first block, not measured, that compiles what gets compiled. No phase can be
+done in less than its operations at the matmul rate, nor its bytes at the copy rate
+(gptq_awq/experiment/forecasting/costs.py counts both): the larger of the two over the measured seconds is the share of the limit. Seconds are a phase's own, without those inside of it.
 """
 
 import argparse
@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 
 from gptq_awq.api import load_method
-from gptq_awq.calibration.block_inputs import Settings, resolve_compute_dtype
+from gptq_awq.calibration.block_inputs import Settings
 from gptq_awq.data.corpora import WikiText2
 from gptq_awq.data.tokens import TokenSet
-from gptq_awq.experiment.costs import Costs, copy_rate, machine, matmul_rate
+from gptq_awq.experiment.forecasting.costs import Costs, copy_rate, machine, matmul_rate
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.load import AssetModel, LoadedModel, LocalModel
+from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.quantization.quantize import quantize
 from gptq_awq.runtime.profiling import PHASES, PhaseTime, Recorder, by_phase, markdown_table, spans
 

@@ -24,7 +24,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gptq_awq import quantize_model
-from gptq_awq.experiment.costs import machine
+from gptq_awq.experiment.forecasting.costs import machine
 from gptq_awq.runtime import memory
 from gptq_awq.runtime.profiling import markdown_table
 

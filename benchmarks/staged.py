@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from gptq_awq.calibration.activations import open_streams
+from gptq_awq.calibration.activations import open_activations
 from gptq_awq.calibration.sequential import observe_forward, staged_forward
 from gptq_awq.data.corpora import WikiText2
 from gptq_awq.models.blocks import find_blocks
@@ -28,18 +28,18 @@ def main() -> None:
     loaded = source.load("float32", "cpu")
     tokens = WikiText2(split="valid", samples=32, seqlen=256).tokens(loaded.tokenizer, seed=0)
     _, blocks = find_blocks(loaded.model)
-    streams = open_streams(loaded.model, blocks, tokens, 2048, torch.float32)
+    activations = open_activations(loaded.model, blocks, tokens, 2048, torch.float32)
     staged = repeated = 0.0
     for index, block in enumerate(list(blocks)[: options.blocks]):
-        sites = observe_sites(block, streams.probe_input(), streams.probe.calls[index], absorbers=False)
+        sites = observe_sites(block, activations.probe_input(), activations.probe.calls[index], absorbers=False)
         start = time.perf_counter()
         with torch.no_grad():
             for site in sites:
-                observe_forward(block, index, [site], streams, advance=False)
-            streams.advance(block, index)
+                observe_forward(block, index, [site], activations, advance=False)
+            activations.advance(block, index)
         repeated += time.perf_counter() - start
         start = time.perf_counter()
-        staged_forward(block, index, sites, streams, lambda _site, _moments: None)
+        staged_forward(block, index, sites, activations, lambda _site, _moments: None)
         staged += time.perf_counter() - start
     print(f"one forward per site: {repeated:.2f} s, staged: {staged:.2f} s, ratio {repeated / staged:.2f}")
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +11,7 @@ from hydra.utils import instantiate
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gptq_awq.calibration.activations import open_streams
-from gptq_awq.calibration.block_inputs import resolve_compute_dtype
+from gptq_awq.calibration.activations import open_activations
 from gptq_awq.calibration.expert_policy import ExpertPolicy
 from gptq_awq.calibration.moments import Moments
 from gptq_awq.calibration.observation import Observer, passing
@@ -24,13 +22,13 @@ from gptq_awq.grids.integer import IntGrid
 from gptq_awq.models.blocks import find_blocks, heads_of
 from gptq_awq.models.experts import unfuse
 from gptq_awq.models.linear import Site, matrix
+from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.quantization.method import Method
 from gptq_awq.quantization.quantize import Settings, quantize
+from gptq_awq.runtime.configs import CONFIGS
 from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 @dataclass(frozen=True)
@@ -201,9 +199,9 @@ def observe_moments(
     unfuse(model)
     prefix, blocks = find_blocks(model)
     dtype = resolve_compute_dtype(settings.compute_dtype, next(model.parameters()).device)
-    streams = open_streams(model, blocks, calibration, settings.tokens_per_batch, dtype)
+    activations = open_activations(model, blocks, calibration, settings.tokens_per_batch, dtype)
     heads = heads_of(model)
-    for block, seen in enumerate(passing(Observer(streams, absorbers, heads), blocks, dtype)):
+    for block, seen in enumerate(passing(Observer(activations, absorbers, heads), blocks, dtype)):
         for site, moments in zip(seen.sites, seen.moments, strict=True):
             yield SiteInput(block, site, tuple(f"{prefix}.{block}.{name}" for name in site.linears), moments)
 

@@ -11,11 +11,11 @@ from tiny_models import tiny_model
 
 from gptq_awq.api import load_method
 from gptq_awq.calibration.moments import MomentsSum
-from gptq_awq.calibration.observation import Record
+from gptq_awq.calibration.observation import ObservationCache
 from gptq_awq.errors import UserError
+from gptq_awq.numerics.distributed import opened, rank_and_size
 from gptq_awq.quantization.method import Method
 from gptq_awq.quantization.quantize import quantize
-from gptq_awq.runtime.distributed import opened, rank_and_size
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.storage.journal import Journal
 
@@ -74,7 +74,7 @@ class Failing(GPTQ):
 def together(ranks, folder: Path) -> dict:
     """What ranks do while nothing goes wrong."""
     found = {"folder": folder} | {name: run(method, ranks) for name, method in METHODS.items()}
-    journal, record = Journal(folder / "journal", "key"), Record(Journal(folder / "record", "key"), 10**9)
+    journal, record = Journal(folder / "journal", "key"), ObservationCache(Journal(folder / "record", "key"), 10**9)
     for kept in (journal, Journal(folder / "left", "key")):
         with suppress(KilledError):
             run(METHODS["gptq"], ranks, kept, kill_after=0)

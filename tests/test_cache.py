@@ -8,8 +8,8 @@ import torch
 from tiny_models import save_tiny_folder
 from transformers import AutoTokenizer
 
-from gptq_awq import data
 from gptq_awq.cache.cache import cache
+from gptq_awq.data import tokens as data
 from gptq_awq.errors import UserError
 from gptq_awq.storage.checksummed import read
 

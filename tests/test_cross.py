@@ -1,4 +1,4 @@
-"""Laws of full precision beside the quantized model: cross moments, paired forwards, streams that are kept."""
+"""Laws of full precision beside the quantized model: cross moments, paired forwards, activations that are kept."""
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ import torch
 from test_pipeline import GRID, SMALL, tokens
 from tiny_models import CONFIGS, tiny_model, tiny_tokens
 
-from gptq_awq.calibration.activations import open_streams
+from gptq_awq.calibration.activations import open_activations
 from gptq_awq.calibration.block_inputs import Inputs, calibration_of
 from gptq_awq.calibration.moments import Moments, MomentsSum
 from gptq_awq.calibration.observation import in_dtype
@@ -186,7 +186,7 @@ def test_after_a_block_the_streams_hold_full_precisions_outputs(needs_hessian, m
 
     def noting(self, inputs):
         solve(self, inputs)
-        held.append([s.full for s in inputs.streams.batches])
+        held.append([s.full for s in inputs.activations.batches])
 
     monkeypatch.setattr(module.BlockStep, "run", noting)
     transforms = {} if needs_hessian else {"awq": AWQ(ratio_steps=3)}
@@ -201,17 +201,19 @@ def test_a_block_can_be_run_again_on_what_entered_it():
     model = tiny_model("llama")
     _, blocks = find_blocks(model)
     inputs = Inputs(model, blocks, tokens(), SMALL, error_propagation=True, absorbers=False, full=True)
-    assert inputs.streams is not None
-    entering = [stream.hidden for stream in inputs.streams.batches]
+    assert inputs.activations is not None
+    entering = [batch.hidden for batch in inputs.activations.batches]
     runner = in_dtype(blocks[0], inputs.dtype)
-    staged_forward(runner, 0, inputs.sites(blocks[0], 0), inputs.streams, lambda site, moments: None, full=blocks[0])
-    outputs = [stream.hidden for stream in inputs.streams.batches]
-    for stream, hidden in zip(inputs.streams.batches, entering, strict=True):
-        stream.hidden = hidden
-    inputs.streams.advance(runner, 0)
-    for stream, output in zip(inputs.streams.batches, outputs, strict=True):
-        assert torch.equal(stream.hidden, output)
-        assert torch.allclose(stream.full, output, rtol=1e-4, atol=1e-5)
+    staged_forward(
+        runner, 0, inputs.sites(blocks[0], 0), inputs.activations, lambda site, moments: None, full=blocks[0]
+    )
+    outputs = [batch.hidden for batch in inputs.activations.batches]
+    for batch, hidden in zip(inputs.activations.batches, entering, strict=True):
+        batch.hidden = hidden
+    inputs.activations.advance(runner, 0)
+    for batch, output in zip(inputs.activations.batches, outputs, strict=True):
+        assert torch.equal(batch.hidden, output)
+        assert torch.allclose(batch.full, output, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_changes_no_cross():
@@ -228,7 +230,7 @@ def test_padding_changes_no_cross():
 def test_restoring_refuses_streams_without_full_precision(tmp_path):
     model, journal = tiny_model("llama"), Journal(tmp_path / "j", "key")
     _, blocks = find_blocks(model)
-    full, plain = (open_streams(model, blocks, tokens(), 64, torch.float32, full=f) for f in (True, False))
+    full, plain = (open_activations(model, blocks, tokens(), 64, torch.float32, full=f) for f in (True, False))
     plain.keep(journal, 0)
     with pytest.raises(DamagedError, match="1 hidden states"):
         full.restore(journal, 0)

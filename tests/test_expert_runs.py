@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
 from gptq_awq.api import load_method
 from gptq_awq.calibration.expert_policy import ExpertPolicy
-from gptq_awq.calibration.observation import Record
+from gptq_awq.calibration.observation import ObservationCache
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Source, linear_specs
 from gptq_awq.export.folder import Shards
@@ -22,11 +22,11 @@ from gptq_awq.export.gptq import GPTQFormat
 from gptq_awq.export.hf import HFFormat
 from gptq_awq.export.write import Exports
 from gptq_awq.models.experts import fuse, unfuse
-from gptq_awq.models.offloaded_model import open_streamed
+from gptq_awq.models.offloaded_model import open_offloaded
 from gptq_awq.quantization.codes import Codes
 from gptq_awq.quantization.method import Method
 from gptq_awq.quantization.quantize import Settings, quantize
-from gptq_awq.quantization.targets import landing
+from gptq_awq.quantization.targets import assign_grids
 from gptq_awq.runtime import memory
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.storage.journal import Journal
@@ -56,7 +56,7 @@ def test_a_recorded_calibration_gives_the_same_codes(tmp_path, policy):
     experts = ExpertPolicy(policy, 60)
     plain = run(lonely("deepseek-v3"), "awq", experts=experts)
     for _ in range(2):  # makes the record, reads it
-        record = Record(Journal(tmp_path / "record", "key"), 10**9)
+        record = ObservationCache(Journal(tmp_path / "record", "key"), 10**9)
         rows, found = [], {}
         for block in quantize(
             lonely("deepseek-v3"), tokens(), load_method("awq")[0], GRID, SMALL, record=record, experts=experts
@@ -69,7 +69,7 @@ def test_a_recorded_calibration_gives_the_same_codes(tmp_path, policy):
 
 def test_a_record_whose_last_blocks_have_experts_is_not_begun_without_room(tmp_path):
     first = 4 * (64**2 * 2 + 32**2 * 2 + 96**2)  # bytes of the dense first block's moments
-    record = Record(Journal(tmp_path / "record", "key"), 3 * first)
+    record = ObservationCache(Journal(tmp_path / "record", "key"), 3 * first)
     for _ in quantize(tiny_model("deepseek-v3"), tokens(), load_method("awq")[0], GRID, SMALL, record=record):
         pass
     assert not (tmp_path / "record").exists()
@@ -104,7 +104,7 @@ def test_a_fused_model_is_saved_as_transformers_saves_it(tmp_path):
 def test_other_formats_refuse_experts_before_calibration():
     model = tiny_model("mixtral")
     unfuse(model)
-    specs = linear_specs(model, landing(model, GRID), True)
+    specs = linear_specs(model, assign_grids(model, GRID), True)
     with pytest.raises(UserError, match=r"export.formats=gptq: mixtures of experts"):
         Exports((GPTQFormat(),)).check(specs, model, NoTokenizer())
     Exports((HFFormat(),)).check(specs, model, NoTokenizer())
@@ -155,7 +155,7 @@ def test_experts_are_calibrated_in_bfloat16_too():
 
 
 def opened(folder):
-    return open_streamed(folder, AutoConfig.from_pretrained(folder), torch.float32, torch.device("cpu"), "model")
+    return open_offloaded(folder, AutoConfig.from_pretrained(folder), torch.float32, torch.device("cpu"), "model")
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
@@ -179,26 +179,26 @@ def test_a_streamed_mixtures_checkpoint_is_that_of_one_in_memory_and_at_no_time_
     folder, format_, sizes = save_tiny_folder(tmp_path / "model", "deep"), HFFormat("float32", shard="300KB"), []
     flush = Shards._flush
     monkeypatch.setattr(Shards, "_flush", lambda self: (sizes.append(tensor_bytes()), flush(self)))
-    for name, model in (("streamed", opened(folder)), ("whole", AutoModelForCausalLM.from_pretrained(folder))):
+    for name, model in (("offloaded", opened(folder)), ("whole", AutoModelForCausalLM.from_pretrained(folder))):
         (tmp_path / name).mkdir()
-        source = in_journal(model, tmp_path / "j" / name, streamed=name == "streamed")
+        source = in_journal(model, tmp_path / "j" / name, offloaded=name == "offloaded")
         before = tensor_bytes()
         format_.write(source, tmp_path / name)
         assert max(sizes) - before < 0.5 * 4 * sum(p.numel() for p in model.parameters())
     paths = list((tmp_path / "whole").iterdir())
     assert len(paths) > 6
     for path in paths:
-        assert (tmp_path / "streamed" / path.name).read_bytes() == path.read_bytes(), path.name
-    decoded = {each.name: each.weight for each in format_.decode(tmp_path / "streamed")}
+        assert (tmp_path / "offloaded" / path.name).read_bytes() == path.read_bytes(), path.name
+    decoded = {each.name: each.weight for each in format_.decode(tmp_path / "offloaded")}
     assert decoded.keys() == source.weights.keys()
     assert all(torch.equal(decoded[key], weight.dequantize()) for key, weight in source.weights.items())
 
 
-def in_journal(model, folder, streamed):
-    """A model rounded to the nearest; a streamed one's codes are in a journal."""
+def in_journal(model, folder, offloaded):
+    """A model rounded to the nearest; a offloaded one's codes are in a journal."""
     unfuse(model)
     journal = Journal(folder, "key")
-    codes = Codes(journal, landing(model, GRID), streamed, wanted=True)
+    codes = Codes(journal, assign_grids(model, GRID), offloaded, wanted=True)
     for block in quantize(model, None, load_method("rtn")[0], GRID, SMALL, progress=journal):
         codes.add(block)
     return Source(model, NoTokenizer(), "tiny", codes.weights())

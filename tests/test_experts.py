@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 from gptq_awq import quantize_model
 from gptq_awq.api import observe_moments
-from gptq_awq.calibration.activations import open_streams
+from gptq_awq.calibration.activations import open_activations
 from gptq_awq.calibration.expert_policy import ExpertPolicy
 from gptq_awq.calibration.moments import Moments
 from gptq_awq.calibration.sequential import staged_forward
@@ -215,11 +215,11 @@ def test_sites_in_another_order_are_refused_rather_than_their_tokens_lost():
     model = tiny_model("mixtral")
     unfuse(model)
     _, blocks = find_blocks(model)
-    streams = open_streams(model, blocks, tokens(), 64, torch.float32)
-    sites = observe_sites(blocks[0], streams.probe_input(), streams.probe.calls[0], absorbers=False)
+    activations = open_activations(model, blocks, tokens(), 64, torch.float32)
+    sites = observe_sites(blocks[0], activations.probe_input(), activations.probe.calls[0], absorbers=False)
     swapped = [*sites[:2], *reversed(sites[2:])]
     with pytest.raises(UserError, match="in another order"):
-        staged_forward(blocks[0], 0, swapped, streams, lambda _site, _moments: None, policy=KEEP)
+        staged_forward(blocks[0], 0, swapped, activations, lambda _site, _moments: None, policy=KEEP)
 
 
 class IdentityGPTQ(GPTQ):

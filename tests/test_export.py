@@ -15,7 +15,7 @@ from gptq_awq.export import write as write_module
 from gptq_awq.export.base import Source
 from gptq_awq.export.hf import HFFormat
 from gptq_awq.export.mlx import MLXFormat
-from gptq_awq.export.verify import Probe, Record, reference_model, verify
+from gptq_awq.export.verify import Probe, VerificationRecord, reference_model, verify
 from gptq_awq.export.write import Exports, make_exports
 from gptq_awq.runtime.progress import no_track
 
@@ -59,7 +59,7 @@ def test_the_reference_model_computes_what_the_model_in_memory_computes(source, 
     with torch.no_grad():
         ours, theirs = (m(input_ids=tokens).logits for m in (source.model, reference_model(done.path)))
     assert torch.allclose(ours, theirs, atol=1e-5)
-    record = Record.read(done.path)
+    record = VerificationRecord.read(done.path)
     assert torch.tensor(record.nll) == pytest.approx(probe(source).nll, abs=1e-5)
 
 
@@ -67,7 +67,7 @@ def test_one_other_code_in_memory_is_found(source, tmp_path):
     (done,) = export(source, tmp_path, MLXFormat(dtype="float32"))
     name, weight = next(iter(source.weights.items()))
     weight.codes[0, 0] ^= 1
-    Record.of(MLXFormat(dtype="float32"), source, done.path, probe(source), {}).write(done.path)
+    VerificationRecord.of(MLXFormat(dtype="float32"), source, done.path, probe(source), {}).write(done.path)
     with pytest.raises(UserError, match=rf"codes of {name}"):
         verify(done.path)
 

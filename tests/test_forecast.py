@@ -9,8 +9,8 @@ from test_pipeline import SMALL, tokens
 from tiny_models import save_tiny_folder, tiny_model
 
 from gptq_awq.calibration.block_inputs import calibration_of
-from gptq_awq.experiment.dry_run import with_blocks
-from gptq_awq.experiment.forecast import Forecast, PhaseForecast
+from gptq_awq.experiment.forecasting.dry_run import with_blocks
+from gptq_awq.experiment.forecasting.forecast import Forecast, PhaseForecast
 from gptq_awq.models.blocks import find_blocks
 
 

@@ -9,7 +9,7 @@ from gptq_awq.export.gguf import ggml_type
 from gptq_awq.export.gguf_file import read_gguf, write_gguf
 from gptq_awq.grids.mix import BASE, LlamaMix
 from gptq_awq.models.load import load_folder
-from gptq_awq.quantization.targets import landing
+from gptq_awq.quantization.targets import assign_grids
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,6 @@ def test_mixes_choose_what_llama_quantize_chooses(full, tmp_path, kind):
     command = [python.parent / "llama-quantize", path, tmp_path / "q.gguf", kind.upper()]
     subprocess.run(command, check=True, capture_output=True)
     theirs = {tensor.name: tensor.ggml_type for tensor in read_gguf(tmp_path / "q.gguf")}
-    ours = {name: ggml_type(grid) for name, grid in landing(model, LlamaMix(kind)).items()}
+    ours = {name: ggml_type(grid) for name, grid in assign_grids(model, LlamaMix(kind)).items()}
     assert ours == {name: theirs[name] for name in ours}
     assert {name for name, dtype in theirs.items() if dtype != "F32"} == set(ours)

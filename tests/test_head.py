@@ -18,7 +18,7 @@ from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.mix import LlamaMix
 from gptq_awq.grids.per_layer import PerLayerGrid
-from gptq_awq.models import offloaded_model as streamed
+from gptq_awq.models import offloaded_model as offloaded
 from gptq_awq.models.linear import matrix
 from gptq_awq.models.load import load_folder
 from gptq_awq.models.offload import residence, resident
@@ -26,7 +26,7 @@ from gptq_awq.models.topology import relative_error
 from gptq_awq.quantization.footprint import Footprint
 from gptq_awq.quantization.method import Method
 from gptq_awq.quantization.quantize import quantize
-from gptq_awq.quantization.targets import landing
+from gptq_awq.quantization.targets import assign_grids
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.qronos import Qronos
 from gptq_awq.solvers.rtn import RTN
@@ -167,14 +167,14 @@ def test_the_bytes_of_a_quantized_head_are_counted_and_those_of_a_copy_too(name)
 def test_each_choice_of_grids_has_one_for_a_head_that_is_asked_for():
     model = tiny_model("llama")
     by_name = PerLayerGrid(4, 32, overrides={"lm_head": 8}, blocks={"-1": 3})
-    assert landing(model, by_name, "solve")["lm_head"].bits == 8
-    assert landing(model, replace(by_name, overrides={}), "solve")["lm_head"].bits == 4
+    assert assign_grids(model, by_name, "solve")["lm_head"].bits == 8
+    assert assign_grids(model, replace(by_name, overrides={}), "solve")["lm_head"].bits == 4
     with pytest.raises(UserError, match=r"overrides\.lm_head: the model has no such linear"):
-        landing(model, by_name)
-    assert landing(model, AllocatedGrid(choices=(2, 6, 3), group_size=32), "solve")["lm_head"].bits == 6
-    assert "lm_head" not in landing(model, LlamaMix("q4_0", embeddings=False))
-    assert next(iter(landing(model, LlamaMix("q4_0", embeddings=False), "solve"))) == "lm_head"
-    assert "lm_head" not in landing(model, GRID)
+        assign_grids(model, by_name)
+    assert assign_grids(model, AllocatedGrid(choices=(2, 6, 3), group_size=32), "solve")["lm_head"].bits == 6
+    assert "lm_head" not in assign_grids(model, LlamaMix("q4_0", embeddings=False))
+    assert next(iter(assign_grids(model, LlamaMix("q4_0", embeddings=False), "solve"))) == "lm_head"
+    assert "lm_head" not in assign_grids(model, GRID)
 
 
 def test_a_mixs_embedding_is_rounded_and_its_head_solved():
@@ -211,7 +211,7 @@ def test_a_run_killed_before_or_after_its_head_ends_as_an_uninterrupted_one(tmp_
 
 
 def test_a_head_that_is_streamed_from_disk_gets_the_same_codes_and_holds_them(tmp_path, tiny_folder, monkeypatch):
-    monkeypatch.setattr(streamed, "SMALL", 1)
+    monkeypatch.setattr(offloaded, "SMALL", 1)
     rows = {}
     for room in (None, 0):
         model, _ = load_folder(tiny_folder, "float32", "cpu", "model.path=here", room=room)

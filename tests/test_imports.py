@@ -8,25 +8,17 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "gptq_awq"
 # Lowest first. What stands on one line may not import each other.
 LAYERS = [
-    {"errors", "progress", "files", "runlog", "profiling", "kernels", "__init__"},
-    {"sealed"},
-    {"journal", "ranks"},
-    {"assets", "linalg", "hadamard", "text", "results", "memory", "manifest", "plugins", "statistics", "scores"},
-    {"moments", "tracking", "report", "cache", "runs"},
-    {"grids", "data", "sweep", "frontier"},
-    {"models", "solvers"},
-    {"transforms", "tuning", "costs", "self_calibration"},
-    {"pipeline"},
-    {"evaluation"},
-    {"export", "allocation"},
-    {"plan"},
-    {"needs"},
-    {"work"},
-    {"trial"},
-    {"forecast"},
-    {"row"},
-    {"api", "experiment"},
-    {"replay", "notebook"},
+    {"__init__", "errors", "kernels"},
+    {"storage", "runtime", "numerics"},
+    {"results", "cache", "grids", "data"},
+    {"models"},
+    {"calibration", "evaluation", "tuning"},
+    {"solvers", "transforms", "report"},
+    {"quantization", "export", "frontier"},
+    {"allocation", "api"},
+    {"experiment"},
+    {"replay"},
+    {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

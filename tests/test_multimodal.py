@@ -12,7 +12,7 @@ from gptq_awq import quantize_model
 from gptq_awq.api import load_method, observe_moments
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.head import Head
-from gptq_awq.models import offloaded_model as streamed
+from gptq_awq.models import offloaded_model as offloaded
 from gptq_awq.models.blocks import find_blocks, heads_of
 from gptq_awq.models.load import load_folder
 from gptq_awq.models.topology import relative_error
@@ -119,7 +119,7 @@ def test_a_folder_is_loaded_whole(name, tmp_path):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_streamed_one_gets_the_codes_and_logits_of_one_in_memory(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(streamed, "SMALL", 100)
+    monkeypatch.setattr(offloaded, "SMALL", 100)
     whole, ids = wrapper(name), tiny_tokens() % 60
     model, _ = load_folder(folder_of(name, tmp_path / name), "float32", "cpu", "model.path=here", room=0)
     assert torch.equal(model(ids).logits, whole(ids).logits)

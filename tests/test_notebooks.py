@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import VARIABLE, Line, bars, example, image, lines
 from tiny_models import tiny_model
 
 from gptq_awq import quantize_model
 from gptq_awq.api import observe_moments, with_weights
 from gptq_awq.errors import UserError
-from gptq_awq.notebook import VARIABLE, Line, bars, example, image, lines
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

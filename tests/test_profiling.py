@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gptq_awq.api import load_method
 from gptq_awq.errors import UserError
-from gptq_awq.experiment.costs import Costs, copy_rate, matmul_rate, profiled
+from gptq_awq.experiment.forecasting.costs import Costs, copy_rate, matmul_rate, profiled
 from gptq_awq.experiment.run import run as experiment
 from gptq_awq.quantization.quantize import quantize
 from gptq_awq.results import Result, read_ledger

@@ -18,8 +18,8 @@ from gptq_awq import results
 from gptq_awq.api import load_method
 from gptq_awq.calibration.activations import batches_of
 from gptq_awq.errors import UserError
+from gptq_awq.numerics.distributed import ONE, RankLostError, Ranks, opened, rank_and_size
 from gptq_awq.quantization.quantize import check_ranks
-from gptq_awq.runtime.distributed import ONE, RankLostError, Ranks, opened, rank_and_size
 from gptq_awq.storage.journal import Journal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,7 +111,7 @@ def test_a_journal_and_a_record_give_the_same_codes(found, again, plain):
 def test_one_rank_goes_on_where_two_were_killed(found):
     journal = Journal(found["folder"] / "left", "key")
     assert journal.count() == 1
-    assert len(list((journal.folder / "stream-0000").iterdir())) == 4
+    assert len(list((journal.folder / "activations-0000").iterdir())) == 4
     alone = run(METHODS["gptq"], ONE, journal)
     for name, codes in found["gptq"]["codes"].items():
         assert (codes == alone["codes"][name]).float().mean() > (0.9 if ".layers.1." in name else 0.999), name
@@ -147,7 +147,8 @@ def test_a_killed_rank_stops_the_run_and_the_same_command_goes_on_bit_for_bit(tm
 
 
 def test_ranks_calibrate_on_what_the_first_of_them_wrote(tmp_path, tiny):
-    own = "+method.self_calibration={_target_: gptq_awq.calibration.self_calibration.SelfCalibration, windows: 8, prompt: 4}"
+    target = "gptq_awq.calibration.self_calibration.SelfCalibration"
+    own = f"+method.self_calibration={{_target_: {target}, windows: 8, prompt: 4}}"
     options = ("method=gptq", "tokens_per_batch=64", own, *tiny)
     for number, processes in ((2, two_ranks), (1, one_rank)):
         folder = {"GPTQ_AWQ_CACHE": str(tmp_path / f"cache{number}")}
@@ -159,7 +160,7 @@ def test_ranks_calibrate_on_what_the_first_of_them_wrote(tmp_path, tiny):
 
 MEETING = """
 import sys
-from gptq_awq.runtime.distributed import opened
+from gptq_awq.numerics.distributed import opened
 with opened(float(sys.argv[1])) as ranks:
     print(ranks.gather(f"{ranks.rank} of {ranks.size}"), ranks.place, ranks.neighbours, flush=True)
     ranks.from_first(sys.stdin.readline)

@@ -12,7 +12,7 @@ from tiny_models import tiny_model
 from gptq_awq.api import load_method
 from gptq_awq.calibration import moments
 from gptq_awq.calibration import observation as observe
-from gptq_awq.calibration.observation import Record, observations_sha256
+from gptq_awq.calibration.observation import ObservationCache, observations_sha256
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.mix import LlamaMix
 from gptq_awq.grids.table import TableGrid
@@ -74,12 +74,12 @@ def test_progress_is_a_byte_per_weight_and_one_stream(tmp_path):
         run(METHODS["gptq"], journal=journal, kill_after=0)
     model = tiny_model("llama")
     weights = sum(p.numel() for p in model.model.layers[0].parameters())
-    stream = tokens().ids.numel() * 64 * 4
+    batch = tokens().ids.numel() * 64 * 4
     size = sum(path.stat().st_size for path in (tmp_path / "j").rglob("*.safetensors"))
-    assert size < 1.3 * weights + stream + 20_000
+    assert size < 1.3 * weights + batch + 20_000
 
 
-@pytest.mark.parametrize("which", ["block-0000", "stream-0000/000001"])
+@pytest.mark.parametrize("which", ["block-0000", "activations-0000/000001"])
 def test_damaged_progress_is_said_and_never_used(tmp_path, which, caplog):
     plain = run(METHODS["gptq"])
     journal = Journal(tmp_path / "j", "key")
@@ -126,7 +126,7 @@ def test_every_kind_of_grid_comes_back(tmp_path, grid):
 
 
 def record(tmp_path, room=10**9):
-    return Record(Journal(tmp_path / "record", "key"), room)
+    return ObservationCache(Journal(tmp_path / "record", "key"), room)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])

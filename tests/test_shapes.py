@@ -8,7 +8,7 @@ from tiny_models import COMMON, GROUPED, SPECIAL, tiny_tokens
 
 from gptq_awq import quantize_model
 from gptq_awq.api import observe_moments
-from gptq_awq.calibration.activations import open_streams
+from gptq_awq.calibration.activations import open_activations
 from gptq_awq.calibration.sequential import staged_forward
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import find_blocks
@@ -114,14 +114,14 @@ def test_staged_moments_are_those_that_hooks_see_in_the_whole_model(name):
     seen = inputs_of_linears(model, data.ids)
     prefix, blocks = find_blocks(model)
     sites = [[site for site in observe_moments(model, data.ids) if site.block == i] for i in range(len(blocks))]
-    streams = open_streams(model, blocks, data, 64, torch.float32)
+    activations = open_activations(model, blocks, data, 64, torch.float32)
     for index, block in enumerate(blocks):
 
         def check(site, moments, index=index):
             for linear in site.linears:
                 assert same_moments(moments.hessian, seen.pop(f"{prefix}.{index}.{linear}")), linear
 
-        staged_forward(block, index, [each.site for each in sites[index]], streams, check)
+        staged_forward(block, index, [each.site for each in sites[index]], activations, check)
     assert not seen
 
 

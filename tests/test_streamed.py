@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptq_awq.api import load_method
 from gptq_awq.calibration.block_inputs import Settings
-from gptq_awq.calibration.observation import Record
+from gptq_awq.calibration.observation import ObservationCache
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.evaluate import full_precision, score
@@ -22,8 +22,8 @@ from gptq_awq.grids.integer import IntGrid
 from gptq_awq.models import offloaded_model as module
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.load import load_folder
-from gptq_awq.models.offload import residence, resident, streamed
-from gptq_awq.models.offloaded_model import open_streamed
+from gptq_awq.models.offload import offloaded, residence, resident
+from gptq_awq.models.offloaded_model import open_offloaded
 from gptq_awq.quantization.quantize import quantize
 from gptq_awq.storage.journal import Journal
 
@@ -46,7 +46,7 @@ def folder(tmp_path):
 
 
 def opened(folder, dtype=torch.float32):
-    return open_streamed(folder, AutoConfig.from_pretrained(folder), dtype, CPU, "model.path=x")
+    return open_offloaded(folder, AutoConfig.from_pretrained(folder), dtype, CPU, "model.path=x")
 
 
 def whole(folder, dtype=torch.float32):
@@ -175,7 +175,7 @@ def test_a_killed_streamed_run_goes_on(folder, tmp_path):
 def test_a_record_is_made_block_by_block(folder, tmp_path):
     path, (method, _) = folder("llama"), load_method("awq")
     model, expected = opened(path), whole(path)
-    record = Record(Journal(tmp_path / "record", "key"), 10**9)
+    record = ObservationCache(Journal(tmp_path / "record", "key"), 10**9)
     steps = quantize(model, calibration(), method, GRID, record=record, progress=journal(tmp_path))
     ours = [dict(block.weights) for block in steps]
     theirs = [b.weights for b in quantize(expected, calibration(), method, GRID)]
@@ -217,9 +217,9 @@ def test_ties_that_the_files_contradict_are_refused(folder):
 def test_a_model_is_streamed_where_it_has_no_room(tmp_path):
     path = save_tiny_folder(tmp_path / "model")
     size = 4 * sum(p.numel() for p in whole(path).parameters())
-    assert streamed(load_folder(path, "float32", "cpu", "model.path=x", room=size - 1)[0])
-    assert not streamed(load_folder(path, "float32", "cpu", "model.path=x", room=size)[0])
-    assert not streamed(load_folder(path, "bfloat16", "cpu", "model.path=x", room=size - 1)[0])
+    assert offloaded(load_folder(path, "float32", "cpu", "model.path=x", room=size - 1)[0])
+    assert not offloaded(load_folder(path, "float32", "cpu", "model.path=x", room=size)[0])
+    assert not offloaded(load_folder(path, "bfloat16", "cpu", "model.path=x", room=size - 1)[0])
 
 
 def test_pickled_weights_cannot_be_streamed(tmp_path):
@@ -228,7 +228,7 @@ def test_pickled_weights_cannot_be_streamed(tmp_path):
     (path / "model.safetensors").unlink()
     with pytest.raises(UserError, match="safetensors"):
         opened(path)
-    assert not streamed(load_folder(path, "float32", "cpu", "model.path=x", room=0)[0])
+    assert not offloaded(load_folder(path, "float32", "cpu", "model.path=x", room=0)[0])
 
 
 def test_streaming_changes_no_number_of_a_run(cli, tiny_folder, tiny_text, tmp_path):

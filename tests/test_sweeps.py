@@ -19,7 +19,7 @@ from tiny_models import GROUPED, save_tiny_folder
 from gptq_awq import results
 from gptq_awq.errors import UserError
 from gptq_awq.experiment.fingerprint import code_sha256, run_sha256
-from gptq_awq.experiment.sweep import failed, no_objective, objective
+from gptq_awq.experiment.sweeps.sweep import failed, no_objective, objective
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = 8

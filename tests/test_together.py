@@ -16,12 +16,12 @@ from gptq_awq.grids.table import TableGrid
 from gptq_awq.models.blocks import BlockCalls, find_blocks
 from gptq_awq.models.linear import Site
 from gptq_awq.models.topology import observe_sites
+from gptq_awq.numerics.distributed import ONE, Ranks
 from gptq_awq.numerics.linalg import inverse_cholesky, inverse_choleskys
 from gptq_awq.quantization import batching as together
 from gptq_awq.quantization import block
-from gptq_awq.quantization.batching import Piece, batches, shared
+from gptq_awq.quantization.batching import RowSlice, batches, shared
 from gptq_awq.quantization.method import Method
-from gptq_awq.runtime.distributed import ONE, Ranks
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.transforms.awq import AWQ
@@ -133,7 +133,7 @@ def pieces(experts=3, grid=GRID, solver=None):
     for expert in [None, *range(experts)]:
         stats = moments(torch.eye(64))
         site = Site((f"{expert}.gate", f"{expert}.up"), 64, expert=expert)
-        made += [Piece(name, site, stats, solver, grid, 64, (0, 25)) for name in site.linears]
+        made += [RowSlice(name, site, stats, solver, grid, 64, (0, 25)) for name in site.linears]
     return made
 
 

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from gptq_awq.errors import UserError
-from gptq_awq.experiment.tracking import NoTracking, WandbTracking, error_profile, run_name
+from gptq_awq.experiment.sweeps.tracking import NoTracking, WandbTracking, error_profile, run_name
 from gptq_awq.results import Result
 
 RUN = "0123456789abcdef" * 4
@@ -195,7 +195,8 @@ def test_every_tracking_yaml_instantiates(name: str, kind: type) -> None:
 
 
 def test_wandb_is_not_imported_by_those_who_do_not_ask_for_it() -> None:
-    code = "import sys, gptq_awq.experiment.tracking as t; t.NoTracking().start({}, 'x'); assert 'wandb' not in sys.modules"
+    code = "import sys, gptq_awq.experiment.sweeps.tracking as t; t.NoTracking().start({}, 'x')"
+    code += "; assert 'wandb' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

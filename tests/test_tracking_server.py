@@ -14,7 +14,7 @@ import pytest
 from fake_wandb import FakeWandb, serving
 from test_tracking import RESULT, RUN
 
-from gptq_awq.experiment.tracking import NoTracking, WandbTracking
+from gptq_awq.experiment.sweeps.tracking import NoTracking, WandbTracking
 
 
 @pytest.mark.parametrize("end", ["failed", pytest.param("killed", marks=pytest.mark.slow)])  # wandb sends every 15 s
@@ -42,7 +42,7 @@ def attempt(home: Path, end: str, told: Callable[[], bool]) -> None:
 import sys, time
 from dataclasses import replace
 from test_tracking import RESULT
-from gptq_awq.experiment.tracking import WandbTracking
+from gptq_awq.experiment.sweeps.tracking import WandbTracking
 tracker = WandbTracking(mode="online", dir=sys.argv[1]).start({}, "run", "sweep", sys.argv[2])
 for block in (0, 1, 2):
     tracker.log({"quantize/relative_error": block / 10}, step=block)
@@ -88,7 +88,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 
 def test_a_server_that_never_answers_costs_seconds_and_no_run(wandb_home: Path, monkeypatch, caplog) -> None:
-    monkeypatch.setattr("gptq_awq.experiment.tracking.LIMITS", {"init_timeout": 1.0, "finish_timeout": 1.0})
+    monkeypatch.setattr("gptq_awq.experiment.sweeps.tracking.LIMITS", {"init_timeout": 1.0, "finish_timeout": 1.0})
     with serving(FakeWandb(silent=True)) as address:
         for name, value in online(address).items():
             monkeypatch.setenv(name, value)

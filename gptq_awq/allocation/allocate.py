@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from gptq_awq.allocation.knapsack import cheapest
 from gptq_awq.allocation.sensitivity import Cost, Measure, first_windows, measured_costs
-from gptq_awq.calibration.block_inputs import Inputs, Settings, resolve_compute_dtype
+from gptq_awq.calibration.block_inputs import Inputs, Settings
 from gptq_awq.calibration.observation import observations_sha256
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
@@ -22,12 +22,13 @@ from gptq_awq.grids.allocated import AllocatedGrid, Width
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import matrix
+from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.quantization.method import Method
 from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.solvers.base import Solver
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.storage.atomic import replacing
-from gptq_awq.storage.checksummed import Sealed, once
+from gptq_awq.storage.checksummed import ChecksummedFile, once
 
 FILE_NAME = "allocation.json"
 SCHEMA = 1
@@ -97,8 +98,8 @@ class Question:
     def answer(self, cache: Path | None, model_sha256: str, track: Track) -> list[Cost]:
         """Sensitivities from the cache, or computed and kept there."""
 
-        def compute() -> Sealed:
-            return Sealed({}, {"costs": [asdict(cost) for cost in self._computed(track)]})
+        def compute() -> ChecksummedFile:
+            return ChecksummedFile({}, {"costs": [asdict(cost) for cost in self._computed(track)]})
 
         content = compute() if cache is None else once(self._path(cache, model_sha256), "sensitivities", compute)
         return [Cost(c["name"], c["site"], tuple(c["costs"])) for c in content.facts["costs"]]

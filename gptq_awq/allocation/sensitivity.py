@@ -112,7 +112,7 @@ def measured_costs(
     for index in track(range(len(blocks)), "sensitivities", len(blocks)):
         block = blocks[index]
         with torch.no_grad():
-            runner = inputs.runner(block) if inputs.streams is not None else block
+            runner = inputs.runner(block) if inputs.activations is not None else block
             seen = inputs.observe(block, runner, index)
             for site, moments in zip(seen.sites, seen.moments, strict=True):
                 if needs_cross:  # nothing has drifted from full precision

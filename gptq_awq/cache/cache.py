@@ -3,8 +3,8 @@
     python -m gptq_awq.cache list
     python -m gptq_awq.cache clear [KIND …] [--older DAYS]
 
-The folder is `gptq_awq.storage.assets.cache_dir()`, or $GPTQ_AWQ_CACHE; runs, processes and nodes may share it. Everything in
-it is named by the hash of what it depends on, written whole, and checked when read; so deleting any of it costs
+The folder is `gptq_awq.storage.assets.cache_dir()`, or $GPTQ_AWQ_CACHE; runs, processes and nodes may share it.
+Everything in it is named by the hash of what it depends on, written whole, and checked when read; so deleting any of it costs
 time and nothing else. After a run, what was not used for longest is dropped until `cache_gb` suffices (downloads,
 models and the progress of unfinished runs don't count, and are only dropped by hand).
 """
@@ -143,7 +143,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _default() -> str:
     return " ".join([*DISPENSABLE, "progress", "runs"])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
-"""Streams: the calibration data as it flows from block to block.
+"""Activations: the calibration data as it flows from block to block.
 
-A stream is one batch of calibration windows as hidden states, with the arguments every block wants beside
+A batch is one batch of calibration windows as hidden states, with the arguments every block wants beside
 them. The states live in the compute dtype; blocks put new ones in place of the old ones, which nobody changes.
 
 Methods that compare the quantized model with full precision (`Method.needs_full`) have the latter's hidden states
@@ -8,8 +8,10 @@ beside. Before block k is solved, `hidden` is what the quantized model feeds it 
 afterwards both are its outputs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,14 +23,14 @@ from gptq_awq.errors import UserError
 from gptq_awq.models.attention import faster_attention_of
 from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call, text_config
 from gptq_awq.models.offload import resident
-from gptq_awq.runtime.distributed import ONE, Ranks
+from gptq_awq.numerics.distributed import ONE, Ranks
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.storage.checksummed import DamagedError
 from gptq_awq.storage.journal import Journal
 
 
-class Stream:
+class BatchActivations:
     """One batch on its way through the model (the one mutable value of the pipeline).
 
     Attributes:
@@ -79,35 +81,35 @@ def _read(held: Tensor | Spilled) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Streams:
+class Activations:
     """All calibration batches, or this rank's, and a probe of a few tokens for observing the topology."""
 
-    batches: list[Stream]
-    probe: Stream
+    batches: list[BatchActivations]
+    probe: BatchActivations
     ranks: Ranks = ONE
 
     @torch.no_grad()
     def advance(self, block: nn.Module, index: int, full: nn.Module | None = None) -> None:
         """Pass every batch through `block`, and its full-precision states, if it has any, through `full`."""
-        for stream in self.batches:
-            with phase("forward", *stream.hidden.shape[:2]), faster_attention_of(block):
-                stream.hidden = stream.calls[index].run(block, stream.hidden)
+        for batch in self.batches:
+            with phase("forward", *batch.hidden.shape[:2]), faster_attention_of(block):
+                batch.hidden = batch.calls[index].run(block, batch.hidden)
         if full is not None:
             self.advance_full(full, index)
 
     @torch.no_grad()
     def advance_full(self, full: nn.Module, index: int) -> None:
         """Pass every batch's full-precision states through `full`, nothing else."""
-        for stream in self.batches:
-            assert stream.full is not None
-            with phase("forward", *stream.hidden.shape[:2]), faster_attention_of(full):
-                stream.full = stream.calls[index].run(full, stream.full)
+        for batch in self.batches:
+            assert batch.full is not None
+            with phase("forward", *batch.hidden.shape[:2]), faster_attention_of(full):
+                batch.full = batch.calls[index].run(full, batch.full)
 
     def keep(self, journal: Journal, index: int) -> None:
         """Keep what every batch takes from block `index` into the next, a file for each. Raises OSError."""
-        for stream in self.batches:
-            states = [stream.hidden] if stream.full is None else [stream.hidden, stream.full]
-            journal.keep_batch(index, stream.number, states)
+        for batch in self.batches:
+            states = [batch.hidden] if batch.full is None else [batch.hidden, batch.full]
+            journal.keep_batch(index, batch.number, states)
 
     def restore(self, journal: Journal, index: int) -> None:
         """Go on from what `keep` kept after block `index`; where it raises, on every rank, nothing has changed.
@@ -117,26 +119,54 @@ class Streams:
         """
 
         def check() -> None:
-            for stream in self.batches:
-                _check_fitting(stream, journal.batch(index, stream.number))
+            for batch in self.batches:
+                _check_fitting(batch, journal.batch(index, batch.number))
 
         self.ranks.together(check, FileNotFoundError, DamagedError)
-        for stream in self.batches:
-            hidden, *full = journal.batch(index, stream.number)
-            stream.hidden = hidden.to(stream.hidden.device)
-            stream.full = full[0].to(stream.hidden.device) if full else None
+        for batch in self.batches:
+            hidden, *full = journal.batch(index, batch.number)
+            batch.hidden = hidden.to(batch.hidden.device)
+            batch.full = full[0].to(batch.hidden.device) if full else None
 
     def probe_input(self) -> Float[Tensor, "1 tokens width"]:
         """The first real tokens that enter the next block, of this rank's batches."""
         return self.batches[0].hidden[:1, : self.probe.hidden.shape[1]]
 
 
-def _check_fitting(stream: Stream, states: list[Tensor]) -> None:
-    """Raise DamagedError unless these states may take the place of the stream's."""
-    now = stream.hidden
+def keep_block(
+    journal: Journal,
+    index: int,
+    packed: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]],
+    activations: Activations | None,
+    ranks: Ranks,
+) -> None:
+    """Keep a finished block: each rank writes the activations of its own batches, then rank 0 writes the block.
+
+    Args:
+        packed: tensors and facts of the block.
+
+    Raises:
+        OSError: on all ranks, where any could not write.
+    """
+
+    def keep_activations() -> None:
+        if activations is not None:
+            activations.keep(journal, index)
+
+    def append() -> None:
+        if ranks.first:
+            journal.append(index, *packed())
+
+    ranks.together(keep_activations, OSError)
+    ranks.together(append, OSError)
+
+
+def _check_fitting(batch: BatchActivations, states: list[Tensor]) -> None:
+    """Raise DamagedError unless these states may take the place of the batch's."""
+    now = batch.hidden
     if any(x.shape != now.shape or x.dtype != now.dtype for x in states):
         raise DamagedError(f"a batch of shape {tuple(states[0].shape)} for one of {tuple(now.shape)}")
-    if len(states) != 1 + (stream.full is not None):
+    if len(states) != 1 + (batch.full is not None):
         raise DamagedError(f"{len(states)} hidden states of a batch")
 
 
@@ -170,7 +200,7 @@ def _check_alone(model: nn.Module) -> None:
 
 
 @phase("embed")
-def open_streams(
+def open_activations(
     model: nn.Module,
     blocks: nn.ModuleList,
     tokens: TokenSet,
@@ -180,8 +210,8 @@ def open_streams(
     full: bool = False,
     spill: Path | None = None,
     ranks: Ranks = ONE,
-) -> Streams:
-    """Embed the calibration tokens and record what every block is called with; `full`, `spill`: see `Stream`.
+) -> Activations:
+    """Embed the calibration tokens and record what every block is called with; `full`, `spill`: see `BatchActivations`.
 
     Of several ranks each takes its share of the batches; which windows make a batch does not depend on them.
 
@@ -202,12 +232,12 @@ def _opened(
     full: bool,
     spill: Path | None,
     ranks: Ranks,
-) -> Streams:
+) -> Activations:
     _check_alone(model)
     recorder = BlockCalls(model, blocks)
     per_batch = max(1, tokens_per_batch // tokens.ids.shape[1])
 
-    def stream(number: int, ids: Tensor, mask: Tensor | None) -> Stream:
+    def batch(number: int, ids: Tensor, mask: Tensor | None) -> BatchActivations:
         hidden, calls = recorder.record(ids, mask)
         if hidden.dim() != 3:
             raise UserError(
@@ -216,11 +246,13 @@ def _opened(
             )
         on_device = None if mask is None else mask.to(hidden.device)
         hidden = hidden.to(compute_dtype)
-        return Stream(number, hidden, calls, on_device, hidden if full else None, None if number < 0 else spill)
+        return BatchActivations(
+            number, hidden, calls, on_device, hidden if full else None, None if number < 0 else spill
+        )
 
     numbers = batches_of(ranks, tokens, tokens_per_batch)
     batches = []
     for number in track(numbers, "embed calibration text", len(numbers)):
         part = slice(number * per_batch, (number + 1) * per_batch)
-        batches.append(stream(number, tokens.ids[part], None if tokens.mask is None else tokens.mask[part]))
-    return Streams(batches, stream(-1, tokens.ids[:1, :PROBE_TOKENS], None), ranks)
+        batches.append(batch(number, tokens.ids[part], None if tokens.mask is None else tokens.mask[part]))
+    return Activations(batches, batch(-1, tokens.ids[:1, :PROBE_TOKENS], None), ranks)

@@ -1,4 +1,4 @@
-"""What enters each block during calibration: streams on their way through the model, or a record of full precision."""
+"""Inputs of each block during calibration: activations passed on by the block before, or recorded full precision."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gptq_awq.calibration.activations import Streams, open_streams
+from gptq_awq.calibration.activations import Activations, open_activations
 from gptq_awq.calibration.expert_policy import ExpertPolicy
-from gptq_awq.calibration.observation import Observation, Observer, Record, in_dtype, read, recorded
+from gptq_awq.calibration.observation import Observation, ObservationCache, Observer, in_dtype, read, recorded
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import find_blocks, heads_of
 from gptq_awq.models.linear import Site, is_linear, matrix, widest
-from gptq_awq.models.offload import streamed
-from gptq_awq.numerics.linalg import native_dtype
+from gptq_awq.models.offload import offloaded
+from gptq_awq.numerics.distributed import ONE, Ranks
+from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.runtime import memory
-from gptq_awq.runtime.distributed import ONE, Ranks
 from gptq_awq.runtime.progress import Track, no_track
 
 log = logging.getLogger(__name__)
@@ -61,9 +61,9 @@ class Inputs:
     """The inputs of a model's blocks, asked for from the first block to the last.
 
     Args:
-        error_propagation: see `Method`. Without it, `observe` advances the streams, on the block as it is then.
+        error_propagation: see `Method`. Without it, `observe` advances the activations, on the block as it is then.
         absorbers: whether sites shall know theirs.
-        full: whether streams carry full precision's hidden states too (`Method.needs_full`).
+        full: whether activations carry full precision's hidden states too (`Method.needs_full`).
         settings: see `Settings`; `keeps_activations` says what `activations` came to.
         record: where what full precision shows is read from; it is completed first, for all later runs.
         experts: what calibrates experts that few tokens reach.
@@ -77,7 +77,7 @@ class Inputs:
         settings: Settings,
         error_propagation: bool,
         absorbers: bool,
-        record: Record | None = None,
+        record: ObservationCache | None = None,
         track: Track = no_track,
         full: bool = False,
         experts: ExpertPolicy = ExpertPolicy(),  # noqa: B008 (frozen)
@@ -92,10 +92,10 @@ class Inputs:
 
         def observer(absorbers: bool) -> Observer:
             spill = _spill(model, tokens, self.dtype, 1 + full, settings)
-            streams = open_streams(
+            activations = open_activations(
                 *(model, blocks, tokens, settings.tokens_per_batch, self.dtype, track, full, spill, settings.ranks)
             )
-            return Observer(streams, absorbers, heads, experts)
+            return Observer(activations, absorbers, heads, experts)
 
         # A record serves all methods, so it knows absorbers whether this one wants them or not.
         if (
@@ -105,14 +105,14 @@ class Inputs:
         ):
             self._record, self._observer = record, None
             first = first_batch(tokens, settings.tokens_per_batch)
-            self._calls = open_streams(model, blocks, first, settings.tokens_per_batch, self.dtype).batches[0].calls
+            self._calls = open_activations(model, blocks, first, settings.tokens_per_batch, self.dtype).batches[0].calls
         else:
             self._record, self._observer = None, observer(absorbers)
 
     @property
-    def streams(self) -> Streams | None:
+    def activations(self) -> Activations | None:
         """What enters the next block; None where inputs are read from a record."""
-        return self._observer.streams if self._observer else None
+        return self._observer.activations if self._observer else None
 
     def runner(self, block: nn.Module) -> nn.Module:
         """The block as forwards compute with it."""
@@ -153,7 +153,7 @@ def calibration_of(model: nn.Module, tokens: TokenSet, settings: Settings, full:
     dtype, (_, blocks) = resolve_compute_dtype(settings.compute_dtype, device), find_blocks(model)
     columns = widest(blocks)
     linears = [w.numel() for w in map(matrix, filter(is_linear, blocks.modules())) if w.shape[1] == columns]
-    held = (own.itemsize if streamed(model) else 0) + (dtype.itemsize if dtype != own else 0)
+    held = (own.itemsize if offloaded(model) else 0) + (dtype.itemsize if dtype != own else 0)
     return memory.Calibration(
         block=max(sum(p.numel() for p in block.parameters()) for block in blocks),
         linear=max(linears),
@@ -196,16 +196,3 @@ def first_batch(tokens: TokenSet, tokens_per_batch: int) -> TokenSet:
     """The rows that make the first batch."""
     rows = max(1, tokens_per_batch // tokens.ids.shape[1])
     return replace(tokens, ids=tokens.ids[:rows], mask=None if tokens.mask is None else tokens.mask[:rows])
-
-
-def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of calibration forwards; "auto" is bfloat16 where matrix units multiply it natively.
-
-    Raises:
-        UserError: unknown name.
-    """
-    if name == "auto":
-        return native_dtype(device)
-    if name not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"compute_dtype={name}: choose auto, float32, bfloat16 or float16")
-    return getattr(torch, name)

@@ -19,13 +19,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from gptq_awq.calibration.activations import Stream
+from gptq_awq.calibration.activations import BatchActivations
 from gptq_awq.calibration.moments import Moments, MomentsSum
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import hooks
 from gptq_awq.models.experts import Experts
 from gptq_awq.models.linear import Site, is_linear
-from gptq_awq.runtime.distributed import ONE, Ranks
+from gptq_awq.numerics.distributed import ONE, Ranks
 from gptq_awq.runtime.profiling import phase
 
 
@@ -74,7 +74,7 @@ class Routes:
     Args:
         block: the block as it is computed with.
         sites: the block's.
-        streams: all batches, or this rank's.
+        activations: all batches, or this rank's.
         policy: see `ExpertPolicy`.
         where: names the block in errors.
         ranks: whose tokens count together.
@@ -84,14 +84,14 @@ class Routes:
         self,
         block: nn.Module,
         sites: Sequence[Site],
-        streams: Sequence[Stream],
+        batches: Sequence[BatchActivations],
         policy: ExpertPolicy,
         where: str,
         ranks: Ranks = ONE,
     ) -> None:
         self._block, self._policy, self._where, self._ranks = block, policy, where, ranks
-        self._masks = {stream.number: stream.mask for stream in streams}
-        self._streams = {stream.number: stream for stream in streams}
+        self._masks = {batch.number: batch.mask for batch in batches}
+        self._batches = {batch.number: batch for batch in batches}
         self._experts = {site.linears: _Expert.of(block, site) for site in sites if site.expert is not None}
         self._calls: dict[str, dict[int, Arguments]] = {}
         self._shared: dict[str, Moments] = {}
@@ -151,7 +151,7 @@ class Routes:
         source = self._entered(expert, number)
         self._rows[expert.owner] = (
             source is not None
-            and source.shape == (self._streams[number].hidden.shape[:2].numel(), x.shape[-1])
+            and source.shape == (self._batches[number].hidden.shape[:2].numel(), x.shape[-1])
             and bool((source == x.reshape(-1, x.shape[-1])[0]).all(-1).any())
         )
 

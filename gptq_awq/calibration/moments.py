@@ -20,8 +20,8 @@ from torch import Tensor
 from gptq_awq.errors import UserError
 from gptq_awq.kernels import rank_k
 from gptq_awq.kernels.rank_k import RankK
+from gptq_awq.numerics.distributed import ONE, Ranks
 from gptq_awq.numerics.linalg import NotPositiveDefiniteError, inverse_cholesky, inverse_choleskys
-from gptq_awq.runtime.distributed import ONE, Ranks
 from gptq_awq.runtime.profiling import phase
 
 # H is symmetric: only blocks on and above its diagonal are computed. Wider blocks waste more work below

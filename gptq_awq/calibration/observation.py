@@ -20,7 +20,7 @@ import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gptq_awq.calibration.activations import Streams
+from gptq_awq.calibration.activations import Activations, keep_block
 from gptq_awq.calibration.expert_policy import ExpertPolicy
 from gptq_awq.calibration.moments import Factor, Keep, Moments, pack_symmetric, unpack_symmetric
 from gptq_awq.calibration.sequential import observe_forward
@@ -30,12 +30,11 @@ from gptq_awq.models.blocks import Call
 from gptq_awq.models.linear import Absorber, Site
 from gptq_awq.models.offload import read_ahead, resident
 from gptq_awq.models.topology import observe_sites
-from gptq_awq.quantization.resume import keep_block
-from gptq_awq.runtime.distributed import ONE, Ranks
+from gptq_awq.numerics.distributed import ONE, Ranks
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.runtime.progress import Track
 from gptq_awq.storage.atomic import locked
-from gptq_awq.storage.checksummed import DamagedError, Sealed, lock_path, once
+from gptq_awq.storage.checksummed import ChecksummedFile, DamagedError, lock_path, once
 from gptq_awq.storage.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ class Observation:
 
 
 @dataclass(frozen=True)
-class Record:
+class ObservationCache:
     """Where observations of full precision are kept: a journal, and how many bytes it may take."""
 
     journal: Journal
@@ -94,16 +93,16 @@ def in_dtype(block: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @dataclass(frozen=True)
 class Observer:
-    """Observes blocks on the streams' inputs.
+    """Observes blocks on the activations' inputs.
 
     Attributes:
-        streams: hold what enters the block that is observed.
+        activations: hold what enters the block that is observed.
         absorbers: look for each site's absorber too.
         heads: attention heads, see `observe_sites`.
         experts: what calibrates experts that few tokens reach.
     """
 
-    streams: Streams
+    activations: Activations
     absorbers: bool
     heads: int | None
     experts: ExpertPolicy = ExpertPolicy()  # noqa: RUF009 (frozen)
@@ -111,16 +110,16 @@ class Observer:
     @phase("sites")
     def sites(self, block: nn.Module, index: int, like: Sequence[Site] = ()) -> list[Site]:
         """The block's sites, as rank 0 sees them; `like` are those of a block that may be of the same make."""
-        hidden, call = self.streams.probe_input(), self.streams.probe.calls[index]
-        return self.streams.ranks.from_first(
+        hidden, call = self.activations.probe_input(), self.activations.probe.calls[index]
+        return self.activations.ranks.from_first(
             lambda: observe_sites(block, hidden, call, self.absorbers, self.heads, like)
         )
 
     def observe(self, runner: nn.Module, index: int, sites: list[Site], advance: bool) -> Observation:
-        """One forward of all batches; with `advance`, the streams go on to the next block."""
-        first = self.streams.batches[0]
+        """One forward of all batches; with `advance`, the activations go on to the next block."""
+        first = self.activations.batches[0]
         hidden, call = first.hidden, first.calls[index]
-        moments = observe_forward(runner, index, sites, self.streams, advance, self.experts)
+        moments = observe_forward(runner, index, sites, self.activations, advance, self.experts)
         return Observation(sites, moments, hidden, call)
 
 
@@ -137,7 +136,7 @@ def passing(observer: Observer, blocks: nn.ModuleList, dtype: torch.dtype, start
 
 
 def recorded(
-    record: Record,
+    record: ObservationCache,
     blocks: nn.ModuleList,
     opened: Callable[[], Observer],
     dtype: torch.dtype,
@@ -147,7 +146,7 @@ def recorded(
     """Complete the record: observe every block that isn't in it yet. False where it can't be kept on this disk.
 
     Of several processes one observes, or the ranks that it is one of, and the others wait. No block may have been
-    changed yet; `opened` makes an observer whose streams enter the first block.
+    changed yet; `opened` makes an observer whose activations enter the first block.
     """
     journal, count = record.journal, len(blocks)
     with _alone(journal) if ranks.first else nullcontext():
@@ -157,14 +156,14 @@ def recorded(
             return True
         observer = opened()
         if start:
-            start = _restored(journal, observer.streams, start)
+            start = _restored(journal, observer.activations, start)
         if not start and _forecast(observer, blocks) > record.room:
             log.warning("the moments of all blocks don't fit into cache_gb: they are not shared with other runs")
             return False
         rest = track(passing(observer, blocks, dtype, start), "calibrate (full precision)", count - start)
         try:
             for index, seen in enumerate(rest, start):
-                leaving = observer.streams if index + 1 < count else None
+                leaving = observer.activations if index + 1 < count else None
                 with phase("disk"):
                     keep_block(journal, index, partial(_packed, seen), leaving, ranks)
         except OSError as error:
@@ -173,7 +172,7 @@ def recorded(
                 journal.clear()
             return False
         if ranks.first:
-            journal.drop_streams()
+            journal.drop_activations()
     return True
 
 
@@ -182,7 +181,7 @@ def _alone(journal: Journal) -> AbstractContextManager[None]:
 
 
 @phase("disk")
-def read(record: Record, index: int, call: Call, device: torch.device) -> Observation:
+def read(record: ObservationCache, index: int, call: Call, device: torch.device) -> Observation:
     """The recorded observation of one block.
 
     Raises:
@@ -210,13 +209,13 @@ def _whole(journal: Journal) -> int:
     return there
 
 
-def _restored(journal: Journal, streams: Streams, start: int) -> int:
-    """Let the streams enter block `start`; where that can't be, begin at block 0."""
+def _restored(journal: Journal, activations: Activations, start: int) -> int:
+    """Let the activations enter block `start`; where that can't be, begin at block 0."""
     try:
-        streams.restore(journal, start - 1)
+        activations.restore(journal, start - 1)
     except (DamagedError, FileNotFoundError) as error:
-        log.warning("the recorded stream in %s is damaged (%s): calibrating anew", journal.folder, error)
-        if streams.ranks.first:
+        log.warning("the recorded batch in %s is damaged (%s): calibrating anew", journal.folder, error)
+        if activations.ranks.first:
             journal.clear()
         return 0
     return start
@@ -253,7 +252,7 @@ def _packed(seen: Observation) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {"sites": facts}
 
 
-def _unpacked(content: Sealed, factors: list[Path], call: Call, device: torch.device) -> Observation:
+def _unpacked(content: ChecksummedFile, factors: list[Path], call: Call, device: torch.device) -> Observation:
     tensors, sites, moments = content.tensors, [], []
     for i, (fact, path) in enumerate(zip(content.facts["sites"], factors, strict=True)):
         absorber = None
@@ -277,10 +276,10 @@ def _keep(path: Path, device: torch.device) -> Keep:
     """Keep the factors of one site's Hessian beside its moments."""
 
     def keep(key: tuple[float, bool], compute: Callable[[], Factor]) -> Factor:
-        def packed() -> Sealed:
+        def packed() -> ChecksummedFile:
             U, order, used = compute()
             tensors = {"factor": pack_symmetric(U), "order": torch.empty(0) if order is None else order}
-            return Sealed(tensors, {"used": used, "width": len(U)})
+            return ChecksummedFile(tensors, {"used": used, "width": len(U)})
 
         damping, act_order = key
         name = f"{path.name}-{damping:g}{'-act_order' if act_order else ''}.safetensors"

@@ -24,7 +24,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from gptq_awq.data.tokens import TokenSet, make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import head_size, key_value_heads, text_config
-from gptq_awq.models.offload import streamed
+from gptq_awq.models.offload import offloaded
 from gptq_awq.runtime.progress import Track, no_track
 
 
@@ -58,9 +58,9 @@ class SelfCalibration:
 
     def check(self, model: Any, tokens: TokenSet) -> None:
         """Raise UserError where the model can't write, or the calibration text is no place to begin."""
-        if streamed(model):
+        if offloaded(model):
             raise UserError(
-                "method.self_calibration: writing takes the whole model at every token, and it is streamed from disk; "
+                "method.self_calibration: writing takes the whole model at every token, and it is offloaded from disk; "
                 "set it to null, or memory_budget to what the model fits into"
             )
         if not model.can_generate():

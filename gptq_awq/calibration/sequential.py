@@ -24,7 +24,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from gptq_awq.calibration.activations import Stream, Streams
+from gptq_awq.calibration.activations import Activations, BatchActivations
 from gptq_awq.calibration.expert_masks import PickedRows
 from gptq_awq.calibration.expert_policy import ExpertPolicy, Routes, no_pairing
 from gptq_awq.calibration.moments import Moments, MomentsSum
@@ -42,22 +42,22 @@ def staged_forward(
     block: nn.Module,
     index: int,
     sites: list[Site],
-    streams: Streams,
+    activations: Activations,
     on_site: OnSite,
     keep: bool = True,
     full: nn.Module | None = None,
     policy: ExpertPolicy = ExpertPolicy(),  # noqa: B008 (frozen)
 ) -> None:
-    """Advance the streams through `block`, calling `on_site` when all batches wait at a site, or further on.
+    """Advance the activations through `block`, calling `on_site` when all batches wait at a site, or further on.
 
     Args:
         block: the block as it is computed with; `on_site` may change the weights of the site it is given.
         index: the block's number.
         sites: the block's sites in the order they run.
-        streams: replaced by the block's outputs.
+        activations: replaced by the block's outputs.
         on_site: called once per site, in order, with the moments of its input.
         keep: hold every batch's activations while a site is solved; else compute them anew.
-        full: the block in full precision, for the streams' full-precision states; moments have a `cross` then.
+        full: the block in full precision, for the activations' full-precision states; moments have a `cross` then.
         policy: for experts that few tokens reach.
 
     Raises:
@@ -65,9 +65,9 @@ def staged_forward(
     """
     if full is not None and any(site.expert is not None for site in sites):
         raise no_pairing(f"block {index}: the method")
-    routes = Routes(block, sites, streams.batches, policy, f"block {index}", streams.ranks)
+    routes = Routes(block, sites, activations.batches, policy, f"block {index}", activations.ranks)
     stage = _Stage(sites, routes, f"block {index}")
-    batches = [_Batch(stream, index, block, full) for stream in streams.batches]
+    batches = [_Batch(batch, index, block, full) for batch in activations.batches]
     device, end = next(block.parameters()).device, len(sites)
     with stage.hooked(block, full, batches), faster_attention_of(block):
         for position, site in enumerate(sites):
@@ -81,7 +81,7 @@ def staged_forward(
             on_site(site, stage.close())
         stage.open(end, None)
         for batch in batches:
-            with phase("forward", *batch.stream.hidden.shape[:2]):  # counted here, where it is done
+            with phase("forward", *batch.activations.hidden.shape[:2]):  # counted here, where it is done
                 batch.run(end, end)
 
 
@@ -89,15 +89,15 @@ class _Forward(greenlet):
     """A call of the block that can be left and re-entered.
 
     Attributes:
-        stream: the batch's.
+        batch: the batch's.
         at: number of the gate that it passed last, or waits at.
         x, mask: what it brings to the gate where it waits.
         modes: torch's function modes, as they are outside.
     """
 
-    def __init__(self, run: Callable[[], None], stream: Stream) -> None:
+    def __init__(self, run: Callable[[], None], batch: BatchActivations) -> None:
         super().__init__(run)
-        self.stream, self.at = stream, -1
+        self.activations, self.at = batch, -1
         self.x: Tensor | None = None
         self.mask: Tensor | None = None
         self.modes = _get_current_function_mode_stack()
@@ -124,10 +124,10 @@ class _Batch:
         forwards: that wait there; none where they are given up.
     """
 
-    def __init__(self, stream: Stream, index: int, block: nn.Module, full: nn.Module | None) -> None:
-        self.stream, self.at = stream, -1
+    def __init__(self, batch: BatchActivations, index: int, block: nn.Module, full: nn.Module | None) -> None:
+        self.activations, self.at = batch, -1
         self.forwards: list[_Forward] = []
-        self._call, self._block, self._full = stream.calls[index], block, full
+        self._call, self._block, self._full = batch.calls[index], block, full
 
     def run(self, position: int, end: int) -> None:
         """Go on to the first gate from `position` on that this batch reaches, or to the end."""
@@ -146,18 +146,18 @@ class _Batch:
         self.forwards = []
 
     def _begin(self) -> list[_Forward]:
-        stream, call = self.stream, self._call
+        batch, call = self.activations, self._call
 
         def quantized() -> None:
-            stream.hidden = call.run(self._block, stream.hidden)
+            batch.hidden = call.run(self._block, batch.hidden)
 
         def full_precision() -> None:
             assert self._full is not None
-            assert stream.full is not None
-            stream.full = call.run(self._full, stream.full)
+            assert batch.full is not None
+            batch.full = call.run(self._full, batch.full)
 
         runs = [quantized] if self._full is None else [full_precision, quantized]
-        return [_Forward(run, stream) for run in runs]
+        return [_Forward(run, batch) for run in runs]
 
 
 class _Stage:
@@ -190,7 +190,7 @@ class _Stage:
     @contextmanager
     def hooked(self, block: nn.Module, full: nn.Module | None, batches: Sequence[_Batch]) -> Iterator[None]:
         """Within: each forward stops at the first linear of the open site, or of one after it."""
-        padded = any(batch.stream.mask is not None for batch in batches)
+        padded = any(batch.activations.mask is not None for batch in batches)
         gates = hooks(
             module.get_submodule(site.linears[0]).register_forward_pre_hook(self._arrive(position, site))
             for module in ([block] if full is None or full is block else [block, full])
@@ -213,26 +213,26 @@ class _Stage:
                 )
             forward.at = position
             if site.expert is not None:
-                self._routes.check(site, args[0], forward.stream.number)
+                self._routes.check(site, args[0], forward.activations.number)
             if position < self._position:
                 return
-            forward.x, forward.mask = args[0], self._mask(site, args[0], forward.stream)
+            forward.x, forward.mask = args[0], self._mask(site, args[0], forward.activations)
             forward.wait()
             forward.x = forward.mask = None
 
         return hook
 
-    def _mask(self, site: Site, x: Tensor, stream: Stream) -> Tensor | None:
-        if stream.mask is None or site.expert is None:
-            return stream.mask
+    def _mask(self, site: Site, x: Tensor, batch: BatchActivations) -> Tensor | None:
+        if batch.mask is None or site.expert is None:
+            return batch.mask
         assert self._picked is not None
-        return self._picked.mask(site, x, stream.mask, self._where)
+        return self._picked.mask(site, x, batch.mask, self._where)
 
 
 def _number() -> int | None:
     """Whose forward is running; None outside of forwards."""
     forward = getcurrent()
-    return forward.stream.number if isinstance(forward, _Forward) else None
+    return forward.activations.number if isinstance(forward, _Forward) else None
 
 
 @torch.no_grad()
@@ -240,17 +240,17 @@ def observe_forward(
     block: nn.Module,
     index: int,
     sites: list[Site],
-    streams: Streams,
+    activations: Activations,
     advance: bool,
     policy: ExpertPolicy = ExpertPolicy(),  # noqa: B008 (frozen)
 ) -> list[Moments]:
-    """The moments of every site's input in one plain forward; with `advance`, streams take the outputs."""
+    """The moments of every site's input in one plain forward; with `advance`, activations take the outputs."""
     device = next(block.parameters()).device
     sums = [MomentsSum(site.width, device) for site in sites]
-    routes = Routes(block, sites, streams.batches, policy, f"block {index}", streams.ranks)
-    padded = any(stream.mask is not None for stream in streams.batches)
+    routes = Routes(block, sites, activations.batches, policy, f"block {index}", activations.ranks)
+    padded = any(batch.mask is not None for batch in activations.batches)
     picked = PickedRows() if padded and any(site.expert is not None for site in sites) else None
-    now = streams.batches[0]
+    now = activations.batches[0]
 
     def add(site: Site, total: MomentsSum):
         def hook(_module: nn.Module, args: tuple) -> None:
@@ -267,10 +267,10 @@ def observe_forward(
         for site, total in zip(sites, sums, strict=True)
     )
     with hooks(handles), routes.hooked(lambda: now.number), faster_attention_of(block), picked or nullcontext():
-        for stream in streams.batches:
-            now = stream
-            with phase("forward", *stream.hidden.shape[:2]):
-                out = stream.calls[index].run(block, stream.hidden)
+        for batch in activations.batches:
+            now = batch
+            with phase("forward", *batch.hidden.shape[:2]):
+                out = batch.calls[index].run(block, batch.hidden)
             if advance:
-                stream.hidden = out
+                batch.hidden = out
     return [routes.finish(site, total) for site, total in zip(sites, sums, strict=True)]

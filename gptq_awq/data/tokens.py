@@ -21,7 +21,7 @@ from torch import Tensor
 from gptq_awq.data.text import Text
 from gptq_awq.errors import UserError
 from gptq_awq.storage.assets import cache_dir
-from gptq_awq.storage.checksummed import Sealed, once
+from gptq_awq.storage.checksummed import ChecksummedFile, once
 
 LONG_TEXT = 200_000
 """Characters from which on tokenizing takes longer than reading the ids from the cache."""
@@ -156,7 +156,7 @@ def _encode_long(text: str, tokenizer: Tokenizer) -> list[int]:
     kept = once(
         cache_dir() / "tokens" / f"{digest.hexdigest()}.safetensors",
         "tokens of a text",
-        lambda: Sealed({"ids": torch.tensor(_encode(text, tokenizer), dtype=torch.int32)}),
+        lambda: ChecksummedFile({"ids": torch.tensor(_encode(text, tokenizer), dtype=torch.int32)}),
     )
     return kept.tensors["ids"].tolist()
 
@@ -181,11 +181,13 @@ def _as_chat(document: str, tokenizer: Tokenizer) -> str:
 
 
 def check_choice(value: str, choices: tuple[str, ...], option: str) -> None:
+    """Raise UserError naming `option` unless `value` is one of `choices`."""
     if value not in choices:
         raise UserError(f"{option}={value}: choose one of {', '.join(choices)}")
 
 
 def check_positive(value: int, option: str) -> int:
+    """`value`, a whole number of at least 1; otherwise raise UserError naming `option`."""
     if not isinstance(value, int) or value < 1:
         raise UserError(f"{option}={value}: must be a whole number of at least 1")
     return value

@@ -21,7 +21,7 @@ from gptq_awq.data.tokens import TokenSet
 from gptq_awq.evaluation.perplexity import TokenScores, token_losses
 from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.storage.atomic import locked, replacing
-from gptq_awq.storage.checksummed import Sealed, lock_path, once
+from gptq_awq.storage.checksummed import ChecksummedFile, lock_path, once
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +50,11 @@ def baseline_scores(
     path = _scores_path(model, model_sha256, tokens, folder, compute_dtype)
     windows, length = tokens.ids.shape
 
-    def compute() -> Sealed:
+    def compute() -> ChecksummedFile:
         scores = token_losses(model, tokens, track, compute_dtype)
-        return Sealed({"nll": scores.nll, "hidden": scores.hidden}, {"head_sha256": scores.head_sha256})
+        return ChecksummedFile({"nll": scores.nll, "hidden": scores.hidden}, {"head_sha256": scores.head_sha256})
 
-    def fits(kept: Sealed) -> bool:
+    def fits(kept: ChecksummedFile) -> bool:
         return kept.tensors["nll"].shape == kept.tensors["hidden"].shape[:2] == (windows, length - 1)
 
     kept = once(path, f"baseline of {tokens.name}", compute, fits)

@@ -20,7 +20,6 @@ import torch
 from jaxtyping import Float
 from transformers import PreTrainedModel
 
-from gptq_awq.calibration.block_inputs import resolve_compute_dtype
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.evaluation.baseline import baseline_scores, floor_path, read_answers, write_answers
 from gptq_awq.evaluation.divergence import Divergence, divergence
@@ -30,6 +29,7 @@ from gptq_awq.evaluation.perplexity import TokenScores, perplexity
 from gptq_awq.evaluation.scores import Scores
 from gptq_awq.evaluation.statistics import block_sums, interval, paired_test, resampled_means
 from gptq_awq.models.offload import resident
+from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.runtime.progress import Track, no_track
 
 if TYPE_CHECKING:  # lm-eval takes seconds to import, which runs without it need not spend

@@ -19,7 +19,7 @@ from gptq_awq.evaluation.head import Head
 from gptq_awq.evaluation.perplexity import checked_windows, next_token_nll
 from gptq_awq.evaluation.states import states_of
 from gptq_awq.models.offload import resident
-from gptq_awq.storage.checksummed import Sealed, once
+from gptq_awq.storage.checksummed import ChecksummedFile, once
 
 TRIAL_TOKENS = 2048
 MAX_LOSS_CHANGE = 1e-3
@@ -66,9 +66,9 @@ def floors(
     found = {}
     for text, path in zip(tokens, paths, strict=True):
 
-        def compute(text: TokenSet = text) -> Sealed:
+        def compute(text: TokenSet = text) -> ChecksummedFile:
             measured = floor(model, text, dtype)
-            return Sealed({"floor": torch.tensor([measured.kl, measured.dnll], dtype=torch.float64)})
+            return ChecksummedFile({"floor": torch.tensor([measured.kl, measured.dnll], dtype=torch.float64)})
 
         kept = compute() if path is None else once(path, f"noise floor of {text.name}", compute)
         found[text.name] = Floor(*kept.tensors["floor"].tolist())

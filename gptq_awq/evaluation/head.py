@@ -21,7 +21,7 @@ from gptq_awq.evaluation.precision import lowered, lowered_head
 from gptq_awq.kernels.threads import match_torch
 from gptq_awq.models.blocks import BlockCalls, find_blocks
 from gptq_awq.models.decoder_head import logits
-from gptq_awq.models.offload import resident, streamed
+from gptq_awq.models.offload import offloaded, resident
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.storage.checksummed import tensor_bytes
 
@@ -151,7 +151,7 @@ class Head:
 @contextmanager
 def _without_absent_blocks(model: PreTrainedModel) -> Iterator[None]:
     """Within: blocks that would have to be read from disk are left out; a head is the same after any hidden states."""
-    if not streamed(model):
+    if not offloaded(model):
         yield
         return
     with BlockCalls(model, find_blocks(model)[1]).skipped():

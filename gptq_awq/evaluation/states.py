@@ -9,7 +9,7 @@ from torch import Tensor
 from gptq_awq.evaluation.head import Head
 from gptq_awq.evaluation.precision import lowered
 from gptq_awq.models.blocks import BlockCalls, Call, find_blocks
-from gptq_awq.models.offload import read_ahead, resident, streamed
+from gptq_awq.models.offload import offloaded, read_ahead, resident
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.runtime.progress import Track, no_track
 
@@ -19,10 +19,10 @@ def states_of(
 ) -> Iterable[Float[Tensor, "scored width"]]:
     """The head's input, for each window in turn, at every position that predicts a token of it: all but the last.
 
-    One forward per window, as the caller asks for them. All windows' at once where the model is streamed, each block
+    One forward per window, as the caller asks for them. All windows' at once where the model is offloaded, each block
     being read once for all of them; `track` and `name` report on that.
     """
-    if streamed(head.model):
+    if offloaded(head.model):
         return _blockwise(head, windows, name, track)
     return (window_states(head, window) for window in windows)
 

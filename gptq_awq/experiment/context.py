@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gptq_awq.calibration.activations import batches_of
-from gptq_awq.calibration.block_inputs import resolve_compute_dtype
-from gptq_awq.calibration.observation import Record, observations_sha256
+from gptq_awq.calibration.observation import ObservationCache, observations_sha256
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.experiment.fingerprint import code_sha256, package_sha256, run_sha256
-from gptq_awq.experiment.memory_model import Needs
+from gptq_awq.experiment.forecasting.memory_model import MemoryModel
 from gptq_awq.experiment.plan import Plan
 from gptq_awq.experiment.registry import Run
 from gptq_awq.export.base import linear_specs
@@ -25,14 +24,15 @@ from gptq_awq.models.embeddings import untie
 from gptq_awq.models.experts import compute_eagerly, unfuse
 from gptq_awq.models.linear import widest
 from gptq_awq.models.load import LoadedModel
+from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.quantization.embeddings import free_head
 from gptq_awq.quantization.footprint import Footprint
 from gptq_awq.quantization.quantize import needs_calibration
-from gptq_awq.quantization.targets import landing
+from gptq_awq.quantization.targets import assign_grids
 from gptq_awq.runtime import memory
 from gptq_awq.runtime.progress import Track
 from gptq_awq.storage.assets import cache_dir
-from gptq_awq.storage.checksummed import Sealed, once
+from gptq_awq.storage.checksummed import ChecksummedFile, once
 from gptq_awq.storage.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ WRITTEN_SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class Work:
+class RunContext:
     """What a run needs, loaded: nothing has been computed yet, nothing is to be undone.
 
     Attributes:
@@ -65,7 +65,7 @@ class Work:
     baseline_bytes: int
 
 
-def load(plan: Plan) -> Work:
+def load(plan: Plan) -> RunContext:
     """Load model and data, and look at all that can be known to be wrong before anything is computed.
 
     Raises:
@@ -79,7 +79,7 @@ def load(plan: Plan) -> Work:
         unfuse(loaded.model)
     check_activations(loaded.model, plan.act, plan.kv)
     baseline_bytes = Footprint().model_bytes(loaded.model)
-    if plan.method.of_model:  # which give a tied head weights of its own: formats and grids shall see it so
+    if plan.method.model_transforms:  # which give a tied head weights of its own: formats and grids shall see it so
         untie(loaded.model)
     free_head(loaded.model, plan.method)
     windows = plan.evaluation.token_sets(loaded.tokenizer)
@@ -89,7 +89,7 @@ def load(plan: Plan) -> Work:
     own = plan.method.self_calibration
     if own is not None and tokens is not None:
         own.check(loaded.model, tokens)
-    grids = landing(loaded.model, plan.grid, plan.method.head) if plan.method.solver is not None else {}
+    grids = assign_grids(loaded.model, plan.grid, plan.method.head) if plan.method.solver is not None else {}
     natural = getattr(plan.method.solver, "natural_groups", True)
     if plan.exports.formats and (plan.act.label or plan.kv.label):
         log.warning(
@@ -107,39 +107,39 @@ def load(plan: Plan) -> Work:
         "eval_dtype": str(resolve_compute_dtype(plan.evaluation.compute_dtype, plan.device)),
     }
     run_ = Run(run_sha256(plan.config, data, code), plan.out)
-    return Work(loaded, windows, tasks, tokens, grids, package, run_, baseline_bytes)
+    return RunContext(loaded, windows, tasks, tokens, grids, package, run_, baseline_bytes)
 
 
-def self_calibrated(plan: Plan, work: Work, track: Track) -> Work:
+def self_calibrated(plan: Plan, context: RunContext, track: Track) -> RunContext:
     """The same with all of its calibration data, where the model writes some of it; kept in the cache for other runs.
 
     Of several ranks the first one writes.
     """
-    own, given = plan.method.self_calibration, work.tokens
+    own, given = plan.method.self_calibration, context.tokens
     if own is None or given is None:
-        return work
-    made_of = WRITTEN_SCHEMA, work.loaded.sha256, given.sha256, own, plan.compute_dtype, plan.device.type
+        return context
+    made_of = WRITTEN_SCHEMA, context.loaded.sha256, given.sha256, own, plan.compute_dtype, plan.device.type
     key = hashlib.sha256(repr(made_of).encode())
 
-    def write() -> Sealed:
-        return Sealed({"ids": own.write(work.loaded.model, given, plan.compute_dtype, track)})
+    def write() -> ChecksummedFile:
+        return ChecksummedFile({"ids": own.write(context.loaded.model, given, plan.compute_dtype, track)})
 
     kept = plan.settings.ranks.from_first(
         lambda: once(cache_dir() / "tokens" / f"{key.hexdigest()}.safetensors", "model's own calibration text", write)
     )
-    return replace(work, tokens=own.added(given, kept.tensors["ids"]))
+    return replace(context, tokens=own.added(given, kept.tensors["ids"]))
 
 
-def record_of(plan: Plan, work: Work) -> Record | None:
+def record_of(plan: Plan, context: RunContext) -> ObservationCache | None:
     """Where this run's full-precision calibration is kept for others; None where it has none."""
-    if work.tokens is None or plan.method.error_propagation:
+    if context.tokens is None or plan.method.error_propagation:
         return None
     # Of the model as its transforms leave it.
-    observed = " ".join([work.loaded.sha256, *map(repr, plan.method.of_model), repr(plan.experts)])
+    observed = " ".join([context.loaded.sha256, *map(repr, plan.method.model_transforms), repr(plan.experts)])
     key = observations_sha256(
-        work.loaded.model, observed, work.tokens, plan.compute_dtype, plan.settings.tokens_per_batch
+        context.loaded.model, observed, context.tokens, plan.compute_dtype, plan.settings.tokens_per_batch
     )
-    return Record(Journal(cache_dir() / "moments" / key, key), plan.cache_bytes)
+    return ObservationCache(Journal(cache_dir() / "moments" / key, key), plan.cache_bytes)
 
 
 def _check_memory(loaded: LoadedModel, tokens: TokenSet | None, plan: Plan) -> None:
@@ -152,7 +152,7 @@ def _check_memory(loaded: LoadedModel, tokens: TokenSet | None, plan: Plan) -> N
         writing = own.needed_bytes(loaded.model, tokens.ids.shape[1], plan.compute_dtype)
         tokens = own.unwritten(tokens)
     batches_of(ranks, tokens, plan.settings.tokens_per_batch)
-    needed = max(writing, Needs(plan, loaded.model, tokens).calibration)
+    needed = max(writing, MemoryModel(plan, loaded.model, tokens).calibration)
     log.info("calibration needs about %.2f GB beyond the model", needed / 1e9)
     what = f"calibrating {loaded.name} (widest layer: {widest(blocks)} columns)"
     needed = needed if plan.settings.memory_budget is not None else needed * ranks.sharing(plan.device)

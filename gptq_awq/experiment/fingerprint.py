@@ -13,15 +13,7 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "numba", "numpy", "tokenizers", "safetensors")
-REPORTING = tuple(
-    [name]
-    for name in (
-        *("report", "tracking", "progress", "runlog", "profiling", "costs", "sweep", "cache", "memory", "api"),
-        *("forecast", "needs", "trial"),
-    )
-)
-"""What no number comes from."""
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).resolve().parent.parent
 NOT_COMPUTED = (
     *("out", "tracking", "resume", "profile", "objective", "ranks_timeout_minutes", "cache_gb"),
     *("activations", "memory_budget", "stream", "forecast"),
@@ -49,7 +41,7 @@ def code_sha256(config: Mapping[str, Any] | None = None) -> str:
     while wanted:
         module = wanted.pop()
         path = _source(module)
-        if module in sources or path is None or module.split(".")[1:2] in REPORTING:
+        if module in sources or path is None or reports_only(module):
             continue
         sources[module] = path.read_bytes()
         wanted += _imported(sources[module])
@@ -57,6 +49,13 @@ def code_sha256(config: Mapping[str, Any] | None = None) -> str:
     for module, source in sorted(sources.items()):
         digest.update(module.encode() + b"\0" + source)
     return digest.hexdigest()
+
+
+def reports_only(module: str) -> bool:
+    """Whether a package that `module` lies in declares `REPORTS_ONLY`: nothing in it changes a number of a run."""
+    parts = module.split(".")[1:]
+    inits = (PACKAGE.joinpath(*parts[:depth], "__init__.py") for depth in range(1, len(parts) + 1))
+    return any("\nREPORTS_ONLY = True\n" in path.read_text() for path in inits if path.is_file())
 
 
 def config_sha256(config: Mapping[str, Any]) -> str:

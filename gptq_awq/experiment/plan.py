@@ -11,20 +11,21 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gptq_awq.calibration.block_inputs import Settings, resolve_compute_dtype
+from gptq_awq.calibration.block_inputs import Settings
 from gptq_awq.calibration.expert_policy import ExpertPolicy
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.protocol import Evaluation
 from gptq_awq.experiment.fingerprint import config_sha256
-from gptq_awq.experiment.tracking import Tracking
+from gptq_awq.experiment.sweeps.tracking import Tracking
 from gptq_awq.export.write import Exports
 from gptq_awq.grids.base import GridChoice
 from gptq_awq.grids.dynamic import DynamicGrid, Unrounded
 from gptq_awq.models.load import checked_device
+from gptq_awq.numerics.distributed import ONE, Ranks
+from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.quantization.method import Method
 from gptq_awq.quantization.quantize import check_ranks
 from gptq_awq.runtime import memory
-from gptq_awq.runtime.distributed import ONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,14 @@ class Plan:
 
     @property
     def room(self) -> int | None:
-        """Bytes that the model's weights may take; a larger one is streamed. None: there is no limit."""
+        """Bytes that the model's weights may take; a larger one is offloaded. None: there is no limit."""
         if self.stream is None:
             return self.settings.free_bytes(torch.device("cpu")) // 2
         return 0 if self.stream else None
 
 
 def preflight(cfg: DictConfig, ranks: Ranks = ONE) -> Plan:
-    """Turn the config into objects, and make the output folder; `ranks` share the work.
+    """Turn the config into objects, and make the output folder; `ranks` share the context.
 
     Raises:
         UserError: naming the option.

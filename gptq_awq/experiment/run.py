@@ -23,21 +23,22 @@ from gptq_awq.cache.cache import prune
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.evaluate import full_precision, score
 from gptq_awq.evaluation.scores import Scores
-from gptq_awq.experiment.context import Work, load, record_of, self_calibrated
-from gptq_awq.experiment.costs import profiled
-from gptq_awq.experiment.forecast import announce, compare
+from gptq_awq.experiment.context import RunContext, load, record_of, self_calibrated
+from gptq_awq.experiment.forecasting.costs import profiled
+from gptq_awq.experiment.forecasting.forecast import announce, compare
 from gptq_awq.experiment.plan import Plan, preflight
 from gptq_awq.experiment.registry import FILES
-from gptq_awq.experiment.summary import LEDGER, made_of, results_row
-from gptq_awq.experiment.sweep import failed, job_number, store_failure, sweep_folder
-from gptq_awq.experiment.tracking import Tracker, run_name
+from gptq_awq.experiment.summary import LEDGER, results_row, run_manifest
+from gptq_awq.experiment.sweeps.sweep import failed, job_number, store_failure, sweep_folder
+from gptq_awq.experiment.sweeps.tracking import Tracker, run_name
 from gptq_awq.export.base import Source
 from gptq_awq.export.verify import Probe
 from gptq_awq.export.write import Exported, write_card
 from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.models.activations import quantized_activations
-from gptq_awq.models.offload import streamed
+from gptq_awq.models.offload import offloaded
+from gptq_awq.numerics.distributed import ONE, Ranks, opened
 from gptq_awq.quantization.codes import Codes
 from gptq_awq.quantization.footprint import Footprint
 from gptq_awq.quantization.quantize import quantize
@@ -46,7 +47,6 @@ from gptq_awq.quantization.targets import changes_output
 from gptq_awq.report import final_table
 from gptq_awq.results import FAILURE, FILE_NAME, Ledger, Result
 from gptq_awq.runtime import memory
-from gptq_awq.runtime.distributed import ONE, Ranks, opened
 from gptq_awq.runtime.profiling import Recorder, phase
 from gptq_awq.runtime.progress import Track, no_track, rich_track
 from gptq_awq.runtime.runlog import Clock, logging_to, remove_unused_hydra_folder
@@ -113,45 +113,45 @@ def execute(plan: Plan, track: Track, console: Console, recorder: Recorder) -> R
     clock, ranks = Clock(), plan.settings.ranks
     memory.reset_peak(plan.device)
     with clock.phase("load"), phase("load"):
-        work = load(plan)
+        context = load(plan)
 
     def earlier() -> Result | None:
-        folder = work.run.finished() if plan.resume and not plan.profile else None
+        folder = context.run.finished() if plan.resume and not plan.profile else None
         if folder is None:
             return None
         say(f"done already, taken from {folder} (resume=false computes it anew)")
         with _writing(plan.out):
-            result = work.run.adopt(folder)
-        _track_finished(plan, work, result)
+            result = context.run.adopt(folder)
+        _track_finished(plan, context, result)
         return result
 
     def computed() -> Result:
-        result = compute(plan, work, clock, track, recorder)
-        work.run.forget_progress()
-        work.run.remember()
+        result = compute(plan, context, clock, track, recorder)
+        context.run.forget_progress()
+        context.run.remember()
         return result
 
     if (result := ranks.from_first(earlier)) is not None:
         return result
-    with work.run.alone(lambda what: say(f"{what}: waiting for it")) if ranks.first else nullcontext():
+    with context.run.alone(lambda what: say(f"{what}: waiting for it")) if ranks.first else nullcontext():
         if (result := ranks.from_first(earlier)) is not None:  # while we waited
             return result
         if not ranks.first:
-            _assist(plan, work)
+            _assist(plan, context)
         result = ranks.from_first(computed)
     if not ranks.first:
         return result
     prune(plan.cache_bytes)
     if plan.profile:
-        _store_profile(plan, work, recorder)
+        _store_profile(plan, context, recorder)
     return result
 
 
-def compute(plan: Plan, work: Work, clock: Clock, track: Track, recorder: Recorder) -> Result:
+def compute(plan: Plan, context: RunContext, clock: Clock, track: Track, recorder: Recorder) -> Result:
     """Baseline, quantize, export, evaluate, store; followed by a tracker, also into a failure."""
-    tracker = _tracker(plan, work)
+    tracker = _tracker(plan, context)
     try:
-        result = _compute(plan, work, tracker, clock, track, recorder)
+        result = _compute(plan, context, tracker, clock, track, recorder)
     except Exception as error:
         tracker.finish(failed(plan.config, error))
         raise
@@ -159,35 +159,37 @@ def compute(plan: Plan, work: Work, clock: Clock, track: Track, recorder: Record
     return result
 
 
-def _compute(plan: Plan, work: Work, tracker: Tracker, clock: Clock, track: Track, recorder: Recorder) -> Result:
-    loaded = work.loaded
+def _compute(
+    plan: Plan, context: RunContext, tracker: Tracker, clock: Clock, track: Track, recorder: Recorder
+) -> Result:
+    loaded = context.loaded
     if plan.method.self_calibration is not None:
         with clock.phase("write"):
-            work = self_calibrated(plan, work, track)
-    expected = announce(plan, work, clock)
+            context = self_calibrated(plan, context, track)
+    expected = announce(plan, context, clock)
     with clock.phase("baseline"):
         baseline = full_precision(
-            *(loaded.model, loaded.tokenizer, loaded.sha256, work.windows, work.tasks, cache_dir(), track),
-            keep_output=_changes_output(plan, work),
+            *(loaded.model, loaded.tokenizer, loaded.sha256, context.windows, context.tasks, cache_dir(), track),
+            keep_output=_changes_output(plan, context),
             compute_dtype=plan.evaluation.compute_dtype,
         )
-    plan, allocation = _allocated(plan, work, clock, track)
+    plan, allocation = _allocated(plan, context, clock, track)
     if not plan.resume:
-        work.run.journal.clear()
+        context.run.journal.clear()
     _agreed(plan)
     with clock.phase("quantize"):
-        quantized = _quantize(plan, work, tracker, track, recorder)
+        quantized = _quantize(plan, context, tracker, track, recorder)
     checkpoints: list[Exported] = []
     if plan.exports.formats:
         with clock.phase("export"):
-            checkpoints = _export(plan, work, quantized.weights, track)
+            checkpoints = _export(plan, context, quantized.weights, track)
             quantized = replace(quantized, weights={})
     with clock.phase("evaluate"), quantized_activations(loaded.model, plan.act, plan.kv):
         scored = score(loaded.model, loaded.tokenizer, baseline, plan.seed, track)
-    manifest = made_of(plan, work, baseline, checkpoints) | {"resumed": quantized.resumed}
+    manifest = run_manifest(plan, context, baseline, checkpoints) | {"resumed": quantized.resumed}
     if allocation is not None:
         manifest |= {"allocation": allocation.summary()}
-    result = results_row(plan, work, quantized.footprint, scored.metrics, clock, manifest, expected)
+    result = results_row(plan, context, quantized.footprint, scored.metrics, clock, manifest, expected)
     compare(result)
     with _writing(plan.out):
         _store(plan, result, scored.scores, allocation)
@@ -197,14 +199,14 @@ def _compute(plan: Plan, work: Work, tracker: Tracker, clock: Clock, track: Trac
     return result
 
 
-def _allocated(plan: Plan, work: Work, clock: Clock, track: Track) -> tuple[Plan, Allocation | None]:
+def _allocated(plan: Plan, context: RunContext, clock: Clock, track: Track) -> tuple[Plan, Allocation | None]:
     """The plan with the bits that its budget allows each linear, where its grid has a budget."""
-    if not isinstance(plan.grid, AllocatedGrid) or plan.method.solver is None or work.tokens is None:
+    if not isinstance(plan.grid, AllocatedGrid) or plan.method.solver is None or context.tokens is None:
         return plan, None
-    loaded = work.loaded
+    loaded = context.loaded
     with clock.phase("allocate"):
         allocation = allocate(
-            *(loaded.model, work.tokens, plan.method, plan.grid, replace(plan.settings, ranks=ONE), plan.seed),
+            *(loaded.model, context.tokens, plan.method, plan.grid, replace(plan.settings, ranks=ONE), plan.seed),
             model_sha256=loaded.sha256,
             cache=cache_dir(),
             track=track,
@@ -212,10 +214,12 @@ def _allocated(plan: Plan, work: Work, clock: Clock, track: Track) -> tuple[Plan
     return replace(plan, grid=allocation.grid), allocation
 
 
-def _changes_output(plan: Plan, work: Work) -> bool:
+def _changes_output(plan: Plan, context: RunContext) -> bool:
     """Whether the output layer won't be the full-precision model's, which KL is measured from."""
     method = plan.method
-    return method.cast is not None or bool(method.of_model) or changes_output(work.loaded.model, work.grids)
+    return (
+        method.cast is not None or bool(method.model_transforms) or changes_output(context.loaded.model, context.grids)
+    )
 
 
 def _store(plan: Plan, result: Result, scores: Scores, allocation: Allocation | None) -> None:
@@ -233,29 +237,29 @@ def _store(plan: Plan, result: Result, scores: Scores, allocation: Allocation | 
                 (aside / name).replace(plan.out / name)
 
 
-def _store_profile(plan: Plan, work: Work, recorder: Recorder) -> None:
+def _store_profile(plan: Plan, context: RunContext, recorder: Recorder) -> None:
     """Where the time went, beside the results."""
     dtype = plan.compute_dtype
     with _writing(plan.out):
-        profiled(recorder, work.loaded.model, dtype, plan.device).write(plan.out, work.run.sha256)
+        profiled(recorder, context.loaded.model, dtype, plan.device).write(plan.out, context.run.sha256)
 
 
-def _tracker(plan: Plan, work: Work) -> Tracker:
+def _tracker(plan: Plan, context: RunContext) -> Tracker:
     """Follow this run, as part of the sweep that asks for it."""
     folder, grid = sweep_folder(), plan.grid
     on_grid: dict[str, Any] = {"grid": grid.label, "bits": grid.bits, "group_size": grid.group_size}
     on_grid["sym"] = getattr(grid, "sym", None)
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
     name = run_name(
-        *(work.loaded.name, plan.method.name), **(on_grid if plan.method.solver else {}), overrides=overrides
+        *(context.loaded.name, plan.method.name), **(on_grid if plan.method.solver else {}), overrides=overrides
     )
     group = None if folder is None else "/".join(folder.parts[-2:])
-    return plan.tracking.start(plan.config, name, group, work.run.sha256)
+    return plan.tracking.start(plan.config, name, group, context.run.sha256)
 
 
-def _track_finished(plan: Plan, work: Work, result: Result) -> None:
+def _track_finished(plan: Plan, context: RunContext, result: Result) -> None:
     """A run that is taken over belongs to this sweep's group too."""
-    tracker = _tracker(plan, work)
+    tracker = _tracker(plan, context)
     tracker.ledger([json.loads(line) for line in (plan.out / LEDGER).read_text().splitlines()])
     tracker.finish(result)
 
@@ -269,13 +273,15 @@ class Quantized:
     resumed: list[int]
 
 
-def _quantize(plan: Plan, work: Work, tracker: Tracker, track: Track, recorder: Recorder) -> Quantized:
+def _quantize(plan: Plan, context: RunContext, tracker: Tracker, track: Track, recorder: Recorder) -> Quantized:
     """Quantize the model in place, block by block; each block's rows are on disk before the next begins."""
     with _writing(plan.out):
         ledger = Ledger.create(plan.out / UNFINISHED)
-    footprint, restored, from_disk = Footprint(), 0, streamed(work.loaded.model)
-    codes = Codes(work.run.journal, work.grids, from_disk, wanted=bool(plan.exports.formats))
-    with closing(recorder.closely(_steps(plan, work, track))) as steps:  # ends its progress bar before an error is told
+    footprint, restored, from_disk = Footprint(), 0, offloaded(context.loaded.model)
+    codes = Codes(context.run.journal, context.grids, from_disk, wanted=bool(plan.exports.formats))
+    with closing(
+        recorder.closely(_steps(plan, context, track))
+    ) as steps:  # ends its progress bar before an error is told
         for block in steps:
             footprint.add(block.weights)
             codes.add(block)
@@ -291,20 +297,20 @@ def _quantize(plan: Plan, work: Work, tracker: Tracker, track: Track, recorder: 
     return Quantized(footprint, codes.weights(), [restored] if restored else [])
 
 
-def _steps(plan: Plan, work: Work, track: Track) -> Generator[BlockResult]:
-    settings = replace(plan.settings, scratch=work.run.scratch)
+def _steps(plan: Plan, context: RunContext, track: Track) -> Generator[BlockResult]:
+    settings = replace(plan.settings, scratch=context.run.scratch)
     return quantize(
-        *(work.loaded.model, work.tokens, plan.method, plan.grid, settings, track),
-        record=record_of(plan, work),
-        progress=work.run.journal if plan.resume or streamed(work.loaded.model) else None,
+        *(context.loaded.model, context.tokens, plan.method, plan.grid, settings, track),
+        record=record_of(plan, context),
+        progress=context.run.journal if plan.resume or offloaded(context.loaded.model) else None,
         experts=plan.experts,
     )
 
 
-def _assist(plan: Plan, work: Work) -> None:
+def _assist(plan: Plan, context: RunContext) -> None:
     """What further ranks do while the first one computes: their part of quantizing."""
-    work = self_calibrated(plan, work, no_track)
-    for _ in _steps(_agreed(plan), work, no_track):
+    context = self_calibrated(plan, context, no_track)
+    for _ in _steps(_agreed(plan), context, no_track):
         pass
 
 
@@ -324,10 +330,10 @@ def _writing(out: Path) -> Iterator[None]:
         raise UserError(f"out={out}: cannot be written ({error.strerror or error})") from error
 
 
-def _export(plan: Plan, work: Work, weights: Mapping[str, QuantizedWeight], track: Track) -> list[Exported]:
+def _export(plan: Plan, context: RunContext, weights: Mapping[str, QuantizedWeight], track: Track) -> list[Exported]:
     """Write and verify the checkpoints that were asked for."""
-    loaded, tokens = work.loaded, work.tokens
-    known = next((t for t in (*work.windows, tokens) if t is not None), None)
+    loaded, tokens = context.loaded, context.tokens
+    known = next((t for t in (*context.windows, tokens) if t is not None), None)
     ids = torch.arange(64)[None] if known is None else known.ids[:PROBE_WINDOWS, :PROBE_SEQLEN]
     probe = Probe.of(loaded.model, ids, "token ids 0 to 63" if known is None else known.source)
     facts = {
@@ -335,7 +341,7 @@ def _export(plan: Plan, work: Work, weights: Mapping[str, QuantizedWeight], trac
         "method": plan.method.name,
         "grid": str(plan.grid),
         "calibration": None if tokens is None else {"source": tokens.source, "sha256": tokens.sha256},
-        "code": work.code,
+        "code": context.code,
     }
     source = Source(loaded.model, loaded.tokenizer, loaded.name, weights)
     return plan.exports.write(source, plan.out, probe, facts, track)

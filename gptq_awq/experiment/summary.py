@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptq_awq.evaluation.evaluate import Baseline
-from gptq_awq.experiment.context import Work
+from gptq_awq.experiment.context import RunContext
 from gptq_awq.experiment.fingerprint import config_sha256, environment
-from gptq_awq.experiment.forecast import Forecast
+from gptq_awq.experiment.forecasting.forecast import Forecast
 from gptq_awq.experiment.plan import Plan
 from gptq_awq.export.write import Exported
 from gptq_awq.quantization.footprint import PLAIN_BITS, Footprint
@@ -19,7 +19,7 @@ LEDGER = "ledger.jsonl"
 
 def results_row(
     plan: Plan,
-    work: Work,
+    context: RunContext,
     footprint: Footprint,
     metrics: Mapping[str, Any],
     clock: Clock,
@@ -27,7 +27,7 @@ def results_row(
     expected: Forecast | None,
 ) -> Result:
     """The row of a run that is done."""
-    full, loaded = plan.method.solver is None, work.loaded
+    full, loaded = plan.method.solver is None, context.loaded
     return Result(
         method=plan.method.name,
         bits=PLAIN_BITS if full else plan.grid.bits,
@@ -38,7 +38,7 @@ def results_row(
         status="done",
         metrics=metrics,
         size_bytes=footprint.model_bytes(loaded.model),
-        baseline_size_bytes=work.baseline_bytes,
+        baseline_size_bytes=context.baseline_bytes,
         seconds=clock.total(),
         peak_memory_bytes=memory.peak_bytes(plan.device),
         ledger=LEDGER,
@@ -51,11 +51,13 @@ def results_row(
     )
 
 
-def made_of(plan: Plan, work: Work, baseline: Baseline, checkpoints: Sequence[Exported]) -> dict[str, Any]:
+def run_manifest(
+    plan: Plan, context: RunContext, baseline: Baseline, checkpoints: Sequence[Exported]
+) -> dict[str, Any]:
     """The manifest: hashes and sources of all that went into a run, and what came out beside its row."""
-    loaded, tokens = work.loaded, work.tokens
+    loaded, tokens = context.loaded, context.tokens
     return {
-        "run": work.run.sha256,
+        "run": context.run.sha256,
         "model": {"source": loaded.source, "sha256": loaded.sha256, "dtype": plan.dtype},
         "tokens": {
             "calibration": None if tokens is None else tokens.sha256,
@@ -70,7 +72,7 @@ def made_of(plan: Plan, work: Work, baseline: Baseline, checkpoints: Sequence[Ex
             for c in checkpoints
         },
         "config": config_sha256(plan.config),
-        "code": work.code,
+        "code": context.code,
         "compute_dtype": str(plan.compute_dtype),
         "eval_dtype": str(baseline.compute_dtype if plan.dtype == "float32" else loaded.model.dtype),
         "act": plan.act.label,

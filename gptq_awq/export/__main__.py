@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.engines import ENGINES, find
-from gptq_awq.export.verify import Record, compare_engine, verify
+from gptq_awq.export.verify import VerificationRecord, compare_engine, verify
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _verify(folder: Path, engines: list[str]) -> int:
-    record = Record.read(folder)
+    record = VerificationRecord.read(folder)
     print(f"{folder}: {verify(folder)}")  # noqa: T201
     taking = {name: engine for name, engine in ENGINES.items() if record.format in engine.formats}
     if "all" in engines:

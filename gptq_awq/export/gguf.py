@@ -29,7 +29,7 @@ from gptq_awq.grids.kquant import KGrid
 from gptq_awq.grids.signed import SignedGrid
 from gptq_awq.grids.table import TableGrid
 from gptq_awq.grids.ternary import TernaryGrid
-from gptq_awq.models.offload import streamed
+from gptq_awq.models.offload import offloaded
 
 FITS = "grid=q4_0, q8_0, q4_k_m and their kin (configs/grid) fit; so does sym=true group_size=32 with bits 4, 5 or 8"
 
@@ -76,7 +76,7 @@ class GGUFFormat:
         """Write model.gguf, its Modelfile and config.json (of the model, for the verifier)."""
         path = folder / "model.gguf"
         with TemporaryDirectory(dir=folder, prefix=".packed-") as scratch:
-            packed = _packed_apart(source, Path(scratch)) if streamed(source.model) else _packed(source)
+            packed = _packed_by_block(source, Path(scratch)) if offloaded(source.model) else _packed(source)
             write_gguf(path, source.model, source.tokenizer, packed, self.plain_dtype, {"name": source.name}, self.pre)
         (folder / "Modelfile").write_text(modelfile(path.name, source.tokenizer))
         write_config(source, folder, torch.float16, None)
@@ -128,7 +128,7 @@ def _packed(source: Source) -> dict[str, tuple[str, np.ndarray]]:
         return dict(zip(source.weights, blocks, strict=True))
 
 
-def _packed_apart(source: Source, folder: Path) -> dict[str, tuple[str, np.ndarray]]:
+def _packed_by_block(source: Source, folder: Path) -> dict[str, tuple[str, np.ndarray]]:
     """The same, one after the other, their bytes in mapped files."""
     packed = {}
     for number, (name, weight) in enumerate(source.weights.items()):

@@ -125,7 +125,7 @@ def _interleaved(heads: int, head_dim: int) -> Int[np.ndarray, "rows"]:
     return np.arange(heads * head_dim).reshape(heads, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)
 
 
-def _qkv_apart(heads: int, head_dim: int) -> Int[np.ndarray, "rows"]:
+def _split_qkv(heads: int, head_dim: int) -> Int[np.ndarray, "rows"]:
     """GPT-NeoX keeps q, k, v of a head together; llama.cpp all q, then all k, then all v."""
     return np.arange(3 * heads * head_dim).reshape(heads, 3, head_dim).swapaxes(0, 1).reshape(-1)
 
@@ -175,7 +175,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         biased="always",
         square=True,
         head="output",
-        orders={"attn_qkv": lambda c: _qkv_apart(c.num_attention_heads, head_size(c))},
+        orders={"attn_qkv": lambda c: _split_qkv(c.num_attention_heads, head_size(c))},
     ),
 }
 """Transformers' model_type → llama.cpp's architecture."""

@@ -22,7 +22,7 @@ from gptq_awq.export.folder import read_config, write_folder
 from gptq_awq.models.auto_class import auto_class
 from gptq_awq.models.experts import unfuse
 from gptq_awq.models.offload import each_tensor
-from gptq_awq.models.offloaded_model import open_streamed
+from gptq_awq.models.offloaded_model import open_offloaded
 
 QUANTIZED = "gptq_awq_quantized"
 """Key of config.json: names of the modules whose weights were quantized, and now are plain numbers."""
@@ -85,7 +85,7 @@ class HFFormat:
     def decode(self, folder: Path) -> Iterator[Decoded]:
         """Every weight that was quantized, in the folder's dtype."""
         config, quantized = AutoConfig.from_pretrained(folder), read_config(folder)[QUANTIZED]
-        model = open_streamed(
+        model = open_offloaded(
             folder, config, torch_dtype(self.dtype, "export.hf.dtype"), torch.device("cpu"), str(folder)
         )
         unfuse(model)

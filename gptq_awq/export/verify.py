@@ -53,7 +53,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Record:
+class VerificationRecord:
     """verification.json.
 
     Attributes:
@@ -78,7 +78,9 @@ class Record:
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, format_: Format, source: Source, folder: Path, probe: Probe, facts: Mapping[str, Any]) -> "Record":
+    def of(
+        cls, format_: Format, source: Source, folder: Path, probe: Probe, facts: Mapping[str, Any]
+    ) -> "VerificationRecord":
         """Of a checkpoint just written to `folder`, from the model in memory alone."""
         rounded = getattr(format_, "rounded", None)
         files = [path for path in sorted(folder.iterdir()) if path.name not in (RECORD, CARD)]
@@ -106,7 +108,7 @@ class Record:
         (folder / RECORD).write_text(json.dumps(asdict(self), indent=1, default=str) + "\n")
 
     @classmethod
-    def read(cls, folder: Path) -> "Record":
+    def read(cls, folder: Path) -> "VerificationRecord":
         """From `folder`. Raises UserError where there is none, or none that this version can read."""
         path = folder / RECORD
         try:
@@ -146,7 +148,7 @@ def verify(folder: Path) -> Verified:
     Raises:
         UserError: an altered or missing file; a layer that decodes to something else, named.
     """
-    record = Record.read(folder)
+    record = VerificationRecord.read(folder)
     for name, sha256 in record.files.items():
         path = folder / name
         if not path.is_file():
@@ -178,7 +180,7 @@ def compare_engine(folder: Path, engine: str) -> Comparison:
     Raises:
         UserError: the engine isn't installed, or refuses the checkpoint.
     """
-    record = Record.read(folder)
+    record = VerificationRecord.read(folder)
     tokens = torch.tensor(record.tokens)
     model = reference_model(folder)
     with torch.no_grad():
@@ -190,7 +192,7 @@ def compare_engine(folder: Path, engine: str) -> Comparison:
 
 def reference_model(folder: Path) -> PreTrainedModel:
     """A transformers model in float32 with a checkpoint's weights, decoded. Raises UserError if some are missing."""
-    format_ = Record.read(folder).make_format()
+    format_ = VerificationRecord.read(folder).make_format()
     config = read_config(folder)
     for key in ("quantization_config", "quantization"):
         config.pop(key, None)

@@ -16,7 +16,7 @@ from gptq_awq.export.base import Format, LinearSpec, Source
 from gptq_awq.export.card import model_card
 from gptq_awq.export.gguf import GGUFFormat
 from gptq_awq.export.lint import lint
-from gptq_awq.export.verify import Probe, Record, verify
+from gptq_awq.export.verify import Probe, VerificationRecord, verify
 from gptq_awq.models.auto_class import also_sees
 from gptq_awq.models.experts import experts_in
 from gptq_awq.runtime.progress import Track
@@ -103,7 +103,7 @@ class Exports:
             started = time.perf_counter()
             format_.write(source, scratch)
             seconds = time.perf_counter() - started
-            Record.of(format_, source, scratch, probe, facts).write(scratch)
+            VerificationRecord.of(format_, source, scratch, probe, facts).write(scratch)
             verified = str(verify(scratch)) if self.decode else "not decoded again (export.decode=false)"
             write_card(scratch, None, [verified])
             _replace(scratch, parent / format_.name)
@@ -128,7 +128,7 @@ def make_exports(formats: Sequence[str] = (), decode: bool = True, **available: 
 
 def write_card(folder: Path, row: Mapping[str, Any] | None, notes: Sequence[str]) -> None:
     """(Re)write a checkpoint's model card; `row` is the results row, once there is one."""
-    record = Record.read(folder)
+    record = VerificationRecord.read(folder)
     text = model_card(row, record.format, [*notes, *record.notes], record.facts)
     scratch = folder / f".{CARD}.{uuid.uuid4().hex[:8]}"
     scratch.write_text(text)

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from gptq_awq.grids.arithmetic import Arithmetic, Params
-from gptq_awq.storage.checksummed import Sealed
+from gptq_awq.storage.checksummed import ChecksummedFile
 
 AT_ONCE = 2**22
 """Numbers of a weight that are encoded or decoded together."""
@@ -139,8 +139,8 @@ class Grid(ABC):
     def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "*spans cols cols"] | None = None) -> Fitted:
         """Choose scale and zero for every row and group of one span.
 
-        Rows are fitted each by itself where `rows_apart`, and where a span is a part of the weight, so that `fit_all`
-        can pass neighbouring spans as rows: with a stack of n Hessian blocks, row k is of span k mod n.
+        Rows are fitted each by itself where `rows_independent`, and where a span is a part of the weight, so that
+        `fit_all` can pass neighbouring spans as rows: with a stack of n Hessian blocks, row k is of span k mod n.
         """
 
     @property
@@ -158,7 +158,7 @@ class Grid(ABC):
         return self.group_size
 
     @property
-    def rows_apart(self) -> bool:
+    def rows_independent(self) -> bool:
         """Whether some rows of a weight are fitted as they are in all of it."""
         return self.span != -1 or self.group_size == -1
 
@@ -199,7 +199,7 @@ def fit_all(grid: Grid, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "c
     whole = count * size
     if count <= 1:
         spans = group_spans(columns, size)
-        return beside([grid.fit(w[:, a:b], None if hessian is None else hessian[a:b, a:b]) for a, b in spans])
+        return concat_columns([grid.fit(w[:, a:b], None if hessian is None else hessian[a:b, a:b]) for a, b in spans])
     blocks = None if hessian is None else diagonal_blocks(hessian[:whole, :whole], count)
     parts = [_fit_rows(grid, w[rows], hessian, size, blocks) for rows in row_parts(w)]
     scales, zeros = (torch.cat([getattr(part, name) for part in parts]) for name in ("scales", "zeros"))
@@ -219,14 +219,14 @@ def _fit_rows(
     parts = [_unstacked(grid.fit(w[:, :whole].reshape(rows * count, size), blocks), rows)]
     if whole < columns:
         parts.append(grid.fit(w[:, whole:], None if hessian is None else hessian[whole:, whole:]))
-    return beside(parts)
+    return concat_columns(parts)
 
 
 def nearest(grid: Grid, w: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
     """Weights rounded to nearest, on the grid as it is fitted without search."""
     grid = grid.without_search()
     out = torch.empty_like(w)
-    for rows in row_parts(w) if grid.rows_apart else [slice(None)]:
+    for rows in row_parts(w) if grid.rows_independent else [slice(None)]:
         out[rows] = _nearest(grid, w[rows])
     return out
 
@@ -260,7 +260,7 @@ def _unstacked(fitted: Fitted, rows: int) -> Fitted:
     return Fitted(fitted.scales.reshape(rows, -1), fitted.zeros.reshape(rows, -1), store)
 
 
-def beside(parts: list[Fitted]) -> Fitted:
+def concat_columns(parts: list[Fitted]) -> Fitted:
     """Neighbouring spans as one."""
     if len(parts) == 1:
         return parts[0]
@@ -308,7 +308,7 @@ class QuantizedWeight:
         return cls(codes.to(torch.uint8), fitted.scales, fitted.zeros, group_of_column, grid, loss, fitted.store)
 
     @classmethod
-    def below(cls, parts: "Sequence[QuantizedWeight]") -> "QuantizedWeight":
+    def concat_rows(cls, parts: "Sequence[QuantizedWeight]") -> "QuantizedWeight":
         """One weight from its rows, of a grid that fits rows apart."""
         if len(parts) == 1:
             return parts[0]
@@ -329,7 +329,7 @@ class QuantizedWeight:
     def sha256(self) -> str:
         """Hash of all that a checkpoint stores: codes, scales, zeros, column order, and the grid's own store."""
         stored = {"codes": self.codes, "scales": self.scales, "zeros": self.zeros, "groups": self.group_of_column}
-        return Sealed(
+        return ChecksummedFile(
             stored | {f"store/{name}": x for name, x in self.store.items()}, {"grid": str(self.grid)}
         ).sha256()
 

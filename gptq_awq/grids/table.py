@@ -74,7 +74,7 @@ class TableGrid(Grid):
         return -1 if self.double_quant else self.group_size
 
     @property
-    def rows_apart(self) -> bool:
+    def rows_independent(self) -> bool:
         """Unless scales are quantized."""
         return not self.double_quant
 

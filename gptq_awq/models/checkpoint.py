@@ -45,7 +45,9 @@ class Checkpoint:
         self._model = model
         self._files = _files_of_tensors(folder)
         if not self._files:
-            raise UserError(f"{option}: has no safetensors files, which alone can be streamed; leave memory_budget out")
+            raise UserError(
+                f"{option}: has no safetensors files, which alone can be offloaded; leave memory_budget out"
+            )
         self._recipes: dict[str, _Recipe] = {}
         rules = get_model_conversion_mapping(model)
         names = model.state_dict()

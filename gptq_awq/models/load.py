@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from gptq_awq.errors import UserError
 from gptq_awq.models.auto_class import also_sees, auto_class
 from gptq_awq.models.checkpoint import folder_numbers
-from gptq_awq.models.offloaded_model import open_streamed
+from gptq_awq.models.offloaded_model import open_offloaded
 from gptq_awq.storage.assets import ASSETS, cache_dir, fetch, file_sha256, hub_reachable, scratch_folder
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def load_folder(
 ) -> tuple[PreTrainedModel, Any]:
     """The causal language model and tokenizer of a transformers folder, or all of a model that sees and holds one.
 
-    A model of more than `room` bytes is streamed (see `open_streamed`); None: it is loaded whole, whatever its size.
+    A model of more than `room` bytes is offloaded (see `open_offloaded`); None: it is loaded whole, whatever its size.
     Raises UserError naming `option` where the folder does not hold one in full, finite and at full precision,
     or naming dtype or device where those cannot be had.
     """
@@ -128,7 +128,7 @@ def load_folder(
             log.info("%s: a %s; its language model alone is quantized and scored", option, config.model_type)
         tokenizer = AutoTokenizer.from_pretrained(folder, **code)
         if room is not None and folder_numbers(folder) * DTYPES[dtype].itemsize > room:
-            return _streamed(folder, config, dtype, device, option, trust_remote_code), tokenizer
+            return _offloaded(folder, config, dtype, device, option, trust_remote_code), tokenizer
         loaded: Any = auto_class(config).from_pretrained(
             folder, config=config, dtype=DTYPES[dtype], output_loading_info=True, **code
         )
@@ -140,13 +140,13 @@ def load_folder(
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
-def _streamed(
+def _offloaded(
     folder: Path, config: Any, dtype: str, device: str, option: str, trust_remote_code: bool
 ) -> PreTrainedModel:
     code = {"trust_remote_code": trust_remote_code} if trust_remote_code else {}
-    model = open_streamed(folder, config, DTYPES[dtype], torch.device(device), option, **code)
+    model = open_offloaded(folder, config, DTYPES[dtype], torch.device(device), option, **code)
     _check_causal(model, option)
-    log.info("%s is streamed: its blocks stay in %s until they are wanted", option, folder)
+    log.info("%s is offloaded: its blocks stay in %s until they are wanted", option, folder)
     return model
 
 

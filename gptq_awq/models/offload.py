@@ -148,6 +148,6 @@ def read_ahead(module: nn.Module) -> None:
         home.read_ahead()
 
 
-def streamed(model: nn.Module) -> bool:
+def offloaded(model: nn.Module) -> bool:
     """Whether any of the model's modules comes and goes."""
     return any(residence(module) is not None for module in model.modules())

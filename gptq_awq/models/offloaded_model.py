@@ -22,7 +22,7 @@ SMALL = 2**20
 """Numbers. What lies outside of the blocks and has fewer, such as the last norm, is kept in memory."""
 
 
-def open_streamed(
+def open_offloaded(
     folder: Path, config: Any, dtype: torch.dtype, device: torch.device, option: str, **code: Any
 ) -> PreTrainedModel:
     """The causal language model of a transformers folder, with nearly nothing of it in memory.

@@ -119,15 +119,6 @@ def _invert_factor(a: Float[Tensor, "*stack n n"]) -> Int[Tensor, "*stack"]:
     return failed
 
 
-def native_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it natively, else float32 (float16 on GPUs without bfloat16)."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    native = torch.cpu.get_capabilities()
-    has_bf16 = device.type == "cpu" and (native.get("avx512_bf16") or native.get("amx_bf16"))
-    return torch.bfloat16 if has_bf16 else torch.float32
-
-
 def quadratic(delta: Float[Tensor, "out n"], hessian: Float[Tensor, "n n"], rough: bool = False) -> float:
     """tr(Δ H Δᵀ): the summed squared output error of a weight error Δ.
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 from gptq_awq.calibration.moments import Moments
 from gptq_awq.grids.base import Grid
 from gptq_awq.models.linear import Site
-from gptq_awq.runtime.distributed import Ranks
+from gptq_awq.numerics.distributed import Ranks
 from gptq_awq.solvers.base import Rowwise, Solver
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ BATCH_BYTES = 2**28
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowSlice:
     """Some rows of a linear, which are solved by themselves or with others.
 
     Attributes:
@@ -55,39 +55,39 @@ class Piece:
         return self.rows[1] - self.rows[0]
 
     @property
-    def apart(self) -> bool:
+    def independent(self) -> bool:
         """Whether the rows can be solved apart from the linear's other ones."""
-        return isinstance(self.solver, Rowwise) and self.grid.rows_apart
+        return isinstance(self.solver, Rowwise) and self.grid.rows_independent
 
     @property
     def input(self) -> Hashable:
         """The same for pieces that can be put below each other."""
-        if self.known is None or not (self.apart and self.solver.needs_hessian):
+        if self.known is None or not (self.independent and self.solver.needs_hessian):
             return self.name
         return id(self.known.hessian), id(self.solver), self.grid
 
 
-def shared(linears: Sequence[Piece], ranks: Ranks) -> list[Piece]:
+def shared(linears: Sequence[RowSlice], ranks: Ranks) -> list[RowSlice]:
     """Those pieces of some whole linears that this rank solves."""
     several = len({piece.site.expert for piece in linears} - {None}) > 1
     whole, split = [], []
     for group in _groups(linears, lambda piece: piece.input):
-        (whole if not group[0].apart or (several and group[0].site.expert is not None) else split).append(group)
+        (whole if not group[0].independent or (several and group[0].site.expert is not None) else split).append(group)
     taken = [whole[i] for i in ranks.share([_cost(group) for group in whole])]
     return [piece for group in (*taken, *(_rows_of(group, ranks) for group in split)) for piece in group]
 
 
-def _cost(pieces: Sequence[Piece]) -> float:
+def _cost(pieces: Sequence[RowSlice]) -> float:
     """Multiplications of one H's factor and sweep."""
     width = pieces[0].columns
     return width**3 / 3 + width**2 * _rows(pieces)
 
 
-def _rows(pieces: Sequence[Piece]) -> int:
+def _rows(pieces: Sequence[RowSlice]) -> int:
     return sum(piece.count for piece in pieces)
 
 
-def _rows_of(pieces: Sequence[Piece], ranks: Ranks) -> list[Piece]:
+def _rows_of(pieces: Sequence[RowSlice], ranks: Ranks) -> list[RowSlice]:
     """This rank's part of the rows of all pieces, one below the other."""
     start, parts = 0, []
     first, end = (_rows(pieces) * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1))
@@ -99,9 +99,9 @@ def _rows_of(pieces: Sequence[Piece], ranks: Ranks) -> list[Piece]:
     return parts
 
 
-def batches(pieces: Sequence[Piece]) -> list[list[Piece]]:
+def batches(pieces: Sequence[RowSlice]) -> list[list[RowSlice]]:
     """Pieces that are solved together: of one grid, and as many rows for each H."""
-    alike: dict[Hashable, list[list[Piece]]] = {}
+    alike: dict[Hashable, list[list[RowSlice]]] = {}
     for group in _groups(pieces, lambda piece: piece.input):
         first, limit = group[0], max(STACK_BYTES, 4 * group[0].columns ** 2)
         for number, stack in enumerate(_filled([[piece] for piece in group], limit)):
@@ -111,7 +111,7 @@ def batches(pieces: Sequence[Piece]) -> list[list[Piece]]:
     return [batch for stacks in alike.values() for batch in _filled(stacks, BATCH_BYTES, factors=True)]
 
 
-def _filled(parts: Sequence[Sequence[Piece]], limit: int, factors: bool = False) -> list[list[Piece]]:
+def _filled(parts: Sequence[Sequence[RowSlice]], limit: int, factors: bool = False) -> list[list[RowSlice]]:
     """As many parts in one as the limit of bytes allows, of their weights and, if asked for, a factor for each part."""
     filled, taken = [], 0
     for part in parts:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gptq_awq.calibration.activations import Streams
+from gptq_awq.calibration.activations import Activations
 from gptq_awq.calibration.block_inputs import Inputs
 from gptq_awq.calibration.moments import Moments
 from gptq_awq.calibration.observation import Observation
@@ -20,12 +20,12 @@ from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.models.blocks import hooks
 from gptq_awq.models.linear import Site, is_linear, matrix
-from gptq_awq.quantization.batching import Piece, batches, shared
+from gptq_awq.numerics.distributed import ONE, Ranks
+from gptq_awq.quantization.batching import RowSlice, batches, shared
 from gptq_awq.quantization.ledger import Errors, LinearReport
 from gptq_awq.quantization.method import Method, solved_together
 from gptq_awq.quantization.resume import Row
 from gptq_awq.quantization.tuning_step import entering, examples, noted
-from gptq_awq.runtime.distributed import ONE, Ranks
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.solvers.base import Solution
 from gptq_awq.solvers.rtn import RTN
@@ -61,13 +61,13 @@ class BlockStep:
         if inputs is None:
             self._solve_sites([(site, None) for site in _each_linear(self.block)])
             return
-        if inputs.streams is not None:
+        if inputs.activations is not None:
             self.runner = inputs.runner(self.block)
-        tuning = self.method.tuning_of_blocks
-        entered = entering(inputs.streams, bool(tuning))
+        tuning = self.method.block_tunings
+        entered = entering(inputs.activations, bool(tuning))
         self._solve_all(inputs)
-        if tuning and inputs.streams is not None:
-            self._tune(inputs.streams, entered)
+        if tuning and inputs.activations is not None:
+            self._tune(inputs.activations, entered)
 
     def _solve_all(self, inputs: Inputs) -> None:
         assert self.method.solver is not None
@@ -78,12 +78,12 @@ class BlockStep:
             transformed = self._transform(seen)
             full = self._full_precision()
             self._solve_sites(list(zip(seen.sites, transformed, strict=True)))
-            if self.method.error_propagation and inputs.streams is not None:
-                inputs.streams.advance(self.runner, self.index, full)
+            if self.method.error_propagation and inputs.activations is not None:
+                inputs.activations.advance(self.runner, self.index, full)
 
     def _run_staged(self, inputs: Inputs) -> None:
-        assert inputs.streams is not None
-        if self.method.of_blocks:
+        assert inputs.activations is not None
+        if self.method.block_transforms:
             seen = self._observe(inputs)
             self._transform(seen)
             sites = seen.sites
@@ -93,36 +93,36 @@ class BlockStep:
         full = self._full_precision()
         paired = self.method.needs_cross
         staged_forward(
-            *(self.runner, self.index, sites, inputs.streams),
+            *(self.runner, self.index, sites, inputs.activations),
             lambda site, moments: self._solve_sites([(site, moments)]),
             inputs.keeps_activations,
             full=full if paired else None,
             policy=inputs.experts,
         )
         if full is not None and not paired:
-            inputs.streams.advance_full(full, self.index)
+            inputs.activations.advance_full(full, self.index)
 
     def _full_precision(self) -> nn.Module | None:
         """The block as it is before it is solved, in the basis that transforms gave it; None where no one asks."""
         self._full = copy.deepcopy(self.runner) if self.method.needs_full else None
         return self._full
 
-    def _tune(self, streams: Streams, entered: list[Tensor]) -> None:
+    def _tune(self, activations: Activations, entered: list[Tensor]) -> None:
         """Let the solved block learn from full precision's outputs, and what enters the next block with it."""
         assert self._full is not None
-        seen = examples(streams, self.index, entered)
+        seen = examples(activations, self.index, entered)
         weights = {name.removeprefix(f"{self.name}."): weight for name, weight in self.weights.items()}
         originals = {name: matrix(self._full.get_submodule(name)).float() for name in weights}
-        for tuning in self.method.tuning_of_blocks:
+        for tuning in self.method.block_tunings:
             with phase("tune"):
                 weights, details = tuning.apply_block(self.block, weights, originals, seen)
             self.weights = {f"{self.name}.{name}": weight for name, weight in weights.items()}
             self.rows = noted(self.rows, self.weights, tuning.name, details)
         if self.runner is not self.block:
             self.runner.load_state_dict(self.block.state_dict())
-        for stream, hidden in zip(streams.batches, entered, strict=True):
-            stream.hidden = hidden
-        streams.advance(self.runner, self.index)
+        for batch, hidden in zip(activations.batches, entered, strict=True):
+            batch.hidden = hidden
+        activations.advance(self.runner, self.index)
 
     def _observe(self, inputs: Inputs) -> Observation:
         seen = inputs.observe(self.block, self.runner, self.index)
@@ -133,7 +133,7 @@ class BlockStep:
         """Moments of all sites' inputs, as they are after the transforms."""
         moments = {site.linears: m for site, m in zip(seen.sites, seen.moments, strict=True)}
         known = [site for site in seen.sites if moments[site.linears].tokens]
-        for transform in self.method.of_blocks:
+        for transform in self.method.block_transforms:
             scalings = self._apply(transform, known, [moments[site.linears] for site in known], self._inputs_of(seen))
             for site in seen.sites:
                 self._scalings.setdefault(site.name, {})[transform.name] = NOTHING_KNOWN
@@ -141,7 +141,7 @@ class BlockStep:
                 self._scalings[site.name][transform.name] = scaling
                 if scaling.scales is not None:
                     moments[site.linears] = moments[site.linears].rescaled(scaling.scales)
-        if self.method.of_blocks:
+        if self.method.block_transforms:
             for parameter in self.block.parameters():
                 self._ranks.copy_(parameter.data)
         if self.runner is not self.block:
@@ -197,21 +197,21 @@ class BlockStep:
             self.weights[f"{self.name}.{piece.name}"] = whole.solution.quantized
             self.rows.append(self._report(piece).row(whole.solution, whole.errors, whole.seconds))
 
-    def _piece(self, name: str, site: Site, moments: Moments | None) -> Piece:
+    def _piece(self, name: str, site: Site, moments: Moments | None) -> RowSlice:
         """A linear that is to be solved."""
         assert self.method.solver is not None
         rows, columns = matrix(self.block.get_submodule(name)).shape
-        piece = Piece(name, site, moments, self.method.solver, self.grids[name], columns, (0, rows))
+        piece = RowSlice(name, site, moments, self.method.solver, self.grids[name], columns, (0, rows))
         if moments is None or moments.tokens:
             return piece
         grid = piece.grid.without_search() if piece.grid.needs_hessian else piece.grid
         return replace(piece, solver=RTN(), grid=grid)  # an expert's, as experts.policy has it
 
-    def _report(self, piece: Piece) -> LinearReport:
+    def _report(self, piece: RowSlice) -> LinearReport:
         scalings = self._prepared | self._scalings.get(piece.site.name, {})
         return LinearReport(f"{self.name}.{piece.name}", self.index, piece.site, self.method, piece.moments, scalings)
 
-    def _solve(self, batch: Sequence[Piece], wanted: set[int]) -> "list[_Solved]":
+    def _solve(self, batch: Sequence[RowSlice], wanted: set[int]) -> "list[_Solved]":
         """Land some pieces that are solved together; `wanted`: the H that others will be solved with."""
         started, first = time.perf_counter(), batch[0]
         weights = [matrix(self.block.get_submodule(p.name))[slice(*p.rows)].float() for p in batch]
@@ -263,7 +263,7 @@ def _joined(parts: "Sequence[_Solved]") -> "_Solved":
     """A linear from its rows; ranks factor one and the same H, so what else there is to say is the same of all."""
     parts = sorted(parts, key=lambda part: part.first)
     first = parts[0]
-    solution = replace(first.solution, quantized=QuantizedWeight.below([p.solution.quantized for p in parts]))
+    solution = replace(first.solution, quantized=QuantizedWeight.concat_rows([p.solution.quantized for p in parts]))
     errors = functools.reduce(operator.add, (part.errors for part in parts))
     return _Solved(first.name, 0, solution, errors, sum(part.seconds for part in parts))
 

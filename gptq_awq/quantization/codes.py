@@ -1,4 +1,4 @@
-"""What checkpoints are made of: the codes of finished blocks, in memory or, of a streamed model, in the journal."""
+"""What checkpoints are made of: the codes of finished blocks, in memory or, of a offloaded model, in the journal."""
 
 from collections.abc import Iterator, Mapping
 
@@ -49,12 +49,12 @@ class Codes:
     Args:
         journal: of the run.
         grids: module name → grid.
-        streamed: leave blocks' codes in the journal.
+        offloaded: leave blocks' codes in the journal.
         wanted: whether there will be a checkpoint.
     """
 
-    def __init__(self, journal: Journal, grids: Mapping[str, Grid], streamed: bool, wanted: bool) -> None:
-        self._journal, self._grids, self._streamed, self._wanted = journal, grids, streamed, wanted
+    def __init__(self, journal: Journal, grids: Mapping[str, Grid], offloaded: bool, wanted: bool) -> None:
+        self._journal, self._grids, self._offloaded, self._wanted = journal, grids, offloaded, wanted
         self._blocks: dict[str, int] = {}
         self._held: dict[str, QuantizedWeight] = {}
 
@@ -62,11 +62,11 @@ class Codes:
         """A block is finished."""
         if self._wanted:
             self._blocks |= dict.fromkeys(block.weights, block.index)
-            if not self._streamed or block.index < 0:
+            if not self._offloaded or block.index < 0:
                 self._held |= block.weights
 
     def weights(self) -> Mapping[str, QuantizedWeight]:
         """All of them, by module name."""
-        if not self._streamed:
+        if not self._offloaded:
             return self._held
         return KeptWeights(self._journal, self._blocks, self._held, self._grids)

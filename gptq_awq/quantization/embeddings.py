@@ -1,9 +1,9 @@
 """What lies outside of the blocks and lands on a grid: the embedding, rounded to nearest, and the output head.
 
 A head that is solved gets what every linear in a block gets: the method's own solver, on moments of its input. That
-input is what the streams are after the last block, through all that the model puts between it and the head, so it comes
-last. Without error propagation the streams are full precision's, and so are the head's moments. Transforms and tuning
-leave it alone.
+input is what the activations are after the last block, through all that the model puts between it and the head, so it
+comes last. Without error propagation the activations are full precision's, and so are the head's moments. Transforms
+and tuning leave it alone.
 """
 
 import logging
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gptq_awq.calibration.activations import Streams
+from gptq_awq.calibration.activations import Activations
 from gptq_awq.calibration.moments import Moments, MomentsSum
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight
@@ -25,10 +25,10 @@ from gptq_awq.models.blocks import BlockCalls, find_blocks
 from gptq_awq.models.embeddings import is_tied, untie
 from gptq_awq.models.linear import Site, is_linear, matrix
 from gptq_awq.models.offload import residence, resident
+from gptq_awq.numerics.distributed import Ranks
 from gptq_awq.quantization.ledger import LinearReport
 from gptq_awq.quantization.method import Method, solved
 from gptq_awq.quantization.resume import BlockResult
-from gptq_awq.runtime.distributed import Ranks
 from gptq_awq.solvers.base import Solver
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.transforms.base import Scaling
@@ -50,7 +50,7 @@ def free_head(model: Any, method: Method) -> None:
     if is_tied(model):
         if residence(head) is not None:
             raise UserError(
-                f"head={method.head}: the head is the embedding, too, and is streamed from disk; choose head=null, or "
+                f"head={method.head}: the head is the embedding, too, and is offloaded from disk; choose head=null, or "
                 "a memory_budget that the model fits into"
             )
         if not method.untie_head:
@@ -101,12 +101,14 @@ class HeadStep:
         return None if name is None else cls(model, name, grids[name], method, prepared, ranks)
 
     @torch.no_grad()
-    def run(self, streams: Streams | None) -> BlockResult:
-        """Solve the head, once the `streams` have passed all blocks; None: nothing is calibrated.
+    def run(self, activations: Activations | None) -> BlockResult:
+        """Solve the head, once the `activations` have passed all blocks; None: nothing is calibrated.
 
         Of several ranks the first one solves it, and the others take what came of it.
         """
-        moments = None if streams is None else head_moments(self.model, self.name, streams, self.method.needs_cross)
+        moments = (
+            None if activations is None else head_moments(self.model, self.name, activations, self.method.needs_cross)
+        )
         done = self.ranks.from_first(lambda: self._solved(moments))
         return done if self.ranks.first else self.restore(done)
 
@@ -133,8 +135,8 @@ def _solved_head(model: Any, method: Method, grids: Mapping[str, Grid]) -> str |
 
 
 @torch.no_grad()
-def head_moments(model: Any, name: str, streams: Streams, cross: bool = False) -> Moments:
-    """The moments of what enters the head, of streams that have passed all blocks; `cross`: with full precision's.
+def head_moments(model: Any, name: str, activations: Activations, cross: bool = False) -> Moments:
+    """The moments of what enters the head, of activations that have passed all blocks; `cross`: with full precision's.
 
     Raises:
         UserError: non-finite activations; no token at all.
@@ -150,10 +152,10 @@ def head_moments(model: Any, name: str, streams: Streams, cross: bool = False) -
         return seen[0].to(hidden.dtype)
 
     with resident(head, model.get_input_embeddings()):  # both are called, though nobody wants what they answer
-        for stream in streams.batches:
-            x, full = entering(stream.hidden), stream.full
-            total.add(x, stream.mask, entering(full) if cross and full is not None else None)
-    return total.finish(name, streams.ranks)
+        for batch in activations.batches:
+            x, full = entering(batch.hidden), batch.full
+            total.add(x, batch.mask, entering(full) if cross and full is not None else None)
+    return total.finish(name, activations.ranks)
 
 
 @contextmanager

@@ -66,7 +66,7 @@ class Method:
     @property
     def needs_full(self) -> bool:
         """Whether calibration carries full precision's hidden states beside the quantized model's."""
-        return self.needs_cross or bool(self.tuning_of_blocks)
+        return self.needs_cross or bool(self.block_tunings)
 
     @property
     def needs_cross(self) -> bool:
@@ -74,22 +74,22 @@ class Method:
         return bool(getattr(self.solver, "needs_cross", False))
 
     @property
-    def tuning_of_blocks(self) -> list[BlockTuning]:
+    def block_tunings(self) -> list[BlockTuning]:
         """Tuning of each block in its turn."""
         return [each for each in self.tuning.values() if isinstance(each, BlockTuning)]
 
     @property
-    def tuning_of_model(self) -> list[ModelTuning]:
+    def model_tunings(self) -> list[ModelTuning]:
         """Tuning of the whole model, after its last block."""
         return [each for each in self.tuning.values() if isinstance(each, ModelTuning)]
 
     @property
-    def of_model(self) -> list[ModelTransform]:
+    def model_transforms(self) -> list[ModelTransform]:
         """Transforms of the whole model."""
         return [each for each in self.transforms.values() if isinstance(each, ModelTransform)]
 
     @property
-    def of_blocks(self) -> list[Transform]:
+    def block_transforms(self) -> list[Transform]:
         """Transforms of one block at a time, which look at calibration data."""
         return [each for each in self.transforms.values() if isinstance(each, Transform)]
 

@@ -9,8 +9,8 @@
                       of full precision beside it too, if the method compares the two)
             for linear in site: linear.weight ← solver.solve(linear.weight, moments, grid)
         for tuning in tuning of blocks: tuning.apply_block(block, …)
-        advance the streams to the next block
-    the output head, if it is asked for: solver.solve on what the streams are then
+        advance the activations to the next block
+    the output head, if it is asked for: solver.solve on what the activations are then
     for tuning in tuning of the whole model: tuning.apply(model, …)
 
 Weights change in the model that was passed in; forwards run in `compute_dtype` on a copy of one block.
@@ -22,23 +22,24 @@ from collections.abc import Generator, Iterator
 import torch
 from torch import nn
 
-from gptq_awq.calibration.block_inputs import Inputs, Settings, resolve_compute_dtype
+from gptq_awq.calibration.block_inputs import Inputs, Settings
 from gptq_awq.calibration.expert_policy import ExpertPolicy, no_pairing
-from gptq_awq.calibration.observation import Record
+from gptq_awq.calibration.observation import ObservationCache
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import GridChoice
 from gptq_awq.kernels.threads import match_torch
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.experts import experts_in, unfuse
-from gptq_awq.models.offload import read_ahead, resident, streamed
+from gptq_awq.models.offload import offloaded, read_ahead, resident
+from gptq_awq.numerics.distributed import Ranks
+from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.quantization.block import BlockStep
 from gptq_awq.quantization.embeddings import HeadStep, free_head, round_ends
 from gptq_awq.quantization.method import Method
 from gptq_awq.quantization.resume import BlockResult, Progress
-from gptq_awq.quantization.targets import landing
+from gptq_awq.quantization.targets import assign_grids
 from gptq_awq.quantization.tuning_step import tuned_model
-from gptq_awq.runtime.distributed import Ranks
 from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.storage.journal import Journal
 from gptq_awq.transforms.base import Scaling
@@ -54,7 +55,7 @@ def quantize(
     grid: GridChoice,
     settings: Settings = Settings(),  # noqa: B008 (frozen)
     track: Track = no_track,
-    record: Record | None = None,
+    record: ObservationCache | None = None,
     progress: Journal | None = None,
     experts: ExpertPolicy = ExpertPolicy(),  # noqa: B008 (frozen)
 ) -> Generator[BlockResult]:
@@ -64,7 +65,7 @@ def quantize(
     comes last, and is of block -1 as well.
 
     Nothing is kept in memory of a block that was handed out, so a caller that needs no codes pays no memory for them. A
-    streamed model's codes are there until the next block is asked for; the journal has them.
+    offloaded model's codes are there until the next block is asked for; the journal has them.
 
     Args:
         model: a causal LM in eval mode.
@@ -83,7 +84,7 @@ def quantize(
             ranks.
     """
     match_torch()
-    if streamed(model):
+    if offloaded(model):
         _check_blockwise(method, progress)
     check_ranks(method, settings.ranks)
     if method.solver is None:
@@ -93,7 +94,7 @@ def quantize(
     unfuse(model)
     if method.needs_cross and experts_in(model):
         raise no_pairing(f"method={method.name}")
-    if not method.tuning_of_model:
+    if not method.model_tunings:
         yield from _blocks(model, tokens, method, grid, settings, track, record, progress, experts)
         return
     if tokens is None:
@@ -110,15 +111,15 @@ def _blocks(
     grid: GridChoice,
     settings: Settings,
     track: Track,
-    record: Record | None,
+    record: ObservationCache | None,
     progress: Journal | None,
     experts: ExpertPolicy,
 ) -> Iterator[BlockResult]:
     """The block loop."""
     prefix, blocks = find_blocks(model)
-    prepared = {each.name: Scaling(None, each.prepare(model)) for each in method.of_model}
+    prepared = {each.name: Scaling(None, each.prepare(model)) for each in method.model_transforms}
     free_head(model, method)
-    grids = landing(model, grid, method.head)
+    grids = assign_grids(model, grid, method.head)
     for tuning in method.tuning.values():
         for each in {each for name, each in grids.items() if name.startswith(f"{prefix}.")}:
             tuning.check(each)
@@ -132,14 +133,14 @@ def _blocks(
         if tokens is None:
             raise _wants_tokens(method)
         inputs = Inputs(
-            *(model, blocks, tokens, settings, method.error_propagation, bool(method.of_blocks)),
+            *(model, blocks, tokens, settings, method.error_propagation, bool(method.block_transforms)),
             record=_without(record) if head else record,
             track=track,
             full=method.needs_full,
             experts=experts,
         )
-    streams = inputs.streams if inputs else None
-    finished = kept.finished(count + (head is not None), streams)
+    activations = inputs.activations if inputs else None
+    finished = kept.finished(count + (head is not None), activations)
     yield from kept.restore(min(finished, count), prefix, blocks, grids)
     rest = range(finished, count)
     for index in track(rest, f"quantize ({method.name})", len(rest)):
@@ -149,19 +150,19 @@ def _blocks(
         with torch.no_grad(), resident(blocks[index]):
             step.run(inputs)
             done = BlockResult(index, step.weights, step.rows)
-            kept.save(f"{prefix}.{index}", blocks[index], done, streams)
+            kept.save(f"{prefix}.{index}", blocks[index], done, activations)
         kept.settle(f"{prefix}.{index}", blocks[index], index, grids)
         yield done
         done.release(blocks[index])
     if head is not None and finished > count:
         yield head.restore(kept.head(count, grids))
     elif head is not None:
-        done = head.run(streams)
+        done = head.run(activations)
         kept.save_head(count, done)
         yield done
 
 
-def _without(record: Record | None) -> None:
+def _without(record: ObservationCache | None) -> None:
     """Say that a record is not used: it knows of blocks only, and the head's input comes after them."""
     if record is not None:
         log.info("head=solve: full precision's recorded moments have none of the head's, so this run calibrates anew")
@@ -173,15 +174,15 @@ def _check_blockwise(method: Method, progress: Journal | None) -> None:
     Raises:
         UserError: naming the part of the method; no place for finished blocks.
     """
-    whole = [*(each.name for each in method.of_model), *(each.name for each in method.tuning_of_model)]
+    whole = [*(each.name for each in method.model_transforms), *(each.name for each in method.model_tunings)]
     whole += [f"method.cast={method.cast}"] if method.cast else []
     if whole:
         raise UserError(
-            f"method={method.name}: {whole[0]} works on the whole model, which is streamed from disk block by block; "
+            f"method={method.name}: {whole[0]} works on the whole model, which is offloaded from disk block by block; "
             "choose a method without it, or a memory_budget that the model fits into"
         )
     if progress is None:
-        raise ValueError("a streamed model needs a journal: its finished blocks go there")
+        raise ValueError("a offloaded model needs a journal: its finished blocks go there")
 
 
 def _wants_tokens(method: Method) -> UserError:
@@ -205,7 +206,7 @@ def needs_calibration(method: Method, grid: GridChoice) -> bool:
     """Whether any part of the method looks at calibration data."""
     solver = method.solver
     return solver is not None and (
-        bool(method.of_blocks or method.tuning) or solver.needs_hessian or grid.needs_hessian
+        bool(method.block_transforms or method.tuning) or solver.needs_hessian or grid.needs_hessian
     )
 
 

@@ -5,21 +5,21 @@ block that are not on a grid, since transforms change them. The weights follow f
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gptq_awq.calibration.activations import Streams
+from gptq_awq.calibration.activations import Activations, keep_block
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight, group_of_columns
 from gptq_awq.models.offload import residence
+from gptq_awq.numerics.distributed import ONE, Ranks
 from gptq_awq.runtime import memory
-from gptq_awq.runtime.distributed import ONE, Ranks
 from gptq_awq.runtime.profiling import phase
-from gptq_awq.storage.checksummed import DamagedError, Sealed
+from gptq_awq.storage.checksummed import ChecksummedFile, DamagedError
 from gptq_awq.storage.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class BlockResult:
     restored: bool = False
 
     def release(self, block: nn.Module) -> None:
-        """It was handed out; of a streamed block only the journal keeps codes, whoever still holds this.
+        """It was handed out; of a offloaded block only the journal keeps codes, whoever still holds this.
 
         What the C library keeps of freed memory would grow from block to block.
         """
@@ -60,15 +60,17 @@ class Progress:
     ranks: Ranks = ONE
 
     @phase("disk")
-    def save(self, prefix: str, block: nn.Module, done: BlockResult, streams: Streams | None) -> None:
+    def save(self, prefix: str, block: nn.Module, done: BlockResult, activations: Activations | None) -> None:
         """Keep a finished block, and what enters the next one."""
         if self.journal is None:
             return
         try:
-            keep_block(self.journal, done.index, lambda: _packed(prefix, block, done), streams, self.ranks)
+            keep_block(self.journal, done.index, lambda: _packed(prefix, block, done), activations, self.ranks)
         except OSError as error:
             if residence(block) is not None:
-                raise UserError(f"a streamed model's finished blocks go to the cache, and it can't: {error}") from error
+                raise UserError(
+                    f"a offloaded model's finished blocks go to the cache, and it can't: {error}"
+                ) from error
             log.warning("progress is not kept, a killed run would start again: %s", error)
             self._clear()
             self.journal = None
@@ -77,8 +79,8 @@ class Progress:
         """Keep a finished output head, as if it were the block after all `count` others."""
         self.save("", nn.Module(), replace(done, index=count), None)
 
-    def finished(self, count: int, streams: Streams | None) -> int:
-        """How many of the leading blocks, of `count`, are kept; `streams` then enter the block after them.
+    def finished(self, count: int, activations: Activations | None) -> int:
+        """How many of the leading blocks, of `count`, are kept; `activations` then enter the block after them.
 
         An output head that is solved counts as the last of them.
         """
@@ -88,8 +90,8 @@ class Progress:
         try:
             done = self.ranks.from_first(lambda: min(journal.count(), count))
             self.ranks.together(lambda: _checked(journal, done), DamagedError, FileNotFoundError)
-            if done and streams is not None and done < count:
-                streams.restore(journal, done - 1)
+            if done and activations is not None and done < count:
+                activations.restore(journal, done - 1)
         except (DamagedError, FileNotFoundError) as error:
             log.warning("the progress in %s can't be used (%s): starting again", journal.folder, error)
             self._clear()
@@ -118,7 +120,7 @@ class Progress:
         return BlockResult(-1, dict(weights_in(content, grids)), content.facts["rows"], restored=True)
 
     def settle(self, name: str, block: nn.Module, index: int, grids: Mapping[str, Grid]) -> None:
-        """From now on a streamed block, which is finished, comes from the journal."""
+        """From now on a offloaded block, which is finished, comes from the journal."""
         if (home := residence(block)) is None:
             return
         assert self.journal is not None
@@ -135,34 +137,6 @@ class Progress:
             self.journal.clear()
 
 
-def keep_block(
-    journal: Journal,
-    index: int,
-    packed: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]],
-    streams: Streams | None,
-    ranks: Ranks,
-) -> None:
-    """Keep a block, and the streams that leave it: every rank its own batches; when all are on disk, rank 0 the block.
-
-    Args:
-        packed: tensors and facts of the block.
-
-    Raises:
-        OSError: on all ranks, where any could not write.
-    """
-
-    def keep_streams() -> None:
-        if streams is not None:
-            streams.keep(journal, index)
-
-    def append() -> None:
-        if ranks.first:
-            journal.append(index, *packed())
-
-    ranks.together(keep_streams, OSError)
-    ranks.together(append, OSError)
-
-
 def _checked(journal: Journal, count: int) -> None:
     """Raise FileNotFoundError or DamagedError where one of the leading blocks can't be used."""
     for index in range(count):
@@ -170,7 +144,7 @@ def _checked(journal: Journal, count: int) -> None:
 
 
 def _state(
-    content: Sealed, weights: Mapping[str, QuantizedWeight], block: nn.Module, name: str
+    content: ChecksummedFile, weights: Mapping[str, QuantizedWeight], block: nn.Module, name: str
 ) -> Iterator[tuple[str, Tensor]]:
     """What a finished block holds, by names in the model."""
     for key, value in _under("plain/", content.tensors).items():
@@ -192,7 +166,7 @@ def _packed(prefix: str, block: nn.Module, done: BlockResult) -> tuple[dict[str,
     return tensors, {"rows": done.rows, "losses": {name: weight.loss for name, weight in done.weights.items()}}
 
 
-def weights_in(content: Sealed, grids: Mapping[str, Grid]) -> Iterator[tuple[str, QuantizedWeight]]:
+def weights_in(content: ChecksummedFile, grids: Mapping[str, Grid]) -> Iterator[tuple[str, QuantizedWeight]]:
     """Names and quantized weights of one block of a journal."""
     for name, loss in content.facts["losses"].items():
         kept, grid = _under(f"{name}/", content.tensors), grids[name]

@@ -10,7 +10,7 @@ from gptq_awq.models.blocks import find_blocks, heads_of, key_value_heads, text_
 from gptq_awq.models.linear import is_linear, matrix
 
 
-def landing(model: nn.Module, choice: GridChoice, head: str | None = None) -> dict[str, Grid]:
+def assign_grids(model: nn.Module, choice: GridChoice, head: str | None = None) -> dict[str, Grid]:
     """Module name → the grid its weight will land on; `head`: what becomes of the output head, see `Method`.
 
     Raises:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gptq_awq.calibration.activations import Streams
+from gptq_awq.calibration.activations import Activations
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.quantization.method import Method
@@ -17,13 +17,13 @@ from gptq_awq.tuning.base import Example
 from gptq_awq.tuning.teacher import Teacher
 
 
-def examples(streams: Streams, index: int, entered: Sequence[Tensor]) -> list[Example]:
-    """What a block that the streams have just passed learns from; `entered` it before."""
-    pairs = zip(streams.batches, entered, strict=True)
+def examples(activations: Activations, index: int, entered: Sequence[Tensor]) -> list[Example]:
+    """What a block that the activations have just passed learns from; `entered` it before."""
+    pairs = zip(activations.batches, entered, strict=True)
     found = []
-    for stream, inputs in pairs:
-        assert stream.full is not None
-        found.append(Example(inputs, stream.full, stream.calls[index], stream.mask))
+    for batch, inputs in pairs:
+        assert batch.full is not None
+        found.append(Example(inputs, batch.full, batch.calls[index], batch.mask))
     return found
 
 
@@ -37,7 +37,7 @@ def tuned_model(
 ) -> Iterator[BlockResult]:
     """Tune a model, in place, whose blocks are all solved; the results, with weights and rows as they are then."""
     weights = {name: weight for block in results if block.index >= 0 for name, weight in block.weights.items()}
-    for tuning in method.tuning_of_model:
+    for tuning in method.model_tunings:
         with phase("tune"):
             weights, details = tuning.apply(model, weights, teacher, tokens, track)
         results = [replace(block, rows=noted(block.rows, weights, tuning.name, details)) for block in results]
@@ -57,6 +57,6 @@ def noted(
     ]
 
 
-def entering(streams: Streams | None, wanted: bool) -> list[Tensor]:
+def entering(activations: Activations | None, wanted: bool) -> list[Tensor]:
     """What enters the next block, kept for tuning it; blocks don't write into it."""
-    return [stream.hidden for stream in streams.batches] if wanted and streams is not None else []
+    return [batch.hidden for batch in activations.batches] if wanted and activations is not None else []

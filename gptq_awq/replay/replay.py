@@ -23,7 +23,7 @@ from rich.console import Console
 
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.evaluate import full_precision, score
-from gptq_awq.experiment.context import Work, load, self_calibrated
+from gptq_awq.experiment.context import RunContext, load, self_calibrated
 from gptq_awq.experiment.fingerprint import environment
 from gptq_awq.experiment.plan import Plan, preflight
 from gptq_awq.experiment.summary import LEDGER
@@ -87,20 +87,28 @@ def replay(run_dir: Path, track: Track, scores: bool = False, device: str | None
         config.out, config.resume = scratch, False
         config.device = device or config.device
         plan = replace(preflight(config), config=stored.config)
-    work = self_calibrated(plan, load(plan), track)
-    circumstances = tuple(_circumstances(stored.manifest, work))
+    context = self_calibrated(plan, load(plan), track)
+    circumstances = tuple(_circumstances(stored.manifest, context))
     baseline = None
     if scores:
-        keep = plan.method.cast is not None or changes_output(work.loaded.model, work.grids)
+        keep = plan.method.cast is not None or changes_output(context.loaded.model, context.grids)
         baseline = full_precision(
-            *(work.loaded.model, work.loaded.tokenizer, work.loaded.sha256, work.windows, work.tasks, None, track),
+            *(
+                context.loaded.model,
+                context.loaded.tokenizer,
+                context.loaded.sha256,
+                context.windows,
+                context.tasks,
+                None,
+                track,
+            ),
             keep_output=keep,
             compute_dtype=plan.evaluation.compute_dtype,
         )
-    difference = _first_other_layer(plan, work, ledger, track)
+    difference = _first_other_layer(plan, context, ledger, track)
     if difference is None and baseline is not None:
-        with quantized_activations(work.loaded.model, plan.act, plan.kv):
-            metrics = score(work.loaded.model, work.loaded.tokenizer, baseline, plan.seed, track).metrics
+        with quantized_activations(context.loaded.model, plan.act, plan.kv):
+            metrics = score(context.loaded.model, context.loaded.tokenizer, baseline, plan.seed, track).metrics
         difference = _first_other_metric(stored.metrics, metrics)
     return Replay(len(ledger), difference, circumstances)
 
@@ -116,9 +124,11 @@ def _stored(run_dir: Path) -> tuple[Result, DictConfig]:
     return stored, config
 
 
-def _first_other_layer(plan: Plan, work: Work, ledger: Sequence[Mapping[str, Any]], track: Track) -> Difference | None:
+def _first_other_layer(
+    plan: Plan, context: RunContext, ledger: Sequence[Mapping[str, Any]], track: Track
+) -> Difference | None:
     """Quantize, in place, until a layer's codes are others."""
-    steps = quantize(work.loaded.model, work.tokens, plan.method, plan.grid, plan.settings, track)
+    steps = quantize(context.loaded.model, context.tokens, plan.method, plan.grid, plan.settings, track)
     expected = iter(ledger)
     with closing(steps):
         for block in steps:
@@ -139,12 +149,12 @@ def _first_other_metric(stored: Mapping[str, Any], now: Mapping[str, Any]) -> Di
     return None
 
 
-def _circumstances(manifest: Mapping[str, Any], work: Work) -> Iterator[str]:
+def _circumstances(manifest: Mapping[str, Any], context: RunContext) -> Iterator[str]:
     """What is not as it was."""
     now = {
-        "code": work.code,
-        "model": work.loaded.sha256,
-        "calibration tokens": work.tokens and work.tokens.sha256,
+        "code": context.code,
+        "model": context.loaded.sha256,
+        "calibration tokens": context.tokens and context.tokens.sha256,
     }
     then = {
         "code": manifest.get("code"),
@@ -186,7 +196,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     sys.stdout.write(f"different: {done.difference}\n")
     return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,6 @@ protocols (window length, token ids) are refused, not put side by side. Marks sa
 from typing import TYPE_CHECKING
 
 from gptq_awq.report.command import main, make_report
-from gptq_awq.report.one import final_table
 from gptq_awq.report.rows import (
     Row,
     check_protocols,
@@ -20,10 +19,12 @@ from gptq_awq.report.rows import (
     records,
     total_seconds,
 )
+from gptq_awq.report.single_run import final_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
+REPORTS_ONLY = True
 __all__ = [
     "Row",
     "check_protocols",

@@ -13,10 +13,12 @@ from typing import Any, Literal, Self, get_args
 import yaml
 
 from gptq_awq.errors import UserError
-from gptq_awq.experiment.plugins import EXPERIMENTS
 from gptq_awq.report import text
 from gptq_awq.report.rows import FULL_PRECISION, Row
 from gptq_awq.report.settings import IDENTITY, flat
+from gptq_awq.runtime.configs import CONFIGS
+
+_EXPERIMENTS = CONFIGS / "experiment"
 
 KEYS = ("source", "metric", "where", "tolerance", "rows")
 AT = ("hydra", "callbacks", "sweep_end", "anchors")
@@ -76,7 +78,7 @@ class Anchors:
         Raises:
             UserError: no such file, or one without anchors.
         """
-        path = Path(name) if name.endswith(".yaml") else EXPERIMENTS / f"{name}.yaml"
+        path = Path(name) if name.endswith(".yaml") else _EXPERIMENTS / f"{name}.yaml"
         if not path.is_file():
             raise UserError(f"--against {name}: no such experiment; choose of {', '.join(_known())}, or a yaml file")
         node: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -126,8 +128,8 @@ def markdown(checked: Sequence[Checked], anchors: Anchors) -> str:
 
 
 def _known() -> list[str]:
-    paths = sorted(path for path in EXPERIMENTS.rglob("*.yaml") if f"{AT[-1]}:" in path.read_text(encoding="utf-8"))
-    return [str(path.relative_to(EXPERIMENTS).with_suffix("")) for path in paths]
+    paths = sorted(path for path in _EXPERIMENTS.rglob("*.yaml") if f"{AT[-1]}:" in path.read_text(encoding="utf-8"))
+    return [str(path.relative_to(_EXPERIMENTS).with_suffix("")) for path in paths]
 
 
 def _anchor(row: dict[str, Any], tolerance: Any) -> Anchor:

@@ -1,1 +1,3 @@
-"""What a process is given: its ranks, memory, clock, progress bars and log."""
+"""What surrounds a computation in its process: memory, clock, profiler marks, progress bars, log, configs."""
+
+REPORTS_ONLY = True

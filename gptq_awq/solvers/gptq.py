@@ -127,7 +127,7 @@ class GPTQ:
         for stack, own, lost in zip(stacks, codes, losses, strict=True):
             damping = stack.factor[2]
             raised = f"damping raised from {self.damping:g} to {damping:g}" if damping != self.damping else None
-            for i, weight in zip(stack.members, stack.apart(own, lost), strict=True):
+            for i, weight in zip(stack.members, stack.split_rows(own, lost), strict=True):
                 solutions[i] = Solution(weight, self.name, damping, raised)
         return solutions
 
@@ -232,7 +232,7 @@ class _Stack:
     group_of_column: Int[Tensor, "in"]
     groups: _Groups
 
-    def apart(self, codes: UInt8[Tensor, "out in"], losses: Float[Tensor, "out"]) -> list[QuantizedWeight]:
+    def split_rows(self, codes: UInt8[Tensor, "out in"], losses: Float[Tensor, "out"]) -> list[QuantizedWeight]:
         """The weights, columns back in the layer's own order."""
         order, group_of_column = self.factor[1], self.group_of_column
         if order is not None:

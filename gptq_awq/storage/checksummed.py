@@ -1,4 +1,4 @@
-"""Sealed files: tensors and facts in one safetensors file that carries its own checksum.
+"""ChecksummedFile files: tensors and facts in one safetensors file that carries its own checksum.
 
 What is read is what was written, or an error: a torn, flipped or foreign file is never used.
 """
@@ -27,7 +27,7 @@ class DamagedError(Exception):
 
 
 @dataclass(frozen=True)
-class Sealed:
+class ChecksummedFile:
     """Named tensors and JSON facts."""
 
     tensors: Mapping[str, Tensor]
@@ -60,7 +60,7 @@ class Sealed:
                 raise OSError(f"{path}: {error}") from error
 
     @classmethod
-    def read(cls, path: Path) -> "Sealed":
+    def read(cls, path: Path) -> "ChecksummedFile":
         """The content of `path`.
 
         Raises:
@@ -81,13 +81,13 @@ class Sealed:
         return content
 
 
-def read(path: Path, what: str) -> Sealed | None:
+def read(path: Path, what: str) -> ChecksummedFile | None:
     """The content of `path`; None where there is none, or, with a warning that calls it `what`, where it is damaged.
 
     Its time stamp is renewed: the cache drops what was not used for longest.
     """
     try:
-        content = Sealed.read(path)
+        content = ChecksummedFile.read(path)
     except FileNotFoundError:
         return None
     except DamagedError as error:
@@ -99,13 +99,18 @@ def read(path: Path, what: str) -> Sealed | None:
     return content
 
 
-def once(path: Path, what: str, compute: Callable[[], Sealed], valid: Callable[[Sealed], bool] | None = None) -> Sealed:
+def once(
+    path: Path,
+    what: str,
+    compute: Callable[[], ChecksummedFile],
+    valid: Callable[[ChecksummedFile], bool] | None = None,
+) -> ChecksummedFile:
     """The content of `path`, computed and kept there if it isn't yet; of several processes one computes.
 
     A disk that is full costs the cache, not the result: it is computed and a warning says why it isn't kept.
     """
 
-    def kept() -> Sealed | None:
+    def kept() -> ChecksummedFile | None:
         content = read(path, what)
         if content is not None and valid is not None and not valid(content):
             log.warning("the cached %s %s is damaged (not of this shape): computing it anew", what, path)

@@ -13,10 +13,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from gptq_awq.errors import UserError
+from gptq_awq.numerics.distributed import rank_and_size
 from gptq_awq.report import comparison, records
 from gptq_awq.report.anchors import Anchors, check, markdown, met
 from gptq_awq.results import FAILURE, FILE_NAME, Result, load
-from gptq_awq.runtime.distributed import rank_and_size
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -43,7 +43,7 @@ class Tracker(Protocol):
     """One run, as a tracker follows it. No method raises."""
 
     def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Record metrics; `step` is the number of the block they are of."""
+        """ObservationCache metrics; `step` is the number of the block they are of."""
         ...
 
     def ledger(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -51,7 +51,7 @@ class Tracker(Protocol):
         ...
 
     def finish(self, result: Result) -> None:
-        """Record the final results row and close the run."""
+        """ObservationCache the final results row and close the run."""
         ...
 
 

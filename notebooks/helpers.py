@@ -19,9 +19,9 @@ from hydra.utils import instantiate
 from numpy.typing import ArrayLike
 from transformers import PreTrainedModel
 
-from gptq_awq.api import CONFIGS
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
+from gptq_awq.runtime.configs import CONFIGS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,16 +15,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gptq_awq.calibration.block_inputs import resolve_compute_dtype
 from gptq_awq.evaluation.baseline import knows_scores, read_answers
 from gptq_awq.evaluation.floor import TRIAL_TOKENS
-from gptq_awq.experiment.context import Work, record_of
-from gptq_awq.experiment.dry_run import Scores, Trial, Turn, trial_of
-from gptq_awq.experiment.memory_model import Needs
+from gptq_awq.experiment.context import RunContext, record_of
+from gptq_awq.experiment.forecasting.dry_run import DryRun, ScoreTimings, Turn, dry_run_of
+from gptq_awq.experiment.forecasting.memory_model import MemoryModel
 from gptq_awq.experiment.plan import Plan
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import is_linear, matrix
-from gptq_awq.models.offload import streamed
+from gptq_awq.models.offload import offloaded
+from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.results import Result
 from gptq_awq.runtime import memory
 from gptq_awq.runtime.runlog import Clock
@@ -87,16 +87,16 @@ class Forecast:
         return table
 
 
-def announce(plan: Plan, work: Work, clock: Clock) -> Forecast | None:
-    """Say what the phases to come will take, where it was asked for, or the model is large enough to be streamed."""
-    if not (streamed(work.loaded.model) if plan.forecast is None else plan.forecast):
+def announce(plan: Plan, context: RunContext, clock: Clock) -> Forecast | None:
+    """Say what the phases to come will take, where it was asked for, or the model is large enough to be offloaded."""
+    if not (offloaded(context.loaded.model) if plan.forecast is None else plan.forecast):
         return None
     if plan.profile:
         log.info("no forecast with profile=true: a trial would be in the profile")
         return None
     try:
         with clock.phase("forecast"):
-            phases = forecast(plan, work)
+            phases = forecast(plan, context)
     except Exception as error:  # of one batch or one block alone; what is wrong with the run, the run will say
         log.warning("no forecast: %s: %s", type(error).__name__, error)
         return None
@@ -117,17 +117,17 @@ def compare(result: Result) -> None:
     log.info("peak memory: forecast %.2f GB, took %.2f GB", expected / 1e9, peak / 1e9)
 
 
-def forecast(plan: Plan, work: Work) -> list[PhaseForecast]:
+def forecast(plan: Plan, context: RunContext) -> list[PhaseForecast]:
     """Try, count, and say what the run will take, phase by phase.
 
     Raises:
         UserError: what the trial can't do with one batch.
     """
-    with trial_of(plan, work) as trial:
-        counted = Counts(plan, work, trial)
+    with dry_run_of(plan, context) as trial:
+        counted = Counts(plan, context, trial)
         baseline, quantized, evaluated = counted.baseline(), counted.quantized(), counted.evaluated()
-    model = work.loaded.model
-    needs = Needs(plan, model, work.tokens, work.windows)
+    model = context.loaded.model
+    needs = MemoryModel(plan, model, context.tokens, context.windows)
     used = memory.used_bytes(plan.device)
     least = max(used, memory.peak_bytes(plan.device))  # the run has had it already
     of_part = {"tuning of the model": needs.tuning}
@@ -145,18 +145,18 @@ class Counts:
 
     Args:
         plan: what is asked for.
-        work: what it needs.
+        context: what it needs.
         trial: of it.
     """
 
-    def __init__(self, plan: Plan, work: Work, trial: Trial) -> None:
-        self._plan, self._work, self._trial = plan, work, trial
-        self._count = len(find_blocks(work.loaded.model)[1])
+    def __init__(self, plan: Plan, context: RunContext, trial: DryRun) -> None:
+        self._plan, self._context, self._trial = plan, context, trial
+        self._count = len(find_blocks(context.loaded.model)[1])
         name = plan.evaluation.compute_dtype
-        lower = work.loaded.model.dtype == torch.float32
+        lower = context.loaded.model.dtype == torch.float32
         self._dtype = resolve_compute_dtype(name, plan.device) if lower else torch.float32
-        self._scores = trial.scores(self._dtype) if work.windows else None
-        self._tasked = trial.tasks(self._dtype) if work.tasks is not None else None
+        self._scores = trial.scores(self._dtype) if context.windows else None
+        self._tasked = trial.tasks(self._dtype) if context.tasks is not None else None
         self._exported = trial.exports() if plan.exports.formats and plan.method.solver else (0.0, 0.0)
         self._turn = trial.turn() if plan.method.solver is not None else None
 
@@ -169,11 +169,11 @@ class Counts:
             part = PARTS.get(name, "solving")
             parts[part] = parts.get(part, 0.0) + seconds
         method = self._plan.method
-        if method.of_model:
+        if method.model_transforms:
             ends, block = self._trial.rotation()
             parts["rotation"] = ends + block * self._count
-        if method.tuning_of_model:
-            each = [self._trial.steps(tuning) for tuning in method.tuning_of_model]
+        if method.model_tunings:
+            each = [self._trial.steps(tuning) for tuning in method.model_tunings]
             parts["tuning of the model"] = sum(ends + block * self._count for ends, block in each)
         parts["solving"] = parts.get("solving", 0.0) + self._ends(self._turn)
         return parts
@@ -181,15 +181,15 @@ class Counts:
     @property
     def _times(self) -> float:
         """Batches of this rank, in units of the trial's."""
-        if self._work.tokens is None or self._turn is None:
+        if self._context.tokens is None or self._turn is None:
             return 0.0
-        return self._work.tokens.ids.numel() / self._plan.settings.ranks.size / max(1, self._turn.tokens)
+        return self._context.tokens.ids.numel() / self._plan.settings.ranks.size / max(1, self._turn.tokens)
 
     def _blocks(self, turn: Turn) -> Iterator[tuple[str, float]]:
         """Phases and their seconds, of all blocks that are not finished yet."""
-        record, done = record_of(self._plan, self._work), 0
+        record, done = record_of(self._plan, self._context), 0
         if self._plan.resume:
-            done = min(self._count, self._work.run.journal.count())
+            done = min(self._count, self._context.run.journal.count())
         recorded = record is not None and record.journal.count() >= self._count
         left = self._trial.blocks * (1 - done / self._count)
         for name, seconds in turn.seconds.items():
@@ -206,20 +206,20 @@ class Counts:
 
     def _written(self, turn: Turn) -> float:
         """Bytes that a block of the run writes: its own, and the hidden states of all tokens."""
-        if self._work.tokens is None:
+        if self._context.tokens is None:
             return turn.written
-        embedding: Any = self._work.loaded.model.get_input_embeddings()
+        embedding: Any = self._context.loaded.model.get_input_embeddings()
         width: int = embedding.weight.shape[1]
         dtype = self._plan.compute_dtype
         state = (1 + self._plan.method.needs_full) * width * dtype.itemsize
-        if record_of(self._plan, self._work) is not None:
+        if record_of(self._plan, self._context) is not None:
             return turn.written + self._times * turn.tokens * state
         return turn.written + (self._times - 1) * turn.tokens * state
 
     def _ends(self, turn: Turn) -> float:
-        """Seconds of landing what is outside of the blocks, as a block's linears take them by operations."""
-        model, (prefix, blocks) = self._work.loaded.model, find_blocks(self._work.loaded.model)
-        names = [name for name in self._work.grids if not name.startswith(f"{prefix}.")]
+        """Seconds of assign_grids what is outside of the blocks, as a block's linears take them by operations."""
+        model, (prefix, blocks) = self._context.loaded.model, find_blocks(self._context.loaded.model)
+        names = [name for name in self._context.grids if not name.startswith(f"{prefix}.")]
         if not names:
             return 0.0
         solves = self._plan.method.head == "solve"
@@ -230,9 +230,9 @@ class Counts:
 
     def baseline(self) -> float:
         """Seconds of scoring full precision, or of reading what the cache has of it."""
-        loaded, found = self._work.loaded, self._scores
+        loaded, found = self._context.loaded, self._scores
         seconds = 0.0
-        for text in self._work.windows:
+        for text in self._context.windows:
             assert found is not None
             windows, length = text.ids.shape
             if not knows_scores(loaded.model, loaded.sha256, text, cache_dir() / "baselines", self._dtype):
@@ -252,20 +252,20 @@ class Counts:
         """Seconds of scoring the quantized model."""
         decode = 0.0 if self._turn is None else self._turn.decode
         seconds = 0.0
-        for text in self._work.windows:
+        for text in self._context.windows:
             assert self._scores is not None
             windows, length = text.ids.shape
             passed = self._windows(self._scores, windows * length / self._scores.length, decode)
             seconds += self._scores.fixed + passed + windows * length * self._scores.compared
         return seconds + self._tasks(known=False)
 
-    def _windows(self, found: Scores, windows: float, decode: float) -> float:
-        """Seconds of some windows' forwards; blocks of a streamed model are read once, or decoded."""
+    def _windows(self, found: ScoreTimings, windows: float, decode: float) -> float:
+        """Seconds of some windows' forwards; blocks of a offloaded model are read once, or decoded."""
         each = found.window + found.block * self._count
         return windows * each + self._count * (decode or self._trial.read)
 
     def _tasks(self, known: bool) -> float:
-        loaded, tasks = self._work.loaded, self._work.tasks
+        loaded, tasks = self._context.loaded, self._context.tasks
         if tasks is None:
             return 0.0
         if known and read_answers(loaded.model, loaded.sha256, cache_dir() / "baselines", self._dtype):
@@ -280,6 +280,6 @@ class Counts:
 
 
 def _operations(shape: torch.Size, solves: bool) -> int:
-    """Of landing a weight (out, in); without error feedback, each number once."""
+    """Of assign_grids a weight (out, in); without error feedback, each number once."""
     rows, width = shape
     return rows * width**2 + width**3 if solves else rows * width

@@ -13,7 +13,7 @@ from gptq_awq.experiment.plan import Plan
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.experts import experts_in
 from gptq_awq.models.linear import is_linear, matrix
-from gptq_awq.models.offload import streamed
+from gptq_awq.models.offload import offloaded
 from gptq_awq.runtime import memory
 from gptq_awq.tuning.distill import CHUNK_TOKENS
 
@@ -22,12 +22,12 @@ LEARNED = 36
 
 
 @dataclass(frozen=True)
-class Needs:
+class MemoryModel:
     """Bytes beyond what the process has once the model is loaded.
 
     Attributes:
         plan: what is asked for.
-        model: loaded, or streamed.
+        model: loaded, or offloaded.
         tokens: calibration data; None where the method looks at none.
         windows: to score.
     """
@@ -46,11 +46,11 @@ class Needs:
     def blocks(self) -> int:
         """The block loop, at its most."""
         if self._calibrated is None:
-            held = self._largest * self._itemsize if streamed(self.model) else 0
+            held = self._largest * self._itemsize if offloaded(self.model) else 0
             return held + memory.SOLVED * max(w.numel() for w in self._matrices) + self._codes
         needed = self._calibrated
         turns = [needed.most + (waiting_bytes(needed) if self._waits else 0)]
-        if self.plan.method.tuning_of_blocks:
+        if self.plan.method.block_tunings:
             entered = needed.tokens * needed.hidden * needed.itemsize
             turns.append(needed.lasting + entered + LEARNED * needed.block)
         return max(*turns, self._head) + self._codes + self._teacher
@@ -58,7 +58,7 @@ class Needs:
     @property
     def tuning(self) -> int:
         """Of the whole model: a copy, its weights once more for gradients, and a step's activations."""
-        if self.tokens is None or not self.plan.method.tuning_of_model:
+        if self.tokens is None or not self.plan.method.model_tunings:
             return 0
         dtype, tokens = self.plan.compute_dtype, self.tokens.ids.shape[1]
         edges = 2 * sum(w.shape[0] + w.shape[1] for w in self._matrices)  # norms and products keep theirs, too
@@ -74,12 +74,12 @@ class Needs:
         width, longest = self._width, max(text.ids.shape[1] for text in self.windows)
         columns = max(w.shape[1] for w in self._matrices)
         states = sum(text.ids.numel() for text in self.windows) * width * self._itemsize
-        ends = (self._numbers - sum(p.numel() for p in self._blocks.parameters())) if streamed(self.model) else 0
+        ends = (self._numbers - sum(p.numel() for p in self._blocks.parameters())) if offloaded(self.model) else 0
         window = memory.held_bytes(longest, width, columns, self._itemsize)
         return (
-            max(ends, self._largest * streamed(self.model)) * self._itemsize
+            max(ends, self._largest * offloaded(self.model)) * self._itemsize
             + window
-            + states * (2 if streamed(self.model) else 1)
+            + states * (2 if offloaded(self.model) else 1)
         )
 
     @cached_property
@@ -89,7 +89,7 @@ class Needs:
         settings = replace(self.plan.settings, scratch=self.plan.out)  # a run has a place for what spills
         method = self.plan.method
         needed = calibration_of(self.model, self.tokens, settings, method.needs_full)
-        together = method.of_blocks or not method.error_propagation
+        together = method.block_transforms or not method.error_propagation
         squares = max(sum(w.shape[1] ** 2 for e in experts_in(b).values() for w in e.weights) for b in self._blocks)
         if not squares:
             return needed
@@ -111,7 +111,7 @@ class Needs:
     @property
     def _codes(self) -> int:
         """Codes and scales of all blocks, where something wants them in the end."""
-        wanted = self.plan.method.tuning_of_model or (self.plan.exports.formats and not streamed(self.model))
+        wanted = self.plan.method.model_tunings or (self.plan.exports.formats and not offloaded(self.model))
         size = self.plan.grid.group_size or 0
         group = size if size > 0 else 1 << 10
         return int(sum(w.numel() for w in self._matrices) * (1 + 8 / group)) if wanted else 0
@@ -119,7 +119,7 @@ class Needs:
     @property
     def _teacher(self) -> int:
         """What end-to-end tuning learns from: last hidden states, and a copy of what is outside of the blocks."""
-        if self.tokens is None or not self.plan.method.tuning_of_model:
+        if self.tokens is None or not self.plan.method.model_tunings:
             return 0
         ends = self._numbers - sum(p.numel() for p in self._blocks.parameters())
         return (ends + self.tokens.ids.numel() * self._width) * self.plan.compute_dtype.itemsize

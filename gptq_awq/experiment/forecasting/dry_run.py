@@ -18,20 +18,20 @@ import torch
 from torch import nn
 
 from gptq_awq.calibration.block_inputs import Inputs, first_batch, keeps_activations
-from gptq_awq.calibration.observation import Record
+from gptq_awq.calibration.observation import ObservationCache
 from gptq_awq.evaluation.divergence import compare
 from gptq_awq.evaluation.head import Head
 from gptq_awq.evaluation.perplexity import next_token_nll
-from gptq_awq.experiment.context import Work, record_of
+from gptq_awq.experiment.context import RunContext, record_of
 from gptq_awq.experiment.plan import Plan
 from gptq_awq.export.base import Source
 from gptq_awq.export.verify import Probe
 from gptq_awq.models.blocks import find_blocks, text_config
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.offload import resident
+from gptq_awq.numerics.distributed import ONE
 from gptq_awq.quantization.block import BlockStep
 from gptq_awq.quantization.resume import BlockResult, Progress, weights_in
-from gptq_awq.runtime.distributed import ONE
 from gptq_awq.runtime.profiling import OTHER, Recorder, spans
 from gptq_awq.runtime.progress import no_track
 from gptq_awq.solvers.rtn import RTN
@@ -46,7 +46,7 @@ SCORED = 512
 MORE = 5
 """Blocks of the larger model: what one block takes is a small difference, which more blocks make larger."""
 READ_AGAIN = 3
-"""Times that a streamed model's embedding or its head come from disk to score a text, once their halves are known."""
+"""Times that a offloaded model's embedding or its head come from disk to score a text, once their halves are known."""
 ITEMS = 4, 12
 """Of an lm-eval task, in two trials, whose difference is what items take."""
 T = TypeVar("T")
@@ -59,7 +59,7 @@ class Turn:
     Attributes:
         seconds: by phase (see `profiling.PHASES`), each without the phases inside of it.
         tokens: of the batch; 0 where nothing is calibrated.
-        read: seconds that a block takes from disk, where the model is streamed.
+        read: seconds that a block takes from disk, where the model is offloaded.
         decode: the same of a finished block.
         written: bytes on disk.
     """
@@ -72,7 +72,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Scores:
+class ScoreTimings:
     """Seconds of scoring.
 
     Attributes:
@@ -92,18 +92,18 @@ class Scores:
     compared: float
 
 
-class Trial:
+class DryRun:
     """Of what a plan will do with a model.
 
     Args:
         plan: what is asked for.
-        work: what it needs, loaded.
+        context: what it needs, loaded.
         folder: for what a run writes; it is the caller's to delete.
     """
 
-    def __init__(self, plan: Plan, work: Work, folder: Path) -> None:
-        self._plan, self._work, self._folder = plan, work, folder
-        self._prefix, self._blocks = find_blocks(work.loaded.model)
+    def __init__(self, plan: Plan, context: RunContext, folder: Path) -> None:
+        self._plan, self._context, self._folder = plan, context, folder
+        self._prefix, self._blocks = find_blocks(context.loaded.model)
         sizes = [sum(p.numel() for p in block.parameters()) for block in self._blocks]
         self.index = sizes.index(max(sizes))  # of a mixture with a plain block before it, one that has experts
         self.blocks = sum(sizes) / max(sizes)
@@ -116,33 +116,33 @@ class Trial:
             seconds, _ = self._turn()
         progress = Journal(self._folder / "progress", "forecast")
         names = f"{self._prefix}.{self.index}."
-        grids = {n: g for n, g in self._work.grids.items() if n.startswith(names)}
+        grids = {n: g for n, g in self._context.grids.items() if n.startswith(names)}
         decode = 0.0
         if self.read and progress.count():
             decode, _ = timed(lambda: [w.dequantize() for _, w in weights_in(progress.block(0), grids)])
         written = sum(f.stat().st_size for f in self._folder.rglob("*") if f.is_file())
-        tokens = self._tokens().ids.numel() if self._work.tokens is not None else 0
+        tokens = self._tokens().ids.numel() if self._context.tokens is not None else 0
         return Turn(seconds, tokens, self.read, decode, written)
 
     def _tokens(self) -> Any:
-        assert self._work.tokens is not None
-        return first_batch(self._work.tokens, self._plan.settings.tokens_per_batch)
+        assert self._context.tokens is not None
+        return first_batch(self._context.tokens, self._plan.settings.tokens_per_batch)
 
     @torch.no_grad()
     def _turn(self) -> tuple[dict[str, float], float]:
-        plan, work = self._plan, self._work
+        plan, context = self._plan, self._context
         for name in ("progress", "moments"):
             Journal(self._folder / name, "forecast").clear()
-        view = with_blocks(work.loaded.model, [self._copy()])
+        view = with_blocks(context.loaded.model, [self._copy()])
         _, blocks = find_blocks(view)
-        step = BlockStep(blocks[0], 0, f"{self._prefix}.{self.index}", plan.method, work.grids, {})
+        step = BlockStep(blocks[0], 0, f"{self._prefix}.{self.index}", plan.method, context.grids, {})
         keeps = plan.resume or self.read > 0
         progress = Progress(Journal(self._folder / "progress", "forecast") if keeps else None)
         with measured() as seconds:
-            inputs = None if work.tokens is None else self._inputs(view, blocks)
+            inputs = None if context.tokens is None else self._inputs(view, blocks)
             step.run(inputs)
             done = BlockResult(0, step.weights, step.rows)
-            progress.save(step.name, blocks[0], done, inputs and inputs.streams)
+            progress.save(step.name, blocks[0], done, inputs and inputs.activations)
         return seconds, sum(seconds.values())
 
     def _copy(self) -> nn.Module:
@@ -154,24 +154,24 @@ class Trial:
             return copy.deepcopy(block)
 
     def _inputs(self, view: nn.Module, blocks: nn.ModuleList) -> Inputs:
-        plan, work = self._plan, self._work
-        assert work.tokens is not None
-        method, record = plan.method, record_of(plan, work)
+        plan, context = self._plan, self._context
+        assert context.tokens is not None
+        method, record = plan.method, record_of(plan, context)
         keep = keeps_activations(
-            *(work.loaded.model, work.tokens, plan.settings, method.error_propagation, method.needs_full)
+            *(context.loaded.model, context.tokens, plan.settings, method.error_propagation, method.needs_full)
         )
         settings = replace(plan.settings, activations="keep" if keep else "recompute", ranks=ONE)
         return Inputs(
-            *(view, blocks, self._tokens(), settings, method.error_propagation, bool(method.of_blocks)),
-            record=record and Record(Journal(self._folder / "moments", "forecast"), record.room),
+            *(view, blocks, self._tokens(), settings, method.error_propagation, bool(method.block_transforms)),
+            record=record and ObservationCache(Journal(self._folder / "moments", "forecast"), record.room),
             full=method.needs_full,
             experts=plan.experts,
         )
 
     @torch.no_grad()
-    def scores(self, dtype: torch.dtype) -> Scores:
+    def scores(self, dtype: torch.dtype) -> ScoreTimings:
         """The first window of the first text, in `dtype`, by a model of one block and by one of `MORE`."""
-        model, texts = self._work.loaded.model, self._work.windows
+        model, texts = self._context.loaded.model, self._context.windows
         ids = texts[0].ids[0].long() if texts else torch.arange(SCORED)
         block = self._copy()
         views: list[Any] = [with_blocks(model, [block] * count) for count in (1, MORE)]
@@ -191,13 +191,13 @@ class Trial:
         each = max(0.0, more - one) / (MORE - 1)
         again = READ_AGAIN * read + self.read if self.read else 0.0
         per = len(states)
-        return Scores(fixed / 2 + hashed + again, len(ids), max(0.0, one - each), each, nll / per, compared / per)
+        return ScoreTimings(fixed / 2 + hashed + again, len(ids), max(0.0, one - each), each, nll / per, compared / per)
 
     def tasks(self, dtype: torch.dtype) -> tuple[float, float, float]:
         """Seconds of lm-eval's tasks: once, of an item without blocks, and of an item in each block."""
         from gptq_awq.evaluation.harness import run_tasks  # takes seconds to import
 
-        loaded, tasks, block = self._work.loaded, self._work.tasks, self._copy()
+        loaded, tasks, block = self._context.loaded, self._context.tasks, self._copy()
 
         def ask(count: int, limit: int) -> float:
             view, few = with_blocks(loaded.model, [block] * count), replace(tasks, limit=limit)
@@ -213,15 +213,15 @@ class Trial:
 
     def items(self, limit: int | None) -> int:
         """Of all tasks, the first `limit` of each."""
-        counts = [len(task.eval_docs) for task in self._work.tasks.loaded["tasks"].values()]
+        counts = [len(task.eval_docs) for task in self._context.tasks.loaded["tasks"].values()]
         return sum(count if limit is None else min(limit, count) for count in counts)
 
     def exports(self) -> tuple[float, float]:
         """Seconds of writing and verifying all checkpoints: what is outside of the blocks, and each block."""
-        loaded, block = self._work.loaded, self._copy()
+        loaded, block = self._context.loaded, self._copy()
         nothing = Probe(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 1), "")
         facts = {"model": {"source": loaded.source, "sha256": loaded.sha256}, "method": self._plan.method.name}
-        facts |= {"grid": str(self._plan.grid), "calibration": None, "code": self._work.code}
+        facts |= {"grid": str(self._plan.grid), "calibration": None, "code": self._context.code}
 
         def write(count: int) -> float:
             view = with_blocks(loaded.model, [copy.deepcopy(block) for _ in range(count)])
@@ -249,20 +249,20 @@ class Trial:
         """Seconds that transforms of the whole model take: of its ends, and of each block."""
 
         def prepare(count: int) -> float:
-            view = self._apart(count)
-            return timed(lambda: [each.prepare(view) for each in self._plan.method.of_model])[0]
+            view = self._truncated_copy(count)
+            return timed(lambda: [each.prepare(view) for each in self._plan.method.model_transforms])[0]
 
         prepare(1)  # the first time is slow
         return self._line(prepare, 3)
 
     def steps(self, tuning: ModelTuning) -> tuple[float, float]:
         """Seconds that tuning of the whole model takes, and what it learns from: of its ends, and of each block."""
-        tokens, given = self._work.tokens, self._tokens()
+        tokens, given = self._context.tokens, self._tokens()
         assert tokens is not None
         dtype = self._plan.compute_dtype
 
         def step(count: int) -> float:
-            view = self._apart(count)
+            view = self._truncated_copy(count)
             weights = self._rounded(view)
             watched = _Watched()
             with measured() as seconds:
@@ -277,16 +277,16 @@ class Trial:
         ends, each = self._line(step)
         return ends * times, each * times
 
-    def _apart(self, count: int) -> Any:
+    def _truncated_copy(self, count: int) -> Any:
         """A copy of the model with its first blocks only."""
-        return copy.deepcopy(with_blocks(self._work.loaded.model, list(self._blocks[:count])))
+        return copy.deepcopy(with_blocks(self._context.loaded.model, list(self._blocks[:count])))
 
     @torch.no_grad()
     def _rounded(self, view: Any) -> dict[str, Any]:
         """Round the blocks' linears to nearest, in place."""
         found = {}
         for name, module in find_blocks(view)[1].named_modules():
-            grid = self._work.grids.get(full := f"{self._prefix}.{name}")
+            grid = self._context.grids.get(full := f"{self._prefix}.{name}")
             if is_linear(module) and grid is not None:
                 grid = grid.without_search() if grid.needs_hessian else grid
                 found[full] = RTN().solve(matrix(module).float(), None, grid).quantized
@@ -317,15 +317,15 @@ class _Watched:
 
 
 @contextmanager
-def trial_of(plan: Plan, work: Work) -> Iterator[Trial]:
+def dry_run_of(plan: Plan, context: RunContext) -> Iterator[DryRun]:
     """A trial beside the run's own files, whose folder is deleted at the end."""
-    parent = work.run.journal.folder.parent
+    parent = context.run.journal.folder.parent
     parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=parent, prefix=".forecast-") as folder,
         torch.random.fork_rng(devices=[] if plan.device.type == "cpu" else None),
     ):
-        yield Trial(plan, work, Path(folder))
+        yield DryRun(plan, context, Path(folder))
 
 
 def with_blocks(model: Any, blocks: Sequence[nn.Module]) -> Any:

@@ -10,6 +10,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from gptq_awq.errors import UserError
+from gptq_awq.runtime.configs import CONFIGS
 
 # Choice of a group → the extra of this package, and the module, that provide it.
 PLUGINS = {
@@ -24,7 +25,6 @@ PLUGINS = {
     "hydra/sweeper": {"optuna": ("optuna", "hydra_optuna_sweeper")},
 }
 LOOKING = ("--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help")
-EXPERIMENTS = Path(__file__).resolve().parent.parent / "configs" / "experiment"
 
 
 class SweepFolder(Callback):
@@ -63,7 +63,7 @@ def _choices(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _choices_of_experiment(name: str) -> Iterator[tuple[str, str]]:
-    path = EXPERIMENTS / f"{name}.yaml"
+    path = CONFIGS / "experiment" / f"{name}.yaml"
     for entry in (yaml.safe_load(path.read_text()) if path.is_file() else {}).get("defaults", []):
         if isinstance(entry, str):
             yield from _choices_of_experiment(entry)
