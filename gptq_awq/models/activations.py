@@ -1,15 +1,16 @@
-"""A model that runs on rounded activations, and reads rounded keys and values: fake quantization, for scoring.
+"""Fake quantization of activations and of the key-value cache, for scoring a model that computes with both.
 
     with quantized_activations(model, act, kv):
         ...                                        # forwards and generate() of `model`
 
-`act` rounds what enters the linears of the blocks, once for all that read the same tensor; the output head stays as it
-is, as its weights do. Products are of the dequantized values, in the model's own precision: what integer kernels
-compute, but for rounding errors of sums.
+`act` rounds the inputs of the blocks' linears, once for all linears that read the same tensor; the output head keeps
+its full-precision input. Products are of the dequantized values, in the model's own precision: they equal those of
+integer kernels but for rounding errors of sums.
 
-`kv` rounds what a key-value cache is handed, so keys after their rotation, and every query reads them from there, its
-own token's included. A block that is called without a cache gets one that keeps nothing. A key or value is rounded
-alone, never with later ones: generating token by token reads what one forward over the whole text reads.
+`kv` rounds keys (after their rotation) and values as they enter the key-value cache, and every query reads them from
+there, its own token's included. A block that is called without a cache gets one that stores nothing. Each token's key
+and value are rounded by themselves, never with later ones: generating token by token reads what one forward over the
+whole text reads.
 """
 
 import inspect
@@ -28,13 +29,16 @@ from gptq_awq.models.blocks import find_blocks, hooks
 from gptq_awq.models.linear import is_linear
 
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")
-"""What blocks of transformers call the cache."""
+"""Names of the cache argument in the forward methods of transformers' blocks."""
 PROBE_TOKENS = 2
+"""Length of the forward that checks whether activations and cache can be rounded."""
 
 
 @contextmanager
 def quantized_activations(model: PreTrainedModel, act: DynamicGrid, kv: DynamicGrid) -> Iterator[None]:
-    """Within: `model` computes with activations on `act`, keys and values on `kv`; grids without a label round nothing.
+    """Context manager under which `model` rounds activations to the grid `act`, and keys and values to the grid `kv`.
+
+    A grid without a label rounds nothing.
 
     Raises:
         UserError: naming the option, where the model has no cache to round or groups don't divide its channels.
@@ -48,10 +52,10 @@ def quantized_activations(model: PreTrainedModel, act: DynamicGrid, kv: DynamicG
 
 
 def check_activations(model: PreTrainedModel, act: DynamicGrid, kv: DynamicGrid) -> None:
-    """Try both on a forward of two tokens.
+    """Check on a forward of two tokens that the model can run with activations on `act` and its cache on `kv`.
 
     Raises:
-        UserError: as `quantized_activations`, which would otherwise raise it when the model is scored.
+        UserError: as `quantized_activations` would raise it later, when the model is scored.
     """
     if act.label is None and kv.label is None:
         return
@@ -62,9 +66,9 @@ def check_activations(model: PreTrainedModel, act: DynamicGrid, kv: DynamicGrid)
 
 @contextmanager
 def _rounded_sites(model: nn.Module, act: DynamicGrid) -> Iterator[None]:
-    """Within: linears of the blocks read rounded inputs."""
+    """Context manager under which the linears of the blocks read rounded inputs."""
     _, blocks = find_blocks(model)
-    last: list[tuple[Tensor, int, Tensor]] = []  # what was rounded last: queries, keys and values read one tensor
+    last: list[tuple[Tensor, int, Tensor]] = []  # (input, its version, rounded): q, k and v read one tensor
 
     def round_input(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = args[0]
@@ -77,10 +81,12 @@ def _rounded_sites(model: nn.Module, act: DynamicGrid) -> Iterator[None]:
 
 
 class RoundedCache:
-    """A cache that is handed rounded keys and values. `inner` keeps them, and answers whatever else is asked.
+    """Key-value cache that rounds keys and values before it hands them to the cache it wraps, `inner`.
+
+    `inner` stores them and provides all other attributes; without one, nothing is stored.
 
     Attributes:
-        updates: how many there have been.
+        updates: number of calls of `update`.
     """
 
     def __init__(self, grid: DynamicGrid, inner: Any = None) -> None:
@@ -94,19 +100,19 @@ class RoundedCache:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """The keys and values to attend to, `inner`'s earlier ones first; new ones are rounded per token and head."""
+        """Round new keys and values per token and head; return all to attend to, `inner`'s earlier ones first."""
         self.updates += 1
         key, value = _on_grid("kv", self._grid, key), _on_grid("kv", self._grid, value)
         return (key, value) if self._inner is None else self._inner.update(key, value, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """Of `inner`."""
+        """Attribute of the wrapped cache."""
         return getattr(self._inner, name)
 
 
 @contextmanager
 def _rounded_cache(model: nn.Module, kv: DynamicGrid) -> Iterator[None]:
-    """Within: every block is called with a rounding cache around its own, and must use it."""
+    """Context manager under which every block is called with a `RoundedCache` around its own cache, and must use it."""
     _, blocks = find_blocks(model)
     with ExitStack() as stack:
         for block in blocks:
@@ -116,6 +122,7 @@ def _rounded_cache(model: nn.Module, kv: DynamicGrid) -> Iterator[None]:
 
 @contextmanager
 def _rounded_cache_of(block: nn.Module, kv: DynamicGrid) -> Iterator[None]:
+    """Context manager that wraps the cache argument of one block's calls. Raises UserError where the block has none."""
     signature = inspect.signature(block.forward)
     argument = next((name for name in CACHE_ARGUMENTS if name in signature.parameters), None)
     if argument is None:

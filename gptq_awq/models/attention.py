@@ -1,7 +1,8 @@
-"""Attention of calibration's forwards: torch's, or a faster kernel where one computes the same.
+"""Faster causal attention for calibration's forwards and for tuning's gradients, in place of torch's kernel.
 
-Models call `scaled_dot_product_attention`, whatever their architecture, so that is what is looked at: within
-`faster_attention_of` a causal call in bfloat16 on a CPU that multiplies it natively goes to kernels/attention.py.
+Models call `scaled_dot_product_attention`, whatever their architecture, so that function is intercepted: under
+`faster_attention_of`, a causal call in bfloat16 goes to kernels/attention.py on CPUs that multiply bfloat16 natively;
+under `differentiable_attention`, causal attention of short windows is computed by matrix products.
 """
 
 from collections.abc import Callable
@@ -18,19 +19,20 @@ from torch.overrides import TorchFunctionMode
 from gptq_awq.kernels import attention, rank_k
 
 MIN_TOKENS = 32
-"""In shorter windows a panel of queries is mostly empty."""
-
+"""Shortest windows that go to the faster kernels: in shorter ones a panel of queries is mostly empty."""
 
 MAX_TOKENS = 1024
-"""In longer windows the matrices of all attention weights outgrow a CPU's caches, and memory."""
+"""Longest windows that are computed by matrix products: attention weights of longer ones outgrow a CPU's caches."""
 
 
 def differentiable_attention(dtype: torch.dtype) -> AbstractContextManager:
-    """Within: causal attention of short windows in matrix products, whose gradients take half the time of torch's."""
+    """Context manager for causal attention of short windows by matrix products: gradients take half of torch's time."""
     return _Products(dtype)
 
 
 class _Products(TorchFunctionMode):
+    """Mode that computes causal attention of up to `MAX_TOKENS` tokens by matrix products."""
+
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self._dtype = dtype
@@ -50,7 +52,7 @@ def _in_products(
     v: Float[Tensor, "batch kv tokens e"],
     scale: float,
 ) -> Float[Tensor, "batch heads tokens e"]:
-    """softmax(Q Kᵀ scale, causal) V."""
+    """Causal attention softmax(scale · Q Kᵀ) V; heads of Q share those of K and V in equal groups."""
     (batch, heads, tokens, _), shared = q.shape, q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(shared, 1).flatten(0, 1) for x in (k, v))
     later = torch.full((tokens, tokens), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
@@ -59,13 +61,18 @@ def _in_products(
 
 
 def faster_attention_of(block: nn.Module) -> AbstractContextManager:
-    """Within: the fastest attention for forwards of `block`, as it is now. Not to be entered inside of a greenlet."""
+    """Context manager for the fastest attention in forwards of `block`, given its present dtype and device.
+
+    It must not be entered inside of a greenlet.
+    """
     parameter = next(block.parameters())
     native = parameter.dtype == torch.bfloat16 and parameter.device.type == "cpu" and rank_k.available()
     return _Native() if native else nullcontext()
 
 
 class _Native(TorchFunctionMode):
+    """Mode that sends bfloat16 causal attention to the compiled CPU kernel."""
+
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None):
         kwargs = kwargs or {}
         if func is scaled_dot_product_attention and attends(torch.bfloat16, *args, **kwargs):
@@ -74,7 +81,10 @@ class _Native(TorchFunctionMode):
 
 
 def attends(dtype: torch.dtype, *args: Any, **kwargs: Any) -> bool:
-    """Whether a call is one of causal self-attention in that precision, without a mask or anything else."""
+    """Whether a `scaled_dot_product_attention` call is plain causal self-attention in `dtype` on the CPU.
+
+    Plain: without mask and dropout. The faster kernels also require `MIN_TOKENS` tokens or more, and an even head size.
+    """
     known = {"attn_mask": None, "dropout_p": 0.0, "is_causal": True, "scale": None, "enable_gqa": False}
     if len(args) != 3 or not kwargs.get("is_causal") or not kwargs.keys() <= known.keys():
         return False
@@ -92,7 +102,7 @@ def attend(
     v: Float[Tensor, "batch kv tokens e"],
     scale: float | None,
 ) -> Float[Tensor, "batch heads tokens e"]:
-    """softmax(Q Kᵀ scale, causal) V of bfloat16 tensors; scale 1/√d where it is None."""
+    """Causal attention softmax(scale · Q Kᵀ) V of bfloat16 tensors on the CPU; `scale` None: 1/√d."""
 
     def bits(x: Tensor) -> np.ndarray:
         return x.contiguous().view(torch.uint16).numpy()

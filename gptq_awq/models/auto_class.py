@@ -1,4 +1,4 @@
-"""Which of transformers' classes a config stands for: a causal language model, or one that also sees and holds one."""
+"""Choice of transformers' auto class for a config: causal language model, or multimodal model that contains one."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 
 def also_sees(config: PreTrainedConfig) -> bool:
-    """Whether a language model is but a part of it, beside a vision tower and what projects its features."""
+    """Whether the config is of a multimodal model, whose language model is one part beside e.g. a vision tower."""
     return config.get_text_config() is not config
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """The auto class that loads all of it. Language models within encoder-decoders are not looked for."""
+    """The auto class that loads the config's whole model. Language models in encoder-decoders are not looked for."""
     whole = also_sees(config) and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return AutoModelForImageTextToText if whole and not config.is_encoder_decoder else AutoModelForCausalLM

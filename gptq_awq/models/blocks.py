@@ -1,8 +1,8 @@
 """A causal LM as a list of blocks, and the exact arguments that each block is called with.
 
-Nothing here knows an architecture. The blocks are the largest list of modules that hold linears; what they
-are called with (positions, masks, per-layer attention kinds) is recorded from a real call of the model, with
-every block replaced by a stub that passes the hidden states through.
+Nothing here knows an architecture. The blocks are the `nn.ModuleList` with linears that holds most parameters; their
+arguments (positions, masks, per-layer attention kinds) are recorded from a real call of the model, with every block
+replaced by a stub that passes the hidden states through.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -20,17 +20,23 @@ from gptq_awq.errors import UserError
 from gptq_awq.models.linear import is_linear
 
 PROBE_TOKENS = 16
+"""Length of the short forwards by which a model's structure is observed."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a block: all arguments but the hidden states."""
+    """Arguments of one call of a block, all but the hidden states.
+
+    Attributes:
+        args: positional arguments after the hidden states.
+        kwargs: keyword arguments.
+    """
 
     args: tuple = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def run(self, block: nn.Module, hidden: Float[Tensor, "batch tokens width"]) -> Tensor:
-        """The block's output hidden states."""
+        """Call `block` on `hidden` with these arguments, cast to `hidden`'s dtype; return its output hidden states."""
         dtype = hidden.dtype
         args = tuple(_cast(a, dtype) for a in self.args)
         kwargs = {k: _cast(v, dtype) for k, v in self.kwargs.items()}
@@ -39,16 +45,16 @@ class Call:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating tensors (rotary tables, additive masks) in the precision the block computes in."""
+    """Convert floating tensors (rotary tables, additive masks) to `dtype`, also inside of tuples; keep other values."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.to(dtype)
     return tuple(_cast(v, dtype) for v in value) if isinstance(value, tuple) else value
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The name and list of the model's blocks: the ModuleList with linears that holds most parameters.
+    """Name and list of the model's transformer blocks: the ModuleList with linears that holds most parameters.
 
-    Of a model that also sees or hears, only its language model is looked at: a vision tower may be the larger one.
+    In a multimodal model only the language model is searched: a vision tower may be the larger one.
 
     Raises:
         UserError: the model has no such list.
@@ -67,35 +73,35 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def text_config(model: nn.Module) -> Any:
-    """The config of a model's language model; None where it has none."""
+    """The config of a model's language model; None for a model without a config."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def heads_of(model: nn.Module) -> int | None:
-    """Attention heads of a model's blocks, where it says."""
+    """Number of attention heads in a model's blocks; None where its config doesn't say."""
     return getattr(text_config(model), "num_attention_heads", None)
 
 
 def head_size(config: Any) -> int:
-    """Channels of one head, by a language model's config."""
+    """Number of channels of one attention head, from a language model's config."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def key_value_heads(config: Any) -> int:
-    """Heads that keys and values have: fewer than queries where several share them."""
+    """Number of key and value heads: fewer than query heads in grouped-query attention."""
     return getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None) or 1
 
 
 def language_model(model: nn.Module) -> nn.Module:
-    """The part of a model that turns tokens into hidden states; the model itself where it doesn't say."""
+    """The decoder, which turns tokens into hidden states; the model itself where it names none."""
     decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
     return model if decoder is None else decoder
 
 
 @contextmanager
 def hooks(handles: Iterable[Any]) -> Iterator[None]:
-    """Within: the forward hooks that `handles` sets; afterwards they are gone."""
+    """Context manager that removes the given hooks on exit."""
     held = list(handles)
     try:
         yield
@@ -105,7 +111,7 @@ def hooks(handles: Iterable[Any]) -> Iterator[None]:
 
 
 class _Stub(nn.Module):
-    """Stands in a block's place while the model runs, and answers all else that it is asked as the block would."""
+    """Replacement of a block while the model runs: calls go to `answer`, attributes are the block's."""
 
     def __init__(self, block: nn.Module, answer: Callable[..., Any]) -> None:
         super().__init__()
@@ -113,7 +119,7 @@ class _Stub(nn.Module):
         self._answer = answer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As it was told."""
+        """Return `answer` of the arguments."""
         return self._answer(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -124,29 +130,29 @@ class _Stub(nn.Module):
 
 
 class _AllSeenError(Exception):
-    """Ends a forward once every block was called."""
+    """Signal that ends a forward once every block was called."""
 
 
 class BlockCalls:
-    """A model run without its blocks: what enters the first, what each is called with, what becomes of the last's.
+    """A model run with stubs for its blocks, to record the blocks' inputs and to finish a forward from their output.
 
     Args:
         model: a causal language model, or its decoder.
-        blocks: its blocks.
+        blocks: the model's transformer blocks.
     """
 
     def __init__(self, model: nn.Module, blocks: nn.ModuleList) -> None:
         self._model, self._blocks = model, blocks
         self._there = tuple(blocks)
         self._device = next(model.parameters()).device
-        self._outputs: dict[type, Any] = {}  # by class: what a block returns
+        self._outputs: dict[type, Any] = {}  # class of block → an example of its output
         self._see_outputs()
 
     @torch.no_grad()
     def record(
         self, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> tuple[Float[Tensor, "batch tokens width"], list[Call]]:
-        """Hidden states that enter the first block, and one `Call` per block.
+        """Run the model up to its last block; return the first block's input and each block's other arguments.
 
         Raises:
             UserError: the model does not call all of its blocks.
@@ -170,7 +176,7 @@ class BlockCalls:
 
     @torch.no_grad()
     def finish(self, ids: Int[Tensor, "batch tokens"], hidden: Float[Tensor, "batch tokens width"]) -> Any:
-        """What the model returns for these tokens, if `hidden` is what its last block makes of them."""
+        """Return the model's output for the tokens `ids` when its last block returns `hidden`."""
 
         def answer(index: int, *args: Any, **kwargs: Any) -> Any:
             last = index == len(self._there) - 1
@@ -181,7 +187,7 @@ class BlockCalls:
 
     @contextmanager
     def skipped(self) -> Iterator[None]:
-        """Within: blocks return what they are given, and the model runs without them."""
+        """Context manager under which every block returns the hidden states it is given."""
 
         def answer(index: int, *args: Any, **kwargs: Any) -> Any:
             return self._like(index, args[0] if args else kwargs["hidden_states"])
@@ -191,9 +197,9 @@ class BlockCalls:
 
     @torch.no_grad()
     def _see_outputs(self) -> None:
-        """One forward of two tokens, through the first block of each class, shows what blocks return.
+        """Observe the output format of each class of block in one forward of two tokens.
 
-        It ends there: what follows, such as the head, may be large, and away.
+        The forward ends there: later modules, such as the head, may be large, and offloaded.
         """
         classes = {type(block) for block in self._there}
 
@@ -210,17 +216,18 @@ class BlockCalls:
             self._run(torch.zeros(1, 2, dtype=torch.long))
 
     def _like(self, index: int, hidden: Tensor) -> Any:
-        """`hidden` as the block would return it: alone, or before other things."""
+        """Put `hidden` into the output format of block `index`: by itself, or first in a tuple."""
         output = self._outputs[type(self._there[index])]
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _run(self, ids: Tensor, mask: Tensor | None = None) -> Any:
+        """Run the model on the device of its first parameter, without a key-value cache."""
         attention = None if mask is None else mask.to(self._device, torch.long)
         return self._model(input_ids=ids.to(self._device), attention_mask=attention, use_cache=False)
 
     @contextmanager
     def _answering(self, answer: Callable[..., Any]) -> Iterator[None]:
-        """Within: in place of block i, `answer(i, …)` is called; neither the block nor any of its hooks is."""
+        """Context manager under which `answer(i, …)` is called in place of block i and its hooks."""
         try:
             for i, block in enumerate(self._there):
                 self._blocks[i] = _Stub(block, partial(answer, i))

@@ -1,7 +1,8 @@
-"""The tensors of a transformers folder, by the names that a model knows them by, read when they are asked for.
+"""Reading single tensors of a transformers folder on demand, by their names in the model.
 
-Checkpoints name and cut tensors in their own way (an expert's three matrices one by one, where the model has all
-experts' in one tensor): transformers' rules for loading say how, and are applied here to a block's tensors at a time.
+Checkpoints may name and split tensors differently from the model (an expert's three matrices one by one, where the
+model has those of all experts in one tensor). transformers' conversion rules map one to the other; here they are
+applied to the tensors of one block at a time.
 """
 
 import copy
@@ -26,16 +27,21 @@ from gptq_awq.errors import UserError
 
 @dataclass
 class _Recipe:
-    """How tensors of the model come to be: from which of the files' tensors, through which conversion."""
+    """How some of the model's tensors are made: from which tensors in the files, by which conversion.
+
+    Attributes:
+        targets: names in the model.
+        converter: transformers' conversion; None where one tensor is only renamed.
+        sources: names in the files, with the converter's pattern for each.
+    """
 
     targets: list[str]
     converter: WeightConverter | None
     sources: list[tuple[str, str]] = field(default_factory=list)
-    """Names in the files, and the converter's pattern for each."""
 
 
 class Checkpoint:
-    """A folder's safetensors files as tensors of `model`, whose own may be without storage.
+    """A folder's safetensors files, read as tensors of `model`, which may itself be on the meta device.
 
     Raises:
         UserError: naming `option`, where the folder has no safetensors files.
@@ -55,6 +61,7 @@ class Checkpoint:
             self._add(source, rules, names)
 
     def _add(self, source: str, rules: list[Any], names: dict[str, Any]) -> None:
+        """Add the files' tensor `source` to the recipe of the model's tensors that it is needed for, if any."""
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         prefix = self._model.base_model_prefix
@@ -62,7 +69,7 @@ class Checkpoint:
         if target not in names and source in names:
             target, pattern = source, None
         if target not in names:
-            return  # such as the output head of a model that is used without
+            return  # not in the model, such as an output head where only the decoder is loaded
         recipe = self._recipes.get(target)
         if recipe is None:
             converter = next((c for c in converters if pattern in c.source_patterns), None) if pattern else None
@@ -77,7 +84,7 @@ class Checkpoint:
         return name in self._recipes
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        """These tensors and their names in the model, in the files' precision; none is a view of a file."""
+        """Read the named tensors in the files' precision, into memory of their own; yields pairs of name and tensor."""
         made: dict[str, Tensor] = {}
         with ExitStack() as stack:
             handles: dict[Path, Any] = {}
@@ -95,6 +102,7 @@ class Checkpoint:
                 yield name, made.pop(name)
 
     def _make(self, name: str, tensor: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Convert the sources of one model tensor, read by `tensor`; the recipe may make further tensors with it."""
         recipe = self._recipes[name]
         if recipe.converter is None:
             return {name: tensor(recipe.sources[0][0])}
@@ -105,13 +113,13 @@ class Checkpoint:
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
 
     def nbytes(self, names: Collection[str]) -> int:
-        """What the files hold of these tensors."""
+        """Number of bytes that the named tensors take in the files."""
         spans = self._spans(names)
         return sum(stop - start for _, start, stop in spans)
 
     def read_ahead(self, names: Collection[str]) -> None:
-        """Ask the system to have these tensors in its page cache soon; returns at once."""
-        if not hasattr(os, "posix_fadvise"):  # Linux has it
+        """Ask the operating system to read the named tensors into its page cache; returns at once."""
+        if not hasattr(os, "posix_fadvise"):  # not every system has it
             return
         for path, start, stop in self._spans(names):
             descriptor = os.open(path, os.O_RDONLY)
@@ -121,6 +129,7 @@ class Checkpoint:
                 os.close(descriptor)
 
     def _spans(self, names: Collection[str]) -> list[tuple[Path, int, int]]:
+        """File, first byte and end of every tensor in the files that the named ones are made of."""
         recipes = {id(recipe): recipe for recipe in (self._recipes[name] for name in names)}
         sources = [source for recipe in recipes.values() for source, _ in recipe.sources]
         headers = {path: _header(path) for path in {self._files[source] for source in sources}}
@@ -128,7 +137,7 @@ class Checkpoint:
 
 
 def _files_of_tensors(folder: Path) -> dict[str, Path]:
-    """Tensor → the file that holds it."""
+    """Map each tensor name in a folder's safetensors files to the file that holds it."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
@@ -140,7 +149,7 @@ def _files_of_tensors(folder: Path) -> dict[str, Path]:
 
 
 def folder_numbers(folder: Path) -> int:
-    """How many numbers a folder's safetensors files hold; 0 where it has none."""
+    """Number of parameters in a folder's safetensors files; 0 where it has none."""
     count = 0
     for path in set(_files_of_tensors(folder).values()):
         with safe_open(path, framework="pt") as file:
@@ -149,7 +158,7 @@ def folder_numbers(folder: Path) -> int:
 
 
 def _header(path: Path) -> dict[str, tuple[int, int]]:
-    """Tensor → where its bytes begin and end in the file (the format: 8 bytes of length, JSON, data)."""
+    """Map each tensor of a safetensors file to its first byte and its end (format: 8 bytes of length, JSON, data)."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(length))
@@ -159,5 +168,5 @@ def _header(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """Sorts numbers in names as numbers: experts are stacked in that order."""
+    """Sort key that orders integers in names by value: experts are stacked in that order."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]

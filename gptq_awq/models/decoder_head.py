@@ -1,8 +1,8 @@
-"""A causal language model in two halves: the decoder, which ends in hidden states, and the head, which makes logits.
+"""A causal language model split into its decoder, which returns hidden states, and its head, which returns logits.
 
-What lies between differs: most models apply a linear layer alone, Gemma 2 caps its logits, Granite and Cohere scale
-them. No table of those here: the head is the model's own forward, with its decoder replaced by one that returns the
-given hidden states.
+Heads differ: most are a linear layer alone, Gemma 2 caps its logits, Granite and Cohere scale them. No table of
+architectures is needed: the head is the model's own forward, with the decoder replaced by one that returns given hidden
+states.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 def decoder_returning(
     decoder: nn.Module, template: ModelOutput, hidden: Float[Tensor, "batch tokens width"]
 ) -> Iterator[None]:
-    """Within: the decoder does nothing and returns `hidden`, in an output like `template`."""
+    """Context manager under which the decoder computes nothing and returns `hidden`, in an output like `template`."""
     output = type(template)(**{**template, "last_hidden_state": hidden})
     before = decoder.__dict__.get("forward")
     decoder.forward = lambda *_args, **_kwargs: output
@@ -33,7 +33,7 @@ def decoder_returning(
 def logits(
     model: nn.Module, decoder: nn.Module, template: ModelOutput, hidden: Float[Tensor, "batch tokens width"]
 ) -> Float[Tensor, "batch tokens vocab"]:
-    """The logits of these hidden states, in the model's dtype."""
+    """Logits of the model for the decoder's hidden states, in the model's dtype."""
     placeholder = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     with decoder_returning(decoder, template, hidden):
         return model(input_ids=placeholder, use_cache=False).logits

@@ -1,4 +1,4 @@
-"""What lies outside of a causal LM's blocks: embeddings that write the residual stream, the last norm, the head."""
+"""The modules outside of a causal LM's blocks: embeddings that write the residual stream, the final norm, the head."""
 
 import copy
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ class Ends:
     """The modules outside of the blocks that read or write the residual stream.
 
     Attributes:
-        embeddings: of tokens and positions, (·, width) each.
-        norm: between the last block and the head.
-        head: the output layer.
-        inputs: a probe's hidden states as they enter the norm.
+        embeddings: embeddings of tokens, and of positions where the model has them; (·, width) each.
+        norm: final norm, between the last block and the head.
+        head: output layer.
+        inputs: hidden states of a probe as they enter the final norm.
     """
 
     embeddings: tuple[nn.Embedding, ...]
@@ -32,13 +32,13 @@ class Ends:
 
     @property
     def width(self) -> int:
-        """Of the residual stream."""
+        """Number of channels of the residual stream."""
         return self.inputs.shape[-1]
 
     @classmethod
     @torch.no_grad()
     def of(cls, model: Any, ids: Int[Tensor, "1 tokens"]) -> "Ends":
-        """Observed in one forward of a few tokens.
+        """Find a model's ends by observing one forward of a few tokens.
 
         Raises:
             UserError: something else lies between embeddings, blocks, norm and head, such as a projection.
@@ -66,17 +66,17 @@ class Ends:
         return cls(embeddings, rest[0], head, inputs.reshape(-1, inputs.shape[-1]).float())
 
     def subtracts_mean(self) -> bool:
-        """Whether the norm's output stays the same when a constant is added to its input, as a LayerNorm's does."""
+        """Whether the final norm subtracts the mean, as LayerNorm does: a constant added to its input has no effect."""
         norm = self._bare(0.5)
         plain, shifted = norm(self.inputs), norm(self.inputs + self.inputs.std())
         return float((shifted - plain).norm()) < 1e-3 * float(plain.norm())
 
     def unit_offset(self) -> bool:
-        """Whether the norm multiplies by (1 + weight): then a weight of 0 leaves something."""
+        """Whether the final norm multiplies by (1 + weight): its output is then not zero for a weight of 0."""
         return bool(self._bare(0.0)(self.inputs).abs().max() > 0)
 
     def _bare(self, weight: float) -> nn.Module:
-        """A copy of the norm with that weight everywhere, and no bias."""
+        """Copy of the final norm with every weight set to `weight` and its bias to 0."""
         norm = copy.deepcopy(self.norm).float()
         norm.get_parameter("weight").data.fill_(weight)
         if isinstance(bias := getattr(norm, "bias", None), Tensor):
@@ -85,13 +85,13 @@ class Ends:
 
 
 def is_tied(model: Any) -> bool:
-    """Whether the head's matrix is the embedding's."""
+    """Whether the output head and the input embedding share one weight."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return head is not None and head.weight is embedding.weight
 
 
 def untie(model: Any) -> None:
-    """Give a head that is tied to the embedding a matrix of its own, of the same numbers. Nothing else changes."""
+    """Give a head that is tied to the embedding its own copy of the weight; the model's function stays the same."""
     if is_tied(model):
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)

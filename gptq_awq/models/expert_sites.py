@@ -1,8 +1,8 @@
-"""Sites of experts: which linears only some tokens reach, and what the others of their make look like.
+"""Sites of experts: the linears that only some tokens reach, inferred for all experts from those that a probe reached.
 
-A few tokens reach a few experts. Names of one expert's linears differ from another's in one integer, so what was seen
-of the experts that a probe reached holds for all: `completed` gives every expert its sites, expert by expert, as
-forwards visit them.
+A short probe reaches only a few experts. The names of two experts' linears differ in one integer, so the sites observed
+in one expert hold for all: `completed` gives every expert its sites, expert by expert, in the order that forwards visit
+them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,27 +11,28 @@ from dataclasses import dataclass, replace
 from gptq_awq.models.linear import Site
 
 Family = tuple[str, ...]
-"""A name's parts, "*" in place of one integer."""
+"""A linear's name, split at its dots, with "*" in place of one integer: names that experts of one kind share."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A site as a probe saw it, and how many tokens arrived."""
+    """A site as observed in a probe, and the number of tokens that reached it."""
 
     site: Site
     tokens: int
 
 
 def completed(seen: Sequence[Seen], widths: Mapping[str, int], tokens: int) -> list[Site]:
-    """All sites of a block in the order they run, those of experts that no token reached among them.
+    """All sites of a block in the order they run, including those of experts that no token reached.
 
     Args:
-        seen: in the order they ran.
-        widths: columns of every linear in the block, by name.
-        tokens: how many entered the block.
+        seen: observed sites, in the order they ran.
+        widths: number of columns of every linear in the block, by name.
+        tokens: number of tokens that entered the block.
 
     Returns:
-        Sites of experts have their `expert`. A linear that is neither seen nor like one that was has none.
+        The sites; those of experts have `expert` set. A linear that was neither observed nor belongs to the family of
+        an observed one is in no site.
     """
     members = _members(widths)
     routed = _routed_families(seen, members, widths, tokens)
@@ -51,7 +52,7 @@ def completed(seen: Sequence[Seen], widths: Mapping[str, int], tokens: int) -> l
 
 
 def alike(one: Site, other: Site) -> int | None:
-    """Which part of the names differs, where two sites are those of two experts; None where they aren't."""
+    """Index of the name part (the expert's number) by which the sites of two experts differ; None for other pairs."""
     if one.expert is None or other.expert is None or len(one.linears) != len(other.linears):
         return None
     holes: set[int] = set()
@@ -65,7 +66,7 @@ def alike(one: Site, other: Site) -> int | None:
 
 
 def like(found: Site, site: Site) -> Site:
-    """Another expert's `site` with the absorber that was `found` for one of its make."""
+    """Give `site` of one expert the absorber of the alike site `found` of another expert."""
     hole = alike(found, site)
     if found.absorber is None or hole is None:
         return site
@@ -75,6 +76,7 @@ def like(found: Site, site: Site) -> Site:
 
 
 def _of_expert(site: Site, number: int, routed: set[Family]) -> Site:
+    """The site of expert `number` that is like `site` of another expert."""
     linears = tuple(_named(family, number) for family in _families(site, routed))
     return Site(linears, site.width, expert=number)
 
@@ -82,7 +84,7 @@ def _of_expert(site: Site, number: int, routed: set[Family]) -> Site:
 def _routed_families(
     seen: Sequence[Seen], members: Mapping[Family, Sequence[int]], names: Iterable[str], tokens: int
 ) -> set[Family]:
-    """Of linears that not every token reached, and that have others of their kind."""
+    """Families with more than one member whose linears not every token reached: the experts'."""
     reached = {linear: each.tokens for each in seen for linear in each.site.linears}
     some = {family for name in reached for family in _open(name) if len(members[family]) > 1}
     found: set[Family] = set()
@@ -94,7 +96,7 @@ def _routed_families(
 
 
 def _members(names: Iterable[str]) -> dict[Family, list[int]]:
-    """The numbers of every family's members."""
+    """Map each family to the numbers of its members."""
     members: dict[Family, list[int]] = {}
     for name in names:
         for family in _open(name):
@@ -103,7 +105,7 @@ def _members(names: Iterable[str]) -> dict[Family, list[int]]:
 
 
 def _open(name: str) -> Iterator[Family]:
-    """The families a name may belong to: one for each of its integers."""
+    """Families that a name may belong to: one for each integer in it."""
     parts = name.split(".")
     for i, part in enumerate(parts):
         if part.isdecimal():
@@ -111,6 +113,7 @@ def _open(name: str) -> Iterator[Family]:
 
 
 def _number(name: str, family: Family) -> int | None:
+    """The integer in a name that stands in place of the family's "*"; None for a name outside of the family."""
     parts = name.split(".")
     if len(parts) != len(family):
         return None
@@ -120,16 +123,17 @@ def _number(name: str, family: Family) -> int | None:
 
 
 def _named(family: Family, number: int) -> str:
+    """Name of the family's member of that number."""
     return ".".join(str(number) if part == "*" else part for part in family)
 
 
 def _families(site: Site, routed: set[Family]) -> list[Family]:
-    """Of a site's linears; none where it is an ordinary one."""
+    """Families of experts that a site's linears belong to; empty for a site that every token reaches."""
     return [family for name in site.linears for family in _open(name) if family in routed]
 
 
 def _visits(seen: Sequence[Seen], routed: set[Family]) -> Iterator[Site | list[Site]]:
-    """Ordinary sites one by one, and the sites of one expert that ran one after the other together."""
+    """Split the observed sites into ordinary ones, one by one, and lists of consecutive sites of one expert."""
     visit: list[Site] = []
     now: int | None = None
     for each in seen:

@@ -3,14 +3,14 @@
 transformers keeps the experts of a mixture as parameters such as `experts.gate_up_proj` (experts, 2 I, H), and its
 eager forward multiplies by one slice at a time: `F.linear(x, self.gate_up_proj[e])`, or `x @ self.gate_up_proj[e]`
 where the layout is transposed. `unfuse` puts an `Experts`, a list of linears, in the parameter's place; their weights
-are views of its slices. The forward stays the module's own: indexing an `Experts` gives a stand-in for the slice that
-answers such a product by calling the linear, so hooks fire, and everything that looks for linears finds them.
+are views of its slices. The forward stays the module's own: indexing an `Experts` gives a stand-in for the slice, and a
+product with it calls the linear, so hooks fire, and everything that looks for linears finds them.
 
-Which parameters those are, and which way round, is observed in one call of a block and verified: the block's output
-must stay what it was. No table of architectures.
+Which parameters are fused experts, and which are transposed, is observed in one call of a block and verified: the
+block's output must stay the same. There is no table of architectures.
 
-A module beside the experts whose only linear has an output for each expert, or a single one, is a router or a gate. It
-chooses, so it stays in full precision: `is_linear` passes its linear over.
+A module beside the experts whose only linear has one output per expert, or a single one, is a router or a gate. It
+stays in full precision: `is_linear` is false for its linear.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,14 +29,20 @@ from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.offload import residence, resident
 
 TOLERANCE = 1e-2
-"""Relative change of a block's output in 16 bits: the product is the same one, its rounding may be another."""
+"""Largest relative change of a block's output in 16 bits: only the rounding of products may differ."""
 PRODUCTS = {
-    *(functional.linear, torch.matmul, torch.bmm, torch.baddbmm, torch.einsum),
-    *(torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.__rmatmul__),
+    functional.linear,
+    torch.matmul,
+    torch.bmm,
+    torch.baddbmm,
+    torch.einsum,
+    torch.Tensor.matmul,
+    torch.Tensor.bmm,
+    torch.Tensor.__rmatmul__,
 }
 PLAIN, TRANSPOSED = "plain", "transposed"
 Kind = tuple[type[nn.Module], str]
-"""The module that holds a parameter, and the parameter's name there: what is seen of one holds for all its like."""
+"""Class of the module that holds a parameter, and the parameter's name there; a kind has one layout."""
 
 
 class Experts(nn.ModuleList):
@@ -44,7 +50,7 @@ class Experts(nn.ModuleList):
 
     Args:
         fused: (experts, out, in), or (experts, in, out) where it is transposed.
-        transposed: the forward multiplies x @ fused[e].
+        transposed: whether the forward multiplies x @ fused[e].
     """
 
     def __init__(self, fused: Float[Tensor, "experts _ _"], transposed: bool) -> None:
@@ -55,10 +61,10 @@ class Experts(nn.ModuleList):
         self.take(fused)
 
     def take(self, fused: Float[Tensor, "experts _ _"]) -> None:
-        """Let the linears' weights be views of this tensor's slices, in its dtype and on its device.
+        """Make the linears' weights views of `fused`, in its dtype and on its device.
 
         Raises:
-            ValueError: another shape.
+            ValueError: `fused` has another shape.
         """
         expected = self.shape
         if fused.shape != expected:
@@ -67,11 +73,11 @@ class Experts(nn.ModuleList):
             linear.weight = nn.Parameter(weight, requires_grad=False)
 
     def slices(self, fused: Float[Tensor, "experts _ _"]) -> list[Float[Tensor, "out in"]]:
-        """The linears' weights as views of such a tensor."""
+        """Views of a fused tensor as the linears' weights."""
         return [weight.T if self.transposed else weight for weight in fused.detach()]
 
     def fused(self) -> Float[Tensor, "experts _ _"]:
-        """The parameter as it was: the very storage that the linears look at where it is one, else a copy."""
+        """The fused parameter: a view of the linears' storage where they share one, else a copy."""
         slices = [weight.data.T if self.transposed else weight.data for weight in self.weights]
         first, size = slices[0], slices[0].numel()
         storage, offset = first.untyped_storage().data_ptr(), first.storage_offset()
@@ -85,30 +91,30 @@ class Experts(nn.ModuleList):
 
     @property
     def shape(self) -> torch.Size:
-        """Of the fused parameter, which forwards ask for the number of experts."""
+        """Shape of the fused parameter, from which forwards read the number of experts."""
         rows, columns = self.weights[0].shape
         return torch.Size((len(self), columns, rows) if self.transposed else (len(self), rows, columns))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Dtype of the weights."""
         return self.weights[0].dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the weights."""
+        """Device of the weights."""
         return self.weights[0].device
 
     @property
     def weights(self) -> list[nn.Parameter]:
-        """The linears', (out, in) each."""
+        """Weights of the linears, (out, in) each."""
         return [linear.weight for linear in self._linears()]  # pyright: ignore[reportReturnType]
 
     def _linears(self) -> list[nn.Module]:
         return list(self._modules.values())  # pyright: ignore[reportReturnType]
 
     def __getitem__(self, index: Any) -> Any:
-        """What stands for the slice; a slice object gives modules, as in any list."""
+        """Stand-in for one expert's slice of the parameter; a slice object gives linears, as in any list."""
         if isinstance(index, slice):
             return self._linears()[index]
         return _Slice(self._linears()[int(index)], self.transposed)
@@ -116,7 +122,7 @@ class Experts(nn.ModuleList):
 
 @dataclass(frozen=True)
 class _Slice:
-    """Stands for one expert's matrix in a forward: a product with it is a call of the expert's linear."""
+    """Stand-in for one expert's matrix in a forward: a product with it calls the expert's linear."""
 
     linear: nn.Module
     transposed: bool
@@ -135,7 +141,7 @@ class _Slice:
 
 @dataclass(frozen=True)
 class _Product:
-    """A product of activations and a weight, as a forward wrote it."""
+    """A product of activations and a weight, with the layout in which a forward wrote it."""
 
     x: Tensor
     weight: Any
@@ -144,7 +150,7 @@ class _Product:
 
 
 def _product(func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> _Product | None:
-    """The product that a call is: F.linear(x, W, b), x @ W or torch.matmul(x, W)."""
+    """Recognise a call of F.linear(x, W, b), x @ W or torch.matmul(x, W); None for other functions."""
     if func is functional.linear and len(args) >= 2:
         return _Product(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias"), False)
     if func in (torch.Tensor.matmul, torch.matmul) and len(args) == 2:
@@ -153,7 +159,7 @@ def _product(func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> _Product
 
 
 class _Watch(TorchFunctionMode):
-    """Sees how a forward uses 3-D parameters."""
+    """Mode that observes in which products, and in which layout, a forward uses 3-D parameters."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
@@ -183,6 +189,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists and mappings."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -193,23 +200,23 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def fused_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters with three dimensions, which may be fused experts; names within the module."""
+    """Parameters with three dimensions, which may be fused experts, by name within the module."""
     return {name: p for name, p in module.named_parameters() if p.dim() == 3}
 
 
 def experts_in(module: nn.Module) -> dict[str, Experts]:
-    """The lists that stand for fused parameters, by the parameter's name."""
+    """Unfused experts in a module, by name of the fused parameter that they replace."""
     return {name: m for name, m in module.named_modules() if isinstance(m, Experts)}
 
 
 @torch.no_grad()
 def observe_layout(block: nn.Module, hidden: Float[Tensor, "1 tokens width"], call: Call) -> dict[str, bool]:
-    """Which 3-D parameters of a block are fused experts, by name, and whether they are transposed.
+    """Map each fused-expert parameter of a block to whether its layout is transposed, as observed in one call.
 
-    Parameters that take part in no product (kernels of convolutions) are not among them.
+    3-D parameters that take part in no product (kernels of convolutions) are left out.
 
     Raises:
-        UserError: one takes part in a product in some other way.
+        UserError: a 3-D parameter takes part in a product other than one expert at a time.
     """
     watch = _Watch(fused_parameters(block))
     with watch:
@@ -224,7 +231,7 @@ def observe_layout(block: nn.Module, hidden: Float[Tensor, "1 tokens width"], ca
 
 
 def unfuse_block(block: nn.Module, layout: Mapping[str, bool]) -> None:
-    """Put `Experts` in the place of these parameters, which are transposed or not, in place."""
+    """Replace a block's fused parameters by `Experts`, in place; `layout`: name → whether it is transposed."""
     for name, transposed in layout.items():
         path, _, attribute = name.rpartition(".")
         owner = block.get_submodule(path)
@@ -237,12 +244,12 @@ def unfuse_block(block: nn.Module, layout: Mapping[str, bool]) -> None:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Make linears of all fused experts in a model's blocks, in place, and mark what routes to experts of any kind.
+    """Replace all fused experts in a model's blocks by linears, in place, and mark the routers of all experts.
 
     Fused experts are computed one after the other from then on, as the model's own code does ("eager").
 
     Raises:
-        UserError: a 3-D parameter that is multiplied by in some other way; a block whose output changes.
+        UserError: a 3-D parameter takes part in a product other than one expert at a time; a block's output changes.
     """
     prefix, blocks = find_blocks(model)
     pending = [(i, block) for i, block in enumerate(blocks) if fused_parameters(block)]
@@ -256,7 +263,7 @@ def unfuse(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _unfuse_all(model: nn.Module, prefix: str, blocks: nn.ModuleList, pending: Sequence[tuple[int, nn.Module]]) -> None:
-    """These blocks' experts: one of each make is looked at, and verified."""
+    """Unfuse the experts of the pending blocks; one block of each kind is observed and verified."""
     ids = torch.arange(1, PROBE_TOKENS + 1, device=next(model.parameters()).device)[None]
     hidden, calls = BlockCalls(model, blocks).record(ids)
     known: dict[Kind, bool | None] = {}
@@ -274,7 +281,7 @@ def _unfuse_all(model: nn.Module, prefix: str, blocks: nn.ModuleList, pending: S
 
 
 def _routers(block: nn.Module) -> Iterator[nn.Module]:
-    """The only linears of modules that lie beside experts, with an output for each of them or one in all."""
+    """Linears of routers and gates: the only linear of a module beside experts, with an output per expert or one."""
     for path, experts in list(block.named_modules()):
         if not isinstance(experts, nn.ModuleList) or len(experts) < 2:
             continue
@@ -288,14 +295,14 @@ def _routers(block: nn.Module) -> Iterator[nn.Module]:
 
 
 def compute_eagerly(model: nn.Module) -> None:
-    """Let a transformers model compute its experts one by one; models that know no other way are left alone."""
+    """Set a transformers model to compute its experts one by one; models without that setting are left alone."""
     config = getattr(model, "config", None)
     if config is not None and getattr(config, "_experts_implementation", "eager") != "eager":
         model.set_experts_implementation("eager")  # pyright: ignore[reportCallIssue]
 
 
 def fuse(model: nn.Module) -> None:
-    """The inverse of `unfuse`, in place: what transformers saves and loads. Weights are what the linears hold."""
+    """Fuse the experts of a model again, in place, as transformers saves and loads them; the inverse of `unfuse`."""
     for name, experts in experts_in(model).items():
         path, _, attribute = name.rpartition(".")
         owner = model.get_submodule(path)
@@ -304,10 +311,10 @@ def fuse(model: nn.Module) -> None:
 
 
 def fused_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by the linears' names as tensors by the fused parameters' names; other ones are left as they are."""
+    """Stack the tensors that are named after experts' linears into fused ones; other tensors stay as they are."""
     fused = dict(tensors)
     for name, experts in experts_in(model).items():
-        if f"{name}.0.weight" not in tensors:  # of another block
+        if f"{name}.0.weight" not in tensors:  # experts of another block
             continue
         slices = [fused.pop(f"{name}.{e}.weight") for e in range(len(experts))]
         fused[name] = torch.stack([s.T if experts.transposed else s for s in slices])
@@ -315,11 +322,13 @@ def fused_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
 
 
 def _kind(block: nn.Module, name: str) -> Kind:
+    """Class of the module that holds a block's parameter, and the parameter's name there."""
     path, _, attribute = name.rpartition(".")
     return type(block.get_submodule(path)), attribute
 
 
 def _check_same(now: Tensor, before: Tensor, where: str) -> None:
+    """Raise UserError where a block's output changed by more than the rounding of products."""
     error = float((now - before).float().norm() / before.float().norm().clamp(min=1e-30))
     limit = 1e-5 if before.dtype == torch.float32 else TOLERANCE
     if not error <= limit:

@@ -1,4 +1,4 @@
-"""Linear layers of any make, seen as one matrix (out, in)."""
+"""Linear layers of either layout as matrices (out, in); sites, which share an input, and their absorbers."""
 
 from dataclasses import dataclass
 
@@ -9,18 +9,18 @@ from transformers.pytorch_utils import Conv1D
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` multiplies its input by a 2-D weight that we may quantize: a router's stays as it is."""
+    """Whether `module` is a linear whose weight may be quantized: routers of experts stay in full precision."""
     return isinstance(module, nn.Linear | Conv1D) and not getattr(module, "routes", False)
 
 
 def matrix(module: nn.Module) -> Float[Tensor, "out in"]:
-    """The module's weight as a view of shape (out, in); writing to it writes to the module."""
+    """The linear's weight as a view of shape (out, in); writing to the view writes to the module."""
     weight = module.weight.data  # pyright: ignore[reportAttributeAccessIssue]
     return weight.T if isinstance(module, Conv1D) else weight  # pyright: ignore[reportReturnType]
 
 
 def channels(module: nn.Module) -> int:
-    """Output channels of a linear or a norm."""
+    """Number of output channels of a linear or a norm."""
     return (matrix(module) if is_linear(module) else module.get_parameter("weight")).shape[0]
 
 
@@ -32,7 +32,7 @@ class Absorber:
         producer: name, within the block, of a norm or a linear.
         rows: (in,), the producer's output channel that feeds each input column of the site. Columns may share
             a channel (grouped-query attention): their s must be equal.
-        unit_offset: a norm that multiplies by (1 + weight), as Gemma's do.
+        unit_offset: whether the producer is a norm that multiplies by (1 + weight), as Gemma's do.
     """
 
     producer: str
@@ -40,7 +40,7 @@ class Absorber:
     unit_offset: bool = False
 
     def tie(self, s: Float[Tensor, "in"]) -> Float[Tensor, "in"]:
-        """The nearest scales (geometric mean) that are equal wherever columns share a channel."""
+        """Scales made equal wherever columns share a channel: the geometric mean of their s."""
         rows = self.rows.to(s.device)
         total, count = torch.zeros(2, int(rows.max()) + 1, device=s.device, dtype=s.dtype)
         total.index_add_(0, rows, s.log())
@@ -67,15 +67,15 @@ class Absorber:
 
 @dataclass(frozen=True)
 class Site:
-    """The linears of a block that read one and the same tensor.
+    """The linears of a block that read the same input tensor.
 
     Attributes:
         linears: names within the block, in the order they are called.
-        width: columns of the input.
-        absorber: what may take over a scaling of the input; None: nothing was found that leaves the block's
+        width: number of input channels, the linears' columns.
+        absorber: op that can absorb a scaling of the input; None where none was found that leaves the block's
             function unchanged.
-        expert: number of the expert whose linears these are, which only some tokens reach; None: every token does.
-        analogous: the absorber was found, and verified, on another expert of the same make.
+        expert: number of the expert that the linears belong to, which only some tokens reach; None: every token does.
+        analogous: whether the absorber was found, and verified, on another expert of the same structure.
     """
 
     linears: tuple[str, ...]
@@ -86,12 +86,12 @@ class Site:
 
     @property
     def name(self) -> str:
-        """For example `self_attn.q_proj+k_proj+v_proj`."""
+        """The site's name: its linears joined by +, for example `self_attn.q_proj+k_proj+v_proj`."""
         head, _, _ = self.linears[0].rpartition(".")
         tails = [name.removeprefix(f"{head}.") for name in self.linears]
         return f"{head}.{'+'.join(tails)}" if head else "+".join(tails)
 
 
 def widest(blocks: nn.ModuleList) -> int:
-    """Columns of the blocks' widest linear."""
+    """Number of columns (input channels) of the widest linear in the blocks."""
     return max(matrix(module).shape[1] for module in blocks.modules() if is_linear(module))

@@ -37,7 +37,12 @@ _OFFLINE = "Offline choices: model=smollm2-135m or model=local model.path=DIR"
 class LoadedModel:
     """A model in evaluation mode, without gradients, and its tokenizer.
 
-    `sha256` is of the GGUF file, or of a folder's weight files and config.json (see `folder_sha256`).
+    Attributes:
+        model: the causal language model.
+        tokenizer: the tokenizer that comes with it.
+        name: short name of the model.
+        source: origin of the weights: a path, an address, or a hub id and commit.
+        sha256: hash of the GGUF file, or of a folder's weight files and config.json (see `folder_sha256`).
     """
 
     model: PreTrainedModel
@@ -55,7 +60,7 @@ class AssetModel:
     asset: str
 
     def load(self, dtype: str, device: str, room: int | None = None) -> LoadedModel:
-        """Fetch it if it is not in the cache, and load it. Raises UserError."""
+        """Fetch the asset if it is not in the cache, and load it. Raises UserError."""
         served = fetch(ASSETS[self.asset], hint="model=local model.path=DIR needs no network")
         folder = dequantized(served.path, served.sha256, f"model={self.name}")
         model, tokenizer = load_folder(folder, dtype, device, f"model={self.name}", room=room)
@@ -71,7 +76,7 @@ class LocalModel:
     trust_remote_code: bool = False
 
     def load(self, dtype: str, device: str, room: int | None = None) -> LoadedModel:
-        """Load it. Raises UserError naming model.path."""
+        """Load the folder or file. Raises UserError naming model.path."""
         if self.path is None:
             raise UserError("model.path is not set: name a transformers folder or a .gguf file")
         path, option = Path(self.path).expanduser(), f"model.path={self.path}"
@@ -90,7 +95,7 @@ class LocalModel:
 
 @dataclass(frozen=True, kw_only=True)
 class HubModel:
-    """A model on the Hugging Face hub, or in its local cache when the hub is away."""
+    """A model on the Hugging Face hub, or in the hub's local cache when the hub does not answer."""
 
     id: str | None = None
     name: str | None = None
@@ -98,7 +103,7 @@ class HubModel:
     trust_remote_code: bool = False
 
     def load(self, dtype: str, device: str, room: int | None = None) -> LoadedModel:
-        """Download what is missing, and load it. Raises UserError naming model.id."""
+        """Download the files that the local cache lacks, and load them. Raises UserError naming model.id."""
         if self.id is None:
             raise UserError("model.id is not set: name a causal language model on the hub, as in ORG/NAME")
         _check(dtype, device)  # before a long download
@@ -112,11 +117,11 @@ class HubModel:
 def load_folder(
     folder: Path, dtype: str, device: str, option: str, trust_remote_code: bool = False, room: int | None = None
 ) -> tuple[PreTrainedModel, Any]:
-    """The causal language model and tokenizer of a transformers folder, or all of a model that sees and holds one.
+    """Load model and tokenizer of a transformers folder: a causal LM, or a multimodal model that contains one.
 
     A model of more than `room` bytes is offloaded (see `open_offloaded`); None: it is loaded whole, whatever its size.
-    Raises UserError naming `option` where the folder does not hold one in full, finite and at full precision,
-    or naming dtype or device where those cannot be had.
+    Raises UserError naming `option` where the folder does not hold all weights, finite and not yet quantized,
+    or naming dtype or device where those cannot be used.
     """
     _check(dtype, device)
     with _quietly(), _naming(option):
@@ -143,20 +148,21 @@ def load_folder(
 def _offloaded(
     folder: Path, config: Any, dtype: str, device: str, option: str, trust_remote_code: bool
 ) -> PreTrainedModel:
+    """The model of a folder with its blocks left on disk."""
     code = {"trust_remote_code": trust_remote_code} if trust_remote_code else {}
     model = open_offloaded(folder, config, DTYPES[dtype], torch.device(device), option, **code)
     _check_causal(model, option)
-    log.info("%s is offloaded: its blocks stay in %s until they are wanted", option, folder)
+    log.info("%s is offloaded: its blocks stay in %s and are read when they are computed", option, folder)
     return model
 
 
 def dequantized(gguf: Path, sha256: str, option: str) -> Path:
-    """A float32 transformers folder in the cache with the weights and tokenizer of a GGUF file.
+    """Dequantize a GGUF file into a float32 transformers folder in the cache, with its tokenizer; return the folder.
 
-    Made once for each `sha256` (the file's). Raises UserError naming `option` where it cannot be read.
+    The folder is made once for each `sha256` of a file. Raises UserError naming `option` where the file can't be read.
     """
     folder = cache_dir() / "models" / f"{gguf.stem}-{sha256[:16]}"
-    if folder.is_dir():  # it came into being by a rename, so it is whole
+    if folder.is_dir():  # it was made by a rename, so it is complete
         return folder
     log.info("dequantizing %s into %s, once", gguf.name, folder)
     with _quietly(), redirect_stderr(StringIO()), scratch_folder(folder.parent) as scratch:
@@ -177,7 +183,7 @@ def dequantized(gguf: Path, sha256: str, option: str) -> Path:
 
 
 def hub_snapshot(model_id: str, revision: str = "main") -> Path:
-    """The hub's local cache folder of a model, completed if the hub answers; its name is the commit.
+    """Download a model into the hub's local cache, as far as the hub answers; return its folder, named by the commit.
 
     Weights come from safetensors files, or from pytorch_model*.bin where there are none. Raises UserError.
     """
@@ -205,10 +211,10 @@ def hub_snapshot(model_id: str, revision: str = "main") -> Path:
 
 
 def folder_sha256(folder: Path) -> str:
-    """Hash of a transformers folder's content, which tells apart models with equal weights and other configs.
+    """Hash of the weight files and config.json of a transformers folder.
 
-    It is the sha256 of sha256sum's output on config.json and the weight files, in the order of their names.
-    The hub's cache names large files by their sha256, which then is not computed again.
+    It is the sha256 of sha256sum's output on these files, in the order of their names. The hub's cache names large
+    files by their sha256, which then is not computed again.
     """
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     digest = hashlib.sha256()
@@ -226,7 +232,7 @@ def _check(dtype: str, device: str) -> None:
 
 
 def checked_device(name: str) -> torch.device:
-    """The device of that name. Raises UserError where it can't be used."""
+    """The torch device named `name`. Raises UserError where it can't be used."""
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # unknown, or not built in, or not there
@@ -234,7 +240,7 @@ def checked_device(name: str) -> torch.device:
 
 
 def _check_causal(model: PreTrainedModel, option: str) -> None:
-    """Transformers also loads other heads' checkpoints as a causal language model, BERT's for one."""
+    """Raise UserError unless the checkpoint is a causal LM's: transformers loads others as one too, such as BERT's."""
     trained_as = model.config.architectures or []
     causal = (type(model).__name__, "ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
     if trained_as and not any(name.endswith(causal) for name in trained_as):
@@ -242,10 +248,11 @@ def _check_causal(model: PreTrainedModel, option: str) -> None:
 
 
 def _check_finite(model: PreTrainedModel, option: str) -> None:
+    """Raise UserError naming the first weight that is not finite."""
     for name, parameter in model.named_parameters():
         if parameter.numel() == 0:
             continue
-        low, high = torch.aminmax(parameter.detach())  # NaN wins both; nothing as large as the weight is made
+        low, high = torch.aminmax(parameter.detach())  # NaN wins both; takes no memory of the weight's size
         if not (torch.isfinite(low) and torch.isfinite(high)):
             dtype = str(parameter.dtype).removeprefix("torch.")
             raise UserError(f"{option}: the weight {name} is not finite with dtype={dtype}")
@@ -253,7 +260,7 @@ def _check_finite(model: PreTrainedModel, option: str) -> None:
 
 @contextmanager
 def _naming(option: str) -> Iterator[None]:
-    """Turn what transformers raises on a bad checkpoint, which is nearly anything, into a UserError."""
+    """Context manager that turns any exception of transformers on a bad checkpoint into a UserError naming `option`."""
     try:
         yield
     except UserError:
@@ -265,7 +272,7 @@ def _naming(option: str) -> Iterator[None]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Silence transformers' bars and warnings: what matters in them is checked here and raised."""
+    """Context manager that silences transformers' bars and warnings: this module checks for what they warn of."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

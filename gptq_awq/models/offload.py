@@ -1,10 +1,11 @@
-"""Modules whose tensors stay elsewhere, come into memory when they are wanted, and leave again.
+"""Offloaded modules: their weights stay on disk, are loaded into memory while they are used, and are freed again.
 
     with resident(block):
-        ...                         # its weights are there; an ordinary module's always are
+        ...                         # the block's weights are in memory; those of ordinary modules always are
 
-A module that is called outside of this comes for the time of the call. In its absence its parameters keep their names,
-shapes, types and identity (tied ones stay tied), over a single NaN: whoever reads them by mistake will notice.
+A call of an offloaded module outside of `resident` loads its weights for the time of the call. While they are not in
+memory, its parameters keep their names, shapes, dtypes and identity (tied ones stay tied) over a single NaN, so that
+reading them by mistake shows.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,17 +16,17 @@ import torch
 from torch import Tensor, nn
 
 Read = Callable[[], Iterable[tuple[str, Tensor]]]
-"""Names and parameters, one after the other: only one need be in memory twice."""
+"""Reader of parameters: yields names and tensors one by one, so that only one is in memory twice."""
 
 
 class Residence:
-    """Where the parameters of some modules are while they are away.
+    """Loads and frees the parameters of modules that are offloaded together.
 
     Args:
-        modules: that come and go together; tied ones share parameters.
-        parameters: theirs, each under one name that `read` knows.
-        read: what they are, in any precision.
-        read_ahead: is told that `read` will be wanted soon.
+        modules: offloaded modules; tied ones share parameters.
+        parameters: the modules' parameters, each under one name that `read` yields.
+        read: reads the parameters, in any precision.
+        read_ahead: is called when `read` will be called soon.
     """
 
     def __init__(
@@ -46,13 +47,13 @@ class Residence:
             module.register_forward_hook(self._go, always_call=True)
 
     def moved(self, read: Read) -> None:
-        """From now on they are what `read` says."""
+        """Read the parameters by `read` from now on, without reading ahead."""
         self._read, self._read_ahead = read, lambda: None
 
     def split(
         self, whole: nn.Parameter, parts: Sequence[nn.Parameter], views: Callable[[Tensor], Sequence[Tensor]]
     ) -> None:
-        """From now on one of them is known as several, `NAME.0.weight` and so on, which are `views` of it."""
+        """Replace one parameter by several, `NAME.0.weight` and so on, each one of its `views`."""
         name = next(name for name, parameter in self.parameters.items() if parameter is whole)
         names, read = [f"{name}.{i}.weight" for i in range(len(parts))], self._read
         del self.parameters[name]
@@ -65,13 +66,13 @@ class Residence:
         self._read = split
 
     def read_ahead(self) -> None:
-        """They will be wanted soon."""
+        """Prepare to load the parameters soon, unless they are in memory."""
         if not self._here:
             self._read_ahead()
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Within: they are in memory, and what is written to them lasts as long."""
+        """Context manager that holds the parameters in memory; changes to them are lost when the last one exits."""
         self._wanted += 1
         try:
             self._fill()
@@ -103,21 +104,21 @@ class Residence:
             self._empty()
 
     def __deepcopy__(self, _memo: dict) -> "Residence":
-        """A copy of a module is an ordinary one: it is always there."""
+        """Residence of a copied module, which is an ordinary one: always in memory, without parameters to load."""
         copy = object.__new__(Residence)
         copy.parameters, copy._wanted, copy._here = {}, 1, True
         return copy
 
 
 def residence(module: nn.Module) -> Residence | None:
-    """Of a module that comes and goes; None for one that is always there."""
+    """The residence of an offloaded module; None for a module that is always in memory."""
     found = module.__dict__.get("residence")
     return found if found is not None and found.parameters else None
 
 
 @contextmanager
 def resident(*modules: nn.Module) -> Iterator[None]:
-    """Within: the modules' weights are in memory."""
+    """Context manager that holds the modules' weights in memory; ordinary modules need nothing."""
     with ExitStack() as stack:
         for module in modules:
             home = residence(module)
@@ -127,12 +128,12 @@ def resident(*modules: nn.Module) -> Iterator[None]:
 
 
 def homes(model: nn.Module) -> dict[int, Residence]:
-    """The id of every parameter that comes and goes → where it is."""
+    """Map the id of every offloaded parameter of a model to its residence."""
     return {id(p): home for home in map(residence, model.modules()) if home for p in home.parameters.values()}
 
 
 def each_tensor(model: nn.Module, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of the model's state, those that are wanted; each is there until the next one is asked for."""
+    """Tensors of a model's state dict whose names `wanted` accepts, by name; each is in memory until the next one."""
     at = homes(model)
     state = [(n, x) for n, x in model.state_dict(keep_vars=True).items() if wanted(n)]
     for _, group in groupby(state, key=lambda item: id(at.get(id(item[1])))):
@@ -143,11 +144,11 @@ def each_tensor(model: nn.Module, wanted: Callable[[str], bool]) -> Iterator[tup
 
 
 def read_ahead(module: nn.Module) -> None:
-    """The module will be wanted soon: let the system fetch it, if it isn't in memory."""
+    """Start reading an offloaded module that is not in memory, to load it soon; returns at once."""
     if (home := residence(module)) is not None:
         home.read_ahead()
 
 
 def offloaded(model: nn.Module) -> bool:
-    """Whether any of the model's modules comes and goes."""
+    """Whether any of the model's modules is offloaded."""
     return any(residence(module) is not None for module in model.modules())

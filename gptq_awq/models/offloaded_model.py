@@ -1,4 +1,4 @@
-"""A model that needn't fit into memory: its blocks, embedding and head stay in their files until they are wanted."""
+"""Opening a model that needn't fit into memory: its blocks, embedding and head stay on disk until they are used."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -19,13 +19,13 @@ from gptq_awq.models.offload import Residence
 from gptq_awq.runtime.memory import return_large
 
 SMALL = 2**20
-"""Numbers. What lies outside of the blocks and has fewer, such as the last norm, is kept in memory."""
+"""Parameters below which a module outside of the blocks, such as the final norm, is kept in memory."""
 
 
 def open_offloaded(
     folder: Path, config: Any, dtype: torch.dtype, device: torch.device, option: str, **code: Any
 ) -> PreTrainedModel:
-    """The causal language model of a transformers folder, with nearly nothing of it in memory.
+    """Open the causal language model of a transformers folder with its weights offloaded, but for small modules.
 
     Raises:
         UserError: naming `option`, where the folder lacks a tensor, or has none in safetensors files.
@@ -39,7 +39,7 @@ def open_offloaded(
         source = {} if there else {"config_file_name": "config.json", "_from_model_config": True}
         model.generation_config = GenerationConfig.from_pretrained(folder, **source)
     checkpoint = Checkpoint(folder, model, option)
-    _put_nothing(model, dtype, device)
+    _make_parameters_nan(model, dtype, device)
     model.eval()
     names = _names_in(checkpoint, model, option)
     kept = dict(model.named_parameters())
@@ -58,8 +58,8 @@ def open_offloaded(
     return model
 
 
-def _put_nothing(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
-    """Parameters of the right type on the right device, over a single number each; buffers as they are, there."""
+def _make_parameters_nan(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
+    """Replace meta parameters by ones of their dtype on `device`, over a single NaN each; move buffers there."""
     exact, new = _kept_in_float32(model, dtype), {}
     for name, old in model.named_parameters():
         number = torch.full((), torch.nan, dtype=torch.float32 if exact(name) else dtype, device=device)
@@ -72,16 +72,16 @@ def _put_nothing(model: PreTrainedModel, dtype: torch.dtype, device: torch.devic
 
 
 def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Whether transformers loads that parameter in float32, whatever the model's dtype: a router's bias, for one."""
+    """Predicate of the parameters that transformers loads in float32, whatever the dtype, such as a router's bias."""
     patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
     return lambda name: any(re.search(pattern, name) for pattern in patterns)
 
 
 def _names_in(checkpoint: Checkpoint, model: PreTrainedModel, option: str) -> dict[int, str]:
-    """The id of every parameter → its name in the checkpoint; a tied one has several names, of which one is there.
+    """Map the id of every parameter to its name in the checkpoint, which holds a tied one under one of its names.
 
     Raises:
-        UserError: none is there; two are, with different numbers.
+        UserError: the checkpoint lacks a parameter, or holds a tied one under two names with different values.
     """
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -100,7 +100,7 @@ def _names_in(checkpoint: Checkpoint, model: PreTrainedModel, option: str) -> di
 
 
 def _units(model: PreTrainedModel) -> Iterator[list[nn.Module]]:
-    """What comes and goes together: each block; each large module outside of them, with those that share its weight."""
+    """Modules that are offloaded together: each block; each large module outside, with those that share its weight."""
     prefix, blocks = find_blocks(model)
     yield from ([block] for block in blocks)
     outside: dict[int, list[nn.Module]] = {}

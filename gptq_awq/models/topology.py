@@ -1,7 +1,7 @@
-"""Topology by observation: which linears share an input, and which op can absorb a scaling of it.
+"""Topology of a block by observation: which linears share an input (a site), and which op can absorb a scaling of it.
 
-Sites are seen: linears that were handed the same tensor in one forward. Absorbers are found by experiment, on
-a float32 copy of the block:
+Sites are observed: linears that receive the same tensor in one forward. Absorbers are found by experiment, on a float32
+copy of the block:
 
 1. propose  the norms and linears that ran before the site, nearest first; of a fused linear also parts of
             its rows (halves, thirds, per-head thirds, the values of grouped queries);
@@ -9,11 +9,11 @@ a float32 copy of the block:
             r in base `LEVELS`. Where each column of the site's input is multiplied by one of these factors,
             the factors spell which channel feeds the column;
 3. verify   divide the channels by random s, multiply the site's columns by s: the block's output must not
-            change. This also catches channels that somebody else reads (a residual, another site).
+            change. This also rejects channels with another reader (a residual, another site).
 
-Of experts, the first that the probe reaches is looked at, and the others are taken to be like it (models/routed.py).
+Of experts, only the first that the probe reaches is examined; the others get the same absorbers (expert_sites.py).
 
-No table of architectures, and no wrong guess that passes silently.
+There is no table of architectures, and no wrong guess passes silently.
 """
 
 import copy
@@ -31,19 +31,20 @@ from gptq_awq.models.expert_sites import like as like_that
 from gptq_awq.models.linear import Absorber, Site, channels, is_linear, matrix
 
 LEVELS = 64  # distinct factors in one trace: 2.2% apart, far above rounding errors
-TRACE_TOLERANCE = 3e-3
-VERIFY_TOLERANCE = 1e-4
+TRACE_TOLERANCE = 3e-3  # relative error of a traced column, and distance of its factor from the nearest level
+VERIFY_TOLERANCE = 1e-4  # relative change of the block's output
 
 
 @dataclass(frozen=True)
 class _Probe:
-    """A block, an input, and the way to run it."""
+    """A block in float32, a short input for it, and the other arguments of its call."""
 
     block: nn.Module
     hidden: Float[Tensor, "1 tokens width"]
     call: Call
 
     def run(self) -> Tensor:
+        """The block's output hidden states."""
         return self.call.run(self.block, self.hidden)
 
 
@@ -55,16 +56,16 @@ def observe_sites(
     heads: int | None = None,
     like: Sequence[Site] = (),
 ) -> list[Site]:
-    """The block's sites in the order they run.
+    """Observe a block's sites, in the order they run, and on request search for their absorbers.
 
     Args:
-        block: one transformer block; it is left as it was.
+        block: one transformer block, left unchanged.
         hidden: a short input, such as the first tokens of a calibration sample.
         call: the block's other arguments for that input.
-        absorbers: also look for each site's absorber (a dozen tiny forwards per site).
-        heads: attention heads, to recognise the values in a fused, per-head interleaved projection.
-        like: the sites of another block, most likely of the same make: its absorbers are proposed, and verified,
-            before any is searched for; where it has none, none is.
+        absorbers: whether to search for each site's absorber too (a dozen tiny forwards per site).
+        heads: number of attention heads, to recognise the values in a fused, per-head interleaved projection.
+        like: sites of another block, most likely of the same structure: its absorbers are verified first, and searched
+            for only where they fail; a site without an absorber there gets none.
     """
     probe = _Probe(copy.deepcopy(block).float(), hidden.float(), call)
     known = {site.linears: site.absorber for site in like}
@@ -83,9 +84,9 @@ def observe_sites(
 def _with_absorbers(
     sites: list[Site], order: list[str], absorber: Callable[[Site, list[str]], Absorber | None]
 ) -> list[Site]:
-    """Every site with what may take over a scaling, among what ran before it: of an expert, within that expert."""
+    """Add to every site its absorber among the modules that ran before it; an expert's lie within that expert."""
     of_expert = {name: site.expert for site in sites for name in site.linears}
-    first: list[Site] = []  # of each make of expert
+    first: list[Site] = []  # examined sites of experts, one of each kind
     found: list[Site] = []
     for site in sites:
         example = next((each for each in first if alike(each, site) is not None), None)
@@ -100,12 +101,13 @@ def _with_absorbers(
 
 
 def _like_any(site: Site, first: list[Site]) -> Site:
+    """Give a site of an expert the absorber of the examined site that it is like, if there is one."""
     example = next((each for each in first if each is not site and alike(each, site) is not None), None)
     return site if example is None else like_that(example, site)
 
 
 def _watch(probe: _Probe) -> tuple[list[str], list[Site]]:
-    """Run the block once: the leaf modules in call order, and the linears grouped by input tensor."""
+    """Run the block once; return its leaf modules in call order, and its linears grouped by input tensor as sites."""
     order: list[str] = []
     readers: dict[int, list[str]] = {}
     held: list[Tensor] = []  # keeps every input alive, so that ids stay unique
@@ -130,7 +132,7 @@ def _watch(probe: _Probe) -> tuple[list[str], list[Site]]:
 
 
 def _find_absorber(probe: _Probe, site: Site, before: list[str], heads: int | None) -> Absorber | None:
-    """The nearest op that ran before `site` and passes trace and verification."""
+    """The last op that ran before `site` and passes trace and verification; None where there is none."""
     for producer in dict.fromkeys(reversed(before)):
         module = probe.block.get_submodule(producer)
         for rows in _proposals(module, site.width, heads):
@@ -165,7 +167,7 @@ def _proposals(module: nn.Module, width: int, heads: int | None) -> list[Int[Ten
 
 
 def _trace(probe: _Probe, site: Site, producer: str, rows: Int[Tensor, "part"]) -> Int[Tensor, "in"] | None:
-    """The channel among `rows` that each column of the site is proportional to; None if any has none."""
+    """Channel among `rows` that each column of the site is proportional to; None if a column has no such channel."""
     module = probe.block.get_submodule(producer)
     generator = torch.Generator().manual_seed(0)
     noise: list[Tensor] = []
@@ -198,7 +200,7 @@ def _factors() -> Float[Tensor, "levels"]:
 
 
 def _levels(scaled: Float[Tensor, "tokens in"], plain: Float[Tensor, "tokens in"]) -> Int[Tensor, "in"] | None:
-    """Which factor each column was multiplied by, the same for all tokens; None if any column by none."""
+    """Index of the factor that multiplied each column, equal for all tokens; None if some column has no such factor."""
     energy = plain.square().sum(0)
     ratio = (scaled * plain).sum(0) / energy
     residual = (scaled - ratio * plain).square().sum(0).sqrt() / energy.sqrt()
@@ -208,7 +210,7 @@ def _levels(scaled: Float[Tensor, "tokens in"], plain: Float[Tensor, "tokens in"
 
 
 def _site_input(probe: _Probe, site: Site, handle) -> Float[Tensor, "tokens in"]:
-    """The tensor that enters the site in one run, under one temporary hook."""
+    """Input of the site in one run of the probe under the hook `handle`, which is removed afterwards."""
     seen: list[Tensor] = []
     first = probe.block.get_submodule(site.linears[0])
     with hooks([handle, first.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))]):
@@ -240,5 +242,5 @@ def absorb(block: nn.Module, site: Site, absorber: Absorber, s: Float[Tensor, "i
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """‖a - b‖ / ‖b‖."""
+    """Relative error ‖a - b‖ / ‖b‖ in the Frobenius norm."""
     return float((a - b).norm() / b.norm().clamp(min=1e-30))
