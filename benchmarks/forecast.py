@@ -19,9 +19,8 @@ from pathlib import Path
 import torch
 from large_model import SMALL, make
 
-from gptq_awq.experiment.forecasting.costs import machine
 from gptq_awq.results import Result
-from gptq_awq.runtime.profiling import markdown_table
+from gptq_awq.runtime.profiling import machine, markdown_table
 
 RUN = Path(__file__).resolve().parent.parent / "run.py"
 SETTINGS = ("group_size=32", "data.samples=64", "data.seqlen=256", "tokens_per_batch=2048")

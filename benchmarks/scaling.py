@@ -24,9 +24,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gptq_awq import quantize_model
-from gptq_awq.experiment.forecasting.costs import machine
 from gptq_awq.runtime import memory
-from gptq_awq.runtime.profiling import markdown_table
+from gptq_awq.runtime.profiling import machine, markdown_table
 
 CPU = torch.device("cpu")
 SEQLEN, VOCAB, HEAD = 256, 2048, 64

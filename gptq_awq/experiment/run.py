@@ -24,7 +24,6 @@ from gptq_awq.errors import UserError
 from gptq_awq.evaluation.evaluate import full_precision, score
 from gptq_awq.evaluation.scores import Scores
 from gptq_awq.experiment.context import RunContext, load, record_of, self_calibrated
-from gptq_awq.experiment.forecasting.costs import profiled
 from gptq_awq.experiment.forecasting.forecast import announce, compare
 from gptq_awq.experiment.plan import Plan, preflight
 from gptq_awq.experiment.registry import FILES
@@ -47,7 +46,7 @@ from gptq_awq.quantization.targets import changes_output
 from gptq_awq.report import final_table
 from gptq_awq.results import FAILURE, FILE_NAME, Ledger, Result
 from gptq_awq.runtime import memory
-from gptq_awq.runtime.profiling import Recorder, phase
+from gptq_awq.runtime.profiling import Recorder, phase, terminal_table
 from gptq_awq.runtime.progress import Track, no_track, rich_track
 from gptq_awq.runtime.runlog import Clock, logging_to, remove_unused_hydra_folder
 from gptq_awq.storage.assets import cache_dir
@@ -88,8 +87,8 @@ def _run(cfg: DictConfig, ranks: Ranks) -> Result:
     if not ranks.first:
         return result
     (plan.out / FAILURE).unlink(missing_ok=True)
-    if recorder.profile is not None:
-        Console().print(recorder.profile.table())
+    if plan.profile:
+        Console().print(terminal_table(recorder.phases))
     Console().print(final_table(result))
     console.print(f"results: {plan.out / 'results.json'}", highlight=False, soft_wrap=True)
     return result
@@ -126,7 +125,7 @@ def execute(plan: Plan, track: Track, console: Console, recorder: Recorder) -> R
         return result
 
     def computed() -> Result:
-        result = compute(plan, context, clock, track, recorder)
+        result = compute(plan, context, clock, track)
         context.run.forget_progress()
         context.run.remember()
         return result
@@ -143,15 +142,16 @@ def execute(plan: Plan, track: Track, console: Console, recorder: Recorder) -> R
         return result
     prune(plan.cache_bytes)
     if plan.profile:
-        _store_profile(plan, context, recorder)
+        with _writing(plan.out):
+            recorder.write(plan.out, context.run.sha256, plan.device)
     return result
 
 
-def compute(plan: Plan, context: RunContext, clock: Clock, track: Track, recorder: Recorder) -> Result:
+def compute(plan: Plan, context: RunContext, clock: Clock, track: Track) -> Result:
     """Baseline, quantize, export, evaluate, store; followed by a tracker, also into a failure."""
     tracker = _tracker(plan, context)
     try:
-        result = _compute(plan, context, tracker, clock, track, recorder)
+        result = _compute(plan, context, tracker, clock, track)
     except Exception as error:
         tracker.finish(failed(plan.config, error))
         raise
@@ -159,9 +159,7 @@ def compute(plan: Plan, context: RunContext, clock: Clock, track: Track, recorde
     return result
 
 
-def _compute(
-    plan: Plan, context: RunContext, tracker: Tracker, clock: Clock, track: Track, recorder: Recorder
-) -> Result:
+def _compute(plan: Plan, context: RunContext, tracker: Tracker, clock: Clock, track: Track) -> Result:
     loaded = context.loaded
     if plan.method.self_calibration is not None:
         with clock.phase("write"):
@@ -178,7 +176,7 @@ def _compute(
         context.run.journal.clear()
     _agreed(plan)
     with clock.phase("quantize"):
-        quantized = _quantize(plan, context, tracker, track, recorder)
+        quantized = _quantize(plan, context, tracker, track)
     checkpoints: list[Exported] = []
     if plan.exports.formats:
         with clock.phase("export"):
@@ -237,13 +235,6 @@ def _store(plan: Plan, result: Result, scores: Scores, allocation: Allocation | 
                 (aside / name).replace(plan.out / name)
 
 
-def _store_profile(plan: Plan, context: RunContext, recorder: Recorder) -> None:
-    """Where the time went, beside the results."""
-    dtype = plan.compute_dtype
-    with _writing(plan.out):
-        profiled(recorder, context.loaded.model, dtype, plan.device).write(plan.out, context.run.sha256)
-
-
 def _tracker(plan: Plan, context: RunContext) -> Tracker:
     """Follow this run, as part of the sweep that asks for it."""
     folder, grid = sweep_folder(), plan.grid
@@ -273,15 +264,13 @@ class Quantized:
     resumed: list[int]
 
 
-def _quantize(plan: Plan, context: RunContext, tracker: Tracker, track: Track, recorder: Recorder) -> Quantized:
+def _quantize(plan: Plan, context: RunContext, tracker: Tracker, track: Track) -> Quantized:
     """Quantize the model in place, block by block; each block's rows are on disk before the next begins."""
     with _writing(plan.out):
         ledger = Ledger.create(plan.out / UNFINISHED)
     footprint, restored, from_disk = Footprint(), 0, offloaded(context.loaded.model)
     codes = Codes(context.run.journal, context.grids, from_disk, wanted=bool(plan.exports.formats))
-    with closing(
-        recorder.closely(_steps(plan, context, track))
-    ) as steps:  # ends its progress bar before an error is told
+    with closing(_steps(plan, context, track)) as steps:  # ends its progress bar before an error is told
         for block in steps:
             footprint.add(block.weights)
             codes.add(block)

@@ -32,7 +32,7 @@ from gptq_awq.models.offload import resident
 from gptq_awq.numerics.distributed import ONE
 from gptq_awq.quantization.block import BlockStep
 from gptq_awq.quantization.resume import BlockResult, Progress, weights_in
-from gptq_awq.runtime.profiling import OTHER, Recorder, spans
+from gptq_awq.runtime.profiling import OTHER, Recorder
 from gptq_awq.runtime.progress import no_track
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.storage.journal import Journal
@@ -350,7 +350,7 @@ def measured() -> Iterator[dict[str, float]]:
     found: dict[str, float] = defaultdict(float)
     with Recorder(on=True) as recorder:
         yield found
-    for span in spans(recorder.events):
+    for span in recorder.spans:
         found[span.phase] += span.own
     found[OTHER] = max(0.0, recorder.seconds - sum(found.values()))
 
