@@ -1,1 +1,1 @@
-"""Scores of a model beside its full-precision self: perplexity, KL, agreement, lm-eval; see `evaluate`."""
+"""Evaluation of a quantized model against full precision: perplexity, KL, agreement, lm-eval; see `evaluate`."""

@@ -1,9 +1,9 @@
-"""The full-precision scores of a model, computed once and kept on disk by content hash.
+"""Cache of full-precision scores: computed once per model and text, kept on disk under a content hash.
 
-A file's name is the hash of all that its content depends on: the model's weights, dtype, device type and
-attention code, the dtype of its forwards, the token ids, the versions of torch and transformers, and `SCHEMA`.
-Files are written whole or not at all, carry their own checksum, and one that is damaged is never used: it is
-computed anew, with a warning. Of several processes that want the same scores, one computes them.
+A file's name is the hash of everything its content depends on: the model's weights, dtype, device type and
+attention implementation, the compute dtype of its forwards, the token ids, the versions of torch and transformers, and
+`SCHEMA`. Files are written atomically and carry a checksum; a damaged file is never used but computed anew, with a
+warning. When several processes want the same scores, one of them computes and the others wait.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ from gptq_awq.storage.checksummed import ChecksummedFile, lock_path, once
 log = logging.getLogger(__name__)
 
 SCHEMA = 4
-"""Raised whenever the meaning of a stored number changes."""
+"""Version of the stored numbers' meaning; incremented whenever it changes, so that older files are not found."""
 Answers = dict[str, Any]
-"""A model's answers to lm-eval's requests, by the hash of the request."""
+"""Mapping from the hash of an lm-eval request to the model's answer."""
 
 
 def baseline_scores(
@@ -39,11 +39,9 @@ def baseline_scores(
     track: Track = no_track,
     compute_dtype: torch.dtype = torch.float32,
 ) -> TokenScores:
-    """The full-precision scores of `tokens`: from `folder` where they are there, else computed and kept
-    there.
+    """Full-precision scores of `tokens`, read from `folder` if it holds them, else computed and stored there.
 
-    `model_sha256` stands for the weights. `folder=None` keeps nothing. Raises UserError as `token_losses`
-    does.
+    `model_sha256` identifies the weights; `folder=None` stores nothing. Raises UserError as `token_losses` does.
     """
     if folder is None:
         return token_losses(model, tokens, track, compute_dtype)
@@ -64,20 +62,21 @@ def baseline_scores(
 def knows_scores(
     model: PreTrainedModel, model_sha256: str, tokens: TokenSet, folder: Path, compute_dtype: torch.dtype
 ) -> bool:
-    """Whether `baseline_scores` would find them in `folder`; not whether they are whole."""
+    """Whether `folder` has a file with the full-precision scores of `tokens`; its checksum is not verified."""
     return _scores_path(model, model_sha256, tokens, folder, compute_dtype).exists()
 
 
 def _scores_path(
     model: PreTrainedModel, model_sha256: str, tokens: TokenSet, folder: Path, compute_dtype: torch.dtype
 ) -> Path:
+    """Path of the file with the full-precision scores of `tokens`."""
     return folder / f"{_key(model, model_sha256, tokens.sha256, compute_dtype)}.safetensors"
 
 
 def floor_path(
     model: PreTrainedModel, model_sha256: str, tokens: TokenSet, folder: Path | None, dtype: torch.dtype
 ) -> Path | None:
-    """Where the noise floor of `dtype` on these tokens is kept (see `floor`)."""
+    """Path of the stored noise floor of compute dtype `dtype` on `tokens` (see `floor`); None without a folder."""
     key = _key(model, model_sha256, f"floor {tokens.sha256}", dtype)
     return None if folder is None else folder / f"{key}.safetensors"
 
@@ -85,7 +84,7 @@ def floor_path(
 def read_answers(
     model: PreTrainedModel, model_sha256: str, folder: Path, compute_dtype: torch.dtype = torch.float32
 ) -> Answers:
-    """The answers this full-precision model gave before; none where the file is missing or damaged."""
+    """Stored lm-eval answers of this full-precision model; empty if the file is missing or damaged."""
     path = _answers_path(model, model_sha256, folder, compute_dtype)
     try:
         kept = json.loads(path.read_text())
@@ -95,7 +94,7 @@ def read_answers(
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("the cached lm-eval baseline %s is damaged (%s): computing it anew", path, error)
+        log.warning("the cached lm-eval baseline %s is damaged (%s) and is computed anew", path, error)
         return {}
 
 
@@ -106,7 +105,7 @@ def write_answers(
     answers: Answers,
     compute_dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Add `answers` to those kept, whoever else adds to them."""
+    """Merge `answers` into the stored ones, under a lock that concurrent writers share."""
     path = _answers_path(model, model_sha256, folder, compute_dtype)
     with locked(lock_path(path)):
         merged = read_answers(model, model_sha256, folder, compute_dtype) | answers
@@ -116,10 +115,12 @@ def write_answers(
 
 
 def _answers_path(model: PreTrainedModel, model_sha256: str, folder: Path, compute_dtype: torch.dtype) -> Path:
+    """Path of the file with this model's lm-eval answers."""
     return folder / f"{_key(model, model_sha256, 'lm_eval', compute_dtype)}.json"
 
 
 def _key(model: PreTrainedModel, model_sha256: str, what: str, compute_dtype: torch.dtype) -> str:
+    """Content hash that names a file: of the model, the versions it runs on, and `what` was computed with it."""
     depends_on = {
         "schema": SCHEMA,
         "model": model_sha256,
@@ -135,4 +136,5 @@ def _key(model: PreTrainedModel, model_sha256: str, what: str, compute_dtype: to
 
 
 def _json_sha256(value: Mapping[str, Any]) -> str:
+    """SHA-256 of a value's JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

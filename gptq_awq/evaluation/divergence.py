@@ -1,9 +1,8 @@
-"""How far a quantized model's next-token distribution is from the full-precision one, token by token.
+"""KL divergence and top-1 agreement of the quantized with the full-precision model, token by token.
 
-KL(p ‖ q) = Σ p (log p - log q) in nats, p of the full-precision and q of the quantized model, and whether
-both models would say the same word (top-1 agreement). Unlike perplexity, neither can improve by luck: a model
-that changes its mind in both directions alike keeps its perplexity but not its KL ("Accuracy is Not All You
-Need", arXiv:2407.09141).
+KL(p ‖ q) = Σ p (log p - log q) in nats, with p the next-token distribution of the full-precision and q of the quantized
+model; top-1 agreement is argmax p = argmax q. Unlike perplexity, neither can improve by luck: a model whose changes of
+probability cancel keeps its perplexity but not its KL ("Accuracy is Not All You Need", arXiv:2407.09141).
 """
 
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from gptq_awq.runtime.progress import Track, no_track
 
 @dataclass(frozen=True)
 class Divergence:
-    """Per scored token, on the CPU: the quantized model's loss, its KL from full precision, and agreement."""
+    """The quantized model's loss, KL from full precision (both in nats) and top-1 agreement per token, on the CPU."""
 
     nll: Float[Tensor, "windows scored"]
     kl: Float[Tensor, "windows scored"]
@@ -45,12 +44,11 @@ def divergence(
     output: Parameters | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Divergence:
-    """Score every window with the quantized `model` and compare with `baseline`, its full-precision scores in the same
-    `compute_dtype`.
+    """Score every window with the quantized `model` and compare it with `baseline`, its full-precision scores.
 
-    `output` holds the full-precision output layer's parameters where the model's own were changed. Each
-    token costs one forward of the quantized model and two rows of head matmul. Raises UserError where a logit
-    is not finite, ValueError where the full-precision output layer is not the baseline's.
+    Both must use one `compute_dtype`. `output` holds the parameters of the full-precision output layer if the model's
+    own were changed. Each token costs one forward of the quantized model and two rows of head matmul. Raises UserError
+    if a logit is not finite, ValueError if the full-precision output layer is not the baseline's.
     """
     head = Head.of(model, compute_dtype)
     with resident(head.output), head.with_output(output):
@@ -76,8 +74,10 @@ def compare(
     output: Parameters | None = None,
     full_head: Head | None = None,
 ) -> tuple[Float[Tensor, "scored"], Float[Tensor, "scored"], Bool[Tensor, "scored"]]:
-    """-log q(target), KL(p ‖ q) and top-1 agreement, on the CPU; p of the states `full` through the output layer
-    `output` (None: the model's own) of `full_head` (None: `head`), q of `states`.
+    """Loss -log q(target), KL(p ‖ q) and top-1 agreement of each token, returned on the CPU.
+
+    q comes from `states` through `head`; p from the full-precision states `full` through `full_head` (None: `head`)
+    with the parameters `output` in its output layer (None: its own).
     """
     if states.device.type == "cpu":
         return comparison(head, full, states, targets, output, full_head)
@@ -93,5 +93,5 @@ def compare(
 
 
 def token_kl(log_p: Float[Tensor, "tokens vocab"], log_q: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens"]:
-    """KL(p ‖ q) of each token, in nats."""
+    """KL(p ‖ q) of each token in nats, from log probabilities."""
     return (log_p - log_q).mul_(log_p.exp()).sum(-1)

@@ -1,8 +1,9 @@
-"""What a lower precision of forwards costs in trust: the noise floor of its numbers, measured before it is used.
+"""Noise floor of low-precision evaluation forwards: KL of the full-precision model from itself, measured before use.
 
-The full-precision model is scored on the first tokens of a text in both precisions. Its KL from itself is the floor:
-a quantized model's KL is known no better than that. On SmolLM2-135M it is 2e-4 in bfloat16, on stories15M 9e-5: less
-than a thousandth of the KL of 4-bit RTN (0.36, 0.11), but a fifth and a quarter of that of 8-bit RTN (1.1e-3, 3.3e-4).
+The full-precision model is scored on the first tokens of a text with float32 forwards and with low-precision ones. The
+KL between the two is the floor: a quantized model's KL cannot be known more precisely than that. On SmolLM2-135M it is
+2e-4 in bfloat16, on stories15M 9e-5: less than a thousandth of the KL of 4-bit RTN (0.36, 0.11), but a fifth
+and a quarter of that of 8-bit RTN (1.1e-3, 3.3e-4).
 """
 
 import math
@@ -22,22 +23,28 @@ from gptq_awq.models.offload import resident
 from gptq_awq.storage.checksummed import ChecksummedFile, once
 
 TRIAL_TOKENS = 2048
+"""Number of tokens, rounded up to whole windows, that a noise floor is measured on."""
 MAX_LOSS_CHANGE = 1e-3
-"""In nats, which is 0.1% of the perplexity."""
+"""Largest trusted change of the mean loss, in nats; 1e-3 nats are 0.1% of the perplexity."""
 MAX_KL = 5e-4
-"""Twice what bfloat16 has on models it suits, and half a percent of the KL of a good 4-bit model (0.1)."""
+"""Largest trusted KL: twice that of bfloat16 on models it suits, 0.5% of the KL of a good 4-bit model (0.1)."""
 
 
 @dataclass(frozen=True)
 class Floor:
-    """`kl`: mean KL(full precision ‖ lower precision) of one and the same model; `dnll`: change of its mean loss."""
+    """Noise that low-precision forwards add to the scores of one and the same model.
+
+    Attributes:
+        kl: mean over tokens of KL(float32 forwards ‖ low-precision forwards), in nats.
+        dnll: mean loss with low-precision forwards minus that with float32 forwards, in nats.
+    """
 
     kl: float
     dnll: float
 
     @property
     def trusted(self) -> bool:
-        """Whether `auto` takes the lower precision. Scores that are not finite are never trusted."""
+        """Whether eval.compute_dtype=auto uses the lower precision; a floor that is not finite is never trusted."""
         return self.kl <= MAX_KL and abs(self.dnll) <= MAX_LOSS_CHANGE
 
     def __str__(self) -> str:
@@ -45,7 +52,7 @@ class Floor:
 
 
 def floor(model: PreTrainedModel, tokens: TokenSet, dtype: torch.dtype) -> Floor:
-    """The floor of `dtype` on the first windows of `tokens`, about `TRIAL_TOKENS` tokens. Raises UserError."""
+    """Measure the noise floor of compute dtype `dtype` on a text's first `TRIAL_TOKENS` tokens. Raises UserError."""
     count = math.ceil(TRIAL_TOKENS / tokens.ids.shape[1])
     windows = checked_windows(model, replace(tokens, ids=tokens.ids[:count]))
     plain, lower = Head.of(model), Head.of(model, dtype)
@@ -62,7 +69,7 @@ def floor(model: PreTrainedModel, tokens: TokenSet, dtype: torch.dtype) -> Floor
 def floors(
     model: PreTrainedModel, tokens: Sequence[TokenSet], dtype: torch.dtype, paths: Sequence[Path | None]
 ) -> dict[str, Floor]:
-    """The floor of each text by its name, read from its path where it has one and is there, else measured and kept."""
+    """Noise floor by text name: read from the text's path if the file exists, else measured and stored there."""
     found = {}
     for text, path in zip(tokens, paths, strict=True):
 

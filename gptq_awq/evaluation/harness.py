@@ -1,8 +1,7 @@
-"""lm-eval (EleutherAI's lm-evaluation-harness) on the model in memory, item by item.
+"""Zero- and few-shot tasks of lm-eval (EleutherAI's lm-evaluation-harness) on a model in memory, with item scores.
 
-LAMBADA's rows come from the project's own asset, so `lambada_openai` runs without the hub. Other tasks are
-lm-eval's own, whose data come from the hub or its cache, or the user's (`eval.include_path`, a folder of task
-yaml files).
+The rows of LAMBADA are an asset of this project, so `lambada_openai` runs without the hub. Other tasks are lm-eval's
+own, with data from the hub or its cache, or the user's (`eval.include_path`, a folder of task yaml files).
 """
 
 import difflib
@@ -39,15 +38,19 @@ log = logging.getLogger(__name__)
 LAMBADA = "lambada_openai"
 TASKS = Path(__file__).parent / "tasks"
 Spec = str | Mapping[str, Any]
-"""A task: its name, a yaml file's path, or its whole config."""
+"""A task's name, the path of its yaml file, or its whole config."""
 
 
 @dataclass(frozen=True)
 class Tasks:
     """Tasks with their data loaded, ready to be run on any number of models.
 
-    `loaded`: lm-eval's `TaskDict`. `limit`: items per task, the first ones (None: all). `seed` draws few-shot
-    examples. `sources`: who served the data, by task, where that was ours to choose.
+    Attributes:
+        loaded: lm-eval's `TaskDict`.
+        limit: number of items per task, the first ones; None: all.
+        batch_size: number of inputs per forward.
+        seed: seed that draws few-shot examples.
+        sources: server of the data, by task, for data that this project fetches itself.
     """
 
     loaded: dict[str, Any]
@@ -57,7 +60,7 @@ class Tasks:
     sources: dict[str, str]
 
     def sha256(self) -> str:
-        """Hash of the tasks' configs and items: what changes an answer, before any is asked for."""
+        """Hash of the tasks' configs and items, which determine every request before a model runs."""
         digest = hashlib.sha256()
         for name, task in sorted(self.loaded["tasks"].items()):
             config = json.dumps(task.dump_config(), sort_keys=True, default=str)
@@ -69,9 +72,12 @@ class Tasks:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One metric of one task or group. `items`: its value for every item, None where an item has no number.
+    """One metric of one task or group.
 
-    `stderr` is that of a mean; None where the metric is not the mean of its items.
+    Attributes:
+        value: the metric.
+        stderr: standard error of the mean over items; None if the metric is not that mean.
+        items: the metric of every item; None if some item has no number.
     """
 
     value: float
@@ -81,7 +87,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class TaskResults:
-    """`scores` by "TASK/METRIC"; `sha256` by task: the hash of all that the model was asked."""
+    """Scores by "TASK/METRIC", and by task the hash of all requests that the model answered."""
 
     scores: dict[str, TaskScore]
     sha256: dict[str, str]
@@ -96,11 +102,10 @@ def load_tasks(
     seed: int = 0,
     lambada: Path | None = None,
 ) -> Tasks:
-    """Load tasks and their data; `num_fewshot` overrides what a task says, save an explicit 0.
+    """Load tasks and their data; `num_fewshot` overrides a task's own number, unless that is an explicit 0.
 
-    `lambada`: its rows as jsonl; None fetches the project's asset.
-    Raises UserError (naming eval.tasks, eval.include_path or eval.limit) where a task is unknown, its data
-    cannot be reached, or lm-eval refuses it.
+    `lambada`: jsonl file of LAMBADA's rows; None fetches the project's asset. Raises UserError (naming eval.tasks,
+    eval.include_path or eval.limit) if a task is unknown, its data cannot be reached, or lm-eval refuses it.
     """
     if limit is not None and limit < 1:
         raise UserError(f"eval.limit={limit}: the number of items per task must be at least 1, or null for all")
@@ -131,13 +136,21 @@ def run_tasks(
     track: Track = no_track,
     compute_dtype: torch.dtype = torch.float32,
 ) -> TaskResults:
-    """Score `model` on all items. `answers`: its earlier answers, used where the question is the same;
-    extended. `compute_dtype`: of forwards (see `precision`); text is generated in the model's own.
+    """Score `model` on all items of `tasks`.
 
-    Raises UserError where a logit is not finite or a prompt cannot be scored.
+    Args:
+        model: the model to score.
+        tokenizer: its tokenizer.
+        tasks: loaded tasks.
+        answers: the model's earlier answers by request hash, looked up first and extended in place; None: no cache.
+        track: reports progress.
+        compute_dtype: dtype of forwards that score text (see `precision`); text is generated in the model's own dtype.
+
+    Raises:
+        UserError: a logit is not finite, or a prompt cannot be scored.
     """
     lm = LanguageModel(model, tokenizer, tasks.batch_size, track, compute_dtype)
-    for task in tasks.loaded["tasks"].values():  # each model is shown the same few-shot examples
+    for task in tasks.loaded["tasks"].values():  # all models get the same few-shot examples
         task.set_fewshot_seed(tasks.seed)
     with _quiet(logging.WARNING):
         results = evaluate(
@@ -150,7 +163,7 @@ def run_tasks(
 
 
 def _index(names: Sequence[str], include_path: str | Path | None) -> TaskManager:
-    """lm-eval's index of tasks, its own 14,000 left out where the user's folder has all of `names`."""
+    """lm-eval's index of tasks, without its own 14,000 if the user's folder has all of `names`."""
     own = TaskManager(include_path=include_path and str(include_path), include_defaults=False)
     if all(name in own.all_subtasks or Path(name).is_file() for name in names):
         return own
@@ -165,14 +178,14 @@ def _index(names: Sequence[str], include_path: str | Path | None) -> TaskManager
 
 
 def _load(index: TaskManager, spec: Spec) -> dict[str, Any]:
-    """One task, tag or group. With the hub away its cache is used at once, without retries."""
+    """Load one task, tag or group; if the hub does not answer, its local cache is used at once, without retries."""
     name = spec if isinstance(spec, str) else spec.get("task", spec.get("group"))
     local = not isinstance(spec, str) and spec.get("dataset_path") == "json"
     offline = hub.HF_HUB_OFFLINE or (not local and not hub_reachable())
     try:
         with _replaced(hub, "HF_HUB_OFFLINE", offline):
             return dict(index.load([dict(spec) if isinstance(spec, Mapping) else spec]))
-    except Exception as error:  # whatever the task's yaml, its python and its data may raise
+    except Exception as error:  # a task's yaml, code and data may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         hint = "the Hugging Face hub does not answer; use" if offline else "check the task, or use"
         raise UserError(
@@ -182,11 +195,13 @@ def _load(index: TaskManager, spec: Spec) -> dict[str, Any]:
 
 
 def _lambada(rows: Path) -> dict[str, Any]:
+    """Config of lambada_openai with its data in the jsonl file `rows`."""
     config = yaml.safe_load((TASKS / f"{LAMBADA}.yaml").read_text())
     return config | {"dataset_kwargs": {"data_files": {"test": str(rows)}}}
 
 
 def _scores(results: Any) -> Iterator[tuple[str, TaskScore]]:
+    """Name and score of every numeric metric in lm-eval's results; the name has the filter, if it isn't "none"."""
     for task, metrics in results["results"].items():
         leaves = _leaves(task, results["group_subtasks"])
         for key, value in metrics.items():
@@ -199,12 +214,13 @@ def _scores(results: Any) -> Iterator[tuple[str, TaskScore]]:
 
 
 def _leaves(task: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
-    """The tasks below a group; a task itself."""
+    """All tasks below a group; of a task, the task itself."""
     children = subtasks.get(task, [])
     return [leaf for child in children for leaf in _leaves(child, subtasks)] if children else [task]
 
 
 def _items(samples: Sequence[Sequence[dict[str, Any]]], metric: str, filtered: str) -> np.ndarray | None:
+    """Values of a metric for every item, in the order of items; None unless all are numbers."""
     values = [
         sample.get(metric)
         for task in samples
@@ -217,12 +233,14 @@ def _items(samples: Sequence[Sequence[dict[str, Any]]], metric: str, filtered: s
 
 
 def _stderr(value: float, items: np.ndarray | None) -> float | None:
+    """Standard error of a metric that is the mean of its items; None for any other."""
     if items is None or len(items) < 2 or not np.isclose(items.mean(), value):
         return None
     return float(items.std(ddof=1) / np.sqrt(len(items)))
 
 
 def _asked(task: Any) -> str:
+    """Content hash of all requests of a task."""
     digest = hashlib.sha256()
     for request in task.instances:
         digest.update(request_sha256(request.request_type, request.args).encode())
@@ -231,7 +249,7 @@ def _asked(task: Any) -> str:
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Within: `owner.name` is `value`."""
+    """Context in which `owner.name` is `value`."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -242,7 +260,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def _quiet(level: int) -> Iterator[None]:
-    """Within: lm-eval and datasets draw no bars, and log nothing below `level`."""
+    """Context in which lm-eval and datasets draw no progress bars, and lm-eval logs nothing below `level`."""
     logger, shown = logging.getLogger("lm_eval"), not are_progress_bars_disabled()
     before = logger.level
     logger.setLevel(level)

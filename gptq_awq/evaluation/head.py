@@ -1,8 +1,8 @@
-"""The map from a causal language model's last hidden states to its logits.
+"""Map from a causal language model's last hidden states to its logits, a few tokens at a time.
 
-The logits of a window are large (2048 tokens x 49152 words are 400 MB) where its hidden states are small (5
-MB), so scores keep hidden states and compute logits a few tokens at a time. What a model does between the two
-differs (see models/halves.py), so a split is believed only after it has reproduced the model's logits on a probe.
+The logits of a window are large (2048 tokens x 49152 words are 400 MB) while its hidden states are small (5 MB), so
+scores keep hidden states and recompute logits in chunks. Models differ in what they do between the two (see
+models/decoder_head.py), so a split is used only after it has reproduced the model's logits on a probe.
 """
 
 import hashlib
@@ -26,29 +26,35 @@ from gptq_awq.runtime.profiling import phase
 from gptq_awq.storage.checksummed import tensor_bytes
 
 CHUNK_LOGITS = 2**23
-"""Logits of whole rows computed at a time: 32 MB in fp32."""
+"""Number of logits per chunk of whole rows: 32 MB in fp32."""
 TILE_TOKENS, TILE_WORDS = 512, 2048
-"""Logits of one tile: 4 MB in fp32, which stay in a CPU's cache until they are read."""
+"""Tokens and vocabulary words per tile of logits: 4 MB in fp32, which stay in a CPU's cache until they are read."""
 PROBE_TOKENS = 8
+"""Length of the input on which a split is compared with the whole model."""
 TOLERANCE = 1e-3
 """Largest difference allowed on the probe, relative to the largest logit."""
 
 Parameters = Mapping[str, Tensor]
-"""Of a module, by name."""
+"""A module's parameters by name."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """A model in two halves: `hidden` runs the decoder in `compute_dtype` (see `precision`), calling the head runs
-    the rest.
+    """A model split in two: `hidden` runs the decoder, calling the head maps its hidden states to logits.
 
-    `divisible`: whether a part of the vocabulary can be computed alone.
+    Attributes:
+        model: the whole model.
+        decoder: its decoder, from token ids to last hidden states.
+        template: an output of the decoder; the head's forward reads hidden states from a copy of it.
+        output: its output layer.
+        vocab: number of logits per token.
+        divisible: whether the logits of a part of the vocabulary can be computed alone.
+        compute_dtype: dtype of the decoder's products (see `precision`).
     """
 
     model: PreTrainedModel
     decoder: nn.Module
     template: ModelOutput
-    """What the decoder returns; the head's forward reads its hidden states from a copy of this."""
     output: nn.Module
     vocab: int
     divisible: bool = False
@@ -56,7 +62,7 @@ class Head:
 
     @classmethod
     def of(cls, model: PreTrainedModel, compute_dtype: torch.dtype = torch.float32) -> "Head":
-        """Split `model` into decoder and head, and check the halves against the whole.
+        """Split `model` into decoder and head, and check that together they reproduce its logits.
 
         Raises UserError where the model is not made of a decoder and a head that work on their own.
         """
@@ -89,8 +95,9 @@ class Head:
     def __call__(
         self, hidden: Float[Tensor, "tokens width"], words: slice | None = None, output: Parameters | None = None
     ) -> Float[Tensor, "tokens words"]:
-        """The model's logits, in fp32, of `words` (None: all; a part only of a divisible head), with the output
-        layer `output` (None: its own).
+        """Logits in fp32 of the hidden states, with the parameters `output` in the output layer (None: its own).
+
+        `words` selects a part of the vocabulary, for a divisible head only (None: all of it).
         """
         hidden = hidden.to(self.model.device)[None]
         if words is not None and len(range(self.vocab)[words]) < self.vocab:
@@ -102,7 +109,7 @@ class Head:
 
     @contextmanager
     def with_output(self, parameters: Parameters | None) -> Iterator[None]:
-        """Within: the output layer has these parameters; None: its own."""
+        """Context in which the output layer has the given parameters; None leaves it its own."""
         own = dict(self.output.named_parameters())
         kept = {name: own[name].data for name in parameters or {}}
         for name, value in (parameters or {}).items():
@@ -114,13 +121,13 @@ class Head:
                 own[name].data = value
 
     def chunks(self, tokens: int) -> Iterator[slice]:
-        """Cut `tokens` positions into runs whose logits fit the memory set aside for them."""
+        """Cut `tokens` positions into chunks of at most `CHUNK_LOGITS` logits."""
         step = max(1, CHUNK_LOGITS // self.vocab)
         for start in range(0, tokens, step):
             yield slice(start, min(start + step, tokens))
 
     def tiles(self, tokens: int) -> Iterator[tuple[slice, list[slice]]]:
-        """Cut the logits of `tokens` positions into tiles: some positions, and their parts of the vocabulary."""
+        """Cut the logits of `tokens` positions into tiles: a slice of positions, and the slices of the vocabulary."""
         if not self.divisible:
             yield from ((rows, [slice(0, self.vocab)]) for rows in self.chunks(tokens))
             return
@@ -129,18 +136,18 @@ class Head:
             yield slice(start, min(start + TILE_TOKENS, tokens)), words
 
     def _divides(self, states: Float[Tensor, "tokens width"], expected: Float[Tensor, "tokens vocab"]) -> bool:
-        """Whether two uneven parts of the vocabulary, computed with parts of the output layer, make the whole."""
+        """Whether two uneven parts of the vocabulary, computed apart, equal the logits of the whole."""
         if any(p.shape[:1] != (self.vocab,) for p in self.output.parameters()):
             return False
         cut = self.vocab // 3
         try:
             parts = [self(states, slice(0, cut)), self(states, slice(cut, self.vocab))]
-        except (RuntimeError, IndexError):  # the model looks for its whole vocabulary
+        except (RuntimeError, IndexError):  # its forward indexes the whole vocabulary
             return False
         return [p.shape[-1] for p in parts] == [cut, self.vocab - cut] and _same(torch.cat(parts, -1), expected)
 
     def sha256(self) -> str:
-        """Content hash of the output layer's weights."""
+        """Content hash of the output layer's state dict."""
         digest = hashlib.sha256()
         for name, value in sorted(self.output.state_dict().items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -150,7 +157,7 @@ class Head:
 
 @contextmanager
 def _without_absent_blocks(model: PreTrainedModel) -> Iterator[None]:
-    """Within: blocks that would have to be read from disk are left out; a head is the same after any hidden states."""
+    """Context in which the blocks of an offloaded model are skipped: a head is checked on any hidden states."""
     if not offloaded(model):
         yield
         return
@@ -159,11 +166,13 @@ def _without_absent_blocks(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _same(logits: Float[Tensor, "tokens vocab"], expected: Float[Tensor, "tokens vocab"]) -> bool:
+    """Whether logits agree within `TOLERANCE`, relative to the largest of them."""
     error = (logits - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
-    return not error > TOLERANCE  # logits that are not finite are for the scores to report, with their window
+    return not error > TOLERANCE  # NaN passes: scoring reports logits that are not finite, with their window
 
 
 def _unsupported(model: PreTrainedModel) -> UserError:
+    """The error for a model that is not made of a decoder and a head."""
     name = model.config.name_or_path or type(model).__name__
     return UserError(
         f"model={name}: {type(model).__name__} cannot be split into a decoder and a head that reproduce its "

@@ -1,8 +1,7 @@
-"""lm-eval's view of a model that is already in memory.
+"""Adapter of a model in memory to lm-eval's language-model interface.
 
-Unlike lm-eval's own wrapper, logits are computed only where a continuation is scored, requests that share
-their input (the one-token choices of a multiple-choice question) are run once, and progress is reported to a
-`Track`.
+Unlike lm-eval's own wrapper, it computes logits only at the positions of a continuation, runs requests that share
+their input (the one-token choices of a multiple-choice question) once, and reports progress to a `Track`.
 """
 
 import json
@@ -25,14 +24,15 @@ from gptq_awq.evaluation.head import Head
 from gptq_awq.runtime.progress import Track, no_track
 
 DEFAULT_CONTEXT = 2048
-"""Context of a model whose config names none, as in lm-eval."""
+"""Context length of a model whose config has none, as in lm-eval."""
 DEFAULT_NEW_TOKENS = 256
+"""Number of tokens generated for a task that sets none, as in lm-eval."""
 Encoded = tuple[Any, list[int], list[int]]
-"""A request for lm-eval's cache, and the token ids of its context and continuation."""
+"""An encoded request: the strings that lm-eval caches it by, and the token ids of context and continuation."""
 
 
 class LanguageModel(TemplateLM):
-    """Scores and generates text with `model`, `batch_size` inputs at a time."""
+    """Language model of lm-eval that scores and generates text with `model`, `batch_size` inputs at a time."""
 
     def __init__(
         self,
@@ -55,12 +55,12 @@ class LanguageModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
+        """Token id that ends a text."""
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands for an empty context. Raises UserError where the tokenizer has none."""
+        """Token id that replaces an empty context: BOS, else EOS. Raises UserError if the tokenizer has neither."""
         ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         found = next((token for token in ids if token is not None), None)
         if found is None:
@@ -68,18 +68,18 @@ class LanguageModel(TemplateLM):
         return found
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; by default with the tokenizer's special tokens, unless `string` begins with BOS."""
+        """Token ids of `string`, by default with the tokenizer's special tokens unless it begins with BOS."""
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """log p(continuation | context) in nats, and whether greedy decoding would produce it."""
+        """Log probability of each continuation given its context, in nats, and whether greedy decoding produces it."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:  # noqa: ARG002
-        """log p(text) in nats, in windows of the whole context, each token scored once."""
+        """Log probability of each text in nats, over windows as long as the context that score each token once."""
         owners, windows = [], []
         for owner, request in enumerate(requests):
             rolling = get_rolling_token_windows(
@@ -94,7 +94,7 @@ class LanguageModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:  # noqa: ARG002
-        """What the model writes after each context, up to the first stop string (which is cut off)."""
+        """Text that the model generates after each context, cut off before the first stop string."""
         texts = [""] * len(requests)
         by_options = defaultdict(list)
         for index, request in enumerate(requests):
@@ -111,6 +111,7 @@ class LanguageModel(TemplateLM):
         return texts
 
     def _loglikelihood_tokens(self, requests: Sequence[Encoded], **_: Any) -> list[tuple[float, bool]]:
+        """Log probability of each continuation and whether it is the greedy one; equal inputs are run once."""
         by_input: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, (_request, context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length:
@@ -118,7 +119,7 @@ class LanguageModel(TemplateLM):
                     f"eval.tasks: a continuation of {len(continuation)} tokens cannot be scored "
                     f"in the model's context of {self.max_length}"
                 )
-            # The last token is only predicted. What does not fit is cut off on the left, as in lm-eval.
+            # The last token is only predicted, so it is no input. Too long a context is cut on the left, as in lm-eval.
             by_input[tuple((context + continuation)[-(self.max_length + 1) : -1])].append(index)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         batches = _batches(sorted(by_input, key=len, reverse=True), self._batch_size)
@@ -130,7 +131,7 @@ class LanguageModel(TemplateLM):
         return answers
 
     def _score(self, inputs: Sequence[Sequence[int]], targets: list[tuple[int, list[int]]]) -> list[tuple[float, bool]]:
-        """For each (input, continuation) of `targets`: log probability, and whether it is the greedy one."""
+        """Log probability of each (row of `inputs`, continuation) in `targets`, and whether it is the greedy one."""
         ids, mask = self._padded(inputs, side="right")
         hidden = self._head.hidden(ids, mask)
         # A continuation of n tokens is predicted by the last n positions of its input.
@@ -149,7 +150,7 @@ class LanguageModel(TemplateLM):
     def _predictions(
         self, states: Float[Tensor, "states width"], rows: Int[Tensor, "words"], words: Int[Tensor, "words"]
     ) -> tuple[Float[Tensor, "words"], Bool[Tensor, "words"]]:
-        """log p(word) by the state of its row, and whether the word is that state's most likely one."""
+        """Log probability of each word given the state of its row, and whether it is that state's most likely word."""
         logprobs, greedy = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.bool)
         for part in self._head.chunks(len(states)):
             log_p = self._head(states[part]).log_softmax(-1).cpu()
@@ -162,12 +163,13 @@ class LanguageModel(TemplateLM):
         return logprobs, greedy
 
     def _generate(self, prompts: Sequence[list[int]], options: dict[str, Any]) -> list[str]:
+        """Text generated after each prompt with lm-eval's generation options, cut off before the first stop string."""
         options = dict(normalize_gen_kwargs(options, DEFAULT_NEW_TOKENS))
         stops, new_tokens = [stop for stop in options.pop("until") if stop], options.pop("max_gen_toks")
         room = self.max_length - new_tokens
         if room < 1:
             raise UserError(f"eval.tasks: generating {new_tokens} tokens does not fit the context of {self.max_length}")
-        if not options["do_sample"]:  # without sampling these only earn a warning
+        if not options["do_sample"]:  # without sampling transformers warns about these
             options = {k: v for k, v in options.items() if k not in ("temperature", "top_p", "top_k")}
         ids, mask = self._padded([prompt[-room:] for prompt in prompts], side="left")
         decode = partial(self._decode, start=ids.shape[1])
@@ -182,16 +184,18 @@ class LanguageModel(TemplateLM):
         return [_until(text, stops) for text in decode(output)]
 
     def _decode(self, ids: Int[Tensor, "batch tokens"], start: int) -> list[str]:
+        """Text of each row from position `start` on, without special tokens."""
         return self.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
 
     @property
     def _pad_token_id(self) -> int:
+        """Token id that fills shorter rows: padding, else EOS, else 0."""
         return self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
 
     def _padded(
         self, rows: Sequence[Sequence[int]], side: str
     ) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch tokens"]]:
-        """Token ids and mask, on the model's device."""
+        """Token ids and attention mask of rows padded on one side, on the model's device."""
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), self._pad_token_id)
         mask = torch.zeros_like(ids)
@@ -202,9 +206,9 @@ class LanguageModel(TemplateLM):
 
 
 class _AnyStop(StoppingCriteria):
-    """A row is done when its text holds one of the stop strings.
+    """Stopping criterion that ends a row once its text contains one of the stop strings.
 
-    transformers' own criterion first embeds the whole vocabulary, and not every tokenizer lets it.
+    transformers' own criterion first embeds the whole vocabulary, which not every tokenizer supports.
     """
 
     def __init__(self, stops: Sequence[str], decode: Callable[[Tensor], list[str]]) -> None:
@@ -217,10 +221,12 @@ class _AnyStop(StoppingCriteria):
 
 
 def _batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Consecutive batches of at most `size` items."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _until(text: str, stops: Iterable[str]) -> str:
+    """The beginning of `text` before the first stop string in it."""
     for stop in stops:
         text = text.split(stop)[0]
     return text

@@ -1,8 +1,8 @@
-"""Perplexity by the protocol of GPTQ (arXiv:2210.17323): contiguous windows, each scored on its own.
+"""Perplexity by the GPTQ protocol (arXiv:2210.17323): contiguous windows, each scored independently.
 
-A window of T tokens (no BOS added) yields T-1 next-token losses, and ppl = exp(mean loss over all windows).
-The original code multiplies each window's mean by T and divides by the number of windows times T: the same
-number.
+A window of T tokens (no BOS added) yields T-1 next-token losses, and ppl = exp(mean loss over all windows). The
+original code multiplies each window's mean loss by T and divides the sum by the number of windows times T, which gives
+an equal number.
 """
 
 from dataclasses import dataclass
@@ -24,10 +24,13 @@ from gptq_awq.runtime.progress import Track, no_track
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What one model says of every scored token, on the CPU.
+    """Losses and last hidden states of one model at every scored token, on the CPU.
 
-    `nll`: -log p(next token) in nats, fp32. `hidden`: the head's input at the same positions, in the model's
-    own dtype; with the head whose hash is `head_sha256` it gives the model's whole distribution.
+    Attributes:
+        nll: -log p(next token) in nats, fp32.
+        hidden: input of the output head at the same positions, in the model's dtype; with the head it gives the
+            model's whole next-token distribution.
+        head_sha256: content hash of the head's output layer.
     """
 
     nll: Float[Tensor, "windows scored"]
@@ -36,14 +39,14 @@ class TokenScores:
 
 
 def perplexity(nll: Float[Tensor, "windows scored"]) -> float:
-    """exp of the mean loss."""
+    """Perplexity: exp of the mean loss, in float64."""
     return float(nll.double().mean().exp())
 
 
 def token_losses(
     model: PreTrainedModel, tokens: TokenSet, track: Track = no_track, compute_dtype: torch.dtype = torch.float32
 ) -> TokenScores:
-    """Score every window with `model`, one forward per window, in `compute_dtype` (see `precision`).
+    """Next-token losses of `model` on every window, one forward per window, in `compute_dtype` (see `precision`).
 
     Raises UserError where a window is longer than the model's context, or a logit is not finite.
     """
@@ -66,7 +69,7 @@ def token_losses(
 def next_token_nll(
     head: Head, states: Float[Tensor, "scored width"], targets: Int[Tensor, "scored"]
 ) -> Float[Tensor, "scored"]:
-    """-log p(target) of each state, on the CPU."""
+    """-log p(target) in nats of each hidden state's target, returned on the CPU."""
     if states.device.type == "cpu":
         return predictions(head, states, targets)[0]
     nll = torch.empty(len(states))
@@ -78,7 +81,7 @@ def next_token_nll(
 
 
 def checked_windows(model: PreTrainedModel, tokens: TokenSet) -> Int[Tensor, "windows tokens"]:
-    """The windows' token ids. Raises UserError where they don't fit the model's context."""
+    """Token ids of the windows, as int64. Raises UserError if they exceed the model's context."""
     if tokens.mask is not None:
         raise ValueError(f"{tokens.name}: perplexity is scored on windows without padding")
     count, length = tokens.ids.shape
@@ -91,12 +94,12 @@ def checked_windows(model: PreTrainedModel, tokens: TokenSet) -> Int[Tensor, "wi
 
 
 def token_nll(log_p: Float[Tensor, "tokens vocab"], targets: Int[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:
-    """-log p(target) of each token, in nats."""
+    """-log p(target) of each token in nats, from log probabilities."""
     return -log_p.gather(-1, targets[:, None].to(log_p.device))[:, 0]
 
 
 def check_finite(values: Float[Tensor, "scored"], name: str, window: int) -> None:
-    """Raise UserError naming the window and the first token whose score is not finite."""
+    """Raise UserError, naming the text, window and first token, if a score is not finite."""
     if not values.isfinite().all():
         token = int((~values.isfinite()).nonzero()[0])
         raise UserError(

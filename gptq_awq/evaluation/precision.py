@@ -1,10 +1,10 @@
-"""In what precision a model computes while it is scored.
+"""Precision of a model's products while it is scored: float32, or a lower dtype with float32 accumulation.
 
-`float32` leaves the model as it is. A lower dtype rounds what enters products, of linear layers, the output layer and
-(in bfloat16 on a CPU that multiplies it natively) causal attention; sums inside of the product are float32, as hardware
-does them. All else stays as it is: the residual stream, norms, activations, softmax. Where a CPU does bfloat16
-natively, results stay float32 too (kernels/product.py); else they are rounded, as torch does.
-Weights are cast at every call: there is no second copy of the model in memory.
+float32 leaves the model unchanged. A lower dtype rounds the operands of the products in linear layers, the output layer
+and (in bfloat16 on a CPU that multiplies it natively) causal attention; sums inside a product are float32, as hardware
+computes them. The residual stream, norms, nonlinearities and softmax stay in float32. On a CPU with native bfloat16 the
+results of products stay float32 too (kernels/product.py); elsewhere they are rounded, as torch does it. Weights are
+cast at every call, so there is no second copy of the model in memory.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -22,25 +22,26 @@ from gptq_awq.kernels.product import packed, product
 from gptq_awq.models.attention import attend, attends
 
 FEW_ROWS = 32
-"""A product of fewer rows takes as long as reading its weights, and is left alone."""
+"""Fewest rows of a product in the lower dtype: a smaller one takes as long as reading its weights."""
 
 
 def lowered(dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Within: products in `dtype`; float32: as they are."""
+    """Context in which float32 products are computed in `dtype`; float32 leaves them unchanged."""
     return nullcontext() if dtype == torch.float32 else _LowerProducts(dtype)
 
 
 def lowered_head(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
-    """`lowered` for the output layer: only where results stay float32, as a rounded logit is 0.06 off."""
+    """Context like `lowered` for the output layer, only if results stay float32: a rounded logit is 0.06 off."""
     return lowered(dtype) if _native(dtype) and device.type == "cpu" else nullcontext()
 
 
 def _native(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies `dtype` natively, with results in float32."""
     return dtype == torch.bfloat16 and rank_k.available()
 
 
 class _LowerProducts(TorchFunctionMode):
-    """Answers F.linear, torch.addmm (GPT-2's layers) and attention of float32 tensors with products in `dtype`."""
+    """Replaces F.linear, torch.addmm (GPT-2's layers) and attention of float32 tensors by products in `dtype`."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -61,6 +62,7 @@ class _LowerProducts(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _product(self, func: Callable, args: tuple[Tensor | None, ...]) -> Tensor:
+        """F.linear or torch.addmm in the lower dtype, returned in float32."""
         if not self._native or any(x is not None and x.device.type != "cpu" for x in args):
             return func(*(x if x is None else x.to(self._dtype) for x in args)).float()
         x, weight, bias = args if func is linear else (args[1], args[2].T, args[0])  # pyright: ignore
@@ -72,13 +74,14 @@ class _LowerProducts(TorchFunctionMode):
         return out.reshape(*x.shape[:-1], len(weight))
 
     def _laid_out(self, x: Tensor) -> np.ndarray:
-        """Laid out for products; queries, keys and values are of one x, one after the other."""
+        """Pack x for products, reusing the last packing: queries, keys and values share one x, one after the other."""
         key = (x.data_ptr(), x._version, x.shape)
         if self._last is None or self._last[0] is not x or self._last[1] != key:
             self._last = x, key, packed(x.detach().reshape(-1, x.shape[-1]).contiguous().numpy())
         return self._last[2]
 
     def _attention(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Causal attention in bfloat16, if supported natively; else torch's own."""
         if not self._native or not attends(torch.float32, *args, **kwargs):
             return scaled_dot_product_attention(*args, **kwargs)
         q, k, v = (x.bfloat16() for x in args)

@@ -1,4 +1,4 @@
-"""A language model that does not answer the same question twice: how lm-eval's baseline is cached."""
+"""Cache of lm-eval answers: a language model that looks up each request before it is computed."""
 
 import hashlib
 import json
@@ -10,10 +10,10 @@ from lm_eval.api.model import LM
 
 
 class RecordedLM(LM):
-    """Answers each request of lm-eval from `answers` where it is there, else asks `lm` and adds the answer.
+    """Answers lm-eval requests from `answers`; missing ones are computed by `lm` and added.
 
-    Requests are known by their content (kind, prompt, continuation or generation options), so whatever
-    changes the prompts of a task changes what is looked up, and two limits of one task share their answers.
+    A request is identified by its content (kind, prompt, continuation or generation options), so a change of a task's
+    prompts is a change of its keys, and runs of one task with two limits share their answers.
     """
 
     def __init__(self, lm: LM, answers: dict[str, Any]) -> None:
@@ -22,19 +22,20 @@ class RecordedLM(LM):
         self._answers = answers
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """See `LM`."""
+        """Log probability of each continuation, and whether greedy decoding would produce it."""
         return [(logprob, greedy) for logprob, greedy in self._answer("loglikelihood", requests)]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """See `LM`."""
+        """Log probability of each text."""
         return self._answer("loglikelihood_rolling", requests)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """See `LM`."""
+        """Generated text of each context, up to the first stop string."""
         return self._answer("generate_until", requests)
 
     def _answer(self, kind: str, requests: list[Instance]) -> list[Any]:
-        # A task may repeat a request, to sample several answers: the n-th time is another request.
+        """Answers to `requests` in their order, with the missing ones computed in one call."""
+        # A task may repeat a request to sample several answers, so the repetition is part of the key.
         times: Counter[str] = Counter()
         keys = []
         for request in requests:
@@ -48,5 +49,5 @@ class RecordedLM(LM):
 
 
 def request_sha256(kind: str, args: tuple) -> str:
-    """Content hash of one request."""
+    """Content hash of one lm-eval request."""
     return hashlib.sha256(json.dumps([kind, args], sort_keys=True, default=str).encode()).hexdigest()

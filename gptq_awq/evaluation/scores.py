@@ -1,13 +1,13 @@
-"""What paired tests between runs need: sums over blocks of tokens and values of items, in `OUT/scores.npz`.
+"""Data of paired tests between runs: sums over blocks of tokens and values of items, in `OUT/scores.npz`.
 
-Two runs that scored the same tokens (`manifest.tokens.eval`) can be compared block by block, long after both are
-over. Per text NAME, float64 sums over the blocks of `statistics.BLOCK` tokens:
+Two runs that scored the same tokens (`manifest.tokens.eval`) can be compared block by block long after they finished.
+Per text NAME, float64 sums over the blocks of `statistics.BLOCK` tokens:
 
     NAME/tokens         tokens of each block
     NAME/nll            loss of the quantized model, nats
-    NAME/nll/baseline   loss of full precision
+    NAME/nll/baseline   loss of the full-precision model, nats
     NAME/kl             KL of the quantized model from full precision, nats
-    NAME/agree          tokens for which both would say the same word
+    NAME/agree          tokens for which both models have the same most likely word
 
 and per lm-eval metric with a number for each item, in the order of items:
 
@@ -30,12 +30,12 @@ FILE_NAME = "scores.npz"
 
 @dataclass(frozen=True)
 class Scores:
-    """Arrays by name, each of one dimension."""
+    """One-dimensional arrays by name, as stored in scores.npz."""
 
     arrays: Mapping[str, Float[np.ndarray, "values"]]
 
     def write(self, folder: Path | str) -> Path:
-        """Write `folder/scores.npz` whole or not at all; the same scores give the same bytes. Raises OSError."""
+        """Write `folder/scores.npz` atomically; equal scores give equal bytes. Raises OSError."""
         path = Path(folder) / FILE_NAME
         with replacing(path) as scratch, scratch.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **dict(sorted(self.arrays.items())))
@@ -43,7 +43,7 @@ class Scores:
 
     @classmethod
     def read(cls, folder: Path | str) -> Self:
-        """The scores of the run in `folder`. Raises OSError where it has none, ValueError where they are damaged."""
+        """Read the scores of the run in `folder`. Raises OSError if it has none, ValueError if the file is damaged."""
         path = Path(folder) / FILE_NAME
         try:
             with np.load(path, allow_pickle=False) as archive:

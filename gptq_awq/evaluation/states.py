@@ -1,4 +1,4 @@
-"""Last hidden states of evaluation windows: window by window, or, where blocks come from disk, block by block."""
+"""Last hidden states of evaluation windows: window by window, or block by block for an offloaded model."""
 
 from collections.abc import Iterable, Sequence
 
@@ -17,10 +17,10 @@ from gptq_awq.runtime.progress import Track, no_track
 def states_of(
     head: Head, windows: Int[Tensor, "windows tokens"], name: str, track: Track = no_track
 ) -> Iterable[Float[Tensor, "scored width"]]:
-    """The head's input, for each window in turn, at every position that predicts a token of it: all but the last.
+    """Last hidden states of each window in turn, at every position but the last, which predicts no token of it.
 
-    One forward per window, as the caller asks for them. All windows' at once where the model is offloaded, each block
-    being read once for all of them; `track` and `name` report on that.
+    A model in memory runs one forward per window, when the caller asks for it. An offloaded model runs all windows
+    through each block, so that a block is read from disk once; `track` reports this under `name`.
     """
     if offloaded(head.model):
         return _blockwise(head, windows, name, track)
@@ -28,7 +28,7 @@ def states_of(
 
 
 def window_states(head: Head, window: Int[Tensor, "tokens"]) -> Float[Tensor, "scored width"]:
-    """The head's input at every position of one window but the last."""
+    """Last hidden states of one window at every position but the last."""
     return head.hidden(window[None].to(head.model.device))[0, :-1]
 
 
@@ -36,6 +36,7 @@ def window_states(head: Head, window: Int[Tensor, "tokens"]) -> Float[Tensor, "s
 def _blockwise(
     head: Head, windows: Int[Tensor, "windows tokens"], name: str, track: Track
 ) -> list[Float[Tensor, "scored width"]]:
+    """Last hidden states of all windows of an offloaded model, one block after the other."""
     _, blocks = find_blocks(head.decoder)
     embedding = head.model.get_input_embeddings()
     with resident(embedding), lowered(head.compute_dtype):
@@ -47,14 +48,14 @@ def _blockwise(
             read_ahead(blocks[index + 1])
         with resident(blocks[index]), lowered(head.compute_dtype):
             hidden = _through(blocks[index], hidden, [call[index] for call in calls])
-    # The decoder embeds the window again, on its way to the last norm.
+    # `finish` runs the decoder again without its blocks, from the embedding to the last norm.
     with resident(embedding), lowered(head.compute_dtype):
         outputs = [recorder.finish(window[None], h) for window, h in zip(windows, hidden, strict=True)]
     return [output["last_hidden_state"][0, :-1] for output in outputs]
 
 
 def _through(block: torch.nn.Module, hidden: Sequence[Tensor], calls: Sequence[Call]) -> list[Tensor]:
-    """Each window through one block."""
+    """Hidden states of each window after one block."""
     out = []
     for states, call in zip(hidden, calls, strict=True):
         with phase("score/forward", *states.shape[:2]):

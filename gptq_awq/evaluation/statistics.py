@@ -1,4 +1,4 @@
-"""Is a difference between two models more than chance? Paired: both scored the same tokens or items.
+"""Confidence intervals and paired tests of the difference between two models that scored the same tokens or items.
 
 Tokens: block bootstrap. Losses of neighbouring tokens are correlated, so not tokens but blocks of `BLOCK`
 contiguous tokens of one window are drawn with replacement, the same blocks for every series (Künsch 1989,
@@ -27,14 +27,14 @@ from jaxtyping import Float, Int
 from scipy.special import stdtr
 
 BLOCK = 128
-"""Contiguous tokens per block; a window's last block may be shorter."""
+"""Number of contiguous tokens per bootstrap block; a window's last block may be shorter."""
 MIN_BLOCKS = 8
-"""Fewer blocks give intervals that are too narrow to be believed."""
+"""Fewest blocks that are bootstrapped: with fewer, intervals are too narrow."""
 RESAMPLES = 2000
 LEVEL = 0.05
 TEST_RESAMPLES = 10_000
 COUNTED = 20
-"""So many resamples are needed to count a tail; beyond, it is continued."""
+"""Fewest resamples that a tail is counted from; beyond them it is extrapolated."""
 _CHUNK, _TESTS = 2_000_000, 256  # drawn blocks and tests at a time: memory
 Interval = tuple[float, float]
 
@@ -42,7 +42,7 @@ Interval = tuple[float, float]
 def block_sums(
     series: Float[np.ndarray, "series windows tokens"], block: int = BLOCK
 ) -> tuple[Float[np.ndarray, "series blocks"], Int[np.ndarray, "blocks"]]:
-    """The sum of each series over each block, in float64, and the tokens of each block."""
+    """Sum of each series over each block, in float64, and the number of tokens of each block."""
     starts = np.arange(0, series.shape[-1], block)
     sums = np.add.reduceat(series.astype(np.float64), starts, axis=-1).reshape(len(series), -1)
     return sums, np.tile(np.diff(starts, append=series.shape[-1]), series.shape[1])
@@ -54,10 +54,9 @@ def resampled_means(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Float[np.ndarray, "series resamples"]:
-    """The mean of each series in every bootstrap resample of blocks; one resample draws the same for all
-    series.
+    """Mean per token of each series in every bootstrap resample of blocks, which all series share.
 
-    Raises ValueError where there are fewer than `MIN_BLOCKS` blocks.
+    Raises ValueError if there are fewer than `MIN_BLOCKS` blocks.
     """
     sums, lengths = block_sums(series, block)
     if len(lengths) < MIN_BLOCKS:
@@ -67,14 +66,21 @@ def resampled_means(
 
 
 def interval(samples: Float[np.ndarray, "resamples"]) -> Interval:
-    """The percentile interval of the bootstrap samples that covers 95%."""
+    """95% percentile interval (low, high) of bootstrap samples."""
     low, high = np.quantile(samples, [LEVEL / 2, 1 - LEVEL / 2])
     return float(low), float(high)
 
 
 @dataclass(frozen=True)
 class PairedTest:
-    """The mean difference over items (quantized minus full precision), and how likely it is by chance."""
+    """Mean difference over items, quantized minus full precision, and its significance.
+
+    Attributes:
+        delta: mean difference.
+        ci95: bootstrap interval of the mean difference.
+        p_value: two-sided probability of so large a difference if the models were equal.
+        test: name of the test.
+    """
 
     delta: float
     ci95: Interval
@@ -83,7 +89,7 @@ class PairedTest:
 
     @property
     def distinguishable(self) -> bool:
-        """Whether chance alone is rejected at the 5% level."""
+        """Whether the hypothesis of equal models is rejected at the 5% level."""
         return self.p_value < LEVEL
 
 
@@ -92,7 +98,7 @@ def paired_test(
 ) -> PairedTest:
     """Compare two models item by item: McNemar's exact test for values 0 and 1, else a paired bootstrap.
 
-    Both get the bootstrap's interval of the mean difference. Raises ValueError where the items don't match.
+    Either way the interval is the bootstrap's, of the mean difference. Raises ValueError if the items don't pair up.
     """
     if baseline.shape != quantized.shape or baseline.ndim != 1 or not len(baseline):
         raise ValueError(f"items don't pair: {baseline.shape} against {quantized.shape}")
@@ -108,7 +114,7 @@ def paired_test(
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Two-sided exact p-value of `lost` and `won` items, were each change of mind as likely either way."""
+    """Two-sided exact p-value of McNemar's test: `lost` and `won` items, under equal odds for either."""
     n, k = lost + won, min(lost, won)
     tail = term = 1
     for i in range(k):
@@ -123,16 +129,16 @@ def bootstrap_tests(
     resamples: int = TEST_RESAMPLES,
     seed: int = 0,
 ) -> Float[np.ndarray, "tests"]:
-    """Two-sided p-values that the mean differences per token (or item) are 0, by the studentized bootstrap.
+    """Two-sided p-values of mean differences per token (or item), by the studentized bootstrap.
 
-    `differences` are sums over blocks, of `lengths` tokens; a difference of 0 everywhere has p = 1. All tests see
-    the same resamples. Raises ValueError where there are fewer than `MIN_BLOCKS` blocks.
+    `differences` are sums over blocks of `lengths` tokens; a difference of 0 everywhere has p = 1. All tests share
+    their resamples. Raises ValueError if there are fewer than `MIN_BLOCKS` blocks.
     """
     count = len(lengths)
     if count < MIN_BLOCKS:
         raise ValueError(f"{count} blocks are too few to test")
     means = differences.sum(1) / lengths.sum()
-    centred = differences - means[:, None] * lengths  # the blocks, were there no difference
+    centred = differences - means[:, None] * lengths  # the blocks under the hypothesis of no difference
     spread = np.maximum(np.abs(centred).max(1), np.finfo(np.float32).tiny)
     scaled = centred / spread[:, None]  # squares neither overflow nor vanish
     seen = np.abs(_studentized(np.ones((1, count)), scaled, lengths, means / spread)[0])
@@ -148,7 +154,7 @@ def bootstrap_tests(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values: those below 0.05 are a family with at most 5% chance of any false alarm."""
+    """Holm's adjusted p-values: rejecting those below 0.05 has at most a 5% chance of any false alarm."""
     count, highest = len(p_values), 0.0
     adjusted = [0.0] * count
     for rank, index in enumerate(sorted(range(count), key=p_values.__getitem__)):
@@ -163,7 +169,7 @@ def _studentized(
     lengths: Float[np.ndarray, "blocks"],
     means: Float[np.ndarray, "tests"] | float = 0.0,
 ) -> Float[np.ndarray, "resamples tests"]:
-    """Student's t of the mean in each resample; the variance is the ratio estimator's, of blocks about that mean."""
+    """Student's t of the mean in each resample, with the ratio estimator's variance of blocks about that mean."""
     total = (draws @ lengths)[:, None]
     shift = (draws @ centred.T) / total
     squares = draws @ (centred**2).T  # Σ (centred - shift × length)²
@@ -176,7 +182,7 @@ def _studentized(
 
 
 def _draw_blocks(rng: np.random.Generator, count: int, resamples: int) -> Iterator[Float[np.ndarray, "some count"]]:
-    """`resamples` rows of how often each of `count` blocks is drawn, some rows at a time."""
+    """Yield `resamples` rows of how often each of `count` blocks is drawn, in chunks of rows."""
     size = max(1, min(1000, _CHUNK // count))
     for start in range(0, resamples, size):
         rows = min(size, resamples - start)
@@ -185,7 +191,7 @@ def _draw_blocks(rng: np.random.Generator, count: int, resamples: int) -> Iterat
 
 
 def _tail(seen: float, extremes: Float[np.ndarray, "resamples"], freedom: int) -> float:
-    """The share of `extremes` that reach `seen`; beyond the last `COUNTED`, the tail falls as Student's t does."""
+    """Share of `extremes` that reach `seen`; beyond the `COUNTED` largest, extrapolated by Student's t."""
     reached = int((extremes >= seen).sum())
     if reached >= COUNTED or len(extremes) < COUNTED:
         return (reached + 1) / (len(extremes) + 1)
@@ -195,6 +201,6 @@ def _tail(seen: float, extremes: Float[np.ndarray, "resamples"], freedom: int) -
 
 
 def _draws(count: int, resamples: int, seed: int) -> Float[np.ndarray, "resamples count"]:
-    """How often each of `count` things is drawn in each resample."""
+    """Number of times each of `count` blocks or items is drawn in each resample."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)

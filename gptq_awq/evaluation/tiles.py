@@ -1,8 +1,8 @@
-"""Losses, KL and agreement from logits that exist only a tile at a time (CPU).
+"""Losses, KL and top-1 agreement from logits that are computed one tile at a time, on the CPU.
 
-A tile is some tokens by some words of the vocabulary: small enough to stay in cache between the product that makes it
-and the one pass that reads it (kernels/softmax.py), large enough for the product to run at full speed. What a token
-needs of all its logits is a running log-sum-exp, and where the largest was.
+A tile holds the logits of some tokens and some words of the vocabulary: small enough to stay in cache between the
+product that computes it and the one pass that reads it (kernels/softmax.py), large enough for the product to run at
+full speed. Over tiles, each token carries a running log-sum-exp and the position of its largest logit.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,15 @@ from gptq_awq.runtime.profiling import phase
 
 @dataclass(frozen=True)
 class Running:
-    """Of some tokens' logits seen so far: log-sum-exp = shift + log(total), the first of the largest, the target's."""
+    """Running log-sum-exp and argmax of some tokens' logits, over the tiles seen so far.
+
+    Attributes:
+        shift: number subtracted from logits before they are exponentiated; log-sum-exp = shift + log(total).
+        total: sum of exponentials, float64.
+        best: first word with the largest logit.
+        targets: the tokens' next words.
+        target: logit of each target, once its tile was seen.
+    """
 
     shift: Float[Tensor, "tokens"]
     total: Float[Tensor, "tokens"]
@@ -29,30 +37,30 @@ class Running:
 
     @classmethod
     def over(cls, targets: Int[Tensor, "tokens"]) -> "Running":
-        """Before the first tile."""
+        """Start state, before the first tile."""
         n = len(targets)
         nothing = torch.zeros(n, dtype=torch.float64)
         return cls(torch.zeros(n), nothing, torch.zeros(n, dtype=torch.long), targets, torch.zeros(n))
 
     @property
     def sums(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As the kernels take them; the same memory."""
+        """The arguments shift, total and best of the kernels, as NumPy views of the tensors."""
         return self.shift.numpy(), self.total.numpy(), self.best.numpy()
 
     def see_targets(self, logits: Float[Tensor, "tokens words"], first: int) -> None:
-        """Keep the logits of targets that are in this tile, which begins with the word `first`."""
+        """Store the logits of targets that lie in this tile, which begins with the word `first`."""
         here = ((self.targets >= first) & (self.targets < first + logits.shape[1])).nonzero()[:, 0]
         self.target[here] = logits[here, self.targets[here] - first]
 
     def nll(self) -> Float[Tensor, "tokens"]:
-        """-log p(target), float32."""
+        """Loss -log p(target) in nats, float32."""
         return (self.total.log() + (self.shift.double() - self.target.double())).float()
 
 
 def predictions(
     head: Head, states: Float[Tensor, "tokens width"], targets: Int[Tensor, "tokens"]
 ) -> tuple[Float[Tensor, "tokens"], Int[Tensor, "tokens"]]:
-    """-log p(target) of each state, and its most likely word (the first on a tie); NaN where a logit is not finite."""
+    """Loss -log p(target) and most likely word (the first on a tie) of each state; NaN where a logit is not finite."""
     nll, best = torch.empty(len(states)), torch.empty(len(states), dtype=torch.long)
     for rows, tiles in head.tiles(len(states)):
         seen = Running.over(targets[rows])
@@ -73,10 +81,10 @@ def comparison(
     output: Parameters | None = None,
     full_head: Head | None = None,
 ) -> tuple[Float[Tensor, "tokens"], Float[Tensor, "tokens"], Bool[Tensor, "tokens"]]:
-    """-log q(target), KL(p ‖ q) and whether both have the same most likely word; not finite where a logit is not.
+    """Loss -log q(target), KL(p ‖ q) and top-1 agreement of each token; not finite where a logit is not.
 
-    p is of the states `full`, through the output layer `output` (None: the model's own) of `full_head` (None: `head`);
-    q of `states`, through `head`.
+    q comes from `states` through `head`; p from the full-precision states `full` through `full_head` (None: `head`)
+    with the parameters `output` in its output layer (None: its own).
     """
     nll, kl, agree = torch.empty(len(states)), torch.empty(len(states)), torch.empty(len(states), dtype=torch.bool)
     for rows, tiles in head.tiles(len(states)):
@@ -95,5 +103,6 @@ def comparison(
 
 
 def _both(logits: Float[Tensor, "tokens words"]) -> tuple[np.ndarray, np.ndarray]:
+    """Logits as the kernels take them: values, and their bits as int32 in the same memory."""
     values = logits.numpy()
     return values, values.view(np.int32)
