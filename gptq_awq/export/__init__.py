@@ -1,1 +1,1 @@
-"""Checkpoints that engines load: one file per format, and the verifier."""
+"""Export of quantized models to the checkpoint formats of inference engines, and their verification."""

@@ -1,4 +1,4 @@
-"""python -m gptq_awq.export verify DIR: is a checkpoint still what was scored, and do engines agree?"""
+"""Verify an exported checkpoint against the weights that were scored, and compare inference engines on it."""
 
 import argparse
 import math
@@ -11,10 +11,10 @@ from gptq_awq.export.verify import VerificationRecord, compare_engine, verify
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; 0 if all is well, 1 if an engine differs, 2 on a mistake or an altered checkpoint."""
+    """Run the command line; return 0 if all agrees, 1 if an engine differs, 2 on an error or altered checkpoint."""
     parser = argparse.ArgumentParser(prog="python -m gptq_awq.export", description=__doc__)
     command = parser.add_subparsers(required=True, dest="command").add_parser(
-        "verify", help="decode a checkpoint and compare it with what was scored; run it in engines"
+        "verify", help="decode a checkpoint, compare it with the weights that were scored, and run it in engines"
     )
     command.add_argument("folder", type=Path, help="OUT/checkpoints/FORMAT")
     command.add_argument(
@@ -32,27 +32,28 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _verify(folder: Path, engines: list[str]) -> int:
+    """Print what the verifier and each engine find; return 1 if an engine's KL is above its limit, else 0."""
     record = VerificationRecord.read(folder)
     print(f"{folder}: {verify(folder)}")  # noqa: T201
-    taking = {name: engine for name, engine in ENGINES.items() if record.format in engine.formats}
+    compatible = {name: engine for name, engine in ENGINES.items() if record.format in engine.formats}
     if "all" in engines:
-        engines = [name for name in taking if find(name, record.format)]
-        for name in taking.keys() - set(engines):
+        engines = [name for name in compatible if find(name, record.format)]
+        for name in compatible.keys() - set(engines):
             print(f"{name}: skipped, it is not installed (python scripts/install_engine.py {name})")  # noqa: T201
-    worst = 0
+    exit_code = 0
     for name in engines:
-        if name not in taking:
-            raise UserError(f"--engine {name}: takes no {record.format}; those that do: {', '.join(taking)}")
-        found, limit = compare_engine(folder, name), taking[name].formats[record.format].max_kl
-        memory = math.exp(sum(map(sum, record.nll)) / sum(map(len, record.nll)))
-        fits = found.max_kl <= limit
-        worst = max(worst, int(not fits))
+        if name not in compatible:
+            raise UserError(f"--engine {name}: does not load {record.format}; engines that do: {', '.join(compatible)}")
+        found, limit = compare_engine(folder, name), compatible[name].formats[record.format].max_kl
+        ppl_in_memory = math.exp(sum(map(sum, record.nll)) / sum(map(len, record.nll)))
+        within = found.max_kl <= limit
+        exit_code = max(exit_code, int(not within))
         print(  # noqa: T201
             f"{name}: max |Δ logit| {found.max_abs:.2g}, KL mean {found.mean_kl:.2g} max {found.max_kl:.2g} "
-            f"({'within' if fits else 'ABOVE'} {limit:g}), perplexity {found.ppl_engine:.4f} "
-            f"(decoded weights in float32 {found.ppl_ours:.4f}, model in memory {memory:.4f})"
+            f"({'within' if within else 'ABOVE'} {limit:g}), perplexity {found.ppl_engine:.4f} "
+            f"(decoded weights in float32 {found.ppl_ours:.4f}, model in memory {ppl_in_memory:.4f})"
         )
-    return worst
+    return exit_code
 
 
 if __name__ == "__main__":

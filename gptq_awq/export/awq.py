@@ -1,12 +1,12 @@
-"""AWQ checkpoints: AutoAWQ's GEMM layout, 4 bits.
+"""AWQ checkpoints (arXiv 2306.00978): AutoAWQ's GEMM layout, 4 bits.
 
-A linear of `out` rows and `in` columns, G groups of neighbouring columns:
+Tensors of a linear with `out` rows, `in` columns and G groups of neighbouring columns:
 
-    qweight (in, out/8)  int32   eight neighbouring output channels in a word
-    qzeros  (G, out/8)   int32   likewise
+    qweight (in, out/8)  int32   codes of eight neighbouring output channels in a word
+    qzeros  (G, out/8)   int32   zero points of eight neighbouring output channels in a word
     scales  (G, out)
 
-The nibbles of a word, lowest first, hold the channels 0 2 4 6 1 3 5 7: its kernels unpack two at a time.
+The nibbles of a word, lowest first, hold the channels 0 2 4 6 1 3 5 7, as AWQ's kernels unpack two at a time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -45,11 +45,11 @@ NIBBLE_OF_CHANNEL = (0, 4, 1, 5, 2, 6, 3, 7)
 
 @dataclass(frozen=True)
 class AWQFormat:
-    """An AWQ folder. Symmetric grids are held with zero point 8 everywhere.
+    """Export to an AWQ folder; symmetric grids are stored with zero point 8 everywhere.
 
     Attributes:
-        dtype: of scales and of what isn't quantized; float16 or bfloat16.
-        shard: largest file.
+        dtype: dtype of the scales and of unquantized parameters, float16 or bfloat16.
+        shard: maximum size of a safetensors file.
     """
 
     dtype: str = "float16"
@@ -57,7 +57,7 @@ class AWQFormat:
     name: str = "awq"
 
     def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:
-        """Raise UserError for grids, bits, orders or widths that the layout has no room for."""
+        """Raise UserError for grids, bits, column orders or widths that the layout can't store."""
         grid = one_int_grid(linears, self.name, self.dtype, ("float16", "bfloat16"))
         if grid.bits != BITS:
             raise UserError(
@@ -70,7 +70,7 @@ class AWQFormat:
         require_multiple(linears, "rows", len(CHANNEL_OF_NIBBLE), self.name)
 
     def write(self, source: Source, folder: Path) -> None:
-        """Write the folder. Raises UserError where a parameter that isn't quantized overflows the dtype."""
+        """Write the folder. Raises UserError where an unquantized parameter overflows the dtype."""
         dtype = torch_dtype(self.dtype, "export.awq.dtype")
         packed = (
             (f"{name}.{part}", tensor)
@@ -83,11 +83,11 @@ class AWQFormat:
         write_folder(source, folder, packed, dtype, config, self.shard)
 
     def decoder(self) -> str:
-        """Our own reader: no library reads this layout on a CPU without patching others."""
+        """Name of our own reader, as no library reads this layout on a CPU without patching others."""
         return PRODUCER
 
     def decode(self, folder: Path) -> Iterator[Decoded]:
-        """Every quantized weight, from the bits of the words' bytes."""
+        """Decode every quantized weight by reading the packed words bit by bit."""
         group_size = read_config(folder)["quantization_config"]["group_size"]
         tensors = FolderTensors(folder)
         for key in [key for key in tensors if key.endswith(".qweight")]:
@@ -100,10 +100,10 @@ class AWQFormat:
 
 
 def pack(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The three tensors of one linear, see the module's docstring.
+    """Pack one linear into qweight, qzeros and scales (layout in the module's docstring).
 
     Raises:
-        ValueError: scales that the dtype can't hold, which `AWQFormat.check` refuses beforehand.
+        ValueError: the dtype can't represent the scales, which `AWQFormat.check` refuses beforehand.
     """
     return {
         "qweight": words(weight.codes.cpu().T),
@@ -113,19 +113,19 @@ def pack(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def words(codes: UInt8[Tensor, "n out"]) -> Int32[Tensor, "n words"]:
-    """Eight neighbouring channels in a word, in the kernels' order."""
+    """Pack eight neighbouring channels into each word, in the kernels' nibble order."""
     blocks = codes.reshape(len(codes), -1, 8)
     return pack_words(blocks[..., list(CHANNEL_OF_NIBBLE)].reshape(codes.shape), BITS)
 
 
 def channels(packed: Int32[Tensor, "n words"]) -> UInt8[Tensor, "n out"]:
-    """Channels in their own order, from words."""
+    """Unpack words into channels in natural order (the inverse of `words`)."""
     nibbles = unpack_words(packed, BITS, 8 * packed.shape[1]).reshape(len(packed), -1, 8)
     return nibbles[..., list(NIBBLE_OF_CHANNEL)].reshape(len(packed), -1)
 
 
 def quantization_config(grid: IntGrid, skipped: Sequence[str]) -> dict[str, Any]:
-    """As config.json holds it; `skipped` names the linears that stay as they are."""
+    """Build config.json's `quantization_config`; `skipped` names the linears that stay unquantized."""
     return {
         "quant_method": "awq",
         "version": "gemm",

@@ -1,8 +1,8 @@
-"""What an export format is: a frozen dataclass that checks, writes and decodes.
+"""The interface of an export format: a frozen dataclass that checks, writes and decodes checkpoints.
 
-`check` runs before calibration and refuses what the format can't hold exactly, naming what would fit. `write` packs
-the very codes that the solver chose. `decode` reads them back with an independent decoder, the format's own library
-where there is one, for the verifier to compare.
+`check` runs before calibration and refuses grids that the format can't store exactly, naming ones that it can.
+`write` packs the codes that the solver chose, unchanged. `decode` reads them back with an independent decoder (the
+format's own library where there is one), so that the verifier can compare.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,16 +22,16 @@ from gptq_awq.models.linear import is_linear, matrix
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """A weight that will be quantized, as it is known before calibration.
+    """Shape and grid of a weight to be quantized, as known before calibration.
 
     Attributes:
-        name: of the module in the model.
-        rows: output channels.
-        columns: input channels.
-        grid: where it will land.
-        natural_order: whether groups will be made of neighbouring columns (act_order without static groups
-            makes them of others, which only few formats can store).
-        head: whether it is the output head.
+        name: module name in the model.
+        rows: number of output channels.
+        columns: number of input channels.
+        grid: grid that the weight will be quantized to.
+        natural_order: whether each group will consist of neighbouring columns (act_order without static groups
+            groups scattered columns, which only few formats can store).
+        head: whether the module is the output head.
     """
 
     name: str
@@ -43,7 +43,7 @@ class LinearSpec:
 
 
 def linear_specs(model: nn.Module, grids: Mapping[str, Grid], natural_order: bool) -> list[LinearSpec]:
-    """What will be quantized, as formats want to know it, from the grids that weights will land on."""
+    """Specifications of the linears to be quantized, from the module name → grid assignment."""
     specs, head = [], model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     for name, grid in grids.items():
         module = model.get_submodule(name)
@@ -54,13 +54,13 @@ def linear_specs(model: nn.Module, grids: Mapping[str, Grid], natural_order: boo
 
 @dataclass(frozen=True)
 class Source:
-    """A quantized model, as exporters get it.
+    """A quantized model with its codes, the input of every exporter.
 
     Attributes:
-        model: its linears hold dequantized weights.
-        tokenizer: of transformers.
-        name: as tables print it.
-        weights: module name → codes, scales, zeros.
+        model: transformers model whose quantized linears hold dequantized weights.
+        tokenizer: transformers tokenizer of the model.
+        name: display name of the model, as result tables print it.
+        weights: module name → quantized weight (codes, scales, zeros).
     """
 
     model: PreTrainedModel
@@ -71,13 +71,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Decoded:
-    """One quantized weight, read back from a checkpoint.
+    """One quantized weight decoded from a checkpoint.
 
     Attributes:
-        name: of the module in the model.
-        codes: (out, in) in the solver's own numbering, columns in the layer's order; None where the format
-            keeps no codes (dequantized weights).
-        weight: (out, in), what an engine computes with, before any rounding to its compute dtype.
+        name: module name in the model.
+        codes: (out, in) integer codes as the solver numbers them, columns in the layer's order; None where the
+            format keeps no codes (dequantized weights).
+        weight: (out, in) dequantized weight, before any rounding to an engine's compute dtype.
     """
 
     name: str
@@ -87,15 +87,15 @@ class Decoded:
 
 @runtime_checkable
 class Format(Protocol):
-    """A checkpoint format."""
+    """Interface of a checkpoint format: check, write, decode."""
 
     @property
     def name(self) -> str:
-        """As in export.formats and OUT/checkpoints/NAME."""
+        """Name of the format, as in export.formats and OUT/checkpoints/NAME."""
         ...
 
     def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:
-        """Raise UserError for what the format can't hold exactly; the line says what would fit."""
+        """Raise UserError unless the format can store every linear exactly; the message names a choice that fits."""
         ...
 
     def write(self, source: Source, folder: Path) -> None:
@@ -103,16 +103,16 @@ class Format(Protocol):
         ...
 
     def decoder(self) -> str:
-        """What `decode` reads with: a library and its version, or "gptq_awq" for its own reader."""
+        """Name of the decoder behind `decode`: a library with its version, or "gptq_awq:VERSION" for our own reader."""
         ...
 
     def decode(self, folder: Path) -> Iterator[Decoded]:
-        """Every quantized weight of a checkpoint, unpacked independently of how it was packed."""
+        """Decode every quantized weight of a checkpoint, with code independent of the packing."""
         ...
 
 
 def require_dtype(grid: Grid, dtype: str, name: str) -> None:
-    """Raise UserError where a checkpoint of this dtype would round the grid's scales once more."""
+    """Raise UserError if storing the grid's scales in the checkpoint's dtype would round them again."""
     kept = getattr(grid, "scale_dtype", "float16")
     if kept != dtype and not (dtype == "float32"):
         raise UserError(
@@ -122,7 +122,7 @@ def require_dtype(grid: Grid, dtype: str, name: str) -> None:
 
 
 def torch_dtype(name: str, option: str) -> torch.dtype:
-    """The dtype of that name. Raises UserError naming `option`."""
+    """Torch dtype by name: float16, bfloat16 or float32. Raises UserError that names `option` for any other."""
     known = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
     if name not in known:
         raise UserError(f"{option}={name}: choose one of {', '.join(known)}")

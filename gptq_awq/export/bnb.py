@@ -1,17 +1,17 @@
-"""bitsandbytes checkpoints, as transformers saves them: NF4 and FP4, and the 8-bit weights of LLM.int8.
+"""bitsandbytes checkpoints as transformers saves them: NF4 and FP4 (QLoRA), and the 8-bit weights of LLM.int8().
 
-4 bits (QLoRA, arXiv 2305.14314), for a weight of n elements taken row by row, in blocks of `group_size`:
+4 bits (QLoRA, arXiv 2305.14314), for a weight of n elements in row-major order, in blocks of `group_size`:
 
-    weight (n/2, 1)  uint8      two codes a byte, the first one in the high bits
+    weight (n/2, 1)  uint8      two codes per byte, the first one in the high bits
     weight.absmax (blocks,)     float32; with double quantization uint8 codes of the 8-bit dynamic data type
-    weight.quant_map (16,)      the table
+    weight.quant_map (16,)      table of the 16 levels
     weight.nested_absmax (⌈blocks/256⌉,), weight.nested_quant_map (256,)     with double quantization only
     weight.quant_state.bitsandbytes__nf4 (or fp4)     JSON as bytes: block size, dtype, shape, the absmax's offset
 
-8 bits (LLM.int8, arXiv 2208.07339), per row: ŵ = CB · SCB / 127
+8 bits (LLM.int8(), arXiv 2208.07339), one scale s per row: ŵ = CB · SCB / 127
 
-    weight (out, in)  int8      CB, the codes less 128
-    SCB (out,)        float32   127 s
+    weight (out, in)  int8      CB = code - 128
+    SCB (out,)        float32   SCB = 127 s
     weight_format ()  uint8     0: row-major
 
 127 s is exact, as s has at most 11 significant bits; so is CB · (SCB / 127), in float32, as SCB / 127 is s again.
@@ -40,24 +40,24 @@ from gptq_awq.grids.table import LEVELS, NESTED_GROUPS, TableGrid, dynamic_level
 from gptq_awq.models.linear import is_linear
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""Block sizes that bitsandbytes 0.50 has; before it, 32 was missing."""
+"""Block sizes that bitsandbytes 0.50 supports; earlier versions lack 32."""
 INT8 = "int8"
 _STATE = "weight.quant_state.bitsandbytes__"
 
 
 @dataclass(frozen=True)
 class BnbFormat:
-    """A transformers folder with bitsandbytes weights.
+    """Export to a transformers folder with bitsandbytes weights: NF4, FP4 or INT8.
 
     Attributes:
-        dtype: of what isn't quantized: float16, bfloat16 or float32.
-        compute_dtype: of 4-bit matrix products; auto: the same.
-        llm_int8_threshold: of LLM.int8: input columns with a value beyond it are multiplied in 16 bits, the
-            others are rounded to 8 bits, too.
-        shard: largest file.
+        dtype: dtype of unquantized parameters: float16, bfloat16 or float32.
+        compute_dtype: dtype of matrix products with 4-bit weights; auto: the value of `dtype`.
+        llm_int8_threshold: outlier threshold of LLM.int8(): input columns with a magnitude above it are multiplied
+            in 16 bits, inputs of all others are rounded to 8 bits.
+        shard: maximum size of a safetensors file.
 
     Raises:
-        UserError: a dtype that there isn't.
+        UserError: an unknown dtype or compute_dtype.
     """
 
     dtype: str = "float16"
@@ -73,7 +73,7 @@ class BnbFormat:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """For the card."""
+        """Sentences for the model card on how bitsandbytes rounds while it computes."""
         return (
             "4 bits: on a CPU with AVX512-BF16, bitsandbytes rounds scales and inputs to bfloat16 as it multiplies; "
             "elsewhere it computes in bnb_4bit_compute_dtype.",
@@ -81,7 +81,7 @@ class BnbFormat:
         )
 
     def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:  # noqa: ARG002 (every model fits)
-        """Raise UserError for grids and widths that bitsandbytes hasn't."""
+        """Raise UserError for grids and widths that bitsandbytes can't store."""
         require_natural_order(linears, self.name, " or method.solver.act_order=false")
         require_plain_head(linears, self.name, "export.formats=[hf]")
         kinds = {kind(linear.grid) for linear in linears}
@@ -92,7 +92,7 @@ class BnbFormat:
                 _check_blocks(linear)
 
     def write(self, source: Source, folder: Path) -> None:
-        """Write the folder. Raises UserError where a parameter that isn't quantized overflows the dtype."""
+        """Write the folder. Raises UserError where an unquantized parameter overflows the dtype."""
         dtype = torch_dtype(self.dtype, "export.bnb.dtype")
         packed = (
             (f"{name}.{part}", tensor)
@@ -102,7 +102,7 @@ class BnbFormat:
         write_folder(source, folder, packed, dtype, self._config(source), self.shard)
 
     def _config(self, source: Source) -> dict[str, Any]:
-        """quantization_config, with the linears that stay as they are by name."""
+        """Build config.json's `quantization_config`, which names the linears that stay unquantized."""
         grid = next(iter(source.weights.values())).grid
         skipped = [
             name for name, module in source.model.named_modules() if is_linear(module) and name not in source.weights
@@ -120,11 +120,11 @@ class BnbFormat:
         return BitsAndBytesConfig(**options, llm_int8_skip_modules=skipped).to_dict()
 
     def decoder(self) -> str:
-        """bitsandbytes where it is installed, else our own reader."""
+        """Name of the decoder: bitsandbytes where it is installed, else our own reader."""
         return f"bitsandbytes {version('bitsandbytes')}" if _has_bnb() else PRODUCER
 
     def decode(self, folder: Path) -> Iterator[Decoded]:
-        """Every quantized weight, in float32."""
+        """Decode every quantized weight, in float32."""
         tensors = FolderTensors(folder)
         for key in [key for key in tensors if key.endswith(".SCB")]:
             name = key.removesuffix(".SCB")
@@ -137,7 +137,7 @@ class BnbFormat:
 
 
 def kind(grid: Grid) -> str:
-    """nf4, fp4 or int8. Raises UserError for another grid, naming those that fit."""
+    """Name of the bitsandbytes data type of a grid: nf4, fp4 or int8. Raises UserError where there is none."""
     if isinstance(grid, TableGrid) and grid.table in ("nf4", "fp4"):
         return grid.table
     if isinstance(grid, IntGrid) and grid.bits == 8 and grid.group_size == -1 and grid.sym:
@@ -167,11 +167,11 @@ def _check_blocks(linear: LinearSpec) -> None:
 
 
 def pack(weight: QuantizedWeight, dtype: str = "float16") -> dict[str, Tensor]:
-    """The tensors of one linear, see the module's docstring.
+    """Pack one linear into the tensors that bitsandbytes loads (layout in the module's docstring).
 
     Args:
-        weight: on a table or an 8-bit grid.
-        dtype: what bitsandbytes dequantizes to where it isn't asked for another one.
+        weight: quantized weight on a table grid or an 8-bit per-row grid.
+        dtype: dtype that bitsandbytes dequantizes 4-bit weights to by default.
     """
     if isinstance(weight.grid, TableGrid):
         return _pack_4bit(weight, weight.grid, dtype)
@@ -183,6 +183,7 @@ def pack(weight: QuantizedWeight, dtype: str = "float16") -> dict[str, Tensor]:
 
 
 def _pack_4bit(weight: QuantizedWeight, grid: TableGrid, dtype: str) -> dict[str, Tensor]:
+    """Pack one linear on an NF4 or FP4 grid, with its scales in float32 or doubly quantized."""
     codes = weight.codes.cpu().reshape(-1, 2)
     state: dict[str, Any] = {
         "quant_type": grid.table,
@@ -212,7 +213,7 @@ Matrix = tuple[UInt8[Tensor, "out in"], Float[Tensor, "out in"]]
 
 
 def _decode_int8(cb: Tensor, scb: Tensor) -> Matrix:
-    """CB · (SCB / 127), as bitsandbytes computes it for training on a CPU.
+    """Decode INT8 codes and weights as CB · (SCB / 127), as bitsandbytes computes it for training on a CPU.
 
     Its `int8_vectorwise_dequant` multiplies (CB · SCB) · (1/127) instead; that product of 25 bits is rounded once
     more where s has all of its 11 bits, and may be off by one unit in the last place.
@@ -221,7 +222,7 @@ def _decode_int8(cb: Tensor, scb: Tensor) -> Matrix:
 
 
 def _decode_4bit(parts: Mapping[str, Tensor]) -> Matrix:
-    """Our own reader of 4-bit tensors."""
+    """Decode codes and weights from NF4 or FP4 tensors without bitsandbytes."""
     state, codes, absmax = _state(parts), _codes(parts), parts["weight.absmax"]
     if "nested_blocksize" in state:
         owner = torch.arange(len(absmax)) // state["nested_blocksize"]
@@ -232,7 +233,7 @@ def _decode_4bit(parts: Mapping[str, Tensor]) -> Matrix:
 
 
 def _decode_with_bnb(parts: Mapping[str, Tensor]) -> Matrix:
-    """bitsandbytes' own dequantization; codes it has no function for."""
+    """Decode weights with bitsandbytes' `dequantize_4bit`, and codes with our own reader, as it has none."""
     from bitsandbytes.functional import QuantState, dequantize_4bit  # pyright: ignore[reportMissingImports]
 
     stats = {key: value for key, value in parts.items() if key not in ("weight", "bias")}
@@ -242,11 +243,13 @@ def _decode_with_bnb(parts: Mapping[str, Tensor]) -> Matrix:
 
 
 def _codes(parts: Mapping[str, Tensor]) -> UInt8[Tensor, "out in"]:
+    """Unpack 4-bit codes, two per byte with the first one in the high bits."""
     octets = parts["weight"].reshape(-1)
     return torch.stack([octets // 16, octets % 16], 1).reshape(_state(parts)["shape"])
 
 
 def _state(parts: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Parse the JSON of a 4-bit weight's quant_state."""
     key = next(key for key in parts if key.startswith(_STATE))
     return json.loads(bytes(parts[key].tolist()))
 

@@ -1,4 +1,4 @@
-"""README.md of a checkpoint: what it is, how it was made, what it scored, how to load it, what to beware of."""
+"""Model card (README.md) of a checkpoint: provenance, results beside full precision, loading code and caveats."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,13 +13,13 @@ from gptq_awq.report import measured
 
 @dataclass(frozen=True)
 class Usage:
-    """How an engine loads a format.
+    """Instructions to load one format with an engine, for the model card.
 
     Attributes:
-        library: as the hub calls it.
-        install: what it takes.
-        code: Python that was run; FOLDER stands for the checkpoint's.
-        caveat: what to know.
+        library: the hub's `library_name` of the engine.
+        install: packages to install, as arguments of `pip install`.
+        code: tested Python example; FOLDER stands for the checkpoint's folder.
+        caveat: known limitation of the engine, "" for none.
     """
 
     library: str
@@ -79,19 +79,19 @@ print(generate(model, tokenizer, prompt="Once upon a time", max_tokens=32))""",
 def model_card(
     row: Mapping[str, Any] | None, format_name: str, notes: Sequence[str], facts: Mapping[str, Any] | None = None
 ) -> str:
-    """README.md with the hub's front matter.
+    """Render a checkpoint's README.md with the hub's front matter.
 
     Args:
-        row: the results row, as results.json holds it; None before scoring.
+        row: results row as in results.json; None before scoring.
         format_name: a key of USAGE.
-        notes: sentences: how the checkpoint was verified, what to beware of.
-        facts: of the run: `model` and `calibration` (source, sha256), `method`, `grid`, `code`.
+        notes: sentences on how the checkpoint was verified and on its limitations.
+        facts: the run's provenance: `model` and `calibration` (source, sha256), `method`, `grid`, `code`.
     """
     row, facts, usage = row or {}, facts or {}, USAGE[format_name]
     parts = [
         f"---\n{_front_matter(row, format_name, usage).to_yaml()}\n---",
         f"# {_title(row, facts)}, {format_name}",
-        _made(row, facts),
+        _provenance(row, facts),
         "## Results",
         _results(row, format_name) if row.get("metrics") else "Not scored.",
         "## Loading",
@@ -124,8 +124,8 @@ def _title(row: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     return f"{model}: " + ", ".join(part for part in (method, grid, bits) if part)
 
 
-def _made(row: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """How the weights came about, as a table of what is known."""
+def _provenance(row: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """Table of the known provenance: source model, method, grid, calibration data and code version."""
     model, tokens = facts.get("model") or {}, facts.get("calibration") or {}
     group = {None: None, -1: "per channel"}.get(row.get("group_size"), f"{row.get('group_size')} columns")
     known = {
@@ -146,7 +146,7 @@ def _with_hash(thing: Mapping[str, Any]) -> str | None:
 
 
 def _results(row: Mapping[str, Any], format_name: str) -> str:
-    """Every metric beside full precision's, the difference and its 95% interval."""
+    """Table of every metric in full precision and quantized, with the difference and its 95% confidence interval."""
     metrics = row["metrics"]
     lines = ["| metric | full precision | this checkpoint | difference [95%] |", "| :--- | ---: | ---: | ---: |"]
     for name in measured(metrics):
@@ -171,7 +171,7 @@ def _interval(limits: Sequence[float] | None, sign: str = "") -> str:
 
 
 def _number(value: float | str | None, sign: str = "") -> str:
-    """Four significant digits; JSON's stand-ins for what it cannot hold ("inf") as they are."""
+    """Format a number to four significant digits; None gives "", strings that JSON uses for infinities pass through."""
     if value is None or isinstance(value, str):
         return value or ""
     return f"{value:{sign}.4g}"

@@ -1,18 +1,18 @@
-"""compressed-tensors checkpoints: what llm-compressor writes, transformers and vLLM read.
+"""compressed-tensors checkpoints, the format that llm-compressor writes and that transformers and vLLM read.
 
-A linear of `out` rows and `in` columns, codes of b bits, G groups of neighbouring columns:
+Tensors of a linear with `out` rows, `in` columns, codes of b bits and G groups of neighbouring columns:
 
-    pack-quantized   weight_packed      (out, ⌈in·b/32⌉)  int32   each row's codes as a stream of bits
-                     weight_zero_point  (⌈out·b/32⌉, G)   int32   each group's zeros down its column (asymmetric)
+    pack-quantized   weight_packed      (out, ⌈in·b/32⌉)  int32   codes of each row, packed without gaps
+                     weight_zero_point  (⌈out·b/32⌉, G)   int32   zero points, packed down each column (asymmetric)
                      weight_shape       (2,)              int64
-    int-quantized    weight             (out, in)         int8    codes less 128
-                     weight_zero_point  (out, G)          int8    zeros less 128 (asymmetric)
+    int-quantized    weight             (out, in)         int8    code - 128
+                     weight_zero_point  (out, G)          int8    zero point - 128 (asymmetric)
     both             weight_scale       (out, G)
 
-Linears on other grids than each other are in groups of their own in config.json, by name.
+Where linears are on different grids, config.json has one config group per grid, which lists its linears by name.
 
-Streams without gaps for 3, 5, 6 and 7 bits are the library's since 0.18; before, it left a word's last bits free.
-g_idx went out of the format with 0.19.
+The library packs 3, 5, 6 and 7 bits without gaps since 0.18; before, it left the last bits of a word unused. Version
+0.19 removed g_idx from the format.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,21 +46,21 @@ from gptq_awq.grids.integer import IntGrid
 FORMATS = {"pack": "pack-quantized", "int8": "int-quantized"}
 DENSE_SINCE = (0, 18)
 ALL = "Linear"
-"""The target that is every linear: modules are named by class, too."""
+"""Config target that matches every linear, by its class name."""
 
 
 @dataclass(frozen=True)
 class CompressedTensorsFormat:
-    """A compressed-tensors folder, weights only (W2A16 to W8A16).
+    """Export to a compressed-tensors folder, weight-only (W2A16 to W8A16).
 
     Attributes:
-        dtype: of scales and of what isn't quantized; float16, bfloat16 or float32.
-        layout: pack, codes of any bits in 32-bit words, or int8, one byte a code (8 bits; transformers reads it,
-            vLLM wants quantized activations with it).
-        shard: largest file.
+        dtype: dtype of the scales and of unquantized parameters: float16, bfloat16 or float32.
+        layout: pack (codes of 2 to 8 bits in 32-bit words) or int8 (8-bit codes, one byte each; transformers
+            reads it, vLLM accepts it only with quantized activations).
+        shard: maximum size of a safetensors file.
 
     Raises:
-        UserError: a layout that there isn't.
+        UserError: an unknown layout.
     """
 
     dtype: str = "float16"
@@ -73,7 +73,7 @@ class CompressedTensorsFormat:
             raise UserError(f"export.compressed_tensors.layout={self.layout}: choose pack or int8")
 
     def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:
-        """Raise UserError for grids, bits, orders or architectures that the format has no room for."""
+        """Raise UserError for grids, bits, column orders or architectures that the format can't store."""
         grids = int_grids(linears, self.name, self.dtype, ("float16", "bfloat16", "float32"))
         require_whole_groups(linears, self.name)
         require_natural_order(linears, self.name, " (g_idx left it in 0.19), or export.formats=[gptq]")
@@ -86,7 +86,7 @@ class CompressedTensorsFormat:
         require_linear_modules(config, self.name)
 
     def write(self, source: Source, folder: Path) -> None:
-        """Write the folder. Raises UserError where a parameter that isn't quantized overflows the dtype."""
+        """Write the folder. Raises UserError where an unquantized parameter overflows the dtype."""
         dtype, weights = torch_dtype(self.dtype, "export.compressed_tensors.dtype"), source.weights
         packer = pack if self.layout == "pack" else pack_int8
         packed = (
@@ -99,14 +99,14 @@ class CompressedTensorsFormat:
         write_folder(source, folder, packed, dtype, config, self.shard)
 
     def decoder(self) -> str:
-        """The library, where it is installed and reads streams without gaps; else our own reader."""
+        """Name of the decoder: the library where it is installed and packs without gaps, else our own reader."""
         return f"compressed-tensors {version('compressed-tensors')}" if library_reads() else PRODUCER
 
     def decode(self, folder: Path) -> Iterator[Decoded]:
-        """Every quantized weight."""
+        """Decode every quantized weight."""
         groups, tensors = read_config(folder)["quantization_config"]["config_groups"], FolderTensors(folder)
         by_target = {target: group for group in groups.values() for target in group["targets"]}
-        read = read_with_library if library_reads() else read_alone
+        read = read_with_library if library_reads() else read_with_own_decoder
         for key in [key for key in tensors if key.endswith(".weight_scale")]:
             name = key.removesuffix(".weight_scale")
             parts = {part: tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in tensors}
@@ -117,10 +117,10 @@ PARTS = ("weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero
 
 
 def pack(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of one linear in pack-quantized, see the module's docstring.
+    """Pack one linear into the tensors of pack-quantized (layout in the module's docstring).
 
     Raises:
-        ValueError: scales that the dtype can't hold, which `check` refuses beforehand.
+        ValueError: the dtype can't represent the scales, which `check` refuses beforehand.
     """
     bits = int(weight.grid.bits)
     parts = {
@@ -135,7 +135,7 @@ def pack(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def pack_int8(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of one linear in int-quantized. Raises ValueError as `pack` does."""
+    """Pack one linear into the tensors of int-quantized. Raises ValueError if the dtype can't represent the scales."""
     parts = {"weight": signed(weight.codes.cpu()), "weight_scale": exactly(weight.scales, dtype, "scales")}
     if not is_symmetric(weight):
         parts["weight_zero_point"] = signed(weight.zeros.cpu())
@@ -143,28 +143,28 @@ def pack_int8(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def signed(codes: Tensor) -> Int[Tensor, "..."]:
-    """Codes 0 to 255 as -128 to 127."""
+    """Shift unsigned codes 0..255 to int8 -128..127."""
     return (codes.to(torch.int16) - 128).to(torch.int8)
 
 
 def is_symmetric(weight: QuantizedWeight) -> bool:
-    """Whether zeros go without saying."""
+    """Whether the grid is symmetric, so that zero points are implied and not stored."""
     assert isinstance(weight.grid, IntGrid)
     return weight.grid.sym
 
 
 def quantization_config(grids: Mapping[str, Grid], format_: str, ignore: Sequence[str]) -> dict[str, Any]:
-    """As config.json holds it.
+    """Build config.json's `quantization_config`.
 
     Args:
-        grids: by a linear's name; `IntGrid`s, searches aside.
+        grids: linear's name → `IntGrid`, without its search options.
         format_: pack-quantized or int-quantized.
-        ignore: names of the linears that stay as they are.
+        ignore: names of the linears that stay unquantized.
     """
     named: dict[Grid, list[str]] = {}
     for name, grid in grids.items():
         named.setdefault(grid, []).append(name)
-    # The format is said once more, as the library would guess pack-quantized where activations stay as they are.
+    # Each group repeats the format, as the library would guess pack-quantized where activations are unquantized.
     groups = {
         f"group_{number}": {
             "targets": [ALL] if len(named) == 1 else names,
@@ -181,8 +181,8 @@ def quantization_config(grids: Mapping[str, Grid], format_: str, ignore: Sequenc
         "ignore": list(ignore),
     }
     if format_ == FORMATS["pack"] and [group["weights"]["symmetric"] for group in groups.values()] == [False]:
-        # An option of transformers, which else expects unpacked zeros (seen with compressed-tensors 0.15 to 0.20), and
-        # which with it knows one group only.
+        # Without this option transformers expects unpacked zero points (seen with compressed-tensors 0.15 to 0.20);
+        # with it, transformers supports a single config group only.
         config["dequantize"] = True
     return config
 
@@ -201,7 +201,7 @@ def _weights(grid: Grid) -> dict[str, Any]:
 
 
 def library_reads() -> bool:
-    """Whether the library is installed, and packs as this file does."""
+    """Whether compressed-tensors is installed in a version that packs without gaps."""
     try:
         major, minor = version("compressed-tensors").split(".")[:2]
     except PackageNotFoundError:
@@ -210,13 +210,13 @@ def library_reads() -> bool:
 
 
 def read_with_library(parts: dict[str, Tensor], group: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Codes and weight of one linear, unpacked and dequantized by the library."""
+    """Decode codes and weight of one linear with the compressed-tensors library."""
     from compressed_tensors.compressors import BaseCompressor  # pyright: ignore[reportMissingImports]
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32  # pyright: ignore[reportMissingImports]
     from compressed_tensors.quantization import QuantizationScheme  # pyright: ignore[reportMissingImports]
 
     scheme, bits = QuantizationScheme.model_validate(group), group["weights"]["num_bits"]
-    # In float32, where the product of a code and a scale of 16 bits is exact.
+    # In float32 the product of a code and a 16-bit scale is exact.
     parts = parts | {"weight_scale": parts["weight_scale"].float()}
     compressor: Any = BaseCompressor.get_value_from_registry(group["format"])
     weight = compressor.decompress(parts, scheme)["weight"]
@@ -226,8 +226,8 @@ def read_with_library(parts: dict[str, Tensor], group: dict[str, Any]) -> tuple[
     return (codes.int() + 2 ** (bits - 1)).to(torch.uint8), weight
 
 
-def read_alone(parts: dict[str, Tensor], group: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The same, from the bits of the words' bytes."""
+def read_with_own_decoder(parts: dict[str, Tensor], group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Decode codes and weight of one linear by reading the packed words bit by bit."""
     bits, scale = group["weights"]["num_bits"], parts["weight_scale"].float()
     zero = parts.get("weight_zero_point")
     if "weight_packed" in parts:

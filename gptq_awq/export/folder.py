@@ -1,4 +1,4 @@
-"""A transformers folder: safetensors in shards with an index, config, tokenizer, generation config."""
+"""Read and write transformers folders: sharded safetensors with an index, configs and tokenizer."""
 
 import json
 import shutil
@@ -33,55 +33,55 @@ def write_folder(
     shard: str = SHARD,
     rename: Callable[[str], str] = str,
 ) -> None:
-    """Write a model in which some weights are packed; experts that were fused, as the model's makers store them.
+    """Write a model with some weights packed; fused experts are stored under the original checkpoint's names.
 
     Args:
-        source: the model; its unpacked parameters are stored in `dtype`, tied ones once.
-        folder: empty.
-        packed: full names ("model.layers.0.mlp.up_proj.qweight") and tensors that stand for the weights of
-            `source.weights`, which are not stored themselves; written as they come.
-        dtype: of everything else that is a floating-point number, and of the model as config.json says it.
-        quantization_config: as engines read it from config.json.
-        shard: largest file.
-        rename: a tensor's name in the model → in the file, where an engine knows it by another one.
+        source: the quantized model; its unpacked parameters are stored in `dtype`, tied ones once.
+        folder: empty folder to write into.
+        packed: (full name such as "model.layers.0.mlp.up_proj.qweight", tensor) pairs that replace the weights of
+            `source.weights`; written in the order they come.
+        dtype: dtype of all unpacked floating-point tensors, also stated in config.json.
+        quantization_config: entry of that name in config.json; None leaves it out.
+        shard: maximum size of a safetensors file.
+        rename: maps a tensor's name in the model to its name in the file, for engines with names of their own.
 
     Raises:
-        UserError: a parameter that `dtype` cannot hold (an overflow).
+        UserError: a parameter overflows `dtype`.
     """
-    whole, tensors = Shards(folder, shard), chain(plain_tensors(source, dtype), packed)
+    shards, tensors = Shards(folder, shard), chain(plain_tensors(source, dtype), packed)
     if experts_in(source.model):
         tensors = _fused(source, dtype, packed)
     for name, tensor in tensors:
-        whole.add(rename(name), tensor)
-    whole.finish()
+        shards.add(rename(name), tensor)
+    shards.finish()
     write_config(source, folder, dtype, quantization_config)
     source.tokenizer.save_pretrained(folder)
     _copy_processor(source.model.name_or_path, folder)
 
 
 def _fused(source: Source, dtype: torch.dtype, packed: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors as the model's makers store them: experts' are made of many, so a block's are gathered at a time."""
+    """Tensors in the original checkpoint's layout, one block at a time, as a fused expert tensor combines many."""
     prefix, blocks = find_blocks(source.model)
 
     def block(name: str) -> str | None:
-        """Of a tensor; None outside of all."""
+        """Index (as a string) of the block that a tensor belongs to; None outside of the blocks."""
         return name[len(prefix) + 1 :].split(".")[0] if name.startswith(f"{prefix}.") else None
 
-    def reverted(place: str | None, group: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """A block's tensors, or those of `group` alone where its other ones are written already."""
-        plain = [] if place in written else plain_tensors(source, dtype, lambda name: block(name) == place)
+    def reverted(index: str | None, group: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors of a block in the original layout; only those of `group` if the rest is written already."""
+        plain = [] if index in written else plain_tensors(source, dtype, lambda name: block(name) == index)
         tensors = dict(chain(group, plain))
-        written.add(place)
+        written.add(index)
         return revert_weight_conversion(source.model, fused_tensors(source.model, tensors)) if tensors else {}
 
     written: set[str | None] = set()
-    rest = [(place, ()) for place in [*map(str, range(len(blocks))), None]]  # where nothing is packed
-    for place, group in chain(groupby(packed, key=lambda item: block(item[0])), rest):
-        yield from reverted(place, group).items()
+    rest = [(index, ()) for index in [*map(str, range(len(blocks))), None]]  # blocks without packed tensors
+    for index, group in chain(groupby(packed, key=lambda item: block(item[0])), rest):
+        yield from reverted(index, group).items()
 
 
 def _copy_processor(origin: str | None, folder: Path) -> None:
-    """What a model that also sees has beside its tokenizer, from the folder that it was loaded from."""
+    """Copy a multimodal model's processor configs from the folder that it was loaded from, if it has any."""
     if not origin:
         return
     for path in (Path(origin) / file for file in PROCESSOR):
@@ -90,7 +90,7 @@ def _copy_processor(origin: str | None, folder: Path) -> None:
 
 
 class Shards:
-    """Tensors of a folder, written as they come, a file whenever one is full."""
+    """Writer of sharded safetensors: collects tensors and writes a file whenever the next would exceed the limit."""
 
     def __init__(self, folder: Path, shard: str) -> None:
         self._folder, self._limit = folder, parse_bytes(shard)
@@ -99,14 +99,14 @@ class Shards:
         self._held = self._total = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add one tensor."""
+        """Add one tensor; write the collected ones first where it would exceed the limit."""
         if self._tensors and self._held + tensor.nbytes > self._limit:
             self._flush()
         self._tensors[name] = tensor.contiguous()
         self._held += tensor.nbytes
 
     def finish(self) -> None:
-        """Write what is left; give the files their names, and an index where there are several."""
+        """Write the remaining tensors, give the files their final names, and index them if there are several."""
         self._flush()
         count = len(self._files)
         names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
@@ -114,8 +114,10 @@ class Shards:
         for i, name in enumerate(names):
             self._part(i).rename(self._folder / name)
         if count > 1:
-            where = {tensor: name for name, tensors in zip(names, self._files, strict=True) for tensor in tensors}
-            index = {"metadata": {"total_size": self._total}, "weight_map": where}
+            file_of_tensor = {
+                tensor: name for name, tensors in zip(names, self._files, strict=True) for tensor in tensors
+            }
+            index = {"metadata": {"total_size": self._total}, "weight_map": file_of_tensor}
             (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
     def _flush(self) -> None:
@@ -131,9 +133,9 @@ class Shards:
 def plain_tensors(
     source: Source, dtype: torch.dtype, wanted: Callable[[str], bool] = lambda _name: True
 ) -> Iterator[tuple[str, Tensor]]:
-    """What is wanted and not quantized, in `dtype`; tied weights under their first name.
+    """Unquantized tensors whose name is `wanted`, on the CPU in `dtype`; tied weights under their first name.
 
-    Raises UserError on overflow.
+    Integer tensors keep their dtype. Raises UserError where a value overflows `dtype`.
     """
     seen = {id(source.model.get_submodule(name).get_parameter("weight")) for name in source.weights}
     plain = each_tensor(source.model, lambda name: wanted(name) and name.removesuffix(".weight") not in source.weights)
@@ -150,14 +152,14 @@ def plain_tensors(
 def write_config(
     source: Source, folder: Path, dtype: torch.dtype, quantization_config: Mapping[str, Any] | None
 ) -> None:
-    """config.json and generation_config.json."""
+    """Write config.json, with the checkpoint's dtype and `quantization_config`, and generation_config.json."""
     config = source.model.config.to_dict()
     for part in (config, *(value for value in config.values() if isinstance(value, dict) and "dtype" in value)):
         part["dtype"] = str(dtype).removeprefix("torch.")
     config.pop("quantization_config", None)
     if quantization_config is not None:
         config["quantization_config"] = dict(quantization_config)
-    # Readers older than transformers 5 look for rope_theta at the top, and silently take 10000 where it is missing.
+    # Readers older than transformers 5 look for rope_theta at the top level, and silently default to 10000.
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         config.setdefault("rope_theta", rope["rope_theta"])
@@ -167,7 +169,7 @@ def write_config(
 
 
 class FolderTensors(Mapping[str, Tensor]):
-    """The tensors of a folder's safetensors files by name, each read when it is asked for."""
+    """Tensors of a folder's safetensors files by name, each read on access."""
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Path] = {}
@@ -187,5 +189,5 @@ class FolderTensors(Mapping[str, Tensor]):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json."""
+    """Parse a folder's config.json."""
     return json.loads((folder / "config.json").read_text())

@@ -1,6 +1,6 @@
-"""GGUF, llama.cpp's single file: ggml blocks, tokenizer and metadata, and an Ollama Modelfile beside it.
+"""GGUF checkpoints, llama.cpp's single-file format: ggml blocks, tokenizer and metadata, with an Ollama Modelfile.
 
-Each grid has at most one block type that holds it bit for bit; what has none is refused before calibration.
+Each grid has at most one block type that stores it bit for bit; grids without one are refused before calibration.
 """
 
 import os
@@ -31,16 +31,16 @@ from gptq_awq.grids.table import TableGrid
 from gptq_awq.grids.ternary import TernaryGrid
 from gptq_awq.models.offload import offloaded
 
-FITS = "grid=q4_0, q8_0, q4_k_m and their kin (configs/grid) fit; so does sym=true group_size=32 with bits 4, 5 or 8"
+FITS = "choose grid=q4_0, q8_0, q4_k_m or a related one in configs/grid, or sym=true group_size=32 with bits 4, 5 or 8"
 
 
 @dataclass(frozen=True)
 class GGUFFormat:
-    """One file `model.gguf`.
+    """Export to a folder with `model.gguf`, an Ollama Modelfile and config.json.
 
     Attributes:
-        plain_dtype: of the matrices that are not quantized: F16, BF16 or F32.
-        pre: llama.cpp's name of the pre-tokenizer, where it isn't recognized; None: by its content.
+        plain_dtype: dtype of unquantized matrices: F16, BF16 or F32.
+        pre: llama.cpp's name of the pre-tokenizer; None recognizes it by its content.
     """
 
     plain_dtype: str = "F16"
@@ -48,7 +48,7 @@ class GGUFFormat:
     name: str = "gguf"
 
     def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:
-        """Raise UserError for an architecture, a grid or a width that llama.cpp doesn't have."""
+        """Raise UserError for an architecture, a grid or a width that llama.cpp doesn't support."""
         check_architecture(config)
         if self.plain_dtype not in ("F16", "BF16", "F32"):
             raise UserError(f"export.gguf.plain_dtype={self.plain_dtype}: choose F16, BF16 or F32")
@@ -69,31 +69,31 @@ class GGUFFormat:
                 )
 
     def check_tokenizer(self, tokenizer: Any, rows: int) -> None:
-        """Raise UserError for a tokenizer that llama.cpp doesn't have; `rows` is the embedding's."""
+        """Raise UserError for a tokenizer that llama.cpp can't reproduce; `rows` is the embedding's row count."""
         vocabulary(tokenizer, rows, self.pre)
 
     def write(self, source: Source, folder: Path) -> None:
-        """Write model.gguf, its Modelfile and config.json (of the model, for the verifier)."""
+        """Write model.gguf, its Modelfile, and the model's config.json, which the verifier needs."""
         path = folder / "model.gguf"
         with TemporaryDirectory(dir=folder, prefix=".packed-") as scratch:
-            packed = _packed_by_block(source, Path(scratch)) if offloaded(source.model) else _packed(source)
+            packed = _packed_to_disk(source, Path(scratch)) if offloaded(source.model) else _packed(source)
             write_gguf(path, source.model, source.tokenizer, packed, self.plain_dtype, {"name": source.name}, self.pre)
         (folder / "Modelfile").write_text(modelfile(path.name, source.tokenizer))
         write_config(source, folder, torch.float16, None)
 
     def decoder(self) -> str:
-        """The gguf library for weights, table-driven bit fields for codes."""
+        """Name of the decoder: the gguf library decodes weights, our own bit-field tables decode codes."""
         return f"gguf {version('gguf')}"
 
     def decode(self, folder: Path) -> Iterator[Decoded]:
-        """Every packed weight, rows in transformers' order."""
+        """Decode every quantized weight, with rows in transformers' order."""
         for tensor in read_gguf(folder / "model.gguf"):
             if tensor.ggml_type in BLOCK_TYPES:
                 codes = torch.from_numpy(unpack_codes(tensor.ggml_type, tensor.data))
                 yield Decoded(tensor.name, codes, torch.from_numpy(tensor.weight))
 
     def plain(self, folder: Path) -> dict[str, Tensor]:
-        """What is not quantized, by its name in transformers."""
+        """Unquantized tensors by their names in transformers."""
         tensors = {}
         for tensor in read_gguf(folder / "model.gguf"):
             if tensor.ggml_type not in BLOCK_TYPES:
@@ -103,7 +103,7 @@ class GGUFFormat:
 
 
 def ggml_type(grid: Grid) -> str | None:
-    """The block type that holds a grid's codes and scales exactly; None where there is none."""
+    """Block type that stores a grid's codes and scales exactly; None where there is none."""
     if isinstance(grid, KGrid):
         return grid.type.upper()
     if isinstance(grid, TableGrid):
@@ -122,14 +122,14 @@ def ggml_type(grid: Grid) -> str | None:
 
 
 def _packed(source: Source) -> dict[str, tuple[str, np.ndarray]]:
-    """Block type and bytes by module; numpy lets go of the lock in large copies, so they are packed side by side."""
+    """Module name → block type and bytes, packed in threads, as numpy releases the GIL in large copies."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         blocks = pool.map(pack_weight, source.weights.values())
         return dict(zip(source.weights, blocks, strict=True))
 
 
-def _packed_by_block(source: Source, folder: Path) -> dict[str, tuple[str, np.ndarray]]:
-    """The same, one after the other, their bytes in mapped files."""
+def _packed_to_disk(source: Source, folder: Path) -> dict[str, tuple[str, np.ndarray]]:
+    """Module name → block type and memory-mapped bytes, packed one weight at a time to bound memory."""
     packed = {}
     for number, (name, weight) in enumerate(source.weights.items()):
         kind, data = pack_weight(weight)
@@ -139,7 +139,7 @@ def _packed_by_block(source: Source, folder: Path) -> dict[str, tuple[str, np.nd
 
 
 def pack_weight(weight: QuantizedWeight) -> tuple[str, np.ndarray]:
-    """ggml type and blocks of one weight."""
+    """Block type and packed bytes of one weight. Raises ValueError for a grid without block type."""
     kind = ggml_type(weight.grid)
     if kind is None or not weight.natural_order:
         raise ValueError(f"{weight.grid} has no ggml block type")

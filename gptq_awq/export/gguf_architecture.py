@@ -1,7 +1,7 @@
-"""Transformers' architectures as llama.cpp's: tensor names, order of rows, hyperparameters, what it computes alike.
+"""Mapping of transformers' architectures to llama.cpp's: tensor names, row order, hyperparameters and their limits.
 
-llama.cpp's graphs are fixed, one for each architecture (its src/models/), so a config that asks for more than
-the graph does (another activation, partial rotation, a bias) is refused, not written and computed wrongly.
+llama.cpp has one fixed graph per architecture (its src/models/), so a config with features that the graph lacks
+(another activation, partial rotation, a bias) is refused, as llama.cpp would silently compute something else.
 """
 
 import logging
@@ -75,22 +75,22 @@ GELU_TANH = ("gelu_pytorch_tanh", "gelu_new")
 
 @dataclass(frozen=True)
 class Architecture:
-    """One of llama.cpp's architectures.
+    """One llama.cpp architecture: tensor names, row orders, and the features that its graph computes.
 
     Attributes:
-        name: as in `general.architecture`.
-        outer: GGUF tensor → module, outside of blocks.
-        inner: the same inside of a block, `blk.N.TENSOR` → `blocks.N.MODULE`.
-        blocks: path of the list of blocks.
-        activations: those that the graph computes.
-        rope: types of position scaling that it computes.
+        name: architecture name, the value of `general.architecture`.
+        inner: GGUF tensor → module inside of block N, for `blk.N.TENSOR` → `blocks.N.MODULE`.
+        outer: GGUF tensor → module outside of the blocks.
+        blocks: path of the module list of blocks.
+        activations: activation functions that the graph computes.
+        rope: rope types (position scaling) that the graph computes; empty for learned positions.
         biased: whether attention's linears may (True), must ("always") or can't (False) have a bias.
-        square: whether heads x head_dim must be the hidden size.
-        head: how logits are made: from "output", or the embedding where that is missing ("either");
-            always from "output"; always from the "embedding".
-        norm_shift: what is added to the weights of norms (Gemma multiplies by 1 + weight).
+        square: whether heads x head_dim must equal the hidden size.
+        head: tensor that logits are computed with: "output", "embedding", or "either", which is the output
+            tensor, or the embedding where that is missing.
+        norm_shift: constant that is added to the weights of norms (Gemma multiplies by 1 + weight).
         windows: whether the graph has layers with sliding windows.
-        orders: GGUF tensor → how its rows are ordered.
+        orders: GGUF tensor → function of the config that gives the order of its rows.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Architecture:
     orders: Mapping[str, Callable[[Any], Int[np.ndarray, "rows"]]] | None = None
 
     def modules(self, blocks: int) -> Iterator[tuple[str, str]]:
-        """(GGUF tensor, module) of a model with so many blocks, in the order of a file."""
+        """Pairs (GGUF tensor, module) of a model with `blocks` blocks, in the order of a GGUF file."""
         last = [name for name in self.outer if name.startswith("output")]
         yield from ((name, module) for name, module in self.outer.items() if name not in last)
         for i in range(blocks):
@@ -115,18 +115,21 @@ class Architecture:
         yield from ((name, self.outer[name]) for name in last)
 
     def order(self, tensor: str, config: Any) -> Int[np.ndarray, "rows"] | None:
-        """Row i of a GGUF tensor is row `order[i]` of the module's weight; None where they are the same."""
+        """Row order of a GGUF tensor: its row i is row `order[i]` of the module's weight; None where orders agree."""
         order = (self.orders or {}).get(tensor.split(".")[-1])
         return order(config) if order else None
 
 
 def _interleaved(heads: int, head_dim: int) -> Int[np.ndarray, "rows"]:
-    """llama.cpp's llama rotates neighbours (2i, 2i + 1), transformers the two halves (i, i + d/2) of a head."""
+    """Row order of q and k in llama.cpp's llama.
+
+    It rotates neighbours (2i, 2i + 1) of a head, where transformers rotates pairs (i, i + d/2).
+    """
     return np.arange(heads * head_dim).reshape(heads, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)
 
 
 def _split_qkv(heads: int, head_dim: int) -> Int[np.ndarray, "rows"]:
-    """GPT-NeoX keeps q, k, v of a head together; llama.cpp all q, then all k, then all v."""
+    """Row order of GPT-NeoX's fused qkv in llama.cpp: all q, then all k, then all v, instead of q, k, v per head."""
     return np.arange(3 * heads * head_dim).reshape(heads, 3, head_dim).swapaxes(0, 1).reshape(-1)
 
 
@@ -171,7 +174,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         NEOX_INNER,
         NEOX_OUTER,
         blocks="gpt_neox.layers",
-        activations=("gelu", *GELU_TANH),  # llama.cpp has the tanh approximation only
+        activations=("gelu", *GELU_TANH),  # llama.cpp computes the tanh approximation for all of them
         biased="always",
         square=True,
         head="output",
@@ -182,7 +185,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def architecture(config: Any) -> Architecture:
-    """Of a model with that config. Raises UserError naming those that fit."""
+    """llama.cpp architecture of a model. Raises UserError that lists the supported ones where there is none."""
     if config.model_type not in ARCHITECTURES:
         raise UserError(
             f"export.formats: gguf is written for {', '.join(ARCHITECTURES)}, not for {config.model_type}; "
@@ -192,7 +195,7 @@ def architecture(config: Any) -> Architecture:
 
 
 def check_architecture(config: Any) -> None:
-    """Raise UserError unless llama.cpp computes what this config asks for."""
+    """Raise UserError unless llama.cpp's graph computes the model that this config describes."""
     for wrong in _differences(architecture(config), config):
         raise UserError(
             f"export.formats: llama.cpp's {config.model_type} has no {wrong}; choose another format, such as hf"
@@ -200,7 +203,7 @@ def check_architecture(config: Any) -> None:
 
 
 def _differences(arch: Architecture, config: Any) -> Iterator[str]:
-    """What the config asks for and the graph doesn't do."""
+    """Features that the config requires and the graph lacks, in words."""
     if (activation := _activation(config)) not in arch.activations:
         yield f"{activation} activation"
     for rope in _ropes(config).values() if arch.rope else ():
@@ -220,7 +223,7 @@ def _differences(arch: Architecture, config: Any) -> Iterator[str]:
 
 
 def _attention_differences(config: Any) -> Iterator[str]:
-    """Scores that are scaled otherwise, or see other tokens."""
+    """Attention features that the config requires and the graph lacks: scaling, capping, masks, cross attention."""
     scalar = getattr(config, "query_pre_attn_scalar", None)
     if scalar is not None:
         blocks, gemma2 = config.num_hidden_layers, config.model_type == "gemma2"
@@ -246,7 +249,7 @@ def _activation(config: Any) -> str:
 
 
 def _ropes(config: Any) -> dict[str, Mapping[str, Any]]:
-    """Rope parameters by type of layer; "" for all layers."""
+    """Layer type → rope parameters; the only key is "" where all layers share them."""
     rope = getattr(config, "rope_parameters", None) or {}
     if "full_attention" in rope or "sliding_attention" in rope:
         return {kind: parameters for kind, parameters in rope.items() if parameters}
@@ -254,14 +257,14 @@ def _ropes(config: Any) -> dict[str, Mapping[str, Any]]:
 
 
 def rows(name: str, config: Any) -> Int[np.ndarray, "rows"] | None:
-    """Row i of the GGUF tensor is row `rows[i]` of module `name`'s weight and bias; None: they are the same."""
+    """Row order of module `name`: row i of its GGUF tensor is row `rows[i]` of the module; None where orders agree."""
     arch = architecture(config)
     tensors = {module: tensor for tensor, module in arch.modules(config.num_hidden_layers)}
     return arch.order(tensors[name], config)
 
 
 def add_hyperparameters(writer: GGUFWriter, config: Any) -> None:
-    """The `ARCH.*` fields."""
+    """Add the model's hyperparameters, the `ARCH.*` fields of the file."""
     arch = architecture(config)
     head_dim = head_size(config)
     writer.add_block_count(config.num_hidden_layers)
@@ -293,13 +296,15 @@ def _feed_forward_length(config: Any) -> int:
 
 
 def context_length(config: Any) -> int:
-    """Positions the model was made for; where llama.cpp ignores sliding windows, no more than fit into one."""
+    """Maximum number of positions; one sliding window where the model has windows that llama.cpp ignores."""
     length = config.max_position_embeddings
     window = getattr(config, "sliding_window", None)
     if architecture(config).windows or not window or window >= length:
         return length
     log.warning(
-        "gguf: llama.cpp's %s has no sliding windows: context_length is one window, %d", config.model_type, window
+        "gguf: llama.cpp's %s has no sliding windows: context_length is one window, %d",
+        config.model_type,
+        window,
     )
     return window
 
@@ -334,9 +339,11 @@ def _add_gemma(writer: GGUFWriter, config: Any) -> None:
 
 
 def rope_factors(config: Any) -> Float[np.ndarray, "half_head"] | None:
-    """What Llama 3.1 divides its rope frequencies by (transformers' rope type llama3); None for other types.
+    """Factors that divide the rope frequencies in Llama 3.1 (transformers' rope type llama3); None for other types.
 
-    Wavelengths under `low` stay, those over `high` are stretched by `factor`, in between by a smooth mix.
+    With L = original_max_position_embeddings: wavelengths below L / high_freq_factor keep factor 1, those above
+    L / low_freq_factor get `factor`; in between the reciprocals 1 and 1 / `factor` are interpolated linearly in
+    L / wavelength.
     """
     rope = _ropes(config).get("", {})
     if rope.get("rope_type") != "llama3":

@@ -1,18 +1,18 @@
-"""ggml's block formats: integer codes and stored scales ⇄ bytes, exactly. Nothing is rounded here.
+"""ggml's block formats: lossless conversion between integer codes with stored scales and packed bytes.
 
-Codes are unsigned, 0..2^bits-1; what a weight is worth (ggml/src/ggml-common.h, ggml-quants.c):
+Codes are unsigned, 0..2^bits-1. A code stands for this weight (ggml/src/ggml-common.h, ggml-quants.c):
 
-    Q4_0 Q5_0 Q8_0    d (code - 2^(bits-1))         32 weights a block; d fp16, any sign
+    Q4_0 Q5_0 Q8_0    d (code - 2^(bits-1))         32 weights per block; d fp16, any sign
     Q4_1 Q5_1         d code + m                    32; d, m fp16
-    IQ4_NL            d table[code]                 32; a table of 16 unequal steps; d fp16
+    IQ4_NL            d table[code]                 32; a table of 16 non-uniform levels; d fp16
     TQ1_0 TQ2_0       d (code - 1), code 0..2       256; d fp16
     Q2_K              d·sc code - dmin·mn           256 in 16 sub-blocks; sc, mn 4 bits; d, dmin fp16
     Q4_K Q5_K         d·sc code - dmin·mn           256 in 8 sub-blocks; sc, mn 6 bits
     Q3_K              d·sc (code - 4)               256 in 16 sub-blocks; sc -32..31
     Q6_K              d·sc (code - 32)              256 in 16 sub-blocks; sc int8
 
-`pack` lays bits out field by field. `unpack_codes` reads them back weight by weight, from tables that say where
-each weight's bits lie: two spellings of one layout, so that one checks the other.
+`pack` lays bits out field by field. `unpack_codes` reads them back weight by weight, from tables of each weight's bit
+positions: two independent descriptions of one layout, so that one checks the other.
 """
 
 from collections.abc import Mapping
@@ -28,21 +28,21 @@ from torch import Tensor
 Array = np.ndarray[Any, np.dtype[Any]]
 
 POWERS_OF_3 = np.array([81, 27, 9, 3, 1], np.uint8)
-CODES_AT_ONCE = 1 << 19  # codes: temporaries stay in the cache
+CODES_AT_ONCE = 1 << 19  # codes packed per step, so that temporaries stay in the CPU cache
 
 
 @dataclass(frozen=True)
 class BlockType:
-    """One ggml type.
+    """Block layout of one ggml type: bits, sizes and ranges.
 
     Attributes:
-        bits: of a code (TQ: of the range 0..2).
-        block: weights that share a block of bytes.
+        bits: bits of a code (2 for ternary types).
+        block: number of weights in a block.
         size: bytes of a block.
-        sub_blocks: of a k-quant's superblock, 0 for the others.
-        scale_range: smallest and largest stored scale of a sub-block.
-        minimum: whether a block (or sub-block) stores a minimum beside its scale.
-        max_code: largest code.
+        sub_blocks: number of sub-blocks of a k-quant's superblock, 0 for other types.
+        scale_range: smallest and largest stored integer scale of a sub-block.
+        minimum: whether a block (or sub-block) stores a minimum besides its scale.
+        ternary: whether codes are 0, 1 and 2 only.
     """
 
     bits: int
@@ -55,7 +55,7 @@ class BlockType:
 
     @property
     def max_code(self) -> int:
-        """2 for ternary types, else 2^bits - 1."""
+        """Largest code: 2 for ternary types, else 2^bits - 1."""
         return 2 if self.ternary else 2**self.bits - 1
 
 
@@ -83,18 +83,19 @@ def pack(
     minimums: Float[Tensor, "out groups"] | None,
     store: Mapping[str, Tensor],
 ) -> UInt8[np.ndarray, "out row_bytes"]:
-    """The bytes of a matrix, row by row.
+    """Pack a matrix of codes and its scales into ggml blocks, row by row.
 
     Args:
         ggml_type: a key of BLOCK_TYPES.
-        codes: (out, in), 0..max_code; `in` a multiple of the block.
-        scales: (out, in / block), exact in fp16. Unused for k-quants.
-        minimums: (out, in / block), exact in fp16; for Q4_1 and Q5_1, else None.
-        store: of a k-quant: "d" and, where there is a minimum, "dmin" (out, in / 256), exact in fp16;
-            "scale_codes" and "min_codes" (out, sub-blocks), integers in the type's range. Else empty.
+        codes: (out, in) codes 0..max_code; `in` is a multiple of the block.
+        scales: (out, in / block) scales, exact in fp16; unused for k-quants.
+        minimums: (out, in / block) minimums, exact in fp16, for Q4_1 and Q5_1; unused for other types.
+        store: second-level tensors of a k-quant, unused for other types: "d" and, for types with a minimum, "dmin",
+            (out, in / 256), exact in fp16; "scale_codes" and "min_codes", (out, sub-blocks of the row), integers in
+            the type's range.
 
     Raises:
-        ValueError: an unknown type, or what the type cannot hold exactly.
+        ValueError: an unknown type, or values that the type can't store exactly.
     """
     kind = _kind(ggml_type)
     q = _codes(codes, kind, ggml_type)
@@ -121,6 +122,7 @@ def _kind(ggml_type: str) -> BlockType:
 
 
 def _codes(codes: Tensor, kind: BlockType, ggml_type: str) -> Array:
+    """Convert codes to contiguous uint8. Raises ValueError for a wrong shape, fractions or codes out of range."""
     q = _array(codes)
     if q.ndim != 2 or q.shape[1] % kind.block:
         raise ValueError(f"{ggml_type} takes a matrix whose width is a multiple of {kind.block}, not {q.shape}")
@@ -134,7 +136,7 @@ def _codes(codes: Tensor, kind: BlockType, ggml_type: str) -> Array:
 
 
 def _fp16(values: Tensor | None, shape: tuple[int, int], what: str, ggml_type: str) -> Array:
-    """Little-endian fp16 bytes, (out, blocks, 2)."""
+    """Convert to little-endian fp16 bytes, (out, blocks, 2). Raises ValueError where fp16 would round."""
     if values is None:
         raise ValueError(f"{ggml_type} needs a {what} for every block")
     given = _array(values)
@@ -148,6 +150,7 @@ def _fp16(values: Tensor | None, shape: tuple[int, int], what: str, ggml_type: s
 
 
 def _k_fields(kind: BlockType, store: Mapping[str, Tensor], rows: int, blocks: int, name: str) -> dict[str, Array]:
+    """Scale fields of a k-quant: superblock d (and dmin) in fp16, integer scales (and minimums) of sub-blocks."""
     fields = {"d": _fp16(store.get("d"), (rows, blocks), "d", name)}
     fields["scales"] = _integers(store.get("scale_codes"), kind.scale_range, (rows, blocks, kind.sub_blocks), name)
     if kind.minimum:
@@ -157,6 +160,7 @@ def _k_fields(kind: BlockType, store: Mapping[str, Tensor], rows: int, blocks: i
 
 
 def _integers(values: Tensor | None, limits: tuple[int, int], shape: tuple[int, int, int], name: str) -> Array:
+    """Convert integer sub-block scales to int16 (rows, blocks, sub-blocks). Raises ValueError if out of range."""
     low, high = limits
     if values is None:
         raise ValueError(f"{name} needs the integer scales (and minimums) of its sub-blocks")
@@ -173,7 +177,7 @@ def _array(values: Tensor) -> Array:
 
 
 def _join(fields: Array, width: int) -> Array:
-    """(…, n, bytes) of `width` bits each → (…, bytes): field i goes to bits i·width and up."""
+    """Join n fields of `width` bits, (…, n, bytes) → (…, bytes): field i goes to bits i·width and up."""
     joined = fields[..., 0, :].copy()
     for i in range(1, fields.shape[-2]):
         joined |= fields[..., i, :] << np.uint8(i * width)
@@ -188,7 +192,8 @@ def _bytes(fields: Array) -> Array:
     return fields.reshape(*fields.shape[:2], -1)
 
 
-# One function a type writes out[:, :, bytes] from q (rows, blocks, weights) and the block's scales.
+# Layout functions, one per type: write the bytes out (rows, blocks, size) from the codes q (rows, blocks, weights) and
+# the scale fields s.
 
 
 def _q4_0(out: Array, q: Array, s: Mapping[str, Array]) -> None:
@@ -212,6 +217,7 @@ def _q5_1(out: Array, q: Array, s: Mapping[str, Array]) -> None:
 
 
 def _five_bits(out: Array, q: Array) -> None:
+    """Write 5-bit codes: a bitmap of the fifth bits, then nibbles."""
     out[..., :4] = np.packbits(q >> 4, axis=-1, bitorder="little")
     out[..., 4:] = _join(_split(q & 15, 2, 16), 4)
 
@@ -248,7 +254,10 @@ def _q5_k(out: Array, q: Array, s: Mapping[str, Array]) -> None:
 
 
 def _k_scales(out: Array, s: Mapping[str, Array]) -> None:
-    """Eight scales and eight minimums of 6 bits in 12 bytes; the last four of each give their top bits away."""
+    """Write d, dmin, and eight 6-bit scales and minimums in 12 bytes.
+
+    The last four of each are split: their top two bits go on top of the first four.
+    """
     scales, mins = s["scales"].astype(np.uint8), s["mins"].astype(np.uint8)
     out[..., :2], out[..., 2:4] = s["d"], s["m"]
     out[..., 4:8] = scales[..., :4] | (scales[..., 4:] >> 4) << 6
@@ -264,12 +273,12 @@ def _q6_k(out: Array, q: Array, s: Mapping[str, Array]) -> None:
 
 
 def _tq1_0(out: Array, q: Array, s: Mapping[str, Array]) -> None:
-    """Base 3, five digits a byte: 160 weights in 32 bytes, 80 in 16, and 16 in 4 bytes of four digits."""
+    """Write TQ1_0 blocks in base 3: five digits a byte for 160 and 80 weights, four digits a byte for the last 16."""
     at = 0
     for start, digits, width in ((0, 5, 32), (160, 5, 16), (240, 4, 4)):
         part = _split(q[..., start : start + digits * width], digits, width)
         number = (part * POWERS_OF_3[:digits, None]).sum(-2, dtype=np.uint16)
-        # As the fraction number / 243 of a byte, rounded up: the decoder multiplies by 3 and takes what overflows.
+        # Stored as the fraction number / 243 of a byte, rounded up: the decoder multiplies by 3 and takes the overflow.
         out[..., at : at + width] = (number * 256 + 242) // 243
         at += width
     out[..., 52:] = s["d"]
@@ -298,7 +307,7 @@ _LAYOUTS = {
 
 
 def unpack_codes(ggml_type: str, packed: UInt8[np.ndarray, "out row_bytes"]) -> UInt8[np.ndarray, "out in"]:
-    """The codes of a packed matrix, (out, in). Raises ValueError for an unknown type or broken blocks."""
+    """Unpack the codes of a packed matrix, (out, in). Raises ValueError for an unknown type or incomplete blocks."""
     kind = _kind(ggml_type)
     if packed.ndim != 2 or packed.shape[1] % kind.size:
         raise ValueError(f"{ggml_type} rows are a multiple of {kind.size} bytes, not {packed.shape}")
@@ -308,25 +317,27 @@ def unpack_codes(ggml_type: str, packed: UInt8[np.ndarray, "out row_bytes"]) -> 
 
 
 def _gathered(blocks: Array, ggml_type: str) -> Array:
+    """Unpack the codes of each block, (blocks, weights), from their bit fields."""
     codes = np.zeros((len(blocks), BLOCK_TYPES[ggml_type].block), np.uint8)
-    for byte, shift, mask, up in _places(ggml_type):
+    for byte, shift, mask, up in _bit_fields(ggml_type):
         codes |= (blocks[:, byte] >> shift & mask) << up
     return codes ^ np.uint8(128) if ggml_type == "Q8_0" else codes
 
 
-Places = tuple[tuple[Array, Array, np.uint8, np.uint8], ...]
+BitFields = tuple[tuple[Array, Array, np.uint8, np.uint8], ...]
+"""Per field: byte and shift of each weight, mask, and the shift of the field within the code."""
 
 
 @lru_cache
-def _places(ggml_type: str) -> Places:
-    """Where the bits of each weight lie: byte and shift of weight j, how many of them, and their place in the code."""
+def _bit_fields(ggml_type: str) -> BitFields:
+    """Positions of the bits of every weight in a block of this type."""
     j = np.arange(BLOCK_TYPES[ggml_type].block)
-    low4, high1 = (j % 16, j // 16 * 4, 4), (j // 8, j % 8, 1)  # nibbles of halves; a bitmap
-    pairs = (j // 128 * 32 + j % 32, j % 128 // 32 * 2, 2)  # four weights, 32 apart, a byte
-    nibbles = (j // 64 * 32 + j % 32, j % 64 // 32 * 4, 4)  # two weights, 32 apart, a byte
-    wide = (j // 128 * 64 + j % 64, j % 128 // 64 * 4, 4)  # two weights, 64 apart, a byte
+    low4, high1 = (j % 16, j // 16 * 4, 4), (j // 8, j % 8, 1)  # nibbles of two half blocks; a bitmap
+    pairs = (j // 128 * 32 + j % 32, j % 128 // 32 * 2, 2)  # four weights, 32 apart, per byte
+    nibbles = (j // 64 * 32 + j % 32, j % 64 // 32 * 4, 4)  # two weights, 32 apart, per byte
+    wide = (j // 128 * 64 + j % 64, j % 128 // 64 * 4, 4)  # two weights, 64 apart, per byte
     planes = (j % 32, j // 32, 1)  # bit i of byte l: weight 32 i + l
-    # (first byte, pattern, place in the code)
+    # (first byte, pattern, shift within the code)
     fields = {
         "Q4_0": [(2, low4, 0)],
         "Q4_1": [(4, low4, 0)],
@@ -348,7 +359,7 @@ def _places(ggml_type: str) -> Places:
 
 
 def _ternary_digits(blocks: Array) -> Array:
-    """TQ1_0: digit n of a byte is the integer part of 3 · frac(3^n · byte / 256)."""
+    """Unpack TQ1_0 codes: digit n of a byte is the integer part of 3 · frac(3^n · byte / 256)."""
     codes = np.empty((len(blocks), 256), np.uint16)
     for j in range(256):
         byte, digit = (j % 32, j // 32) if j < 160 else (32 + j % 16, (j - 160) // 16)

@@ -1,8 +1,8 @@
-"""A stand-alone GGUF file (llama.cpp) from a transformers model in memory, and back.
+"""Write a stand-alone GGUF file (llama.cpp) from a transformers model in memory, and read it back.
 
-Every parameter of the model becomes exactly one tensor: packed blocks as they are given, their rows reordered
-where llama.cpp wants them otherwise; the rest in one plain type. Vectors and position embeddings stay float32, as
-llama.cpp's own converter leaves them. Tensors are converted one by one while the file is written.
+Every parameter of the model becomes exactly one tensor: packed blocks are stored as given, with rows in llama.cpp's
+order; all others in one plain dtype. Vectors and position embeddings stay float32, as in llama.cpp's own converter.
+Tensors are converted one by one while the file is written.
 """
 
 from collections import Counter
@@ -39,7 +39,7 @@ __all__ = ["StoredTensor", "check_architecture", "modelfile", "read_gguf", "rows
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Packed = Mapping[str, tuple[str, UInt8[np.ndarray, "out row_bytes"]]]
-"""Module name → ggml type and bytes, rows in the module's own order."""
+"""Module name → block type and packed bytes, with rows in the module's order."""
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -53,35 +53,35 @@ def write_gguf(
     description: Mapping[str, str],
     pre: str | None = None,
 ) -> None:
-    """Write a GGUF file that llama.cpp runs without any other.
+    """Write a GGUF file that llama.cpp runs without any other file.
 
     Args:
-        path: of the file.
-        model: its parameters are written, but for those in `packed`.
-        tokenizer: a fast tokenizer; None writes a file without one, for engines fed with token ids.
-        packed: linears and embeddings as blocks. A tied output layer may be packed apart from the embedding.
-        plain_dtype: F32, F16 or BF16, of the matrices that are not packed.
-        description: `name`, `description`, `license`, `url` … go to `general.KEY`, a key with a dot is written as
-            it is.
-        pre: llama.cpp's name of the pre-tokenizer, where it is not recognized.
+        path: path of the file to write.
+        model: model whose parameters are written, except for the weights in `packed`.
+        tokenizer: transformers fast tokenizer; None writes a file without one, for engines fed with token ids.
+        packed: packed linears and embeddings. A tied output layer may be packed separately from the embedding.
+        plain_dtype: dtype of the matrices that are not packed: F32, F16 or BF16.
+        description: metadata; `name`, `description`, `license`, `url` … go to `general.KEY`, keys with a dot are
+            written unchanged.
+        pre: llama.cpp's name of the pre-tokenizer; None recognizes it by its content.
 
     Raises:
-        UserError: an architecture or a tokenizer that llama.cpp doesn't have, a weight beyond `plain_dtype`.
-        ValueError: a name in `packed` that the model doesn't have, or a shape that isn't its module's.
+        UserError: an architecture or a tokenizer that llama.cpp doesn't support, a weight that overflows `plain_dtype`.
+        ValueError: a name in `packed` that the model doesn't have, or a shape that differs from its module's.
     """
     if plain_dtype not in PLAIN:
         raise UserError(f"export.gguf.plain_dtype={plain_dtype}: choose one of {', '.join(PLAIN)}")
     config = model.config
     check_architecture(config)
     embedding = model.get_input_embeddings().get_parameter("weight")
-    words = vocabulary(tokenizer, len(embedding), pre) if tokenizer is not None else None
+    vocab = vocabulary(tokenizer, len(embedding), pre) if tokenizer is not None else None
     tensors = list(_tensors(model, packed, plain_dtype))
     writer = GGUFWriter(path, architecture(config).name)
     try:
         _add_general(writer, model, packed, plain_dtype, description)
         add_hyperparameters(writer, config)
         writer.add_vocab_size(len(embedding))
-        _add_tokenizer(writer, words)
+        _add_tokenizer(writer, vocab)
         _write(writer, tensors)
     finally:
         writer.close()
@@ -89,7 +89,7 @@ def write_gguf(
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor of the file; `load` makes its bytes."""
+    """One tensor to be written; `load` converts its data to bytes when its turn comes."""
 
     name: str
     kind: GGMLQuantizationType
@@ -125,7 +125,7 @@ def _add_general(
 
 
 def _file_type(model: PreTrainedModel, packed: Packed, plain_dtype: str) -> LlamaFileType:
-    """What most weights of the blocks are; a k-quant is "S" where they all are it, else "M" (a mix)."""
+    """File type: the block type of most weights in the blocks; for k-quants with suffix S if uniform, M if mixed."""
     blocks = f"{architecture(model.config).blocks}."
     inside = {name: value for name, value in packed.items() if name.startswith(blocks)} or packed
     count: Counter[str] = Counter()
@@ -140,38 +140,41 @@ def _file_type(model: PreTrainedModel, packed: Packed, plain_dtype: str) -> Llam
     return LlamaFileType[f"MOSTLY_{kind}"]
 
 
-def _add_tokenizer(writer: GGUFWriter, words: Vocabulary | None) -> None:
-    if words is None:
+def _add_tokenizer(writer: GGUFWriter, vocab: Vocabulary | None) -> None:
+    if vocab is None:
         writer.add_tokenizer_model("none")
     else:
-        words.write(writer)
+        vocab.write(writer)
 
 
 def _tensors(model: PreTrainedModel, packed: Packed, plain_dtype: str) -> Iterator[_Tensor]:
+    """Tensors of the file in its order: weights and biases of all modules, then Llama 3.1's rope factors."""
     arch, embedding = architecture(model.config), model.get_input_embeddings().get_parameter("weight")
-    parameters, at = dict(model.named_parameters(remove_duplicate=False)), homes(model)
+    parameters, residences = dict(model.named_parameters(remove_duplicate=False)), homes(model)
     for name, module in _modules(model, arch, packed).items():
         weight, order = parameters[f"{module}.weight"], arch.order(name, model.config)
-        shared = arch.outer["token_embd"] if weight is embedding else module  # a tied head, where it must be stored
+        shared = arch.outer["token_embd"] if weight is embedding else module  # a tied head that must be stored
         blocks = packed.get(module) or packed.get(shared)
         flipped = isinstance(model.get_submodule(module), Conv1D)
         if blocks is not None:
-            yield _blocks(f"{name}.weight", module, weight.T if flipped else weight, blocks, order)
+            yield _packed_tensor(f"{name}.weight", module, weight.T if flipped else weight, blocks, order)
         elif weight.dim() == 1:
-            yield _plain(f"{name}.weight", weight, "F32", order, at, shift=arch.norm_shift)
+            yield _plain_tensor(f"{name}.weight", weight, "F32", order, residences, shift=arch.norm_shift)
         else:
             kind = "F32" if name == "position_embd" else plain_dtype
-            yield _plain(f"{name}.weight", weight, kind, order, at, flipped=flipped)
+            yield _plain_tensor(f"{name}.weight", weight, kind, order, residences, flipped=flipped)
         if (bias := parameters.get(f"{module}.bias")) is not None:
-            yield _plain(f"{name}.bias", bias, "F32", order, at)
+            yield _plain_tensor(f"{name}.bias", bias, "F32", order, residences)
     if (factors := rope_factors(model.config)) is not None:
-        yield _plain("rope_freqs.weight", torch.from_numpy(factors), "F32", None, at)
+        yield _plain_tensor("rope_freqs.weight", torch.from_numpy(factors), "F32", None, residences)
 
 
 def _modules(model: PreTrainedModel, arch: Architecture, packed: Packed) -> dict[str, str]:
-    """GGUF tensor → module, of what is written: a tied head only where it is packed apart, or has to be there.
+    """GGUF tensor → module to be written; a tied head only if packed separately or required by the architecture.
 
-    Raises for a packed name that is none of them, a parameter that would be lost, and one that is missing.
+    Raises:
+        UserError: a packed head that the architecture can't store, a parameter without a tensor, or a missing one.
+        ValueError: a packed name that is not among the modules.
     """
     modules = dict(arch.modules(model.config.num_hidden_layers))
     head = modules["output"]
@@ -198,7 +201,8 @@ def _is_tied(model: PreTrainedModel) -> bool:
     return len(weights) == 2 and weights[0] is weights[1]
 
 
-def _blocks(name: str, module: str, weight: Tensor, packed: tuple[str, Array], order: Array | None) -> _Tensor:
+def _packed_tensor(name: str, module: str, weight: Tensor, packed: tuple[str, Array], order: Array | None) -> _Tensor:
+    """Tensor of packed blocks, rows in llama.cpp's order. Raises ValueError if the bytes don't fit the shape."""
     kind, data = GGMLQuantizationType[packed[0]], packed[1]
     if gguf.quant_shape_to_byte_shape(tuple(weight.shape), kind) != data.shape:
         raise ValueError(f"{module}: {data.shape} bytes of {kind.name} don't hold {tuple(weight.shape)} weights")
@@ -207,17 +211,29 @@ def _blocks(name: str, module: str, weight: Tensor, packed: tuple[str, Array], o
     )
 
 
-def _plain(
+def _plain_tensor(
     name: str,
     weight: Tensor,
     dtype: str,
     order: Array | None,
-    at: Mapping[int, Residence],
+    residences: Mapping[int, Residence],
     shift: int = 0,
     flipped: bool = False,
 ) -> _Tensor:
+    """Tensor of an unquantized parameter, rows in llama.cpp's order; loading raises UserError on overflow.
+
+    Args:
+        name: name of the GGUF tensor.
+        weight: parameter of the model, possibly offloaded.
+        dtype: F32, F16 or BF16.
+        order: row order in llama.cpp; None for the module's.
+        residences: id of a parameter → what loads it, for offloaded parameters.
+        shift: constant that is added to the values.
+        flipped: whether the weight is stored transposed in the module (Conv1D).
+    """
+
     def load() -> Array:
-        home = at.get(id(weight))
+        home = residences.get(id(weight))
         with home.held() if home else nullcontext():
             value = weight.detach().T if flipped else weight.detach()
             value = value.to("cpu", torch.float32) + shift if shift else value.cpu()
@@ -232,13 +248,13 @@ def _plain(
 
 
 class StoredTensor(NamedTuple):
-    """One tensor of a GGUF file, in transformers' terms.
+    """One tensor read from a GGUF file, in transformers' naming and row order.
 
     Attributes:
-        name: of the module, "model.layers.0.self_attn.q_proj"; of a bias, with ".bias" behind it.
-        ggml_type: "Q4_K", "F16" …
-        data: the stored bytes, rows in transformers' order; (out, row_bytes); of a vector, (n, 4).
-        weight: the dequantized float32 weight in transformers' order and without Gemma's shift of norms.
+        name: module name such as "model.layers.0.self_attn.q_proj"; for a bias, with ".bias" appended.
+        ggml_type: type name such as "Q4_K" or "F16".
+        data: stored bytes, (out, row_bytes) with rows in transformers' order; (n, 4) for a vector.
+        weight: dequantized float32 weight in transformers' row order, without Gemma's shift of norms.
     """
 
     name: str
@@ -248,9 +264,10 @@ class StoredTensor(NamedTuple):
 
 
 def read_gguf(path: Path) -> Iterator[StoredTensor]:
-    """The tensors of a file of an architecture in ARCHITECTURES, decoded by the gguf library.
+    """Read the tensors of a GGUF file, decoded by the gguf library.
 
-    What is no module's parameter (`rope_freqs`) is left out. Raises UserError for other architectures.
+    Tensors that are no module's parameter (`rope_freqs`) are skipped. Raises UserError for an architecture that is
+    not in ARCHITECTURES.
     """
     reader = GGUFReader(path)
     arch, config = _architecture(reader, path)
@@ -271,7 +288,7 @@ def read_gguf(path: Path) -> Iterator[StoredTensor]:
 
 
 def _architecture(reader: GGUFReader, path: Path) -> tuple[Architecture, Any]:
-    """A file's architecture, and as much of a config as the order of rows depends on."""
+    """Architecture of a GGUF file, and a minimal config with the fields that row orders depend on."""
     name = reader.fields["general.architecture"].contents()
     known = {arch.name: arch for arch in ARCHITECTURES.values()}
     if name not in known:

@@ -1,15 +1,15 @@
-"""A transformers tokenizer as a GGUF file's `tokenizer.*` fields, and as an Ollama Modelfile.
+"""Convert a transformers tokenizer to a GGUF file's `tokenizer.*` fields and to an Ollama Modelfile.
 
-llama.cpp carries two tokenizers that fast tokenizers of language models are instances of:
+llama.cpp implements two tokenizers that cover the fast tokenizers of most language models:
 
-    gpt2    byte-level BPE; which regex splits the text first is named by `tokenizer.ggml.pre`
-    llama   SentencePiece's BPE with byte fallback: merge the adjacent pair whose union scores highest
+    gpt2    byte-level BPE; `tokenizer.ggml.pre` names the regex that splits text into words first
+    llama   SentencePiece's BPE with byte fallback: merges the adjacent pair whose union has the highest score
 
-Which of them a tokenizer is, and which regex, is read off its `tokenizer.json`. What llama.cpp has no name for
-is refused: a file that tokenizes differently from the model that was scored would be worse than none.
-Differences that remain, all llama.cpp's: it never normalizes (NFC in Qwen2); its gpt-4o and tekken cut words at
-combining marks; its `llama` always puts a space before the text, and after a special token, where transformers'
-newer Metaspace leaves a text alone that begins with one.
+The kind of tokenizer and its regex are recognized by the content of its `tokenizer.json`. Tokenizers that llama.cpp
+can't reproduce are refused, as a file that tokenizes differently from the scored model would be worse than none.
+Known differences in llama.cpp remain: it never normalizes (NFC in Qwen2); its gpt-4o and tekken split words at
+combining marks; its `llama` always inserts a space before the text and after special tokens, where transformers'
+newer Metaspace leaves a text that starts with a special token unchanged.
 """
 
 import json
@@ -52,23 +52,23 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((f"split {_GPT4O}", "bytes"), False): "gpt-4o",
     ((f"split {_TEKKEN}", "bytes"), True): "tekken",
 }
-"""What a tokenizer.json does before it merges, and whether whole words skip merging → `tokenizer.ggml.pre`."""
+"""(pre-tokenizer steps, whether known whole words skip merging) → name for `tokenizer.ggml.pre`."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What GGUF stores of a tokenizer.
+    """Content of the `tokenizer.*` fields of a GGUF file.
 
     Attributes:
-        model: "gpt2" or "llama".
-        pre: the pre-tokenizer's name, "default" for llama.
-        tokens, types: one for each row of the embedding; rows without a token are [PAD…], unused.
-        merges: of gpt2, "left right", best first.
-        scores: of llama, one for each token.
-        special: bos, eos, unknown, padding → id, those that exist.
-        add_bos, add_eos: whether a text is wrapped in them.
-        add_space_prefix: whether a space goes before the text; None for gpt2, which has no choice.
-        chat_template: Jinja, or several by name.
+        model: kind of tokenizer, "gpt2" or "llama".
+        pre: name of the pre-tokenizer, "default" for llama.
+        tokens, types: text and type per row of the embedding; rows without a token are [PAD…] of type UNUSED.
+        merges: merges of gpt2 as "left right", in order of priority; empty for llama.
+        scores: score per token of llama; empty for gpt2.
+        special: bos, eos, unknown, padding → token id, for those that the tokenizer has.
+        add_bos, add_eos: whether bos is put before a text, and eos after it.
+        add_space_prefix: whether a space is put before a text; None for gpt2, which has no such option.
+        chat_template: Jinja chat template, or name → template; None for none.
     """
 
     model: str
@@ -84,7 +84,7 @@ class Vocabulary:
     chat_template: str | dict[str, str] | None
 
     def write(self, writer: GGUFWriter) -> None:
-        """Add the `tokenizer.*` fields."""
+        """Add the `tokenizer.*` fields to a GGUF file."""
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
@@ -107,30 +107,30 @@ class Vocabulary:
 
 
 def vocabulary(tokenizer: Any, rows: int | None = None, pre: str | None = None) -> Vocabulary:
-    """The GGUF fields of a fast tokenizer; called early, the check that there are such fields.
+    """Convert a fast tokenizer to GGUF's fields; export also calls it early, to check that llama.cpp can reproduce it.
 
     Args:
-        tokenizer: a transformers fast tokenizer.
-        rows: of the embedding; None: as many as there are tokens.
-        pre: name of llama.cpp's pre-tokenizer, for a byte-level BPE that is not recognized.
+        tokenizer: transformers fast tokenizer.
+        rows: number of rows of the embedding; None for the number of tokens.
+        pre: llama.cpp's name of the pre-tokenizer of a byte-level BPE; None recognizes it by its content.
 
     Raises:
-        UserError: a tokenizer that llama.cpp cannot reproduce, or with more tokens than `rows`.
+        UserError: a tokenizer that llama.cpp can't reproduce, or one with more tokens than `rows`.
     """
     content = _content(tokenizer)
     model = content["model"]
     if model["type"] != "BPE":
-        raise _unfit(f"a {model['type']} tokenizer")
+        raise _unsupported(f"a {model['type']} tokenizer")
     ids = model["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
     size = 1 + max(ids.values())
     if rows is not None and size > rows:
-        raise _unfit(f"a tokenizer of {size} tokens for an embedding of {rows} rows")
+        raise _unsupported(f"a tokenizer of {size} tokens for an embedding of {rows} rows")
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
     is_llama = bool(model.get("byte_fallback"))
     tokens, types = _tokens(content, ids, rows or size)
     if is_llama and tokenizer.unk_token_id is not None:
         types[tokenizer.unk_token_id] = TokenType.UNKNOWN
-    add_bos, add_eos = _wrapped(tokenizer)
+    add_bos, add_eos = _added_bos_eos(tokenizer)
     return Vocabulary(
         model="llama" if is_llama else "gpt2",
         pre="default" if is_llama else pre or _pre_tokenizer(content),
@@ -146,19 +146,20 @@ def vocabulary(tokenizer: Any, rows: int | None = None, pre: str | None = None) 
     )
 
 
-def _unfit(what: str, hint: str = "") -> UserError:
+def _unsupported(what: str, hint: str = "") -> UserError:
     return UserError(f"export.formats: gguf cannot hold {what}{hint or '; choose another format, such as hf'}")
 
 
 def _content(tokenizer: Any) -> dict[str, Any]:
-    """tokenizer.json, as it is in memory."""
+    """Parse the tokenizer.json that the tokenizer holds in memory. Raises UserError for slow tokenizers."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise _unfit(f"{type(tokenizer).__name__}, which is not a fast tokenizer (one with a tokenizer.json)")
+        raise _unsupported(f"{type(tokenizer).__name__}, which is not a fast tokenizer (one with a tokenizer.json)")
     return json.loads(backend.to_str())
 
 
 def _tokens(content: dict[str, Any], ids: dict[str, int], rows: int) -> tuple[list[str], list[TokenType]]:
+    """Text and type of the token of each embedding row; rows without a token are unused padding."""
     tokens = [f"[PAD{i}]" for i in range(rows)]
     types = [TokenType.UNUSED] * rows
     for text, i in ids.items():
@@ -166,7 +167,7 @@ def _tokens(content: dict[str, Any], ids: dict[str, int], rows: int) -> tuple[li
     if content["model"].get("byte_fallback"):
         for byte in range(256):
             if (i := ids.get(f"<0x{byte:02X}>")) is None:
-                raise _unfit("a SentencePiece tokenizer without a token for each byte")
+                raise _unsupported("a SentencePiece tokenizer without a token for each byte")
             types[i] = TokenType.BYTE
     for token in content["added_tokens"]:
         types[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
@@ -179,8 +180,8 @@ def _special(tokenizer: Any) -> dict[str, int]:
     return {name: token for name, token in found.items() if token is not None}
 
 
-def _wrapped(tokenizer: Any) -> tuple[bool, bool]:
-    """Whether a text gets bos before and eos after it; seen on one."""
+def _added_bos_eos(tokenizer: Any) -> tuple[bool, bool]:
+    """Whether the tokenizer puts bos before a text and eos after it, as observed on an example."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     bos, eos = ([] if i is None else [i] for i in (tokenizer.bos_token_id, tokenizer.eos_token_id))
     full = tokenizer("a")["input_ids"]
@@ -188,19 +189,20 @@ def _wrapped(tokenizer: Any) -> tuple[bool, bool]:
         for after in ([], eos):
             if full == [*before, *plain, *after]:
                 return bool(before), bool(after)
-    raise _unfit("a tokenizer that adds other special tokens than bos and eos to a text")
+    raise _unsupported("a tokenizer that adds other special tokens than bos and eos to a text")
 
 
 def _pre_tokenizer(content: dict[str, Any]) -> str:
+    """llama.cpp's name of a byte-level BPE's pre-tokenizer. Raises UserError if it has none."""
     normalizer = content["normalizer"]
     if normalizer and normalizer["type"] != "NFC":
-        raise _unfit(f"a byte-level tokenizer with a {normalizer['type']} normalizer")
+        raise _unsupported(f"a byte-level tokenizer with a {normalizer['type']} normalizer")
     steps = tuple(_steps(content["pre_tokenizer"]))
     name = PRE_TOKENIZERS.get((steps, bool(content["model"].get("ignore_merges"))))
     if name is None:
         names = ", ".join(sorted(set(PRE_TOKENIZERS.values())))
         log.debug("no tokenizer.ggml.pre for %s", steps)
-        raise _unfit(
+        raise _unsupported(
             "this tokenizer's way of splitting text into words",
             f": recognized are {names}; set export.gguf.pre to llama.cpp's name for it if you know it",
         )
@@ -208,7 +210,7 @@ def _pre_tokenizer(content: dict[str, Any]) -> str:
 
 
 def _steps(pre: dict[str, Any] | None) -> Iterator[str]:
-    """A pre-tokenizer, as the steps that matter for where text is split."""
+    """Steps of a pre-tokenizer, reduced to what decides where text is split."""
     match pre:
         case {"type": "Sequence", "pretokenizers": parts}:
             for part in parts:
@@ -217,7 +219,7 @@ def _steps(pre: dict[str, Any] | None) -> Iterator[str]:
             yield "bytes of words" if pre.get("use_regex", True) else "bytes"
         case {"type": "Digits", "individual_digits": True}:
             yield "digits"
-        # Both cut out each match, where the regex matches everything.
+        # Both behaviors split off each match, given a regex that matches all of a text.
         case {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}:
             yield f"split {regex}"
         case {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Removed", "invert": True}:
@@ -227,25 +229,25 @@ def _steps(pre: dict[str, Any] | None) -> Iterator[str]:
 
 
 def _space_prefix(content: dict[str, Any]) -> bool:
-    """Whether SentencePiece's dummy prefix is on; in either of the two ways tokenizer.json spells it."""
+    """Whether SentencePiece's dummy prefix is on, in either of its two encodings in tokenizer.json."""
     normalizer, pre = content["normalizer"], content["pre_tokenizer"]
     steps = (normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]) if normalizer else []
     replaces = [s for s in steps if s["type"] == "Replace" and (s["pattern"], s["content"]) == ({"String": " "}, SPACE)]
     prepends = [s for s in steps if s["type"] == "Prepend" and s["prepend"] == SPACE]
     if len(replaces) + len(prepends) == len(steps):
-        # Gemma splits at spaces too, but none are left.
+        # Gemma also splits at spaces, but the normalizer has replaced them all.
         if replaces and (pre is None or (pre["type"] == "Split" and pre["pattern"] == {"String": " "})):
             return bool(prepends)
         if not steps and pre and pre["type"] == "Metaspace" and pre["replacement"] == SPACE and not pre["split"]:
             return pre["prepend_scheme"] != "never"
-    raise _unfit("a SentencePiece tokenizer that treats spaces in a way of its own")
+    raise _unsupported("a SentencePiece tokenizer that treats spaces in a way of its own")
 
 
 def _scores(tokens: list[str], types: list[TokenType], merges: list[tuple[str, ...]]) -> list[float]:
-    """Minus the rank of the first merge that makes a token, as SentencePiece numbers its pieces.
+    """SentencePiece scores of all tokens: minus the rank of the first merge that produces a token.
 
-    By scores, pairs with the same union rank equal and *all* pairs of tokens whose union is a token may merge.
-    A tokenizer.json that came from SentencePiece has just those merges; a warning tells of one that doesn't.
+    With scores, pairs with the same union have equal priority, and *every* pair of tokens whose union is a token may
+    merge. A tokenizer.json converted from SentencePiece has exactly these merges; a warning reports any deviation.
     """
     rank: dict[str, int] = {}
     out_of_order = 0
@@ -256,7 +258,7 @@ def _scores(tokens: list[str], types: list[TokenType], merges: list[tuple[str, .
         rank.setdefault(union, i)
         previous = union
     known, normal = set(merges), {t for t, kind in zip(tokens, types, strict=True) if kind == TokenType.NORMAL}
-    missing = sum(pair not in known for token in normal for pair in _halves(token, normal))
+    missing = sum(pair not in known for token in normal for pair in _splits(token, normal))
     if out_of_order or missing:
         log.warning(
             "export.formats: gguf ranks merges by token; %d merges out of that order, %d not in the tokenizer: "
@@ -267,7 +269,8 @@ def _scores(tokens: list[str], types: list[TokenType], merges: list[tuple[str, .
     return [-float(rank.get(token, len(merges))) for token in tokens]
 
 
-def _halves(token: str, known: set[str]) -> Iterator[tuple[str, str]]:
+def _splits(token: str, known: set[str]) -> Iterator[tuple[str, str]]:
+    """Pairs of known tokens that concatenate to `token`."""
     for i in range(1, len(token)):
         if token[:i] in known and token[i:] in known:
             yield token[:i], token[i:]
@@ -280,9 +283,9 @@ _CHATML = """{{- range .Messages }}<|im_start|>{{ .Role }}
 
 
 def modelfile(gguf_name: str, tokenizer: Any) -> str:
-    """An Ollama Modelfile for a GGUF file in the same folder.
+    """Render an Ollama Modelfile for a GGUF file in the same folder.
 
-    The TEMPLATE is written where it is certain: no chat template (the prompt as it is), or one that renders
+    It has a TEMPLATE where that is certain: without a chat template (the prompt unchanged), or with one that renders
     conversations as ChatML. Otherwise Ollama reads the chat template in the GGUF file itself.
     """
     lines = [f"FROM ./{gguf_name}"]
@@ -299,13 +302,14 @@ def modelfile(gguf_name: str, tokenizer: Any) -> str:
 
 
 def _is_chatml(tokenizer: Any) -> bool:
+    """Whether the chat template renders an example conversation as ChatML."""
     turns = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello."), ("user", "Why?")]
     text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
     return _rendered(tokenizer, turns) == text + "<|im_start|>assistant\n"
 
 
 def _default_system(tokenizer: Any) -> str | None:
-    """The system message that the template supplies where the conversation has none."""
+    """System message that the chat template supplies for a conversation without one; None if it adds none."""
     text = _rendered(tokenizer, [("user", "Hi")])
     before, after = "<|im_start|>system\n", "<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     if text and text.startswith(before) and text.endswith(after):
@@ -314,9 +318,10 @@ def _default_system(tokenizer: Any) -> str | None:
 
 
 def _rendered(tokenizer: Any, turns: list[tuple[str, str]]) -> str | None:
+    """Conversation of (role, content) turns as the chat template renders it; None where it fails."""
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program: it may raise anything, on system messages for one
+    except Exception as error:  # templates are programs and may raise anything, for example on system messages
         log.debug("the chat template does not render: %s", error)
         return None

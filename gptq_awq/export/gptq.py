@@ -1,14 +1,14 @@
-"""GPTQ checkpoints: the layout of AutoGPTQ, GPTQModel and vLLM's `gptq`.
+"""GPTQ checkpoints (arXiv 2210.17323): the layout of AutoGPTQ, GPTQModel and vLLM's `gptq`.
 
-A linear of `out` rows and `in` columns, codes of b bits, G groups:
+Tensors of a linear with `out` rows, `in` columns, codes of b bits and G groups:
 
-    qweight (in·b/32, out)   int32   each output channel's codes as a stream of bits down its column
-    qzeros  (G, out·b/32)    int32   each group's zero points, z - 1 in v1, z in v2
+    qweight (in·b/32, out)   int32   codes of each output channel, packed without gaps down its column
+    qzeros  (G, out·b/32)    int32   zero points of each group, stored as z - 1 in v1, as z in v2
     scales  (G, out)
-    g_idx   (in,)            int32   the group of each column
+    g_idx   (in,)            int32   group of each input column
 
-v1 ("gptq") is what the first code wrote, and it has no room for z = 0; v2 ("gptq_v2") stores zeros as they are. The
-config says which, engines that don't know v2 would read every zero one too high.
+v1 ("gptq") is the original convention and can't store z = 0; v2 ("gptq_v2") stores zero points unchanged. The config
+names the convention; engines that don't know v2 would read every zero point one too high.
 """
 
 import json
@@ -34,17 +34,16 @@ CHECKPOINT_FORMAT = {"v1": "gptq", "v2": "gptq_v2"}
 
 @dataclass(frozen=True)
 class GPTQFormat:
-    """A GPTQ folder.
+    """Export to a GPTQ folder, 2, 3, 4 or 8 bits.
 
     Attributes:
-        dtype: of scales and of what isn't quantized; float16 or bfloat16.
-        zero_point: v1 (stored less one), v2 (stored as it is), or auto: v1 for symmetric grids, which every
-            engine reads, v2 for asymmetric ones, whose zeros may be 0 and which GPTQModel takes from others
-            than itself in v2 only.
-        shard: largest file.
+        dtype: dtype of the scales and of unquantized parameters, float16 or bfloat16.
+        zero_point: v1 (stores z - 1), v2 (stores z), or auto: v1 for symmetric grids, as every engine reads
+            it; v2 for asymmetric grids, whose z may be 0 and which GPTQModel reads from other producers in v2 only.
+        shard: maximum size of a safetensors file.
 
     Raises:
-        UserError: a zero_point that there isn't.
+        UserError: an unknown zero_point.
     """
 
     dtype: str = "float16"
@@ -57,11 +56,11 @@ class GPTQFormat:
             raise UserError(f"export.gptq.zero_point={self.zero_point}: choose auto, v1 or v2")
 
     def version(self, grid: IntGrid) -> str:
-        """The convention for zeros: v1 or v2."""
+        """Zero-point convention for a grid: v1 (z - 1) or v2 (z)."""
         return self.zero_point if self.zero_point != "auto" else "v1" if grid.sym else "v2"
 
     def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:  # noqa: ARG002 (any model)
-        """Raise UserError for grids, bits, widths or zeros that the packing has no room for."""
+        """Raise UserError for grids, bits, widths or zero points that the layout can't store."""
         grid = one_int_grid(linears, self.name, self.dtype, ("float16", "bfloat16"))
         if grid.bits not in BITS:
             raise UserError(
@@ -77,7 +76,7 @@ class GPTQFormat:
         require_multiple(linears, "rows", codes, self.name)
 
     def write(self, source: Source, folder: Path) -> None:
-        """Write the folder. Raises UserError where a parameter that isn't quantized overflows the dtype."""
+        """Write the folder. Raises UserError where an unquantized parameter overflows the dtype."""
         dtype, weights = torch_dtype(self.dtype, "export.gptq.dtype"), source.weights
         grid = next(iter(weights.values())).grid
         assert isinstance(grid, IntGrid)
@@ -92,15 +91,15 @@ class GPTQFormat:
         with_head = any(source.model.get_submodule(name) is head for name in weights)
         config = quantization_config(grid, version, desc_act=not natural, lm_head=with_head)
         write_folder(source, folder, packed, dtype, config, self.shard)
-        # Readers that came before transformers' own support look for it here.
+        # Readers older than transformers' own GPTQ support look for the config in this file.
         (folder / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     def decoder(self) -> str:
-        """Our own reader: GPTQModel's would patch torch, transformers and safetensors in this process."""
+        """Name of our own reader, as GPTQModel's would patch torch, transformers and safetensors in this process."""
         return PRODUCER
 
     def decode(self, folder: Path) -> Iterator[Decoded]:
-        """Every quantized weight, from the bits of the words' bytes."""
+        """Decode every quantized weight by reading the packed words bit by bit."""
         config, tensors = read_config(folder)["quantization_config"], FolderTensors(folder)
         bits, offset = config["bits"], 0 if config["checkpoint_format"] == "gptq_v2" else 1
         for key in [key for key in tensors if key.endswith(".qweight")]:
@@ -116,10 +115,10 @@ PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def pack(weight: QuantizedWeight, version: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The four tensors of one linear, see the module's docstring.
+    """Pack one linear into qweight, qzeros, scales and g_idx (layout in the module's docstring).
 
     Raises:
-        ValueError: zeros or scales that these can't hold, which `GPTQFormat.check` refuses beforehand.
+        ValueError: zero points or scales that can't be stored, which `GPTQFormat.check` refuses beforehand.
     """
     bits = int(weight.grid.bits)
     zeros = weight.zeros.cpu() - (1 if version == "v1" else 0)
@@ -134,12 +133,12 @@ def pack(weight: QuantizedWeight, version: str, dtype: torch.dtype) -> dict[str,
 
 
 def quantization_config(grid: IntGrid, version: str, desc_act: bool, lm_head: bool = False) -> dict[str, Any]:
-    """As config.json and quantize_config.json hold it.
+    """Build the `quantization_config` of config.json and quantize_config.json.
 
     Args:
-        grid: of all weights.
-        version: convention for zeros.
-        desc_act: whether any g_idx is out of natural order; engines take False to mean that none is.
+        grid: grid that all quantized weights share.
+        version: zero-point convention, v1 or v2.
+        desc_act: whether any linear's g_idx is out of natural order; engines take False to mean that none is.
         lm_head: whether the output head is quantized too.
     """
     return {

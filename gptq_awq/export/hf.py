@@ -1,7 +1,7 @@
-"""Dequantized weights in a plain transformers folder: no smaller than the model was, and every engine loads it.
+"""Dequantized weights in a plain transformers folder, which every engine loads and which saves no space.
 
-bfloat16 (8 significant bits) and float16 (11) round what codes and scales stand for; float32 holds it as it is. The
-verifier compares with the weights so rounded.
+bfloat16 (8 significant bits) and float16 (11) round the dequantized weights; float32 stores them exactly. The verifier
+compares with the rounded weights.
 """
 
 import json
@@ -25,19 +25,19 @@ from gptq_awq.models.offload import each_tensor
 from gptq_awq.models.offloaded_model import open_offloaded
 
 QUANTIZED = "gptq_awq_quantized"
-"""Key of config.json: names of the modules whose weights were quantized, and now are plain numbers."""
+"""Key of config.json that lists the modules whose weights were quantized before they were dequantized."""
 
 
 @dataclass(frozen=True)
 class HFFormat:
-    """A transformers folder.
+    """Export to a transformers folder of dequantized weights.
 
     Attributes:
-        dtype: of all floating-point numbers: bfloat16, float16 or float32.
-        shard: largest file.
+        dtype: dtype of all floating-point tensors: bfloat16, float16 or float32.
+        shard: maximum size of a safetensors file.
 
     Raises:
-        UserError: a dtype that there isn't.
+        UserError: an unknown dtype.
     """
 
     dtype: str = "bfloat16"
@@ -49,19 +49,19 @@ class HFFormat:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """For the card."""
+        """Sentence for the model card on the rounding of dequantized weights, unless dtype is float32."""
         exact = self.dtype == "float32"
         return () if exact else (f"Dequantized weights are rounded to {self.dtype}; export.hf.dtype=float32 isn't.",)
 
     def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:
-        """Every grid fits."""
+        """Accept every grid, as weights are stored dequantized."""
 
     def rounded(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """Dequantized weights as the folder holds them."""
+        """Round a dequantized weight to the dtype of the folder."""
         return weight.to(torch_dtype(self.dtype, "export.hf.dtype"))
 
     def write(self, source: Source, folder: Path) -> None:
-        """Write the folder. Raises UserError where a number overflows the dtype."""
+        """Write the folder. Raises UserError where a parameter overflows the dtype."""
         dtype = torch_dtype(self.dtype, "export.hf.dtype")
         write_folder(source, folder, self._dequantized(source), dtype, None, self.shard)
         config = read_config(folder) | {QUANTIZED: list(source.weights)}
@@ -75,15 +75,15 @@ class HFFormat:
             yield f"{name}.weight", w.T if isinstance(source.model.get_submodule(name), Conv1D) else w
 
     def plain(self, folder: Path) -> dict[str, Tensor]:
-        """All tensors, by transformers' names, which are not always those in the files."""
+        """All tensors by their names in transformers, which may differ from those in the files."""
         return _read(folder).state_dict()
 
     def decoder(self) -> str:
-        """transformers itself."""
+        """Name of the decoder: transformers and its version."""
         return f"transformers {transformers.__version__}"
 
     def decode(self, folder: Path) -> Iterator[Decoded]:
-        """Every weight that was quantized, in the folder's dtype."""
+        """Read every weight that was quantized, in the folder's dtype and without codes."""
         config, quantized = AutoConfig.from_pretrained(folder), read_config(folder)[QUANTIZED]
         model = open_offloaded(
             folder, config, torch_dtype(self.dtype, "export.hf.dtype"), torch.device("cpu"), str(folder)

@@ -1,6 +1,6 @@
-"""What engines will say to a checkpoint: warnings for the log and the model card, not errors.
+"""Compatibility warnings for the log and the model card: checkpoints that valid formats allow but engines refuse.
 
-The rules are those of vLLM 0.32 and GPTQModel 7.7, which change faster than the formats do.
+The rules are those of vLLM 0.32 and GPTQModel 7.7; engines change faster than the formats do.
 """
 
 import re
@@ -17,16 +17,16 @@ from gptq_awq.models.blocks import key_value_heads
 FORMATS = ("gptq", "awq", "compressed_tensors")
 DEGREES = (1, 2, 4, 8)
 ROW_PARALLEL = ("attn_output", "ffn_down")
-"""Roles of the linears whose input is what gets split between devices; of all others it is the output."""
+"""Roles of row-parallel linears, split between devices along the input; all others are split along the output."""
 
 
 def lint(linears: Sequence[LinearSpec], config: PreTrainedConfig, formats: Collection[str] = FORMATS) -> list[str]:
-    """Sentences on what engines would refuse, and on how many devices may share the model.
+    """Sentences on the engines that would refuse these checkpoints, and on the possible tensor-parallel degrees.
 
     Args:
-        linears: that will be quantized; nothing is said of others than those on integer grids.
-        config: of the model.
-        formats: those that are asked for.
+        linears: specifications of the linears to be quantized; the result is empty unless all are on integer grids.
+        config: config of the model.
+        formats: names of the formats to be exported.
     """
     grids = {linear.grid for linear in linears}
     integers = [grid for grid in grids if isinstance(grid, IntGrid)]
@@ -37,11 +37,15 @@ def lint(linears: Sequence[LinearSpec], config: PreTrainedConfig, formats: Colle
     rules = [rule for grid in integers for rule in engine_rules(grid, natural, whole)]
     several = len({grid.without_search() for grid in integers}) > 1
     rules += [
-        (("compressed_tensors",), several, "vLLM wants q, k and v alike, and gate and up; grid.tie=site makes them"),
+        (
+            ("compressed_tensors",),
+            several,
+            "vLLM needs one grid for q, k and v, and one for gate and up; grid.tie=site ensures it",
+        ),
         (
             ("compressed_tensors",),
             several and not all(grid.sym for grid in integers),
-            "transformers reads layers that differ with sym=true only",
+            "transformers reads layers on different grids with sym=true only",
         ),
     ]
     said = [f"{name}: {sentence}" for names, holds, sentence in rules for name in names if holds and name in formats]
@@ -50,12 +54,12 @@ def lint(linears: Sequence[LinearSpec], config: PreTrainedConfig, formats: Colle
 
 
 def engine_rules(grid: IntGrid, natural: bool, whole: bool) -> list[tuple[Sequence[str], bool, str]]:
-    """Formats, whether an engine refuses such a checkpoint, and what to say then.
+    """Rules as (formats concerned, whether an engine refuses such a checkpoint, sentence to report then).
 
     Args:
-        grid: of all weights.
-        natural: whether all groups are made of neighbouring columns.
-        whole: whether groups divide all widths.
+        grid: integer grid of the weights.
+        natural: whether all groups consist of neighbouring columns.
+        whole: whether the group size divides the width of every linear.
     """
     bits, group = grid.bits, grid.group_size
     return [
@@ -65,7 +69,7 @@ def engine_rules(grid: IntGrid, natural: bool, whole: bool) -> list[tuple[Sequen
         (
             ("gptq",),
             not natural,
-            "vLLM refuses act_order where groups aren't fitted beforehand; method.solver.static_groups=true fits",
+            "vLLM refuses act_order without static groups; method.solver.static_groups=true sets them",
         ),
         (
             ("gptq",),
@@ -92,7 +96,7 @@ def engine_rules(grid: IntGrid, natural: bool, whole: bool) -> list[tuple[Sequen
 
 
 def tensor_parallel(linears: Sequence[LinearSpec], config: PreTrainedConfig) -> str:
-    """The numbers of devices that can share the model as vLLM splits it, and what is in the way of others."""
+    """Sentence on the tensor-parallel degrees that vLLM can split the model by, and why it can't by the others."""
     obstacles = {degree: obstacle(linears, config, degree) for degree in DEGREES}
     fit = [str(degree) for degree, reason in obstacles.items() if reason is None]
     wont = [f"{degree} won't ({reason})" for degree, reason in obstacles.items() if reason is not None]
@@ -100,19 +104,19 @@ def tensor_parallel(linears: Sequence[LinearSpec], config: PreTrainedConfig) -> 
 
 
 def obstacle(linears: Sequence[LinearSpec], config: PreTrainedConfig, degree: int) -> str | None:
-    """Why a model can't be split between so many devices; None: it can."""
+    """Reason why a model can't be split between `degree` devices; None if it can."""
     heads = config.num_attention_heads
-    shared = key_value_heads(config)
+    kv_heads = key_value_heads(config)
     if heads % degree:
         return f"{heads} heads"
-    if shared % degree and degree % shared:
-        return f"{shared} key-value heads"
+    if kv_heads % degree and degree % kv_heads:
+        return f"{kv_heads} key-value heads"
     for linear in linears:
         grid = linear.grid
         assert isinstance(grid, IntGrid)
         by_row = role_of(linear.name) in ROW_PARALLEL
-        # Key-value heads fewer than devices are copied, not split.
-        parts = min(degree, shared) if re.search(r"(k|v)_proj$", linear.name) else degree
+        # Where there are fewer key-value heads than devices, heads are copied instead of split.
+        parts = min(degree, kv_heads) if re.search(r"(k|v)_proj$", linear.name) else degree
         size = linear.columns if by_row else linear.rows
         if size % parts or size // parts * grid.bits % 32:
             return f"{linear.name}: {size} {'columns' if by_row else 'rows'} in {parts} parts fill no whole words"

@@ -1,13 +1,13 @@
 """MLX's affine format, for mlx-lm: ŵ = s c + b, codes of 2, 3, 4, 5, 6 or 8 bits, groups of 32, 64 or 128 columns.
 
-A linear of `out` rows and `in` columns, codes of `bits` bits, G groups:
+Tensors of a linear with `out` rows, `in` columns, codes of `bits` bits and G groups:
 
-    weight (out, in·bits/32)  uint32   each row's codes as a stream of bits, lowest bit first
+    weight (out, in·bits/32)  uint32   codes of each row, packed without gaps, lowest bit first
     scales (out, G)                    s
-    biases (out, G)                    b: a grid's minimum, or -s z where the grid has a zero point z
+    biases (out, G)                    b: the grid's minimum, or -s z where the grid has a zero point z
 
-A minimum is stored as it is. -s z is exact in the dtype of s where z is a power of two (symmetric grids), and in
-float32 for any z, as s has 11 significant bits and z at most 8. Then s c + b is s (c - z) to the last bit, too.
+A minimum is stored unchanged. -s z is exact in the dtype of s where z is a power of two (symmetric grids), and in
+float32 for any z, as s has 11 significant bits and z at most 8. Then s c + b equals s (c - z) bit for bit.
 """
 
 import importlib.util
@@ -37,26 +37,26 @@ BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
 DTYPES = ("float16", "bfloat16", "float32")
 UNKNOWN_MODELS = ("opt",)
-"""Model types that mlx-lm 0.32 doesn't have."""
+"""Model types that mlx-lm 0.32 doesn't support."""
 
 NAMES: Mapping[str, tuple[str, str]] = {
-    "gpt2": ("transformer.", "model."),  # under the hub's own names mlx-lm would transpose packed weights
+    "gpt2": ("transformer.", "model."),  # with the names on the hub mlx-lm would transpose packed weights
     "gpt_neox": ("lm_head.", "embed_out."),
 }
-"""By model type: how names begin in transformers, and how where mlx-lm looks for them."""
+"""Model type → prefix of tensor names in transformers, and the prefix that mlx-lm expects instead."""
 
 
 @dataclass(frozen=True)
 class MLXFormat:
-    """An MLX folder.
+    """Export to a folder that mlx-lm loads, in MLX's affine format.
 
     Attributes:
-        dtype: of scales, biases and what isn't quantized: float16, bfloat16, float32; auto: the shortest that
-            holds the grid exactly.
-        shard: largest file.
+        dtype: dtype of scales, biases and unquantized parameters: float16, bfloat16, float32, or auto, the
+            shortest that stores scales and biases exactly.
+        shard: maximum size of a safetensors file.
 
     Raises:
-        UserError: a dtype that there isn't.
+        UserError: an unknown dtype.
     """
 
     dtype: str = "auto"
@@ -68,7 +68,7 @@ class MLXFormat:
             raise UserError(f"export.mlx.dtype={self.dtype}: choose auto, {', '.join(DTYPES)}")
 
     def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:
-        """Raise UserError for grids, bits, groups, widths or a dtype that can't hold the codes exactly."""
+        """Raise UserError for grids, bits, groups, widths, models or a dtype that the format can't store exactly."""
         require_natural_order(linears, self.name, " or method.solver.act_order=false")
         for linear in linears:
             _check_grid(linear.grid)
@@ -77,7 +77,7 @@ class MLXFormat:
         _check_loader(config)
 
     def _check_dtype(self, grid: Grid) -> None:
-        """A dtype that was asked for must hold the grid's own numbers, and -s z."""
+        """Raise UserError if the requested dtype can't store the grid's scales and biases exactly."""
         needed = exact_dtype(grid)
         if self.dtype not in ("auto", "float32", needed):
             raise UserError(
@@ -86,7 +86,7 @@ class MLXFormat:
             )
 
     def write(self, source: Source, folder: Path) -> None:
-        """Write the folder. Raises UserError where a number overflows the dtype."""
+        """Write the folder. Raises UserError where a parameter overflows the dtype."""
         grids = [weight.grid for weight in source.weights.values()]
         dtype = torch_dtype(common_dtype(grids) if self.dtype == "auto" else self.dtype, "export.mlx.dtype")
         packed = (
@@ -94,46 +94,48 @@ class MLXFormat:
             for name, weight in source.weights.items()
             for part, tensor in pack(weight, dtype).items()
         )
-        there, here = NAMES.get(source.model.config.model_type, ("", ""))
-        write_folder(source, folder, packed, dtype, None, self.shard, lambda name: _renamed(name, there, here))
-        grids = {_renamed(name, there, here): weight.grid for name, weight in source.weights.items()}
+        hf_prefix, mlx_prefix = NAMES.get(source.model.config.model_type, ("", ""))
+        write_folder(
+            source, folder, packed, dtype, None, self.shard, lambda name: _renamed(name, hf_prefix, mlx_prefix)
+        )
+        grids = {_renamed(name, hf_prefix, mlx_prefix): weight.grid for name, weight in source.weights.items()}
         quantization = quantization_config(grids)
-        # mlx-lm reads the first, the hub shows the second.
+        # mlx-lm reads `quantization`, the hub displays `quantization_config`.
         config = read_config(folder) | {"quantization": quantization, "quantization_config": quantization}
         (folder / "config.json").write_text(json.dumps(legacy_config(config), indent=2) + "\n")
 
     def decoder(self) -> str:
-        """MLX where it is installed, else our own reader."""
+        """Name of the decoder: MLX where it is installed, else our own reader."""
         return f"mlx {version('mlx')}" if _has_mlx() else PRODUCER
 
     def decode(self, folder: Path) -> Iterator[Decoded]:
-        """Every quantized weight, in float32."""
+        """Decode every quantized weight, in float32."""
         config, tensors = read_config(folder), FolderTensors(folder)
-        there, here = NAMES.get(config["model_type"], ("", ""))
+        hf_prefix, mlx_prefix = NAMES.get(config["model_type"], ("", ""))
         read = _decode_with_mlx if _has_mlx() else _decode
         for name in [key.removesuffix(".scales") for key in tensors if key.endswith(".scales")]:
             sizes = config["quantization"] | config["quantization"].get(name, {})
             parts = {part: tensors[f"{name}.{part}"] for part in ("weight", "scales", "biases")}
             codes, weight = read(parts, sizes["bits"], sizes["group_size"])
-            yield Decoded(_renamed(name, here, there), codes, weight)
+            yield Decoded(_renamed(name, mlx_prefix, hf_prefix), codes, weight)
 
     def plain(self, folder: Path) -> dict[str, Tensor]:
-        """What is not quantized, by its name in transformers."""
-        there, here = NAMES.get(read_config(folder)["model_type"], ("", ""))
+        """Unquantized tensors by their names in transformers."""
+        hf_prefix, mlx_prefix = NAMES.get(read_config(folder)["model_type"], ("", ""))
         tensors = FolderTensors(folder)
         quantized = {key.removesuffix(".scales") for key in tensors if key.endswith(".scales")}
         return {
-            _renamed(name, here, there): tensor
+            _renamed(name, mlx_prefix, hf_prefix): tensor
             for name, tensor in tensors.items()
             if name.rpartition(".")[0] not in quantized or name.endswith(".bias")
         }
 
 
 def pack(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The three tensors of one linear, see the module's docstring.
+    """Pack one linear into weight, scales and biases (layout in the module's docstring).
 
     Raises:
-        UserError: scales or biases that `dtype` can't hold, as their numbers overflow.
+        UserError: `dtype` can't represent the scales or biases, as values overflow.
     """
     scales, zeros = weight.scales.float(), weight.zeros.float()
     biases = zeros if weight.grid.arithmetic.kind == "minimum" else -scales * zeros
@@ -148,26 +150,26 @@ def pack(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def stored_bits(grid: Grid) -> int:
-    """Bits that hold the grid's codes: 2 for ternary ones."""
+    """Bits that a packed code takes: the bit length of the grid's largest code, 2 for ternary grids."""
     return grid.arithmetic.max_code.bit_length()
 
 
 def exact_dtype(grid: Grid) -> str:
-    """The shortest dtype that holds a grid's scales and biases."""
+    """Shortest dtype that stores a grid's scales and biases exactly."""
     kept = getattr(grid, "scale_dtype", "float16")
     return "float32" if isinstance(grid, IntGrid) and not grid.sym else kept
 
 
 def common_dtype(grids: Sequence[Grid]) -> str:
-    """The shortest dtype that holds all of them."""
+    """Shortest dtype that stores the scales and biases of all grids exactly; float32 where they differ."""
     needed = {exact_dtype(grid) for grid in grids}
     return needed.pop() if len(needed) == 1 else "float32"
 
 
 def quantization_config(grids: Mapping[str, Grid]) -> dict[str, Any]:
-    """As config.json holds it: what most modules have, and under its name what another one has.
+    """Build config.json's `quantization`: the most common settings, and per module name those that differ.
 
-    A module without scales in the file stays as it is, whatever this says.
+    mlx-lm leaves modules without scales in the file unquantized, whatever the settings say.
     """
     sizes = {name: (grid.group_size, stored_bits(grid)) for name, grid in grids.items()}
     usual = max(set(sizes.values()), key=lambda size: (list(sizes.values()).count(size), size))
@@ -180,9 +182,9 @@ def _entry(size: tuple[int, int]) -> dict[str, Any]:
 
 
 def legacy_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with options where mlx-lm's models look for them: at the top, as before transformers 5.
+    """Add the options that mlx-lm's models read at the top level of config.json, as before transformers 5.
 
-    Most ignore `rope_parameters` in silence, and take another base or no scaling.
+    Most models silently ignore `rope_parameters` and would use a default base, or no scaling.
     """
     rope: dict[str, Any] = config.get("rope_parameters") or {}
     found: dict[str, Any] = {}
@@ -204,12 +206,12 @@ def legacy_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(name: str, old: str, new: str) -> str:
-    """A name that begins with `old` begins with `new` instead."""
+    """Replace the prefix `old` of a name by `new`; names without that prefix stay unchanged."""
     return new + name.removeprefix(old) if old and name.startswith(old) else name
 
 
 def _decode(parts: Mapping[str, Tensor], bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """Codes from the bits of the words' bytes; s c + b, the product rounded before the sum."""
+    """Decode codes bit by bit, and weights as s c + b with the product rounded before the sum."""
     words, scales, biases = parts["weight"].view(torch.int32), parts["scales"].float(), parts["biases"].float()
     codes = unpack_words(words, bits, scales.shape[1] * group)
     weight = codes.reshape(*scales.shape, group) * scales[..., None] + biases[..., None]
@@ -217,7 +219,7 @@ def _decode(parts: Mapping[str, Tensor], bits: int, group: int) -> tuple[Tensor,
 
 
 def _decode_with_mlx(parts: Mapping[str, Tensor], bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """MLX's own dequantization in float32; with scale 1 and bias 0 it gives the codes."""
+    """Decode with MLX's dequantization in float32: weights, and codes as the weights for scale 1 and bias 0."""
     import mlx.core as mx  # pyright: ignore[reportMissingImports]
 
     words = mx.array(parts["weight"].numpy())
@@ -235,6 +237,7 @@ def _has_mlx() -> bool:
 
 
 def _check_grid(grid: Grid) -> None:
+    """Raise UserError for a grid, bits or a scale dtype that MLX's affine format can't store."""
     if not isinstance(grid, AffineGrid | IntGrid | SignedGrid | TernaryGrid):
         raise UserError(
             f"grid={grid.label}: mlx holds a scale and a bias per group; choose grid=affine, or grid=int with "
@@ -247,6 +250,7 @@ def _check_grid(grid: Grid) -> None:
 
 
 def _check_width(linear: LinearSpec) -> None:
+    """Raise UserError for a group size that MLX lacks or that doesn't divide the columns."""
     fitting = [str(group) for group in GROUPS if linear.columns % group == 0]
     if not fitting:
         raise UserError(

@@ -1,8 +1,8 @@
-"""Integer codes in 32-bit words, and what the formats that pack them ask of a model.
+"""Packing of integer codes into 32-bit words, and the requirements that packed formats have on a model.
 
 GPTQ and compressed-tensors lay codes of b bits end to end, lowest bit first: 32 codes fill b words, and a code of
-3, 5, 6 or 7 bits may straddle two. Packing shifts codes into integers; unpacking reads a stream of single bits, so that
-the one doesn't repeat a mistake of the other.
+3, 5, 6 or 7 bits may straddle two. Packing shifts codes into integers while unpacking reads single bits, so that
+neither repeats a mistake of the other.
 """
 
 import math
@@ -23,14 +23,14 @@ WORD = 32
 CONV1D_MODELS = ("gpt2", "openai-gpt")
 
 PRODUCER = f"gptq_awq:{gptq_awq.__version__}"
-"""Who quantized the model, as configs of checkpoints say it."""
+"""Name and version of this package, as checkpoint configs record the producer."""
 
 
 def pack_words(codes: UInt8[Tensor, "rows n"], bits: int) -> Int32[Tensor, "rows words"]:
-    """Each row's codes as one stream of bits, ⌈n · bits / 32⌉ words; the last word's free bits are 0."""
+    """Pack each row's codes without gaps into ⌈n · bits / 32⌉ words; unused bits of the last word are 0."""
     rows, n = codes.shape
     octets = torch.nn.functional.pad(codes, (0, -n % WORD)).contiguous().numpy()
-    # Eight codes are a 64-bit integer; joining neighbours, pairs and fours closes the gaps between them.
+    # Eight one-byte codes form a 64-bit integer; merging neighbours, then pairs, then fours closes the gaps.
     eights = octets.view("<u8")
     for lane in (8, 16, 32):
         low = np.uint64(sum((1 << lane) - 1 << at for at in range(0, 64, 2 * lane)))
@@ -41,7 +41,7 @@ def pack_words(codes: UInt8[Tensor, "rows n"], bits: int) -> Int32[Tensor, "rows
 
 
 def unpack_words(words: Int32[Tensor, "rows words"], bits: int, n: int) -> UInt8[Tensor, "rows n"]:
-    """The first n codes of each row's stream of bits."""
+    """Unpack the first n codes of each row, bit by bit (the inverse of `pack_words`)."""
     octets = np.ascontiguousarray(words.numpy(), dtype="<i4").view(np.uint8)
     stream = np.unpackbits(octets, axis=1, count=n * bits, bitorder="little").reshape(len(words), n, bits)
     codes = np.zeros((len(words), n), dtype=np.uint8)
@@ -51,7 +51,7 @@ def unpack_words(words: Int32[Tensor, "rows words"], bits: int, n: int) -> UInt8
 
 
 def exactly(values: Float[Tensor, "..."], dtype: torch.dtype, what: str) -> Tensor:
-    """The values in a dtype that holds them. Raises ValueError where it would change them."""
+    """Cast values to a dtype that represents them exactly. Raises ValueError naming `what` where it doesn't."""
     stored = values.cpu().to(dtype)
     if not torch.equal(stored.to(values.dtype), values.cpu()):
         raise ValueError(f"{what} are not all {str(dtype).removeprefix('torch.')} numbers")
@@ -59,16 +59,16 @@ def exactly(values: Float[Tensor, "..."], dtype: torch.dtype, what: str) -> Tens
 
 
 def int_grids(linears: Sequence[LinearSpec], name: str, dtype: str, dtypes: Sequence[str]) -> list[IntGrid]:
-    """The integer grid of each of a model's linears, less how ranges are chosen, which is not stored.
+    """Integer grid of each linear, without its range search, which a checkpoint doesn't store.
 
     Args:
-        linears: of the model.
-        name: of the format.
-        dtype: of the checkpoint.
-        dtypes: those that the format's engines take.
+        linears: specifications of the linears to be quantized.
+        name: name of the format, for messages.
+        dtype: dtype of the checkpoint's scales.
+        dtypes: dtypes that the format's engines support.
 
     Raises:
-        UserError: another grid; a dtype that would round the scales.
+        UserError: a grid that isn't an integer grid; an unsupported dtype, or one that would round the scales.
     """
     if dtype not in dtypes:
         raise UserError(f"export.{name}.dtype={dtype}: choose one of {', '.join(dtypes)}")
@@ -83,7 +83,7 @@ def int_grids(linears: Sequence[LinearSpec], name: str, dtype: str, dtypes: Sequ
 
 
 def one_int_grid(linears: Sequence[LinearSpec], name: str, dtype: str, dtypes: Sequence[str]) -> IntGrid:
-    """The grid that all linears are on; arguments and errors are those of `int_grids`, and several are one."""
+    """Integer grid that all linears share. Arguments as in `int_grids`; raises UserError also for several grids."""
     grids = int_grids(linears, name, dtype, dtypes)
     for linear, grid in zip(linears, grids, strict=True):
         if grid != grids[0]:
@@ -95,7 +95,7 @@ def one_int_grid(linears: Sequence[LinearSpec], name: str, dtype: str, dtypes: S
 
 
 def require_whole_groups(linears: Sequence[LinearSpec], name: str) -> None:
-    """Raise UserError where a layer's last group is shorter than the others."""
+    """Raise UserError if the group size doesn't divide a linear's columns, which leaves a shorter last group."""
     for linear in linears:
         if ragged(linear):
             raise UserError(
@@ -105,18 +105,18 @@ def require_whole_groups(linears: Sequence[LinearSpec], name: str) -> None:
 
 
 def ragged(linear: LinearSpec) -> bool:
-    """Whether groups don't divide the columns."""
+    """Whether the group size doesn't divide the columns, which leaves a shorter last group."""
     return linear.grid.group_size != -1 and linear.columns % linear.grid.group_size != 0
 
 
 def fitting_groups(linears: Sequence[LinearSpec]) -> list[int]:
-    """Group sizes that engines take and that divide all widths; -1 always does."""
+    """Group sizes that engines support and that divide every linear's columns, and -1 (one group per row)."""
     width = math.gcd(*(linear.columns for linear in linears))
     return [size for size in (16, 32, 64, 128) if width % size == 0] + [-1]
 
 
 def require_multiple(linears: Sequence[LinearSpec], dimension: str, multiple: int, name: str) -> None:
-    """Raise UserError where a layer's `rows` or `columns` don't fill whole words."""
+    """Raise UserError if a linear's `dimension` ("rows" or "columns") is no multiple of the codes that fill words."""
     for linear in linears:
         size = getattr(linear, dimension)
         if size % multiple:
@@ -127,7 +127,7 @@ def require_multiple(linears: Sequence[LinearSpec], dimension: str, multiple: in
 
 
 def require_natural_order(linears: Sequence[LinearSpec], name: str, others: str) -> None:
-    """Raise UserError where groups are made of columns that are no neighbours."""
+    """Raise UserError if a linear's groups don't consist of neighbouring columns; `others` lists more remedies."""
     if not all(linear.natural_order for linear in linears):
         raise UserError(
             f"method.solver.act_order=true: {name} holds groups of neighbouring columns only; choose "
@@ -136,7 +136,7 @@ def require_natural_order(linears: Sequence[LinearSpec], name: str, others: str)
 
 
 def require_linear_modules(config: PreTrainedConfig, name: str) -> None:
-    """Raise UserError for models whose linears are Conv1D, which readers would take for something else."""
+    """Raise UserError for models whose linears are Conv1D, as the format's readers support torch's Linear only."""
     if config.model_type in CONV1D_MODELS:
         raise UserError(
             f"export.formats={name}: its readers know torch's Linear only, and {config.model_type} has Conv1D; "
@@ -145,12 +145,12 @@ def require_linear_modules(config: PreTrainedConfig, name: str) -> None:
 
 
 def require_plain_head(linears: Sequence[LinearSpec], name: str, others: str) -> None:
-    """Raise UserError where the output head is quantized, which readers of the format don't expect."""
+    """Raise UserError if the output head is to be quantized, as the format's readers expect it unquantized."""
     if any(linear.head for linear in linears):
         raise UserError(f"head: {name}'s readers take the output head in 16 bits; choose head=null or {others}")
 
 
 def unquantized(source: Source) -> list[str]:
-    """Names of the linears that stay as they are, the output head among them."""
+    """Names of the linears that stay unquantized, including an unquantized output head."""
     linears = (name for name, module in source.model.named_modules() if isinstance(module, nn.Linear))
     return [name for name in linears if name not in source.weights]

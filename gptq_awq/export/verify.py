@@ -1,9 +1,9 @@
-"""Proving that a checkpoint holds what was scored.
+"""Verification that a checkpoint contains exactly the weights that were scored.
 
-Beside the weights lies verification.json: for every quantized weight the hash of its codes and of its dequantized
-values as they were in memory when the model was scored, the hash of every file, and a few windows of tokens with the
-losses that the model in memory had on them. `verify` decodes the checkpoint with an independent decoder and compares;
-`compare_engine` lets a real engine run it, and compares next-token distributions.
+Every checkpoint has a verification.json: for each quantized weight the hash of its codes and of its dequantized values
+in memory when the model was scored, the hash of every file, and a few windows of tokens with the in-memory model's
+losses on them. `verify` decodes the checkpoint with an independent decoder and compares hashes; `compare_engine` runs
+it in an inference engine and compares next-token distributions.
 """
 
 import hashlib
@@ -32,12 +32,12 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class Probe:
-    """Fixed tokens, and the losses of the model in memory on them.
+    """Fixed token windows and the in-memory model's losses on them, to compare engines with.
 
     Attributes:
-        tokens: (windows, seqlen).
-        nll: (windows, seqlen - 1), nats, of each window's second to last token.
-        source: where the tokens are from.
+        tokens: (windows, seqlen) token ids.
+        nll: (windows, seqlen - 1) negative log-likelihood in nats of every token but each window's first.
+        source: name of the data that the tokens are from.
     """
 
     tokens: Int[Tensor, "windows seqlen"]
@@ -47,23 +47,23 @@ class Probe:
     @classmethod
     @torch.no_grad()
     def of(cls, model: PreTrainedModel, tokens: Int[Tensor, "windows seqlen"], source: str) -> "Probe":
-        """Score the tokens, one window at a time."""
+        """Score the tokens with a model, one window at a time."""
         losses = [token_losses(model(input_ids=row[None].to(model.device)).logits[0], row) for row in tokens]
         return cls(tokens, torch.stack(losses), source)
 
 
 @dataclass(frozen=True)
 class VerificationRecord:
-    """verification.json.
+    """Content of verification.json: hashes of weights and files, and a probe to compare engines with.
 
     Attributes:
-        format: its name.
-        target, options: the class that wrote it and its fields.
-        weights: module name → hashes of `codes` (absent where the format keeps none) and `weight`.
+        format: name of the format.
+        target, options: import path and fields of the format class that wrote the checkpoint.
+        weights: module name → sha256 of `codes` (absent where the format keeps none) and of `weight`.
         files: file name → sha256.
-        tokens, nll, tokens_source: a `Probe`.
-        facts: of the run.
-        notes: for the card.
+        tokens, nll, tokens_source: fields of the `Probe`.
+        facts: provenance of the run: model, calibration data, method, grid, code version.
+        notes: sentences for the model card.
     """
 
     format: str
@@ -81,7 +81,7 @@ class VerificationRecord:
     def of(
         cls, format_: Format, source: Source, folder: Path, probe: Probe, facts: Mapping[str, Any]
     ) -> "VerificationRecord":
-        """Of a checkpoint just written to `folder`, from the model in memory alone."""
+        """Record a checkpoint just written to `folder`; weights are hashed in memory, files on disk."""
         rounded = getattr(format_, "rounded", None)
         files = [path for path in sorted(folder.iterdir()) if path.name not in (RECORD, CARD)]
         weights = {}
@@ -104,12 +104,12 @@ class VerificationRecord:
         )
 
     def write(self, folder: Path) -> None:
-        """Into `folder`."""
+        """Write verification.json into `folder`."""
         (folder / RECORD).write_text(json.dumps(asdict(self), indent=1, default=str) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "VerificationRecord":
-        """From `folder`. Raises UserError where there is none, or none that this version can read."""
+        """Read verification.json from `folder`. Raises UserError if it is missing or not readable by this version."""
         path = folder / RECORD
         try:
             return cls(**json.loads(path.read_text()))
@@ -119,7 +119,7 @@ class VerificationRecord:
             raise UserError(f"{path}: cannot be read ({error})") from error
 
     def make_format(self) -> Format:
-        """The format object that wrote the checkpoint. Raises UserError for a class that isn't one of ours."""
+        """Rebuild the format object that wrote the checkpoint. Raises UserError for a class outside this package."""
         if not self.target.startswith("gptq_awq.export."):
             raise UserError(f"{RECORD}: unknown format {self.target}")
         return get_class(self.target)(**self.options)
@@ -127,7 +127,14 @@ class VerificationRecord:
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found equal."""
+    """Outcome of a successful verification, which `str` words for the log and the model card.
+
+    Attributes:
+        weights: number of weights that decoded to those in memory.
+        files: number of files with unchanged hashes.
+        decoder: name and version of the decoder.
+        with_codes: whether integer codes were compared too.
+    """
 
     weights: int
     files: int
@@ -143,10 +150,10 @@ class Verified:
 
 
 def verify(folder: Path) -> Verified:
-    """Decode a checkpoint and compare it with what was in memory when it was written.
+    """Decode a checkpoint and compare it with the hashes of the weights that were in memory when it was written.
 
     Raises:
-        UserError: an altered or missing file; a layer that decodes to something else, named.
+        UserError: an altered or missing file; a layer that is missing, unexpected or decodes to other values.
     """
     record = VerificationRecord.read(folder)
     for name, sha256 in record.files.items():
@@ -159,10 +166,10 @@ def verify(folder: Path) -> Verified:
     for decoded in format_.decode(folder):
         expected = left.pop(decoded.name, None)
         if expected is None:
-            raise UserError(f"{folder}: {decoded.name} is quantized, but was not in memory")
+            raise UserError(f"{folder}: {decoded.name} is quantized in the checkpoint, but was not in the scored model")
         _check_equal(decoded, expected, folder)
     if left:
-        raise UserError(f"{folder}: {next(iter(left))} is not there ({len(left)} layers missing)")
+        raise UserError(f"{folder}: {next(iter(left))} is missing from the checkpoint ({len(left)} layers missing)")
     with_codes = any("codes" in hashes for hashes in record.weights.values())
     return Verified(len(record.weights), len(record.files), format_.decoder(), with_codes)
 
@@ -175,7 +182,7 @@ def _check_equal(decoded: Decoded, expected: Mapping[str, str], folder: Path) ->
 
 
 def compare_engine(folder: Path, engine: str) -> Comparison:
-    """Let an engine run a checkpoint on its record's tokens; beside it, transformers in float32 on decoded weights.
+    """Compare an engine's logits on the recorded tokens with a float32 reference model that has the decoded weights.
 
     Raises:
         UserError: the engine isn't installed, or refuses the checkpoint.
@@ -191,7 +198,7 @@ def compare_engine(folder: Path, engine: str) -> Comparison:
 
 
 def reference_model(folder: Path) -> PreTrainedModel:
-    """A transformers model in float32 with a checkpoint's weights, decoded. Raises UserError if some are missing."""
+    """Build a float32 transformers model from a checkpoint's decoded weights. Raises UserError if some are missing."""
     format_ = VerificationRecord.read(folder).make_format()
     config = read_config(folder)
     for key in ("quantization_config", "quantization"):
@@ -211,12 +218,12 @@ def reference_model(folder: Path) -> PreTrainedModel:
 
 
 def token_losses(logits: Float[Tensor, "tokens vocab"], tokens: Int[Tensor, "tokens"]) -> Float[Tensor, "tokens-1"]:
-    """-log p of each token but the first, in nats."""
+    """Negative log-likelihood of each token but the first, in nats."""
     return torch.nn.functional.cross_entropy(logits[:-1].float(), tokens[1:].to(logits.device), reduction="none").cpu()
 
 
 def tensor_sha256(tensor: Tensor) -> str:
-    """Hash of a tensor's values: codes as bytes, weights as float32, -0 counted as 0."""
+    """Hash a tensor's values: codes as bytes, weights as float32, with -0 counted as 0."""
     tensor = tensor.detach().cpu()
     tensor = tensor.float() + 0.0 if tensor.is_floating_point() else tensor.to(torch.uint8)
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Writing a quantized model in the formats that were asked for: checked, packed, verified, then renamed into place."""
+"""Write a quantized model in the requested formats: check, pack, verify, then rename into place."""
 
 import logging
 import shutil
@@ -23,20 +23,20 @@ from gptq_awq.runtime.progress import Track
 
 log = logging.getLogger(__name__)
 CARD = "README.md"
-WHOLE = ("hf", "compressed_tensors")
-"""Formats that hold a model that also sees: they name every layer that is quantized, or that isn't."""
+MULTIMODAL = ("hf", "compressed_tensors")
+"""Formats for multimodal models: their configs name every layer that is quantized, or that isn't."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """One checkpoint that was written.
+    """Summary of one written checkpoint.
 
     Attributes:
-        format: its name.
-        path: its folder.
-        size_bytes: of all its files.
-        seconds: what packing and writing took.
-        verified: how it was decoded again, in words.
+        format: name of the format.
+        path: folder of the checkpoint.
+        size_bytes: total size of its files.
+        seconds: time to pack and write, without verification.
+        verified: outcome of the verification, as a sentence.
     """
 
     format: str
@@ -48,27 +48,29 @@ class Exported:
 
 @dataclass(frozen=True)
 class Exports:
-    """The formats to write, and how.
+    """Formats to export, and whether to verify them.
 
     Attributes:
-        formats: in the order they were asked for.
-        decode: read every checkpoint back with an independent decoder before it gets its name.
+        formats: formats in the order they were requested.
+        decode: whether each checkpoint is verified with an independent decoder before it is renamed into place.
     """
 
     formats: tuple[Format, ...] = ()
     decode: bool = True
 
     def check(self, linears: Sequence[LinearSpec], model: PreTrainedModel, tokenizer: Any) -> None:
-        """Raise UserError for what a format can't hold exactly, before anything slow has happened."""
+        """Raise UserError for models or grids that a format can't store exactly; runs before calibration."""
         for format_ in self.formats:
             if not linears and format_.name not in ("hf", "gguf"):
                 raise UserError(f"export.formats={format_.name}: nothing is quantized; hf and gguf hold plain weights")
             if format_.name != "hf" and experts_in(model):
-                raise UserError(f"export.formats={format_.name}: mixtures of experts can be stored as hf only, so far")
-            if also_sees(model.config) and format_.name not in WHOLE:
+                raise UserError(
+                    f"export.formats={format_.name}: mixtures of experts can be exported as hf only, so far"
+                )
+            if also_sees(model.config) and format_.name not in MULTIMODAL:
                 raise UserError(
                     f"export.formats={format_.name}: its readers want a language model, and {type(model).__name__} "
-                    f"holds more; choose export.formats=[{'] or ['.join(WHOLE)}]"
+                    f"holds more; choose export.formats=[{'] or ['.join(MULTIMODAL)}]"
                 )
             format_.check(linears, model.config)
             if isinstance(format_, GGUFFormat):
@@ -77,26 +79,27 @@ class Exports:
             log.info("%s", line)
 
     def notes(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> list[str]:
-        """What engines would say to these checkpoints, for the log and the card."""
+        """Engine compatibility warnings on these checkpoints, for the log and the model card."""
         return lint(linears, config.get_text_config(), [format_.name for format_ in self.formats])
 
     def write(self, source: Source, out: Path, probe: Probe, facts: Mapping[str, Any], track: Track) -> list[Exported]:
         """Write OUT/checkpoints/FORMAT for every format.
 
         Args:
-            source: the model and its codes.
-            out: the run's folder.
-            probe: tokens, and what the model in memory makes of them.
-            facts: of the run, for the record and the card: method, data, code version.
-            track: reports progress.
+            source: quantized model and its codes.
+            out: output folder of the run.
+            probe: token windows and the in-memory model's losses on them.
+            facts: provenance of the run (method, data, code version), for verification.json and the model card.
+            track: progress reporter.
 
         Raises:
-            UserError: a folder that can't be written; a checkpoint that doesn't decode to what was packed.
+            UserError: a folder that can't be written; a checkpoint that doesn't decode to the packed weights.
         """
         formats = track(self.formats, "export", len(self.formats)) if self.formats else ()
         return [self._write(format_, source, out / "checkpoints", probe, facts) for format_ in formats]
 
     def _write(self, format_: Format, source: Source, parent: Path, probe: Probe, facts: Mapping[str, Any]) -> Exported:
+        """Write one format into a scratch folder, verify it there, and rename it into place."""
         scratch = parent / f".{format_.name}.{uuid.uuid4().hex[:8]}"
         try:
             scratch.mkdir(parents=True)
@@ -118,7 +121,7 @@ class Exports:
 
 
 def make_exports(formats: Sequence[str] = (), decode: bool = True, **available: Format) -> Exports:
-    """What configs/export/checkpoints.yaml stands for. Raises UserError for a format that there isn't."""
+    """Build the exports that configs/export/checkpoints.yaml describes. Raises UserError for an unknown format."""
     formats = [formats] if isinstance(formats, str) else formats
     for name in formats:
         if name not in available:
@@ -127,7 +130,7 @@ def make_exports(formats: Sequence[str] = (), decode: bool = True, **available: 
 
 
 def write_card(folder: Path, row: Mapping[str, Any] | None, notes: Sequence[str]) -> None:
-    """(Re)write a checkpoint's model card; `row` is the results row, once there is one."""
+    """Write or replace a checkpoint's model card; `row` is the results row, None before scoring."""
     record = VerificationRecord.read(folder)
     text = model_card(row, record.format, [*notes, *record.notes], record.facts)
     scratch = folder / f".{CARD}.{uuid.uuid4().hex[:8]}"
@@ -136,7 +139,7 @@ def write_card(folder: Path, row: Mapping[str, Any] | None, notes: Sequence[str]
 
 
 def _replace(scratch: Path, folder: Path) -> None:
-    """Give a finished checkpoint its name, in place of an earlier one."""
+    """Rename a finished checkpoint into place, and delete the one it replaces."""
     old = folder.with_name(f".{folder.name}.old-{uuid.uuid4().hex[:8]}")
     if folder.exists():
         folder.rename(old)

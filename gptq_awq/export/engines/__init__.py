@@ -1,5 +1,5 @@
-"""Real engines, each in an environment of its own, asked for the logits they compute from a checkpoint."""
+"""Inference engines, each in its own Python environment, that compute logits from a checkpoint for comparison."""
 
-from gptq_awq.export.engines.run import ENGINES, Comparison, Engine, EngineAnswer, Runs, answer, compare, find
+from gptq_awq.export.engines.run import ENGINES, Comparison, Engine, EngineAnswer, FormatSupport, answer, compare, find
 
-__all__ = ["ENGINES", "Comparison", "Engine", "EngineAnswer", "Runs", "answer", "compare", "find"]
+__all__ = ["ENGINES", "Comparison", "Engine", "EngineAnswer", "FormatSupport", "answer", "compare", "find"]

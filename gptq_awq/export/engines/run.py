@@ -1,9 +1,9 @@
-"""What an engine computes from a checkpoint, beside what we compute from the weights in memory.
+"""Run inference engines on a checkpoint and compare their logits with ours.
 
-Engines clash in their dependencies, so each runs in an interpreter of its own (scripts/install_engine.py), as
+Engines have conflicting dependencies, so each runs in its own interpreter (scripts/install_engine.py) as
 `python -I programs/ENGINE.py MODEL FOLDER DTYPE`: it reads FOLDER/tokens.npy, int32 (windows, seqlen), and
-writes FOLDER/logits.npy, float32 (windows, seqlen, vocabulary), and FOLDER/version.txt. -I keeps the folder of
-programs, which bear their engines' names, off the module path; so programs import nothing of this package.
+writes FOLDER/logits.npy, float32 (windows, seqlen, vocabulary), and FOLDER/version.txt. As programs are named after
+their engines, -I keeps their folder off the module path; programs therefore can't import this package.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.storage.assets import cache_dir
 
 RECORD = "engine.json"
-"""The file that marks a complete environment; scripts/install_engine.py writes it last."""
+"""File that marks a complete environment; scripts/install_engine.py writes it last."""
 
 PROGRAMS = Path(__file__).parent / "programs"
 TIMEOUT = 1800.0
@@ -35,14 +35,14 @@ POSITIONS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
-class Runs:
-    """How an engine runs one format.
+class FormatSupport:
+    """Requirements and accuracy of an engine on one checkpoint format.
 
     Attributes:
-        modules: what its interpreter must be able to import.
-        dtype: what it computes in, unless told otherwise.
-        max_kl: the largest KL of a token, in nats, that rounding in that dtype explains (measured on trained
-            models of 15M and 135M parameters whose file was right).
+        modules: Python modules that its interpreter must be able to import.
+        dtype: default compute dtype.
+        max_kl: largest KL divergence of a token, in nats, that rounding in that dtype explains (measured with
+            correct checkpoints of trained models with 15M and 135M parameters).
     """
 
     modules: tuple[str, ...]
@@ -52,15 +52,15 @@ class Runs:
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine and the formats it takes.
+    """An inference engine and the checkpoint formats that it loads.
 
     Attributes:
-        formats: export format → how it is run.
-        standalone: it is more than Python modules, so only an environment of its own will do.
-        note: what else to know.
+        formats: export format → how the engine runs it.
+        standalone: whether it consists of more than Python modules, and so always needs its own environment.
+        note: known limitations.
     """
 
-    formats: Mapping[str, Runs]
+    formats: Mapping[str, FormatSupport]
     standalone: bool = False
     note: str = ""
 
@@ -68,42 +68,49 @@ class Engine:
 ENGINES: Mapping[str, Engine] = {
     "transformers": Engine(
         formats={
-            "hf": Runs(("transformers",)),
-            "gguf": Runs(("transformers", "gguf", "accelerate")),
-            "compressed_tensors": Runs(("transformers", "compressed_tensors")),
-            "bnb": Runs(("transformers", "bitsandbytes", "accelerate")),
+            "hf": FormatSupport(("transformers",)),
+            "gguf": FormatSupport(("transformers", "gguf", "accelerate")),
+            "compressed_tensors": FormatSupport(("transformers", "compressed_tensors")),
+            "bnb": FormatSupport(("transformers", "bitsandbytes", "accelerate")),
         },
         note="expands all weights; bitsandbytes' own kernels, which round activations, run in dtypes but float32",
     ),
     "gptqmodel": Engine(
-        formats={"gptq": Runs(("gptqmodel",)), "awq": Runs(("gptqmodel",))},
+        formats={"gptq": FormatSupport(("gptqmodel",)), "awq": FormatSupport(("gptqmodel",))},
         note="2 to 8 bits; groups of 16, 32, 64, 128 or whole rows; awq computes in float16 whatever the dtype",
     ),
     "vllm": Engine(
         formats={
-            "hf": Runs(("vllm",)),
-            "gptq": Runs(("vllm",), "float16", 1e-3),
-            "awq": Runs(("vllm",), "float16", 1e-3),
-            "compressed_tensors": Runs(("vllm",), "float16", 1e-3),
+            "hf": FormatSupport(("vllm",)),
+            "gptq": FormatSupport(("vllm",), "float16", 1e-3),
+            "awq": FormatSupport(("vllm",), "float16", 1e-3),
+            "compressed_tensors": FormatSupport(("vllm",), "float16", 1e-3),
         },
         note="on a CPU 4 bits only; gptq symmetric, in natural order, groups of 32, 64, 128 or whole rows",
     ),
-    "mlx": Engine(formats={"hf": Runs(("mlx_lm",)), "mlx": Runs(("mlx_lm",))}),
+    "mlx": Engine(formats={"hf": FormatSupport(("mlx_lm",)), "mlx": FormatSupport(("mlx_lm",))}),
     "llamacpp": Engine(
-        formats={"gguf": Runs(())},
+        formats={"gguf": FormatSupport(())},
         standalone=True,
         note="weights expanded to float32 by its BLAS backend; its own kernels would round activations to 8 bits",
     ),
     "xllamacpp": Engine(
-        formats={"gguf": Runs(("xllamacpp",), max_kl=0.1)},
-        note="wants no compiler; rounds activations to 8 bits; one call per position, so a few tokens only",
+        formats={"gguf": FormatSupport(("xllamacpp",), max_kl=0.1)},
+        note="needs no compiler; rounds activations to 8 bits; one call per position, so a few tokens only",
     ),
 }
 
 
 @dataclass(frozen=True)
 class EngineAnswer:
-    """What an engine computed, and how long all of it took, the start included."""
+    """Logits that an engine computed from a checkpoint.
+
+    Attributes:
+        logits: (windows, seqlen, vocab) float32 logits.
+        engine: name of the engine.
+        version: version of the engine.
+        seconds: wall time, including the start of the interpreter and loading the model.
+    """
 
     logits: Float[Tensor, "windows seqlen vocab"] = field(repr=False)
     engine: str
@@ -113,13 +120,13 @@ class EngineAnswer:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Our next-token distributions p beside an engine's q.
+    """Differences between our next-token distributions p and an engine's q.
 
     Attributes:
-        max_abs: largest difference of a logit, up to a constant per position, which no softmax sees (engines
-            that tell log probabilities have lost it).
-        mean_kl, max_kl: KL(p‖q) of a position, nats.
-        ppl_ours, ppl_engine: perplexities.
+        max_abs: largest absolute difference of a logit after centering each position, as softmax is invariant to a
+            constant per position and some engines return log probabilities.
+        mean_kl, max_kl: mean and maximum over positions of KL(p‖q), in nats.
+        ppl_ours, ppl_engine: perplexities of p and q.
     """
 
     max_abs: float
@@ -130,23 +137,23 @@ class Comparison:
 
 
 def engines_folder() -> Path:
-    """Where engines' environments lie: $GPTQ_AWQ_ENGINES, or `engines` in the cache folder."""
+    """Folder of the engines' environments: $GPTQ_AWQ_ENGINES, or `engines` in the cache folder."""
     return Path(os.environ.get("GPTQ_AWQ_ENGINES") or cache_dir() / "engines")
 
 
 def find(name: str, format_name: str | None = None) -> Path | None:
-    """The interpreter that runs an engine: its environment's, else this one where it has the modules.
+    """Find the interpreter that runs an engine: its own environment's, else this one if it has the modules.
 
-    With `format_name`, this interpreter needs what that format takes, else what all of them take. None where
-    the engine is not installed. Raises UserError for an engine or a format of it that doesn't exist.
+    This interpreter needs the modules for `format_name`, or for all of the engine's formats if that is None. Returns
+    None if the engine is not installed. Raises UserError for an unknown engine, or a format that it doesn't load.
     """
-    runs = list(_engine(name).formats.values()) if format_name is None else [_runs(name, format_name)]
+    needed = list(_engine(name).formats.values()) if format_name is None else [_support(name, format_name)]
     env = engines_folder() / name
     if (env / RECORD).is_file():
         return env / "bin" / "python"
     if _engine(name).standalone:
         return None
-    modules = {module for run in runs for module in run.modules}
+    modules = {module for support in needed for module in support.modules}
     return Path(sys.executable) if all(importlib.util.find_spec(module) for module in modules) else None
 
 
@@ -159,19 +166,19 @@ def answer(
     vocab: int | None = None,
     timeout: float = TIMEOUT,
 ) -> EngineAnswer:
-    """An engine's logits at every position of every window.
+    """Compute an engine's logits at every position of every window.
 
     Args:
-        name: one of ENGINES.
-        path: the checkpoint: a folder, or a GGUF file.
+        name: key of ENGINES.
+        path: checkpoint folder, or GGUF file.
         tokens: windows of token ids.
-        format_name: the checkpoint's format.
-        dtype: what to compute in, "float32", "float16" or "bfloat16"; default: what ENGINES says.
-        vocab: tokens of the model; what an engine pads its logits with beyond is cut off.
-        timeout: seconds.
+        format_name: format of the checkpoint.
+        dtype: compute dtype, "float32", "float16" or "bfloat16"; None for the engine's default.
+        vocab: vocabulary size of the model; logits that an engine pads beyond it are dropped.
+        timeout: time limit in seconds.
 
     Raises:
-        UserError: the engine is not installed, takes too long, refuses the checkpoint, or computes NaN.
+        UserError: the engine is not installed, exceeds the time limit, refuses the checkpoint, or computes NaN.
     """
     python = find(name, format_name)
     if python is None:
@@ -181,7 +188,7 @@ def answer(
         folder = Path(scratch)
         np.save(folder / "tokens.npy", tokens.to(torch.int32).cpu().numpy())
         program = PROGRAMS / f"{name}.py"
-        command = [python, "-I", program, path.resolve(), folder, dtype or _runs(name, format_name).dtype]
+        command = [python, "-I", program, path.resolve(), folder, dtype or _support(name, format_name).dtype]
         _run(name, path, [str(part) for part in command], timeout)
         logits = torch.from_numpy(np.load(folder / "logits.npy"))[..., :vocab]
         version = (folder / "version.txt").read_text()
@@ -197,8 +204,8 @@ def compare(
 ) -> Comparison:
     """Compare two models' logits on the same windows, in float64.
 
-    Differences and KL run over all positions, perplexities over those whose next token is in the window.
-    Raises ValueError where the shapes differ: of the vocabulary, say.
+    Differences and KL cover all positions, perplexities those whose next token is in the window. Raises ValueError
+    where shapes differ, such as the vocabulary size.
     """
     if ours.shape != theirs.shape or ours.shape[:2] != tokens.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (ours, theirs, tokens))
@@ -225,7 +232,7 @@ def _engine(name: str) -> Engine:
     return ENGINES[name]
 
 
-def _runs(name: str, format_name: str) -> Runs:
+def _support(name: str, format_name: str) -> FormatSupport:
     formats = _engine(name).formats
     if format_name not in formats:
         raise UserError(f"engine {name} does not take {format_name}: it takes {', '.join(formats)}")
@@ -233,7 +240,7 @@ def _runs(name: str, format_name: str) -> Runs:
 
 
 def _run(name: str, path: Path, command: list[str], timeout: float) -> None:
-    """Run a program; raises UserError with what it said."""
+    """Run an engine's program; raises UserError with the reason on failure or timeout."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout, check=False)
@@ -244,12 +251,12 @@ def _run(name: str, path: Path, command: list[str], timeout: float) -> None:
 
 
 def _reason(stderr: str, code: int) -> str:
-    """The exception that a program died of, on one line; else the last line it wrote."""
+    """Reason of a program's failure, on one line: its exception, else its signal, last line or exit code."""
     lines = [line for line in stderr.splitlines() if line.strip()]
     raised = [i for i, line in enumerate(lines) if re.match(r"(\[rank0\]: )?[\w.]*(Error|Exception)\b", line)]
     if raised:
         message = " ".join(line.strip() for line in lines[raised[-1] :])
-        return textwrap.shorten(re.sub(r"\[type=.*", "", message), 400)  # pydantic says there what it was given
+        return textwrap.shorten(re.sub(r"\[type=.*", "", message), 400)  # pydantic appends its input there
     if code < 0:
         return f"killed by signal {-code}"
     return textwrap.shorten(lines[-1], 400) if lines else f"exit code {code}"

@@ -1,6 +1,6 @@
-"""Logits by GPTQModel: gptq and awq checkpoints on a CPU.
+"""Compute logits with GPTQModel from gptq and awq checkpoints, on a CPU.
 
-python -I gptqmodel.py MODEL FOLDER DTYPE; see ../run.py for what FOLDER holds.
+python -I gptqmodel.py MODEL FOLDER DTYPE; see ../run.py for the files in FOLDER.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes longer than it saves, and wants a C++ compiler
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes longer than it saves, and needs a C++ compiler
 
 import gptqmodel
 import numpy as np
@@ -17,10 +17,10 @@ import torch
 
 
 def load(model: Path, dtype: torch.dtype):
-    """The model, run by GPTQModel's plain PyTorch kernels: of all, they take the most bits and groups.
+    """Load a model with GPTQModel's plain PyTorch kernels, which support the most bits and group sizes.
 
-    They load 16-bit floats only. In float32 nothing is rounded once the scales, exact in float16, are widened;
-    the kernel for awq narrows them again and computes in float16 whatever it is asked for.
+    They load 16-bit floats only. Scales that are exact in float16 stay exact when widened to float32; the kernel for
+    awq narrows them again and always computes in float16.
     """
     config = json.loads((model / "config.json").read_text())["quantization_config"]
     awq = config["quant_method"] == "awq"
@@ -32,7 +32,7 @@ def load(model: Path, dtype: torch.dtype):
 
 
 def main(model_path: str, folder_path: str, dtype: str) -> None:
-    """Run every window on its own."""
+    """Compute and save the logits of every window, one window at a time."""
     folder = Path(folder_path)
     model = load(Path(model_path), getattr(torch, dtype))
     tokens = torch.from_numpy(np.load(folder / "tokens.npy")).long()

@@ -1,11 +1,11 @@
-// Logits of a GGUF file at every position of every window, by llama.cpp.
+// Compute logits with llama.cpp from a GGUF file, at every position of every window.
 //
 //     llama-logits MODEL.gguf TOKENS LOGITS WINDOWS SEQLEN
 //
 // TOKENS is WINDOWS x SEQLEN int32, LOGITS becomes WINDOWS x SEQLEN x vocabulary float32, both without a header.
-// llama.cpp's own CPU kernels round activations to 8 bits, which says nothing about the file. Its BLAS backend,
-// which takes the products of batches of 32 tokens and more, expands weights to float32 and calls sgemm. For that
-// weights must lie in plain buffers. Keys and values are kept in float32 too. Shorter windows are an error.
+// llama.cpp's own CPU kernels round activations to 8 bits, which would hide small errors in the file. Its BLAS backend,
+// used for batches of at least 32 tokens, expands weights to float32 and calls sgemm; it requires weights in plain
+// buffers. Keys and values are kept in float32 too. Windows of fewer than 32 tokens are an error.
 
 #include "llama.h"
 
@@ -28,7 +28,7 @@ static void only_errors(ggml_log_level level, const char * text, void *) {
 
 static llama_model * load(const char * path) {
     auto params = llama_model_default_params();
-    params.use_extra_bufts = false;  // repacked weights are out of BLAS's reach
+    params.use_extra_bufts = false;  // BLAS can't use repacked weights
     return llama_model_load_from_file(path, params);
 }
 
@@ -42,7 +42,7 @@ static llama_context * make_context(llama_model * model, int seqlen) {
     auto params = llama_context_default_params();
     params.n_ctx = params.n_batch = params.n_ubatch = seqlen;
     params.n_seq_max = 1;
-    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // it computes in float16
+    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // flash attention computes in float16
     params.type_k = params.type_v = GGML_TYPE_F32;
     params.n_threads = params.n_threads_batch = threads();
     return llama_init_from_model(model, params);

@@ -1,6 +1,6 @@
-"""Logits by llama.cpp: GGUF files, weights expanded to float32 (see llamacpp.cpp for how, and why).
+"""Compute logits with llama.cpp from GGUF files, with weights expanded to float32 (llamacpp.cpp explains why).
 
-python -I llamacpp.py MODEL FOLDER DTYPE; see ../run.py for what FOLDER holds.
+python -I llamacpp.py MODEL FOLDER DTYPE; see ../run.py for the files in FOLDER.
 """
 
 import subprocess
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-SHORTEST = 32  # tokens of a batch that llama.cpp hands to BLAS
+SHORTEST = 32  # smallest batch, in tokens, that llama.cpp computes with BLAS
 
 
 def main(model: str, folder_path: str, _dtype: str) -> None:
-    """Windows too short for BLAS are filled up: what comes after a token can't change its logits."""
+    """Compute and save logits; windows too short for BLAS are padded, as later tokens don't affect earlier logits."""
     folder = Path(folder_path)
     tokens = np.load(folder / "tokens.npy")
     windows, seqlen = tokens.shape

@@ -1,6 +1,6 @@
-"""Logits by mlx-lm: MLX folders, quantized or not.
+"""Compute logits with mlx-lm from MLX folders, quantized or not.
 
-python -I mlx.py MODEL FOLDER DTYPE; see ../run.py for what FOLDER holds.
+python -I mlx.py MODEL FOLDER DTYPE; see ../run.py for the files in FOLDER.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -14,7 +14,7 @@ from mlx_lm.utils import load_model
 
 
 def main(model_path: str, folder_path: str, dtype: str) -> None:
-    """Run every window on its own, with what isn't a code (scales, biases, norms) in `dtype`: exact if wider."""
+    """Compute and save logits, one window at a time, with scales, biases and unquantized parameters in `dtype`."""
     mx.set_default_device(mx.cpu)
     folder = Path(folder_path)
     model, _ = load_model(Path(model_path))

@@ -1,6 +1,6 @@
-"""Logits by vLLM on a CPU: hf folders, gptq, awq and compressed-tensors checkpoints.
+"""Compute logits with vLLM on a CPU from hf folders, gptq, awq and compressed-tensors checkpoints.
 
-python -I vllm.py MODEL FOLDER DTYPE; see ../run.py for what FOLDER holds.
+python -I vllm.py MODEL FOLDER DTYPE; see ../run.py for the files in FOLDER.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -12,21 +12,21 @@ import numpy as np
 
 os.environ.update(
     VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the model in this process, where its logits can be caught
-    VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # apply_model wants it
-    VLLM_ALLOW_LONG_MAX_MODEL_LEN="1",  # room for the one token that is sampled and thrown away
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # runs the model in this process, where logits can be recorded
+    VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # required by apply_model
+    VLLM_ALLOW_LONG_MAX_MODEL_LEN="1",  # room for the one token that is sampled and discarded
     VLLM_NO_USAGE_STATS="1",
 )
 
 
-class Caught:
-    """Everything the model's head computes, in the order it does."""
+class LogitsRecorder:
+    """Recorder of all logits that the model's head computes, in order."""
 
     def __init__(self) -> None:
         self.logits = []
 
     def hook(self, model) -> None:
-        """Keep a copy of whatever `compute_logits` returns."""
+        """Wrap the model's `compute_logits` to keep a copy of its results."""
         head = model.compute_logits
 
         def compute_logits(*args, **kwargs):
@@ -37,16 +37,19 @@ class Caught:
         model.compute_logits = compute_logits
 
 
-def window_logits(engine, caught: Caught, tokens: list[int], sampling) -> np.ndarray:
-    """(seqlen, vocabulary). vLLM asks for the last position, to sample, and for all others, as prompt_logprobs."""
-    caught.logits.clear()
+def window_logits(engine, recorder: LogitsRecorder, tokens: list[int], sampling) -> np.ndarray:
+    """Compute logits (seqlen, vocabulary) of one window.
+
+    vLLM computes the last position, to sample from it, separately from all others, for prompt_logprobs.
+    """
+    recorder.logits.clear()
     engine.generate([{"prompt_token_ids": tokens}], sampling, use_tqdm=False)
-    by_rows = {len(rows): rows for rows in caught.logits}
+    by_rows = {len(rows): rows for rows in recorder.logits}
     return np.concatenate([by_rows[len(tokens) - 1], by_rows[1]])
 
 
 def main(model: str, folder_path: str, dtype: str) -> None:
-    """Run every window as one prompt, whole and uncached."""
+    """Compute and save logits of every window as one prompt, without chunks or prefix caching."""
     import vllm
 
     folder = Path(folder_path)
@@ -62,10 +65,11 @@ def main(model: str, folder_path: str, dtype: str) -> None:
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
     )
-    caught = Caught()
-    engine.apply_model(caught.hook)
+    recorder = LogitsRecorder()
+    engine.apply_model(recorder.hook)
     sampling = vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
-    np.save(folder / "logits.npy", np.stack([window_logits(engine, caught, row.tolist(), sampling) for row in tokens]))
+    logits = [window_logits(engine, recorder, row.tolist(), sampling) for row in tokens]
+    np.save(folder / "logits.npy", np.stack(logits))
     (folder / "version.txt").write_text(vllm.__version__)
 
 

@@ -1,8 +1,8 @@
-"""Logits by llama.cpp as xllamacpp carries it: GGUF files, without a compiler, one call per position.
+"""Compute logits with llama.cpp as packaged in xllamacpp from GGUF files, with one call per position.
 
-python -I xllamacpp.py MODEL FOLDER DTYPE; see ../run.py for what FOLDER holds. It tells log probabilities of
-the next token only; they serve as logits, which a softmax doesn't mind. llama.cpp's CPU kernels are what runs:
-they round activations to 8 bits where weights are quantized.
+python -I xllamacpp.py MODEL FOLDER DTYPE; see ../run.py for the files in FOLDER. xllamacpp needs no compiler. It
+returns log probabilities of the next token only; they serve as logits, as softmax maps them to the same probabilities.
+llama.cpp's CPU kernels round activations to 8 bits where weights are quantized.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -17,7 +17,7 @@ MANY = 1 << 20  # more than any vocabulary
 
 
 def next_token(server, prompt: list[int]) -> np.ndarray:
-    """Log probabilities of every token after `prompt`."""
+    """Log probabilities (vocabulary,) of every token to follow `prompt`."""
     request = {"prompt": prompt, "max_tokens": 1, "logprobs": MANY, "temperature": 0, "cache_prompt": False}
     answer = server.handle_completions(request)
     if "choices" not in answer:
@@ -30,7 +30,7 @@ def next_token(server, prompt: list[int]) -> np.ndarray:
 
 
 def main(model: str, folder_path: str, _dtype: str) -> None:
-    """Ask for each position of each window."""
+    """Compute and save logits of every window, with one request per position."""
     folder = Path(folder_path)
     tokens = np.load(folder / "tokens.npy")
     params = xllamacpp.CommonParams()
