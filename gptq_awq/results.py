@@ -28,22 +28,21 @@ log = logging.getLogger(__name__)
 
 FILE_NAME = "results.json"
 FAILURE = "failed.json"
-"""Where a failure is told that may not take the place of an earlier run's results."""
+"""File that a failed run writes in place of results.json where that holds an earlier run's results."""
 NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run, finished or failed. What a failed run did not get to is None or empty.
+    """The results row of one run, finished or failed; values that a failed run did not reach are None or empty.
 
-    `bits_per_weight` counts scales and zeros. `metrics` is a flat map: `wikitext2/ppl@2048`, and below that
-    name what belongs to it: `.../baseline` (full precision), `.../delta`, `.../delta_ci95` ([low, high]).
-    `seconds` maps phases to wall time; `ledger` is a path relative to the run's folder. `manifest` holds
-    hashes and versions; its `tokens.eval` maps each evaluated text ("wikitext2", "lm_eval/TASK") to the hash
-    of its tokens. `grid` is the number format ("int", "nf4", "q4_k_m"); rows of before there was a choice
-    have none. `act` and `kv` are those of activations and of cached keys and values while the model was scored
-    ("int8"); None: they were not rounded. `forecast`, where one was made, has what `seconds` and `peak_memory_bytes`
-    were thought to become, before they were.
+    `bits_per_weight` counts scales and zeros. `metrics` is a flat map: `wikitext2/ppl@2048`, and with that name as
+    prefix the values derived from it: `.../baseline` (full precision), `.../delta`, `.../delta_ci95` ([low, high]).
+    `seconds` maps phases to wall time; `ledger` is a path relative to the run's folder. `manifest` holds hashes and
+    versions; its `tokens.eval` maps each evaluated text ("wikitext2", "lm_eval/TASK") to the hash of its tokens.
+    `grid` is the number format of the weights ("int", "nf4", "q4_k_m"), None in rows older than that option; `act`
+    and `kv` are the formats of activations and of cached keys and values during evaluation ("int8"), None where they
+    were not rounded. `forecast`, where one was made, holds the predicted `seconds` and `peak_memory_bytes`.
     """
 
     method: str
@@ -68,7 +67,7 @@ class Result:
     forecast: Mapping[str, Any] | None = None
 
     def write(self, out_dir: Path | str, name: str = FILE_NAME) -> Path:
-        """Write `out_dir/results.json` whole or not at all; returns its path. Raises OSError (disk full)."""
+        """Write the row to `out_dir/name`, whole or not at all, and return its path. Raises OSError (disk full)."""
         row = asdict(self)
         for key in ("error", "forecast"):
             if row[key] is None:
@@ -81,7 +80,7 @@ class Result:
 
     @classmethod
     def read(cls, path: Path | str) -> Self:
-        """The result stored at `path` (a results.json). Raises OSError, or ValueError where it is not one."""
+        """Read the result stored in the file `path`. Raises OSError, or ValueError where it is no results.json."""
         return cls(**_read_row(path))
 
 
@@ -91,21 +90,21 @@ OPTIONAL = ("error", "grid", "act", "kv", "forecast")
 
 @dataclass(frozen=True)
 class Ledger:
-    """`ledger.jsonl`: one line per linear layer, added block by block, so a killed run leaves what it did."""
+    """The file `ledger.jsonl`: one line per linear layer, appended block by block, so a killed run keeps its blocks."""
 
     path: Path
 
     @classmethod
     def create(cls, path: Path | str) -> Self:
-        """An empty ledger, in place of any earlier one."""
+        """Create an empty ledger, replacing any earlier one."""
         Path(path).write_bytes(b"")
         return cls(Path(path))
 
     @classmethod
     def resume(cls, path: Path | str, rows: int) -> Self:
-        """Go on after the first `rows` rows; what follows, a block that a kill cut short, is dropped.
+        """Continue a ledger after its first `rows` rows; rows of a block that was interrupted are dropped.
 
-        Raises ValueError where the ledger is shorter than that.
+        Raises ValueError where the ledger has fewer rows.
         """
         with Path(path).open("r+b") as file:
             whole = [line for line in file if line.endswith(b"\n")]
@@ -115,7 +114,7 @@ class Ledger:
         return cls(Path(path))
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add the rows of one block; they are on disk when this returns."""
+        """Append the rows of one block; they are on disk (fsync) when this returns."""
         lines = "".join(json.dumps(_jsonable(row), allow_nan=False) + "\n" for row in rows)
         with self.path.open("ab") as file:
             file.write(lines.encode())
@@ -124,7 +123,7 @@ class Ledger:
 
 
 def read_ledger(path: Path | str) -> "pd.DataFrame":
-    """The ledger as a table, one row per linear layer. A half-written line is skipped with a warning."""
+    """Read a ledger as a table, one row per linear layer; a half-written line is skipped with a warning."""
     import pandas as pd
 
     rows = []
@@ -138,11 +137,11 @@ def read_ledger(path: Path | str) -> "pd.DataFrame":
 
 
 def load(*roots: Path | str, copies: bool = False) -> "pd.DataFrame":
-    """All runs below `roots` (but not in hidden folders) as a table, one row per results.json, sorted by path.
+    """Read all runs below `roots` (hidden folders excepted) into a table, one row per results.json, sorted by path.
 
-    Columns: the row's keys (`metrics`, `seconds`, `manifest` and `config` stay dicts), `path` (the run's
+    Columns: the keys of `Result` (`metrics`, `seconds`, `manifest` and `config` stay dicts), `path` (the run's
     folder), then every metric under its own name (`wikitext2/ppl@2048`) and every phase as `seconds/PHASE`. A
-    file that is no whole results row is skipped with a warning.
+    file that is not a complete results row is skipped with a warning.
 
     Rows with the same `manifest.run` are one computation, reused or repeated: the first by path is kept, a finished
     one before a failed one; `copies=True` keeps all. Raises UserError where a root is no folder.
@@ -170,7 +169,7 @@ def _rows(paths: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 def _computations(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row of each `manifest.run`, the first that is done, or else the first; rows without one are all kept."""
+    """Keep one row per `manifest.run`: the first finished one, else the first; rows without that key are all kept."""
     kept: dict[str, dict[str, Any]] = {}
     for row in rows:
         key = row["manifest"].get("run") or row["path"]
@@ -180,14 +179,14 @@ def _computations(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def flat_row(row: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """A results row as one flat table row: its keys, then `more`, then its metrics and `seconds/PHASE`."""
+    """Flatten a results row into one table row: its keys, then `more`, then its metrics and `seconds/PHASE`."""
     seconds = {f"seconds/{phase}": value for phase, value in row["seconds"].items()}
     return {key: row.get(key) for key in KEYS} | more | dict(row["metrics"]) | seconds
 
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Within: no garbage collection, which takes half of the time where a million objects are made and none dropped."""
+    """Suspend garbage collection, which takes half of the time where a million objects are made and none dropped."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -219,14 +218,14 @@ def _read_row(path: Path | str) -> dict[str, Any]:
 
 
 def _with_floats(value: Any) -> Any:
-    """The inverse of what `_jsonable` does to non-finite floats, for a value or a list of values."""
+    """Turn the strings that stand for non-finite floats in JSON back into floats, in a value or a list of values."""
     if isinstance(value, str):
         return NON_FINITE.get(value, value)
     return [_with_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def _jsonable(value: Any) -> Any:
-    """`value` in JSON's own types; arrays and tensors as lists or numbers, anything unknown as its string."""
+    """Convert `value` to JSON's own types: arrays and tensors to lists or numbers, anything unknown to its string."""
     if value is None or isinstance(value, (str, int)):
         return value
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""`python -m gptq_awq.cache`."""
+"""Entry point of `python -m gptq_awq.cache`."""
 
 import sys
 

@@ -1,12 +1,12 @@
-"""The cache folder: what is in it, how large, and how to make room.
+"""The cache folder that runs share: list its entries and sizes, and delete them.
 
     python -m gptq_awq.cache list
     python -m gptq_awq.cache clear [KIND …] [--older DAYS]
 
 The folder is `gptq_awq.storage.assets.cache_dir()`, or $GPTQ_AWQ_CACHE; runs, processes and nodes may share it.
-Everything in it is named by the hash of what it depends on, written whole, and checked when read; so deleting any of it costs
-time and nothing else. After a run, what was not used for longest is dropped until `cache_gb` suffices (downloads,
-models and the progress of unfinished runs don't count, and are only dropped by hand).
+Every entry is named by the hash of what it depends on, written whole, and checked when read; so deleting one costs time
+and nothing else. After a run, the least recently used entries are deleted until `cache_gb` suffices (downloads, models
+and the progress of unfinished runs don't count, and are only deleted by `clear`).
 """
 
 import argparse
@@ -32,29 +32,29 @@ KINDS = {
     "tokens": "token ids of texts",
     "baselines": "full-precision scores: losses, hidden states, lm-eval answers",
     "moments": "second moments and factors of full-precision inputs",
-    "sensitivities": "what rounding each linear costs, for allocating bits",
+    "sensitivities": "loss from rounding each linear, for allocating bits",
     "progress": "finished blocks of runs that were interrupted",
-    "runs": "where finished runs lie",
+    "runs": "locations of finished runs",
     "assets": "downloads: models and texts, checked by sha256",
     "models": "GGUF files as transformers folders",
     "engines": "environments of inference engines",
 }
 DISPENSABLE = ("tokens", "baselines", "moments", "sensitivities")
-"""What is dropped by itself where there is too much of it."""
+"""Kinds whose least recently used entries are deleted where they exceed `cache_gb`."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One file or folder of the cache: all of it, or nothing, can go."""
+    """One file or folder of the cache, deleted as a whole."""
 
     kind: str
     path: Path
     size_bytes: int
     used: float
-    """When it was last read or written, in seconds since the epoch."""
+    """Time of the last read or write, in seconds since the epoch."""
 
     def delete(self) -> None:
-        """Remove it; another process may be quicker."""
+        """Delete the entry; it is no error if another process already has."""
         with suppress(OSError):
             if self.path.is_dir():
                 shutil.rmtree(self.path)
@@ -63,7 +63,7 @@ class Entry:
 
 
 def entries(kinds: Iterable[str] = tuple(KINDS), folder: Path | None = None) -> Iterator[Entry]:
-    """What the cache holds."""
+    """Yield the cache's entries of the given kinds; hidden files are no entries."""
     for kind in kinds:
         parent = (folder or cache_dir()) / kind
         if parent.is_dir():
@@ -71,7 +71,7 @@ def entries(kinds: Iterable[str] = tuple(KINDS), folder: Path | None = None) -> 
 
 
 def prune(limit_bytes: float, folder: Path | None = None) -> list[Entry]:
-    """Drop what was not used for longest, until the dispensable kinds take no more than the limit."""
+    """Delete the least recently used entries until the dispensable kinds take at most `limit_bytes`; returns them."""
     kept = sorted(entries(DISPENSABLE, folder), key=lambda entry: entry.used)
     excess, dropped = sum(entry.size_bytes for entry in kept) - limit_bytes, []
     for entry in kept:
@@ -86,7 +86,7 @@ def prune(limit_bytes: float, folder: Path | None = None) -> list[Entry]:
 
 
 def clear(kinds: Iterable[str], older_days: float = 0, folder: Path | None = None) -> list[Entry]:
-    """Drop all entries of some kinds that were not used for so many days. Raises UserError for an unknown kind."""
+    """Delete the entries of `kinds` unused for `older_days`, and return them. Raises UserError for an unknown kind."""
     kinds = list(kinds)
     for kind in kinds:
         if kind not in KINDS:
@@ -121,13 +121,13 @@ def _listed() -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0, or 2 with one line on stderr for a mistake the user can fix."""
+    """Run the command; returns 0, or 2 with one line on stderr for a mistake the user can fix."""
     parser = argparse.ArgumentParser(prog="python -m gptq_awq.cache", description="What runs share on disk.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="kinds, numbers, sizes")
+    commands.add_parser("list", help="show kinds of entries, their numbers and sizes")
     clearing = commands.add_parser("clear", help="delete entries")
-    clearing.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)}; default: {_default()}")
-    clearing.add_argument("--older", type=float, default=0, metavar="DAYS", help="only what was not used for so long")
+    clearing.add_argument("kinds", nargs="*", metavar="KIND", help=f"one of {', '.join(KINDS)}; default: {_default()}")
+    clearing.add_argument("--older", type=float, default=0, metavar="DAYS", help="only entries unused for so long")
     options = parser.parse_args(argv)
     try:
         if options.command == "list":

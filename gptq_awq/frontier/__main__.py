@@ -1,4 +1,4 @@
-"""`python -m gptq_awq.frontier`."""
+"""Entry point of `python -m gptq_awq.frontier`."""
 
 import sys
 

@@ -1,10 +1,10 @@
-"""Size against KL, predicted and measured, of bits that were allocated under budgets and of uniform ones.
+"""Size against KL divergence, predicted and measured, of runs with allocated and with uniform bits per weight.
 
     python run.py experiment=frontier
     python -m gptq_awq.frontier ROOT [ROOT …] [--out frontier.png]
 
-Predicted is the sum of sensitivities that the allocation went by (gptq_awq/allocation): an estimate of the KL, unless
-they are relative errors. Measured is the run's own KL from full precision.
+The predicted KL is the sum of sensitivities that the allocation minimised (gptq_awq/allocation), where these estimate
+the KL (`fisher`, `kl`). The measured KL is the run's own, from full precision.
 """
 
 import argparse
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PREDICTS_KL = ("fisher", "kl")
-# Per file ending, metadata without the time of day: the same runs give the same file.
+# Metadata per file ending, without the date: the same runs give the same bytes.
 FORMATS = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
 COLOURS = {"allocated": "#0072B2", "uniform": "#D55E00"}  # Okabe and Ito's
 MARKERS = {"allocated": "o", "uniform": "s"}
@@ -35,14 +35,15 @@ MARKERS = {"allocated": "o", "uniform": "s"}
 
 @dataclass(frozen=True)
 class Point:
-    """One run.
+    """The size and KL of one run.
 
     Attributes:
-        kind: "allocated" or "uniform".
-        bits_per_weight: stored, scales and zeros included.
-        size_bytes: of the whole model.
-        predicted: nats per token; None where nothing predicts the KL.
-        kl: measured, nats per token; `low` and `high` bound its 95% interval.
+        kind: "allocated" or "uniform" bits per weight.
+        bits_per_weight: stored bits per quantized weight, scales and zeros included.
+        size_bytes: size of the whole model in bytes.
+        predicted: predicted KL in nats per token; None where nothing predicts it.
+        kl: measured KL in nats per token.
+        low, high: bounds of the 95% interval of the measured KL.
     """
 
     kind: str
@@ -55,14 +56,14 @@ class Point:
 
 
 def points(runs: Iterable[Row], metric: str) -> list[Point]:
-    """The runs of allocated and of uniform bits that have `metric`, the fewest bits per weight first."""
+    """Points of the runs with allocated or uniform bits that have `metric`, sorted by bits per weight."""
     found = [point for run in runs if (point := _point(run, metric)) is not None]
     return sorted(found, key=lambda point: (point.bits_per_weight, point.kind))
 
 
 def _point(run: Row, metric: str) -> Point | None:
     allocation = run["manifest"].get("allocation")
-    integers = run["grid"] in (None, "int") and run["sym"] is not None  # no other format, and rounded at all
+    integers = run["grid"] in (None, "int") and run["sym"] is not None  # `sym` is None where nothing is rounded
     if metric not in run["metrics"] or not (allocation or integers):
         return None
     kind, predicted = "uniform", None
@@ -75,7 +76,7 @@ def _point(run: Row, metric: str) -> Point | None:
 
 
 def uniform_at(bits_per_weight: float, line: Sequence[Point]) -> float | None:
-    """KL of uniform bits at a size between two of them: log KL is nearly straight in bits. None outside of them."""
+    """KL that uniform bits would have at a size, log KL interpolated linearly in bits; None outside of their range."""
     uniform = [p for p in line if p.kind == "uniform" and 0 < p.kl < math.inf]
     x = [p.bits_per_weight for p in uniform]
     if not x or not x[0] <= bits_per_weight <= x[-1]:
@@ -84,16 +85,20 @@ def uniform_at(bits_per_weight: float, line: Sequence[Point]) -> float | None:
 
 
 def table(line: Sequence[Point]) -> str:
-    """Markdown, a row per run."""
+    """The points as a Markdown table, a row per run."""
     names = ["bits", "bits/weight", "size", "predicted KL", "KL [95%]", "KL / predicted", "KL / uniform's"]
     lines = [names, [":---"] + ["---:"] * (len(names) - 1)]
     for point in line:
         uniform = uniform_at(point.bits_per_weight, line) if point.kind == "allocated" else None
         lines.append(
             [
-                *(point.kind, number(point.bits_per_weight), size(point.size_bytes), number(point.predicted)),
+                point.kind,
+                number(point.bits_per_weight),
+                size(point.size_bytes),
+                number(point.predicted),
                 f"{number(point.kl)} [{number(point.low)}, {number(point.high)}]",
-                *(_ratio(point.kl, point.predicted), _ratio(point.kl, uniform)),
+                _ratio(point.kl, point.predicted),
+                _ratio(point.kl, uniform),
             ]
         )
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
@@ -104,7 +109,10 @@ def _ratio(value: float, other: float | None) -> str:
 
 
 def draw(line: Sequence[Point], title: str, metric: str) -> "Figure":
-    """The figure: measured solid, predicted dashed. Raises UserError without matplotlib, or where no KL is positive."""
+    """Plot KL over bits per weight, measured solid and predicted dashed.
+
+    Raises UserError without matplotlib, or where no run has a positive, finite KL.
+    """
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -143,10 +151,10 @@ def _draw_kind(axes: Any, line: Sequence[Point], kind: str) -> None:
 
 
 def choose(rows: Iterable[Row], model: str | None, method: str | None, metric: str | None) -> tuple[list[Row], str]:
-    """The finished runs of one model and method, and the KL to look at.
+    """Select the finished runs of one model and method, and the KL metric to compare.
 
     Raises:
-        UserError: no such runs, several models, methods or KLs, several protocols.
+        UserError: no such runs; several models, methods or KL metrics to choose from; several protocols.
     """
     runs = [row for row in rows if row["status"] == "done" and row["method"] != "fp"]
     for key, value in (("model", model), ("method", method)):
@@ -164,7 +172,7 @@ def choose(rows: Iterable[Row], model: str | None, method: str | None, metric: s
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Write the picture; the same figure gives the same bytes. Raises UserError where it can't be written."""
+    """Write a figure to a file; the same figure gives the same bytes. Raises UserError where it can't be written."""
     from matplotlib import rc_context
 
     try:
@@ -176,7 +184,7 @@ def save(figure: "Figure", path: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's options."""
+    """Parser of the options of `python -m gptq_awq.frontier`."""
     options = argparse.ArgumentParser(
         prog="python -m gptq_awq.frontier", description="Size against KL of allocated and uniform bits."
     )
@@ -189,7 +197,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0, or 2 with one line on stderr for a mistake the user can fix."""
+    """Run the command; returns 0, or 2 with one line on stderr for a mistake the user can fix."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
     options = parser().parse_args(argv)
     try:

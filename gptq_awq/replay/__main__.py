@@ -1,4 +1,4 @@
-"""`python -m gptq_awq.replay`."""
+"""Entry point of `python -m gptq_awq.replay`."""
 
 import sys
 

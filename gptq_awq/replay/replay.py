@@ -1,11 +1,11 @@
-"""Run a stored run again, and say whether it comes out the same.
+"""Repeat a stored run and report whether it gives the same codes and metrics.
 
     python -m gptq_awq.replay RUN_DIR [--scores] [--device cpu]
 
-Quantizes with the stored config and compares every layer's codes with the stored ledger, block by block; it stops at
-the first layer that differs and names it, with whatever else is different: code, packages, machine, data. With
-`--scores` the quantized model is scored too, and every metric compared. Nothing in RUN_DIR is changed. The exit code
-is 0 for identical, 1 for different, 2 for a run that can't be replayed.
+Quantizes with the stored config and compares the hash of every layer's codes with the stored ledger, block by block. It
+stops at the first layer that differs and names it, and lists changes of code, packages, machine and data. With
+`--scores` the quantized model is evaluated too, and every metric compared. Nothing in RUN_DIR is changed. The exit
+code is 0 for identical, 1 for different, 2 for a run that can't be replayed.
 """
 
 import argparse
@@ -36,12 +36,12 @@ from gptq_awq.runtime.progress import Track, rich_track
 
 @dataclass(frozen=True)
 class Difference:
-    """The first thing that came out otherwise.
+    """The first layer or metric whose replayed value differs from the stored one.
 
     Attributes:
-        what: "model.layers.3.self_attn.q_proj", or the name of a metric.
-        stored: what the run's files say of it.
-        now: what came out this time.
+        what: name of the layer ("model.layers.3.self_attn.q_proj") or of the metric.
+        stored: stored value; of a layer, the start of the hash of its codes.
+        now: replayed value.
     """
 
     what: str
@@ -54,12 +54,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Replay:
-    """How a replay came out.
+    """The outcome of a replay.
 
     Attributes:
-        layers: how many layers' codes were compared and found equal.
-        difference: the first one; None: identical.
-        circumstances: what else is not as it was when the run was stored, in words.
+        layers: number of layers in the stored ledger.
+        difference: the first layer or metric that differs; None where all are identical.
+        circumstances: changes of code, packages, machine and data since the run was stored, one sentence each.
     """
 
     layers: int
@@ -68,16 +68,16 @@ class Replay:
 
 
 def replay(run_dir: Path, track: Track, scores: bool = False, device: str | None = None) -> Replay:
-    """Quantize again what `run_dir` holds, and compare.
+    """Quantize again with the config stored in `run_dir`, and compare codes (and metrics) with the stored ones.
 
     Args:
-        run_dir: the folder of a finished run.
-        track: reports progress.
-        scores: evaluate too.
-        device: another one than the stored; None: the stored.
+        run_dir: folder of a finished run.
+        track: progress reporter.
+        scores: whether to evaluate the quantized model and compare its metrics.
+        device: device to run on; None: the stored run's.
 
     Raises:
-        UserError: a folder without a finished run; a model or data that can't be loaded any more.
+        UserError: no finished run in the folder, or a model or data that can no longer be loaded.
     """
     stored, config = _stored(run_dir)
     ledger = [json.loads(line) for line in (run_dir / LEDGER).read_text().splitlines()]
@@ -93,15 +93,13 @@ def replay(run_dir: Path, track: Track, scores: bool = False, device: str | None
     if scores:
         keep = plan.method.cast is not None or changes_output(context.loaded.model, context.grids)
         baseline = full_precision(
-            *(
-                context.loaded.model,
-                context.loaded.tokenizer,
-                context.loaded.sha256,
-                context.windows,
-                context.tasks,
-                None,
-                track,
-            ),
+            context.loaded.model,
+            context.loaded.tokenizer,
+            context.loaded.sha256,
+            context.windows,
+            tasks=context.tasks,
+            cache_dir=None,
+            track=track,
             keep_output=keep,
             compute_dtype=plan.evaluation.compute_dtype,
         )
@@ -127,7 +125,7 @@ def _stored(run_dir: Path) -> tuple[Result, DictConfig]:
 def _first_other_layer(
     plan: Plan, context: RunContext, ledger: Sequence[Mapping[str, Any]], track: Track
 ) -> Difference | None:
-    """Quantize, in place, until a layer's codes are others."""
+    """Quantize the model in place, block by block, up to the first layer whose codes differ from the ledger."""
     steps = quantize(context.loaded.model, context.tokens, plan.method, plan.grid, plan.settings, track)
     expected = iter(ledger)
     with closing(steps):
@@ -150,7 +148,7 @@ def _first_other_metric(stored: Mapping[str, Any], now: Mapping[str, Any]) -> Di
 
 
 def _circumstances(manifest: Mapping[str, Any], context: RunContext) -> Iterator[str]:
-    """What is not as it was."""
+    """Yield what differs from the stored manifest: code, model, calibration tokens, packages, machine."""
     now = {
         "code": context.code,
         "model": context.loaded.sha256,
@@ -175,7 +173,7 @@ def _short(value: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command; returns 0 for identical, 1 for different, 2 for a run that can't be replayed."""
     description, _, rest = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(prog="python -m gptq_awq.replay", description=description, epilog=rest)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

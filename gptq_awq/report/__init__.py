@@ -1,10 +1,9 @@
-"""Results for the reader: one run for the terminal; many runs as Markdown, LaTeX, CSV and one HTML page.
+"""Reports of results: one run as a terminal table; many runs as Markdown, LaTeX, CSV and one HTML page.
 
     python -m gptq_awq.report ROOT [ROOT …] [--out FOLDER] [--metric NAME] [--model NAME] [--over seed]
 
-Every metric is shown under its full name, which carries its protocol; runs whose numbers come from different
-protocols (window length, token ids) are refused, not put side by side. Marks say what is more than chance
-(`verdicts`).
+Every metric is shown under its full name, which carries its protocol; runs scored by different protocols (window
+length, token ids) are refused, not put side by side. Marks say which differences are significant (`verdicts`).
 """
 
 from typing import TYPE_CHECKING
@@ -41,7 +40,7 @@ __all__ = [
 
 
 def comparison(df: "pd.DataFrame") -> str:
-    """A Markdown table per model of the runs in `df` (rows of `results.load`).
+    """Compare the runs in `df` (rows of `results.load`) in one Markdown table per model.
 
     Runs that did not finish are named in a warning above the tables. Raises UserError where runs of one model
     were scored by different protocols.

@@ -1,4 +1,4 @@
-"""`python -m gptq_awq.report`."""
+"""Entry point of `python -m gptq_awq.report`."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""Figures that runs should come to, published ones or our own of before, beside what they came to.
+"""Anchors: published or earlier values of a metric that runs are expected to reproduce, compared with those measured.
 
-A table of them is data: `hydra.callbacks.sweep_end.anchors` of an experiment (configs/experiment/reproduce), read
+A table of anchors is data: `hydra.callbacks.sweep_end.anchors` of an experiment (configs/experiment/reproduce), read
 at the end of its sweep and by `python -m gptq_awq.report ROOT --against reproduce/NAME`.
 """
 
@@ -23,19 +23,19 @@ _EXPERIMENTS = CONFIGS / "experiment"
 KEYS = ("source", "metric", "where", "tolerance", "rows")
 AT = ("hydra", "callbacks", "sweep_end", "anchors")
 SAME = 1e-4
-"""Figures of one setting that are nearer to each other are one: machines sum in different orders."""
+"""Relative tolerance within which repeated runs of one setting agree: machines sum in different orders."""
 Status = Literal["within", "OUTSIDE", "missing", "no figure"]
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """One figure.
+    """The expected value of the metric for one setting.
 
     Attributes:
-        settings: what its run was asked for: `method`, `bits`, …, or any setting's full name (`data.samples`). Full
-            precision is `method: fp`; every run tells its figure.
-        expected: the figure; None where there is none yet.
-        tolerance: how far off a run may be, as a fraction of the figure.
+        settings: settings of the run: `method`, `bits`, …, or any setting's full name (`data.samples`). With
+            `method: fp` the value is that of full precision, which every run stores as NAME/baseline.
+        expected: the expected value; None where it is not known yet.
+        tolerance: allowed deviation, as a fraction of the expected value.
     """
 
     settings: Mapping[str, Any]
@@ -45,13 +45,13 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Anchors:
-    """A table of figures.
+    """A table of expected values of one metric.
 
     Attributes:
-        source: where they are from.
-        metric: what they measure, by its full name.
-        where: settings that all of their runs share.
-        rows: the figures.
+        source: publication or report that the values come from.
+        metric: full name of the metric (`wikitext2/ppl@2048`).
+        where: settings that all runs of the table share.
+        rows: the expected values.
     """
 
     source: str
@@ -61,10 +61,10 @@ class Anchors:
 
     @classmethod
     def of(cls, table: Mapping[str, Any]) -> Self:
-        """From the yaml's map, as configs/experiment/reproduce has it.
+        """Build the table from its yaml mapping, as in configs/experiment/reproduce.
 
         Raises:
-            UserError: a key that is missing or that there isn't, a figure or a tolerance that isn't a number.
+            UserError: a missing or unknown key; an expected value or a tolerance that isn't a number.
         """
         if set(table) != set(KEYS):
             raise UserError(f"anchors: give {', '.join(KEYS)}; there is {', '.join(table) or 'nothing'}")
@@ -73,14 +73,14 @@ class Anchors:
 
     @classmethod
     def read(cls, name: str) -> Self:
-        """Those of an experiment by its name (`reproduce/opt-125m`), or of such a yaml file.
+        """Read the anchors of an experiment, given by its name (`reproduce/opt-125m`) or as a yaml file.
 
         Raises:
             UserError: no such file, or one without anchors.
         """
         path = Path(name) if name.endswith(".yaml") else _EXPERIMENTS / f"{name}.yaml"
         if not path.is_file():
-            raise UserError(f"--against {name}: no such experiment; choose of {', '.join(_known())}, or a yaml file")
+            raise UserError(f"--against {name}: no such experiment; choose among {', '.join(_known())}, or a yaml file")
         node: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
         for key in AT:
             node = node.get(key) if isinstance(node, Mapping) else None
@@ -91,7 +91,7 @@ class Anchors:
 
 @dataclass(frozen=True)
 class Checked:
-    """A figure beside ours; `ours` is None, and `why` says something, where it is missing."""
+    """An expected value beside the measured one, `ours`; where that is None, `why` gives the reason."""
 
     anchor: Anchor
     ours: float | None
@@ -100,22 +100,22 @@ class Checked:
 
 
 def check(rows: Iterable[Row], anchors: Anchors) -> list[Checked]:
-    """Every figure of `anchors` beside what `rows` came to.
+    """Compare every expected value of `anchors` with that measured in `rows`.
 
     Raises:
-        UserError: runs of different figures that the settings don't tell apart.
+        UserError: several runs fit one setting and differ in the metric by more than `SAME`.
     """
     rows = list(rows)
     return [_check(rows, anchors, anchor) for anchor in anchors.rows]
 
 
 def met(checked: Iterable[Checked]) -> bool:
-    """Whether no figure is missing or out of its tolerance."""
+    """Whether no value is missing or outside of its tolerance."""
     return all(one.status in ("within", "no figure") for one in checked)
 
 
 def markdown(checked: Sequence[Checked], anchors: Anchors) -> str:
-    """The table, and a line that counts."""
+    """Render the comparison as a Markdown table, followed by a line with the counts of each status."""
     keys = list(dict.fromkeys(key for one in checked for key in one.anchor.settings))
     lines = [[*keys, "expected", "ours", "difference", "tolerance", ""]]
     lines += [[":---"] + ["---:"] * (len(keys) + 3) + [":---"]]

@@ -1,4 +1,4 @@
-"""The report of many runs, and its command line."""
+"""The report of many runs, and the command `python -m gptq_awq.report`."""
 
 import argparse
 import logging
@@ -32,18 +32,18 @@ NO_FOLDERS = Folders()
 
 @dataclass(frozen=True)
 class Report:
-    """A table per model, the verdicts in them, and what the reader must know of runs that are in none."""
+    """The report of many runs: one table per model, the test results in them, and warnings about runs left out."""
 
     tables: Sequence[Table]
     verdicts: Verdicts
     warnings: Sequence[str]
 
     def markdown(self) -> str:
-        """All tables as Markdown, without a line break at the end."""
+        """Render warnings and tables as Markdown, without a final line break."""
         return render.markdown(self.tables, self.warnings)
 
     def text(self, kind: str) -> str:
-        """The content of a file of one of `FORMATS`."""
+        """Render the report as the content of a file; `kind` is a key of `FORMATS`."""
         if kind == "html":
             return page(self.tables, self.verdicts, self.warnings)
         if kind == "csv":
@@ -54,10 +54,16 @@ class Report:
 def make_report(
     rows: Sequence[Row], folders: Folders = NO_FOLDERS, metrics: Sequence[str] = (), over: str | None = None
 ) -> Report:
-    """Test and tabulate `rows`, a table per model. `folders`: of runs that rows don't tell of. `over`: see `averaged`.
+    """Test and tabulate runs, one table per model.
 
-    Raises UserError where runs of one model were scored by different protocols, or none has a metric or setting
-    that was asked for.
+    Args:
+        rows: results rows (`records`); only finished runs enter the tables.
+        folders: folders of runs without a results row, for the warnings.
+        metrics: metrics to show; empty: all.
+        over: setting to average over (`averaged`); None: each run is a row of its own.
+
+    Raises:
+        UserError: runs of one model were scored by different protocols; no run has the metric or setting asked for.
     """
     done = [row for row in rows if row["status"] == "done"]
     _check_asked(done, metrics, over)
@@ -77,20 +83,20 @@ def _check_asked(runs: Sequence[Row], metrics: Sequence[str], over: str | None) 
     known = {name for run in runs for name in measured(run["metrics"])}
     for name in metrics:
         if name not in known:
-            raise UserError(f"--metric {name}: no run has it; choose of {', '.join(sorted(known))}")
+            raise UserError(f"--metric {name}: no run has it; choose one of {', '.join(sorted(known))}")
     if over is not None and not any(is_setting(key, over) for run in runs for key in flat(run["config"])):
         raise UserError(f"--over {over}: no run has such a setting; seed is one")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's options."""
+    """Parser of the options of `python -m gptq_awq.report`."""
     options = argparse.ArgumentParser(
         prog="python -m gptq_awq.report", description="Tables of runs: Markdown on the terminal, files with --out."
     )
     options.add_argument("roots", nargs="+", metavar="ROOT", help="folders with runs (results.json) anywhere below")
     options.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md, .tex, .csv and .html there")
     options.add_argument(
-        "--format", default=",".join(FORMATS), metavar="LIST", help="which files: of md,latex,csv,html (default all)"
+        "--format", default=",".join(FORMATS), metavar="LIST", help="files to write: md,latex,csv,html (default: all)"
     )
     options.add_argument(
         "--metric", action="append", default=[], metavar="NAME", help="show this metric only (may be repeated)"
@@ -99,12 +105,12 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--against", metavar="NAME", help="compare with the figures of an experiment, such as reproduce/opt-125m"
     )
-    options.add_argument("--over", metavar="SETTING", help="mean and deviation of runs that differ in it only: seed")
+    options.add_argument("--over", metavar="SETTING", help="average runs that differ in this setting only: seed")
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0; 1 where figures aren't met (--against); 2 with a line on stderr for the user's mistakes."""
+    """Run the command; returns 0, 1 where --against is not met, 2 with one line on stderr for a user's mistake."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         return _main(parser().parse_args(argv))
@@ -116,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(options: argparse.Namespace) -> int:
     kinds = [kind for kind in options.format.split(",") if kind]
     if wrong := [kind for kind in kinds if kind not in FORMATS]:
-        raise UserError(f"--format {wrong[0]}: choose of {', '.join(FORMATS)}")
+        raise UserError(f"--format {wrong[0]}: choose among {', '.join(FORMATS)}")
     expected = Anchors.read(options.against) if options.against else None
     df = load(*options.roots)
     if df.empty:
@@ -125,7 +131,7 @@ def _main(options: argparse.Namespace) -> int:
     if options.model:
         known = dict.fromkeys(row["model"] for row in rows)
         if wrong := [model for model in options.model if model not in known]:
-            raise UserError(f"--model {wrong[0]}: no run has it; choose of {', '.join(known)}")
+            raise UserError(f"--model {wrong[0]}: no run has it; choose one of {', '.join(known)}")
         rows = [row for row in rows if row["model"] in options.model]
     report = make_report(rows, find_folders(options.roots), options.metric, options.over)
     sys.stdout.write(report.markdown() + "\n")

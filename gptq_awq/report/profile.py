@@ -1,4 +1,4 @@
-"""Where the error of a run comes from: its ledger, as a number per block and site."""
+"""Error profiles of runs: the quantization errors in their ledgers, averaged per block and site."""
 
 import math
 from collections import defaultdict
@@ -13,17 +13,17 @@ from gptq_awq.results import NON_FINITE
 
 ERRORS = {"output": "error_after", "weights": "weight_error"}
 LARGEST = 130_000
-"""Numbers in all profiles together; runs beyond get none, so that the page stays small."""
+"""Largest count of numbers in all profiles together; further runs get no profile, so that the page stays small."""
 
 Profile = Mapping[str, Mapping[str, Sequence[float | None]]]
 
 
 def profiles(runs: Sequence[Row]) -> list[Profile | None]:
-    """For each run `{"output": {site: [error of block 0, …]}, "weights": …}`, means over the linears of a site.
+    """Error profile of each run: `{"output": {site: [error of block 0, …]}, "weights": …}`.
 
-    Relative errors, of outputs and of weights; methods without calibration know those of weights only. They also see
-    no sites: theirs are those that other runs of the model saw. None for a run without a ledger, for means over
-    runs, and where the page would grow large.
+    Errors are relative, of outputs and of weights, and means over the linears of a site. Methods without calibration
+    have errors of weights only; they observe no sites either, so theirs are taken from other runs of the model. A
+    profile is None for a run without a ledger, for a mean over runs, and where the page would grow large.
     """
     seen: dict[tuple[str, str], str] = {}
     found: list[Profile | None] = []
@@ -55,7 +55,7 @@ def _profile(rows: Iterable[tuple[str, dict[str, Any]]], key: str) -> dict[str, 
 
 
 def _rows(run: Row) -> list[dict[str, Any]]:
-    """The ledger's rows that have what is needed; none where there is no ledger."""
+    """Read the ledger's rows that name their block and site; an unreadable ledger has no rows."""
     needed = ("name", "block", "site", *ERRORS.values())
     try:
         lines = (Path(run["path"]) / (run["ledger"] or "ledger.jsonl")).read_bytes().splitlines()

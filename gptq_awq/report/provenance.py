@@ -1,4 +1,4 @@
-"""What the numbers come from: models, tokens, code and machines of all runs, each with how many runs it is of."""
+"""Provenance of a report: models, tokens, code, packages and machines, each with the number of runs it occurs in."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ KINDS = ("model", "evaluated on", "calibrated on", "code", "packages", "machine"
 
 
 def provenance(runs: Sequence[Row]) -> list[tuple[str, str, int]]:
-    """Rows of (what, which, number of runs), by kind, in the order of first appearance."""
+    """Count runs by provenance: rows of (kind, value, number of runs), sorted by kind, then by first appearance."""
     found = Counter(fact for run in runs for fact in dict.fromkeys(_facts(run["manifest"])))
     return [(kind, which, found[kind, which]) for each in KINDS for kind, which in found if kind == each]
 
@@ -34,5 +34,5 @@ def _facts(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _named(name: Any, sha256: Any, more: Any = None) -> str:
-    """`stories15M · 3f373bc1aff47096 · float32`."""
+    """Join a name, the start of a hash and further details: `stories15M · 3f373bc1aff47096 · float32`."""
     return " · ".join(str(part) for part in (name, str(sha256 or "")[:16], more) if part)

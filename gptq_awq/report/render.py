@@ -1,4 +1,4 @@
-"""Tables as Markdown, LaTeX and CSV."""
+"""Tables rendered as Markdown, LaTeX and CSV."""
 
 import csv
 import io
@@ -25,7 +25,7 @@ TEX = {
 
 
 def markdown(tables: Iterable[Table], warnings: Sequence[str] = ()) -> str:
-    """A table per model, its notes below it; above all, the warnings."""
+    """Render warnings, then one Markdown table per model with its notes."""
     parts = [f"**Warning:** {warning}" for warning in warnings]
     for table in tables:
         parts += [f"### {table.model}", _markdown_table(table), "  \n".join(table.notes)]
@@ -44,7 +44,7 @@ def _markdown_cell(cell: Cell) -> str:
 
 
 def latex(tables: Iterable[Table], warnings: Sequence[str] = ()) -> str:
-    """A `table` environment per model in booktabs' style, without times; † stands for "not distinguishable"."""
+    """Render one booktabs `table` environment per model, without times; † marks "not distinguishable"."""
     comments = "".join(f"% Warning: {warning}\n" for warning in warnings)
     return PREAMBLE + comments + "\n".join(map(_latex_table, tables)) + "\\finish\n"
 
@@ -78,7 +78,7 @@ def _latex_table(table: Table) -> str:
 
 
 def _latex_heading(name: str) -> str:
-    """`Δ wikitext2/ppl@2048` on two lines: the text or task, and the metric."""
+    """Break a heading such as `Δ wikitext2/ppl@2048` into two lines: the text or task, and the metric."""
     text, _, metric = name.rpartition("/")
     if not text or name == "bits/weight":
         return tex(name)
@@ -101,14 +101,14 @@ def _latex_cell(cell: Cell) -> str:
 
 
 def tex(text: str) -> str:
-    """`text` with everything that TeX would take for its own escaped; a hyphen before a number is a minus."""
+    """Escape `text` for TeX: its special characters, a hyphen before a number as minus, unknown non-ASCII as "?"."""
     escaped = "".join(TEX.get(character, character) for character in text)
     escaped = re.sub(r"(?<!\w)-(?=\d|inf)", "$-$", escaped)
     return "".join(character if character.isascii() else "?" for character in escaped)
 
 
 def tidy(tables: Iterable[Table], verdicts: Verdicts) -> str:
-    """CSV: one row per run, numbers as they are, p-values beside their metrics (`NAME/p`, `NAME/p_best_holm`)."""
+    """Render CSV: one row per run, unrounded numbers, p-values beside their metrics (`NAME/p`, `NAME/p_best_holm`)."""
     rows = [_tidy_row(run, verdicts) for table in tables for run in table.runs]
     file = io.StringIO()
     writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")

@@ -1,4 +1,4 @@
-"""Rows of many runs: which can stand side by side, and which did not finish."""
+"""Results rows of many runs: which are comparable, and which did not finish."""
 
 import math
 import os
@@ -18,22 +18,22 @@ Row = Mapping[str, Any]
 FULL_PRECISION = "fp"
 STARTED = ("config.yaml", "run.log", "ledger.partial.jsonl", FAILURE)
 LISTED = 20
-"""Names in a warning; more are counted."""
+"""Largest number of names listed in a warning; the others are counted."""
 
 
 def records(df: "pd.DataFrame") -> list[Row]:
-    """The rows of `results.load` as dicts of their keys and `path`, None (not NaN) for what is missing."""
+    """Convert a table of `results.load` to dicts of the rows' keys and `path`, None (not NaN) for missing values."""
     plain = df[[*KEYS, "path"]].astype(object)
     return [dict(zip(plain.columns, row, strict=True)) for row in plain.where(plain.notna(), None).to_numpy()]
 
 
 def measured(metrics: Mapping[str, Any]) -> list[str]:
-    """The names of what was measured, without what belongs to it (NAME/baseline, NAME/delta, …)."""
+    """Names of the measured metrics, without the values derived from them (NAME/baseline, NAME/delta, …)."""
     return [name for name in metrics if name.rpartition("/")[0] not in metrics]
 
 
 def by_model(runs: Iterable[Row]) -> dict[str, list[Row]]:
-    """Runs by model; where one name stands for several weights, by name and hash, which is then in their `model`."""
+    """Group runs by model; a name shared by different weights is extended by their hash, also in the rows' `model`."""
     runs = list(runs)
     weights: dict[str, set[str]] = defaultdict(set)
     for run in runs:
@@ -51,28 +51,28 @@ def _weights(run: Row) -> str:
 
 
 def is_full_precision(run: Row) -> bool:
-    """Whether nothing of a run is rounded: no weight, no activation, nothing in the cache."""
+    """Whether a run rounds nothing: no weights, no activations, no cached keys and values."""
     return run["method"] == FULL_PRECISION and not run.get("act") and not run.get("kv")
 
 
 def is_perplexity(name: str) -> bool:
-    """Whether a metric is a perplexity: `wikitext2/ppl@2048`."""
+    """Whether a metric is a perplexity, such as `wikitext2/ppl@2048`."""
     return "ppl" in name.rpartition("/")[2]
 
 
 def total_seconds(seconds: Mapping[str, float]) -> float:
-    """The whole run's wall time: `total` where it was recorded, else the sum of the phases."""
+    """Wall time of the whole run in seconds: `total` where it was recorded, else the sum of the phases."""
     return seconds["total"] if "total" in seconds else sum(seconds.values())
 
 
 def distinguishable(metrics: Mapping[str, Any], name: str) -> bool:
-    """Whether `name` differs from full precision: False where the interval contains 0 or is not known."""
+    """Whether metric `name` differs from full precision: False where the 95% interval contains 0 or is not known."""
     low, high = metrics.get(f"{name}/delta_ci95") or (-math.inf, math.inf)
     return low > 0 or high < 0
 
 
 def check_protocols(runs: Iterable[Row]) -> None:
-    """Raise UserError where runs scored one text or task differently: another perplexity, or other tokens."""
+    """Raise UserError where runs scored one text or task by different protocols: other perplexities or other tokens."""
     ways: dict[str, dict[tuple[str, str], list[str]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         by_text: dict[str, list[str]] = defaultdict(list)
@@ -92,14 +92,14 @@ def check_protocols(runs: Iterable[Row]) -> None:
 
 @dataclass(frozen=True)
 class Folders:
-    """Folders of runs that say more than rows: begun without results, and failed where there are earlier results."""
+    """Folders of runs that began but have no results, and of runs that failed where earlier results exist."""
 
     begun: Sequence[str] = ()
     failed_again: Sequence[str] = ()
 
 
 def find_folders(roots: Iterable[Path | str]) -> Folders:
-    """Those below `roots`, but not in hidden folders, sorted."""
+    """Find the folders of unfinished runs below `roots`, hidden folders excepted; sorted."""
     begun, failed = set(), set()
     for root in roots:
         for folder, folders, files in os.walk(root):
@@ -112,7 +112,7 @@ def find_folders(roots: Iterable[Path | str]) -> Folders:
 
 
 def warnings(rows: Iterable[Row], folders: Folders) -> list[str]:
-    """A paragraph on the runs that are missing, and one on those whose results are older than their last failure."""
+    """Warn of runs that are left out, and of those that failed again and whose earlier results are shown."""
     missing = [
         f"{row['path']} ({row['status']}: {row['error'] or 'no reason given'})"
         for row in rows

@@ -1,4 +1,4 @@
-"""What runs were asked for: the settings that tell them apart, and which runs differ in a seed only."""
+"""Settings of runs: those that distinguish the rows of a table, and means over runs that differ in one of them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
@@ -8,14 +8,14 @@ from gptq_awq.report.rows import Row
 
 IDENTITY = ("method", "grid", "bits", "group_size", "sym", "act", "kv")
 SHOWN = {"method.name", "model", "model.name", "grid", "method", *IDENTITY, *(f"grid.{key}" for key in IDENTITY)}
-LABELLED = ("act", "kv")  # by labels that say all of their options
-# What changes no number, or is in its metric's name.
+LABELLED = ("act", "kv")  # their labels in IDENTITY tell all of their options
+# Settings that change no number, or that are part of a metric's name.
 ASIDE = ("out", "tracking", "export", "eval", "hydra", "resume", "profile", "activations")
 LATE = ("model", "device", "compute_dtype", "tokens_per_batch", "seed")
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config as one level, `data.samples`; lists are one value."""
+    """Flatten a nested config to keys such as `data.samples`; a list is one value."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -26,10 +26,10 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def varied(runs: Sequence[Row]) -> dict[str, list[str]]:
-    """Settings without which rows of one table would look the same, by their short names: a value per run.
+    """Settings needed to distinguish the rows of one table: short name → a value per run.
 
-    A setting that only follows from the others (GPTQ's damping, where only GPTQ has one; a file's name, where its
-    kind says it) is left out: tables stay narrow.
+    A setting that follows from the others (GPTQ's damping, where only GPTQ has one; a file's name, where its kind
+    implies it) is left out, so that tables stay narrow.
     """
     configs = [_relevant(run["config"]) for run in runs]
     alike: list[Any] = [tuple(run[key] for key in IDENTITY) for run in runs]
@@ -44,11 +44,11 @@ def varied(runs: Sequence[Row]) -> dict[str, list[str]]:
 
 
 def averaged(runs: Sequence[Row], over: str) -> list[Row]:
-    """One row for all runs that differ in the setting `over` ("seed") only.
+    """Average runs that differ in the setting `over` ("seed") only, into one row each.
 
-    Its metrics, sizes and times are means over the runs; `spread` maps metrics to their standard deviation,
-    `count` is how many runs there are, of several with the same value the first. Intervals, which are of one run,
-    are left out.
+    Metrics, sizes and times are means over the runs; `spread` maps metrics to their standard deviation, and `count`
+    is the number of runs. Of runs with the same value of `over` only the first counts. Confidence intervals, which
+    belong to single runs, are left out.
     """
     groups: dict[Any, dict[Any, Row]] = {}
     for run in runs:
@@ -61,7 +61,7 @@ def averaged(runs: Sequence[Row], over: str) -> list[Row]:
 
 
 def is_setting(key: str, name: str) -> bool:
-    """Whether `key`, of a flat config, is the setting `name`: in full (`data.samples`) or its last part."""
+    """Whether the flat config's `key` (`data.samples`) is the setting `name`, given in full or by its last part."""
     return key == name or key.endswith(f".{name}")
 
 
@@ -77,7 +77,7 @@ def _mean(group: Sequence[Row], over: str) -> Row:
 
 
 def _means(maps: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
-    """Means and standard deviations of the numbers that all `maps` have."""
+    """Means and standard deviations of the numbers that all of `maps` contain."""
     shared = [key for key in maps[0] if all(isinstance(each.get(key), (int, float)) for each in maps)]
     means = {key: fmean(each[key] for each in maps) for key in shared}
     return means, {key: stdev(each[key] for each in maps) for key in shared if len(maps) > 1}
@@ -89,7 +89,7 @@ def _average(values: Iterable[float | None]) -> float | None:
 
 
 def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What may be a column; the calibration text goes by its file, repository or class, whichever it has."""
+    """Settings that may become a column; `data` is the calibration text's file, repository or class."""
     settings = flat(config)
     named = (settings.get(f"data.{key}") for key in ("path", "name", "_target_"))
     if text := next(filter(None, named), None):
@@ -98,18 +98,18 @@ def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _numeric(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that change a number; scoring in lower precision does, a little, and rows from before it had none."""
+    """Settings that change a number; older rows lack `eval.compute_dtype`, which was float32 then."""
     scored_in = {"eval.compute_dtype": settings.get("eval.compute_dtype", "float32")}
     return {k: v for k, v in settings.items() if k.partition(".")[0] not in ASIDE} | scored_in
 
 
 def _order(key: str) -> tuple[bool, bool, int, str]:
-    """What names a thing before its details, and last what is rarely what a table is about."""
+    """Sort key of columns: the data and classes before their options, and settings that rarely vary last."""
     return key.partition(".")[0] in LATE, key != "data" and not key.endswith("_target_"), key.count("."), key
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:
-    """The last part of each key, or all of it where two would share that; a class stands for its group."""
+    """Shorten each key to its last part, unless two would share it; `_target_` becomes its group's name."""
     short = {key: key.removesuffix("._target_").rpartition(".")[2] for key in keys}
     return {key: name if list(short.values()).count(name) == 1 else key for key, name in short.items()}
 

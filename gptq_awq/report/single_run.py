@@ -1,4 +1,4 @@
-"""The table that a run ends with."""
+"""The results table that a run prints at its end."""
 
 from rich import box
 from rich.markup import escape
@@ -11,8 +11,8 @@ from gptq_awq.results import Result
 
 
 def final_table(result: Result) -> Table:
-    """What a run ends with: size, every metric beside its full-precision value, time and memory."""
-    # Text, escape: names and errors may hold [brackets], which rich would take for its markup.
+    """Tabulate one run: size, every metric beside its full-precision value, time and memory."""
+    # `Text` and `escape`, as names and errors may contain [brackets], which rich would read as markup.
     table = Table(title=Text(_title(result)), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     table.add_column("", no_wrap=True)
     table.add_column("full precision", justify="right")

@@ -1,4 +1,4 @@
-"""A table of runs as a value: columns, cells with their numbers and marks, notes. `render` and the page draw it."""
+"""A table of runs as a value: columns, cells with numbers and marks, notes; `render` and `webpage` draw it."""
 
 import math
 from collections import defaultdict
@@ -17,7 +17,7 @@ Kind = Literal["setting", "size", "metric", "difference", "cost"]
 
 @dataclass(frozen=True)
 class Cell:
-    """Text, the number to sort by, and marks: `best` of its bits, `ties` with that, `same` as full precision."""
+    """A table cell: text, value to sort by, and marks: `best` of its bits, `ties` with it, `same` as full precision."""
 
     text: str = ""
     value: float | str | None = None
@@ -28,7 +28,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """The finished runs of one model, the most bits first; `runs` are the rows that `cells` were made from."""
+    """The table of one model's finished runs, sorted by falling bits per weight; row i of `cells` shows `runs[i]`."""
 
     model: str
     columns: Sequence[tuple[str, Kind]]
@@ -38,7 +38,7 @@ class Table:
 
 
 def make_table(model: str, runs: Sequence[Row], verdicts: Verdicts, metrics: Sequence[str] = ()) -> Table:
-    """The table of `runs`, with the columns of `metrics` (all, if none are named) and without empty columns."""
+    """Tabulate the runs of one model, with columns for `metrics` (all, if none are named) and without empty columns."""
     runs = sorted(runs, key=lambda run: (-(run["bits_per_weight"] or math.inf), run["method"], run["path"]))
     names = shown_metrics(runs, metrics)
     settings = varied(runs)
@@ -51,7 +51,7 @@ def make_table(model: str, runs: Sequence[Row], verdicts: Verdicts, metrics: Seq
 
 
 def shown_metrics(runs: Iterable[Row], chosen: Sequence[str] = ()) -> list[str]:
-    """The metrics that `runs` have, in order; the loss difference only where its text has no perplexity."""
+    """Metrics to show, in order of appearance; a loss difference (`dnll`) only where its text has no perplexity."""
     names = dict.fromkeys(name for run in runs for name in measured(run["metrics"]))
     if chosen:
         return [name for name in names if name in chosen]
@@ -106,7 +106,7 @@ def _word(value: str) -> Cell:
 
 
 def _notes(runs: Sequence[Row], names: Sequence[str], verdicts: Verdicts) -> list[str]:
-    """What full precision scored, and what the marks mean, as far as the table has them."""
+    """Notes below a table: the full-precision scores, and the meaning of the marks that occur in it."""
     found = [verdicts.get((run["path"], name), Verdict()) for run in runs for name in names]
     notes = [_baselines(runs, names)]
     if any("count" in run for run in runs):
@@ -131,20 +131,20 @@ def _notes(runs: Sequence[Row], names: Sequence[str], verdicts: Verdicts) -> lis
 
 
 def _rounded(runs: Iterable[Row]) -> str:
-    """What else of the runs has bits."""
+    """Name what is rounded besides weights in any of the runs: activations, cache."""
     names = {"act": "activations", "kv": "cache"}
     return "".join(f", {name}" for key, name in names.items() if any(run.get(key) for run in runs))
 
 
 def _by_interval(run: Row, name: str, verdicts: Verdicts) -> bool:
-    """Whether only the run's own interval says if `name` differs from full precision."""
+    """Whether metric `name` has an interval but no paired test against full precision."""
     low, high = run["metrics"].get(f"{name}/delta_ci95") or (0, 0)
     known = not is_full_precision(run) and (low, high) != (0, 0)
     return known and verdicts.get((run["path"], name), Verdict()).p is None
 
 
 def _baselines(runs: Iterable[Row], names: Sequence[str]) -> str:
-    """One line of the full-precision values that the differences are measured from."""
+    """One line with the full-precision values that differences are measured from."""
     found: dict[str, set[str]] = defaultdict(set)
     for run in runs:
         for name in names:

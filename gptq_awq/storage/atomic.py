@@ -1,4 +1,4 @@
-"""Files that several processes share: written whole or not at all, and one writer at a time."""
+"""Files that several processes share: atomic replacement and locks."""
 
 import logging
 import os
@@ -14,9 +14,9 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Within: a scratch file beside `path`, to be written; afterwards, on disk, it is `path`.
+    """Replace `path` atomically by the scratch file beside it that is yielded and must be written.
 
-    Readers and crashes see the old file or the new one. Raises OSError (disk full); `path` is then as it was.
+    Readers, also after a crash, see the old file or the new one. Raises OSError (disk full); `path` is then unchanged.
     """
     # Unique per writer, not per process: two nodes may share a folder and a process id.
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -31,10 +31,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Within: this process alone holds the lock file `path`; `waiting` is called once if another has it.
+    """Hold the lock file `path` exclusively; `waiting` is called once if another process has it.
 
-    The system takes the lock from a process that dies. Where a file system has no locks there is none, and the log
-    says so: files are still written whole, but two processes may do the same work.
+    The system releases the lock of a process that dies. On a file system without locks a warning is logged and nothing
+    is locked: files are still written whole, but two processes may do the same work.
     """
     lock = filelock.FileLock(path)
     try:

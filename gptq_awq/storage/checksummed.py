@@ -1,6 +1,6 @@
-"""ChecksummedFile files: tensors and facts in one safetensors file that carries its own checksum.
+"""Tensors and JSON facts in one safetensors file that carries its own checksum.
 
-What is read is what was written, or an error: a torn, flipped or foreign file is never used.
+Reading gives the content that was written, or an error: a truncated, corrupted or foreign file is never used.
 """
 
 import hashlib
@@ -23,18 +23,18 @@ log = logging.getLogger(__name__)
 
 
 class DamagedError(Exception):
-    """A file that is not what was written; the message says in what way."""
+    """Raised for a file whose content is not what was written; the message names the defect."""
 
 
 @dataclass(frozen=True)
 class ChecksummedFile:
-    """Named tensors and JSON facts."""
+    """The content of a checksummed file: named tensors and JSON facts."""
 
     tensors: Mapping[str, Tensor]
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def sha256(self) -> str:
-        """Hash of the whole content."""
+        """Hex sha256 of the content: facts, and names, dtypes, shapes and bytes of the tensors."""
         digest = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode())
         for name, x in sorted(self.tensors.items()):
             digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
@@ -42,30 +42,30 @@ class ChecksummedFile:
         return digest.hexdigest()
 
     def write(self, path: Path) -> None:
-        """Write `path`, whole or not at all. Raises OSError (disk full, read-only)."""
+        """Write the content to `path`, whole or not at all. Raises OSError (disk full, read-only)."""
         tensors: dict[str, Tensor] = {}
         for name, x in self.tensors.items():
             x = x.detach().cpu().contiguous()
             shared = any(x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr() for y in tensors.values())
-            tensors[name] = x.clone() if shared else x  # the format holds no tensor twice
+            tensors[name] = x.clone() if shared else x  # safetensors refuses tensors that share memory
         metadata = {"facts": json.dumps(self.facts), "sha256": self.sha256()}
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as scratch:
             scratch.touch()
-            mode = scratch.stat().st_mode  # as the umask has it; the format's library lets nobody else read
+            mode = scratch.stat().st_mode  # as the umask says; safetensors makes files that only their owner can read
             try:
                 save_file(tensors, scratch, metadata)
                 scratch.chmod(mode)
-            except SafetensorError as error:  # its way to say that a disk is full
+            except SafetensorError as error:  # raised where the disk is full
                 raise OSError(f"{path}: {error}") from error
 
     @classmethod
     def read(cls, path: Path) -> "ChecksummedFile":
-        """The content of `path`.
+        """Read the content of `path` and verify its checksum.
 
         Raises:
-            FileNotFoundError: there is none.
-            DamagedError: it is not what was written.
+            FileNotFoundError: no such file.
+            DamagedError: the content is not what was written.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -82,9 +82,9 @@ class ChecksummedFile:
 
 
 def read(path: Path, what: str) -> ChecksummedFile | None:
-    """The content of `path`; None where there is none, or, with a warning that calls it `what`, where it is damaged.
+    """Read a cached file; None where there is none, or, with a warning that calls it `what`, where it is damaged.
 
-    Its time stamp is renewed: the cache drops what was not used for longest.
+    Its time stamp is renewed: the cache deletes the least recently used entries.
     """
     try:
         content = ChecksummedFile.read(path)
@@ -105,9 +105,15 @@ def once(
     compute: Callable[[], ChecksummedFile],
     valid: Callable[[ChecksummedFile], bool] | None = None,
 ) -> ChecksummedFile:
-    """The content of `path`, computed and kept there if it isn't yet; of several processes one computes.
+    """Read the cached file `path`, or compute its content and write it; of several processes only one computes.
 
-    A disk that is full costs the cache, not the result: it is computed and a warning says why it isn't kept.
+    Args:
+        path: the cached file.
+        what: name of the content, for log lines.
+        compute: computes the content.
+        valid: whether a content that was read has the expected shape; None: always.
+
+    Where the file can't be written (disk full), the computed content is returned and a warning logged.
     """
 
     def kept() -> ChecksummedFile | None:
@@ -132,10 +138,10 @@ def once(
 
 
 def lock_path(path: Path) -> Path:
-    """The lock that goes with a file."""
+    """Path of the lock file that guards `path`."""
     return path.parent / ".locks" / path.name
 
 
 def tensor_bytes(x: Tensor) -> memoryview:
-    """The tensor's bytes, in row-major order, for hashing."""
+    """Bytes of a tensor in row-major order, for hashing."""
     return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,12 +1,12 @@
-"""A journal: the finished blocks of a computation on disk, so that it goes on after a crash where it was.
+"""A journal: the finished blocks of a computation on disk, so that it resumes after a crash.
 
-One sealed file per block, and one for each batch that enters the next block:
+One checksummed file per block, and one per batch of activations that enters the next block, written in this order:
 
-    activations-0004/… are written, then block-0004, then activations-0003 is deleted.
+    activations-0004/…, then block-0004, then activations-0003 is deleted.
 
 So at any moment, block files 0…n-1 and the folder activations-(n-1) are a consistent state of n finished blocks.
-Several processes may each keep some batches, as long as all are kept before one of them appends the block. Every file carries
-the journal's key, the hash of all that the computation depends on; files that carry another are foreign.
+Several processes may each write some batches, as long as all are written before one of them appends the block. Every
+file carries the journal's key, the hash of all that the computation depends on; files with another key are refused.
 """
 
 import shutil
@@ -23,47 +23,47 @@ from gptq_awq.storage.checksummed import ChecksummedFile, DamagedError
 
 @dataclass(frozen=True)
 class Journal:
-    """Finished blocks in `folder`, of the computation whose content hash is `key`."""
+    """The finished blocks, in `folder`, of the computation identified by the hash `key`."""
 
     folder: Path
     key: str
 
     def keep_batch(self, index: int, batch: int, states: Sequence[Tensor]) -> None:
-        """What one batch takes from block `index` into the next. On disk when this returns. Raises OSError."""
+        """Write the outputs of block `index` for one batch; on disk when this returns. Raises OSError."""
         tensors = {f"{i}": state for i, state in enumerate(states)}
         ChecksummedFile(tensors, {"key": self.key}).write(self._batch(index, batch))
 
     def append(self, index: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Block `index` is finished, and all its batches kept. On disk when this returns. Raises OSError."""
+        """Write the finished block `index`, whose batches are all kept; on disk when this returns. Raises OSError."""
         ChecksummedFile(tensors, {"key": self.key, "content": facts}).write(self._block(index))
         for folder in self.folder.glob("activations-*"):
-            if folder.name < self._activations(index).name:  # of later blocks there may be some already
+            if folder.name < self._activations(index).name:  # later ones may exist already
                 shutil.rmtree(folder, ignore_errors=True)
 
     def count(self) -> int:
-        """How many leading blocks are there, not yet looked into."""
+        """Number of leading blocks that have a file; their contents are not checked."""
         index = 0
         while self._block(index).exists():
             index += 1
         return index
 
     def block(self, index: int) -> ChecksummedFile:
-        """Tensors and facts of one finished block. Raises FileNotFoundError, DamagedError."""
+        """Read tensors and facts of one finished block. Raises FileNotFoundError, DamagedError."""
         content = self._read(self._block(index))
         return ChecksummedFile(content.tensors, content.facts["content"])
 
     def batch(self, index: int, batch: int) -> list[Tensor]:
-        """What one batch takes from block `index` into the next. Raises FileNotFoundError, DamagedError."""
+        """Read the outputs of block `index` for one batch. Raises FileNotFoundError, DamagedError."""
         tensors = self._read(self._batch(index, batch)).tensors
         return [tensors[f"{i}"] for i in range(len(tensors))]
 
     def drop_activations(self) -> None:
-        """Forget the activations: all blocks are finished."""
+        """Delete the activations, which no block needs once all are finished."""
         for folder in self.folder.glob("activations-*"):
             shutil.rmtree(folder, ignore_errors=True)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Delete the journal."""
         with suppress(OSError):
             shutil.rmtree(self.folder)
 
