@@ -10,9 +10,8 @@ for variable in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "RAYON_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
 import pytest  # noqa: E402
-from forked import call_run, import_everything  # noqa: E402
-
-ROOT = Path(__file__).resolve().parent.parent
+from helpers.forked import call_run, import_everything  # noqa: E402
+from helpers.paths import ROOT  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +58,7 @@ def tiny_text(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """A transformers folder: a random two-block Llama and a byte-level tokenizer."""
-    from tiny_models import save_tiny_folder
+    from helpers.tiny_models import save_tiny_folder
 
     return save_tiny_folder(tmp_path_factory.mktemp("model") / "tiny-llama")
 

@@ -1,0 +1,171 @@
+"""compressed-tensors checkpoints: the library and our own reader find the very codes and weights."""
+
+import json
+
+import pytest
+import torch
+from helpers.quantized_weights import (
+    assert_decodes,
+    assert_same,
+    from_codes,
+    int_grid,
+    quantized,
+    rounded_source,
+    save_packed,
+    specs,
+    tiny_source,
+)
+from helpers.tiny_models import tiny_model, tiny_tokens
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from gptq_awq.errors import UserError
+from gptq_awq.export import compressed_tensors
+from gptq_awq.export.compressed_tensors import (
+    CompressedTensorsFormat,
+    library_reads,
+    pack,
+    pack_int8,
+    quantization_config,
+)
+from gptq_awq.export.folder import FolderTensors
+from gptq_awq.grids.per_layer import PerLayerGrid
+
+LLAMA = LlamaConfig()
+READERS = ("library", "own")
+
+
+@pytest.fixture(params=READERS)
+def reader(request, monkeypatch):
+    """Decode with the library, then with our own reader."""
+    if request.param == "library" and not library_reads():
+        pytest.skip("compressed-tensors 0.18 or newer is not installed")
+    monkeypatch.setattr(compressed_tensors, "library_reads", lambda: request.param == "library")
+    return request.param
+
+
+@pytest.mark.parametrize("order", ["natural", "static_groups"])
+@pytest.mark.parametrize("group_size", [-1, 16, 48])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_packing_then_independent_unpacking_gives_the_codes(bits, sym, group_size, order, reader, tmp_path):
+    grid = int_grid(bits, group_size, sym)
+    weight = quantized(grid, order, rows=33)
+    save_packed(tmp_path, pack(weight, torch.float16), quantization_config({"lin": grid}, "pack-quantized", []))
+    (decoded,) = CompressedTensorsFormat().decode(tmp_path)
+    assert_same(decoded, weight)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("group_size", [-1, 48])
+@pytest.mark.parametrize("sym", [True, False])
+def test_bytes_give_the_codes(sym, group_size, dtype, reader, tmp_path):
+    grid = int_grid(8, group_size, sym, dtype)
+    weight = quantized(grid, rows=33)
+    save_packed(
+        tmp_path, pack_int8(weight, getattr(torch, dtype)), quantization_config({"lin": grid}, "int-quantized", [])
+    )
+    (decoded,) = CompressedTensorsFormat().decode(tmp_path)
+    assert_same(decoded, weight)
+
+
+def test_widths_that_fill_no_words_are_padded(reader, tmp_path):
+    grid = int_grid(3, -1)
+    weight = quantized(grid, rows=7, columns=13)
+    save_packed(tmp_path, pack(weight, torch.float16), quantization_config({"lin": grid}, "pack-quantized", []))
+    (decoded,) = CompressedTensorsFormat().decode(tmp_path)
+    assert_same(decoded, weight)
+
+
+def test_tensors_are_those_worked_out_by_hand():
+    weight = from_codes([[1, 2, 3, 4, 5, 6, 7, 8]] * 8, int_grid(4, -1), scale=0.5, zero=range(1, 9))
+    packed = pack(weight, torch.float16)
+    assert [word & 0xFFFFFFFF for word in packed["weight_packed"].flatten().tolist()] == [0x87654321] * 8
+    assert [word & 0xFFFFFFFF for word in packed["weight_zero_point"].flatten().tolist()] == [0x87654321]
+    assert packed["weight_zero_point"].shape == (1, 1)
+    assert packed["weight_shape"].tolist() == [8, 8]
+    assert torch.equal(packed["weight_scale"], torch.full((8, 1), 0.5, dtype=torch.float16))
+    octets = pack_int8(from_codes([[0, 127, 128, 255]], int_grid(8, -1, sym=True)), torch.float16)
+    assert octets["weight"].tolist() == [[-128, -1, 0, 127]]
+    assert "weight_zero_point" not in octets
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_library_packs_alike(bits):
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    weight = quantized(int_grid(bits, 16), rows=33)
+    packed = pack(weight, torch.float16)
+    codes, zeros = ((c.int() - 2 ** (bits - 1)).to(torch.int8) for c in (weight.codes, weight.zeros))
+    assert torch.equal(packed["weight_packed"], helpers.pack_to_int32(codes, bits))
+    assert torch.equal(packed["weight_zero_point"], helpers.pack_to_int32(zeros, bits, packed_dim=0))
+
+
+@pytest.mark.parametrize(
+    ("options", "grid", "natural_order", "config", "line"),
+    [
+        ({}, int_grid(4), False, LLAMA, r"method\.solver\.static_groups=true .*export\.formats=\[gptq\]"),
+        ({}, int_grid(4, 48), True, LLAMA, "group_size=48.*choose 16 or 32 or 64 or -1"),
+        ({}, int_grid(4, dtype="float32"), True, LLAMA, r"export\.compressed_tensors\.dtype=float32 or grid"),
+        ({"layout": "int8"}, int_grid(4), True, LLAMA, r"bits=8 or export\.compressed_tensors\.layout=pack"),
+        ({}, int_grid(4), True, GPT2Config(), "Conv1D"),
+    ],
+)
+def test_what_has_no_room_is_refused_before_calibration(options, grid, natural_order, config, line):
+    with pytest.raises(UserError, match=line) as caught:
+        CompressedTensorsFormat(**options).check(specs(grid, natural_order), config)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_layout_is_refused():
+    with pytest.raises(UserError, match="choose pack or int8"):
+        CompressedTensorsFormat(layout="int4")  # pyright: ignore[reportArgumentType]
+
+
+def mixed_source(sym):
+    """A tiny Llama whose linears differ in bits and group size, and some in symmetry unless all have it."""
+    overrides = {"*.down_proj": {"bits": 8, "group_size": -1, "sym": sym}, "*.0.self_attn.*": {"bits": 3, "sym": True}}
+    grid = PerLayerGrid(4, 32, sym, scale_dtype="float32", overrides=overrides)
+    return rounded_source(tiny_model("llama"), grid)
+
+
+def test_linears_on_grids_of_their_own_are_in_groups_of_their_own(reader, tmp_path):
+    source = mixed_source(sym=False)
+    assert_decodes(CompressedTensorsFormat("float32"), source, tmp_path)
+    groups = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert sorted(name for group in groups.values() for name in group["targets"]) == sorted(source.weights)
+    told = {(g["weights"]["num_bits"], g["weights"]["group_size"], g["weights"]["symmetric"]) for g in groups.values()}
+    assert told == {(4, 32, False), (8, None, False), (3, 32, True)}
+
+
+def test_transformers_computes_the_very_same_logits_of_several_grids(tmp_path, tiny_folder):
+    pytest.importorskip("compressed_tensors")
+    source = mixed_source(sym=True)
+    CompressedTensorsFormat("float32").write(source, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    tokens = tiny_tokens()
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, source.model(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        ("pack", {"bits": 4}),
+        ("pack", {"bits": 3, "sym": True}),
+        ("int8", {"bits": 8, "sym": True, "group_size": -1}),
+    ],
+)
+def test_transformers_computes_the_very_same_logits(layout, options, tmp_path, tiny_folder):
+    pytest.importorskip("compressed_tensors")
+    source = tiny_source(dtype="float32", **options)
+    CompressedTensorsFormat("float32", layout).write(source, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert config["ignore"] == ["lm_head"]
+    assert not [name for name in FolderTensors(tmp_path) if name.endswith("qweight")]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    tokens = tiny_tokens()
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, source.model(tokens).logits)
+    decoded = list(CompressedTensorsFormat().decode(tmp_path))
+    assert len(decoded) == len(source.weights)
+    for one in decoded:
+        assert_same(one, source.weights[one.name])

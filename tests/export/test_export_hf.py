@@ -1,0 +1,99 @@
+"""Dequantized folders: transformers loads exactly the weights that were rounded to the dtype."""
+
+import json
+
+import pytest
+import torch
+from helpers.quantized_weights import NoTokenizer, rounded_source, source_specs
+from helpers.tiny_models import CONFIGS, tiny_model, tiny_tokens
+from transformers import AutoModelForCausalLM
+
+from gptq_awq.errors import UserError
+from gptq_awq.export.base import Format, Source
+from gptq_awq.export.folder import FolderTensors
+from gptq_awq.export.hf import HFFormat
+from gptq_awq.grids.affine import AffineGrid
+from gptq_awq.grids.integer import IntGrid
+from gptq_awq.grids.mix import LlamaMix
+from gptq_awq.grids.signed import SignedGrid
+from gptq_awq.grids.table import TableGrid
+from gptq_awq.grids.ternary import TernaryGrid
+
+GRIDS = [
+    AffineGrid(4, 32),
+    IntGrid(3, 32),
+    IntGrid(8, -1, sym=True),
+    SignedGrid(4, 32),
+    TableGrid("nf4", 32, double_quant=True),
+    TernaryGrid(32),
+    LlamaMix("q4_0"),
+]
+
+
+def assert_holds(format_, source, folder):
+    format_.check(source_specs(source), source.model.config)
+    format_.write(source, folder)
+    decoded = {each.name: each for each in format_.decode(folder)}
+    assert decoded.keys() == source.weights.keys()
+    for name, weight in source.weights.items():
+        assert decoded[name].codes is None
+        assert torch.equal(decoded[name].weight, format_.rounded(weight.dequantize()))
+
+
+def test_a_format_is_what_exports_expect():
+    assert isinstance(HFFormat(), Format)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_a_folder_holds_every_grid_as_the_dtype_rounds_it(grid, dtype, tmp_path):
+    assert_holds(HFFormat(dtype), rounded_source(tiny_model("llama"), grid), tmp_path)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_float32_gives_the_logits_of_the_model_in_memory(name, tmp_path):
+    source = rounded_source(tiny_model(name), IntGrid(4, 32))
+    assert_holds(HFFormat("float32"), source, tmp_path)
+    model, found = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        assert torch.equal(model.eval()(tiny_tokens()).logits, source.model(tiny_tokens()).logits)
+
+
+def test_a_tied_embedding_that_is_quantized_is_stored_once(tmp_path):
+    source = rounded_source(tiny_model("gemma3"), LlamaMix("q8_0"))
+    assert_holds(HFFormat("float32"), source, tmp_path)
+    assert "lm_head.weight" not in FolderTensors(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(model(tiny_tokens()).logits, source.model(tiny_tokens()).logits)
+
+
+def test_a_model_that_was_not_quantized_is_written_as_it_is(tmp_path):
+    model = tiny_model("llama")
+    HFFormat("float32").check([], model.config)
+    HFFormat("float32").write(Source(model, NoTokenizer(), "tiny", {}), tmp_path)
+    assert list(HFFormat("float32").decode(tmp_path)) == []
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_the_config_says_the_dtype_and_nothing_of_quantization(tmp_path):
+    HFFormat().write(rounded_source(tiny_model("llama"), IntGrid(4, 32)), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert "quantization_config" not in config
+
+
+def test_rounding_is_named_where_there_is_some():
+    assert "bfloat16" in HFFormat().notes[0]
+    assert HFFormat("float32").notes == ()
+
+
+def test_what_overflows_or_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"export\.hf\.dtype=int8"):
+        HFFormat("int8")
+    source = rounded_source(tiny_model("llama"), IntGrid(4, 32))
+    next(iter(source.weights.values())).scales[0, 0] = 1e5
+    with pytest.raises(UserError, match="choose bfloat16 or float32"):
+        HFFormat("float16").write(source, tmp_path)

@@ -1,0 +1,77 @@
+"""Warnings: what engines refuse, and how many devices can share a model."""
+
+import pytest
+from helpers.quantized_weights import int_grid, specs
+from transformers import LlamaConfig
+
+from gptq_awq.export.lint import lint, tensor_parallel
+from gptq_awq.grids.ternary import TernaryGrid
+
+CONFIG = LlamaConfig(hidden_size=256, num_attention_heads=8, num_key_value_heads=2, intermediate_size=768)
+SHAPES = {
+    "model.layers.0.self_attn.q_proj": (256, 256),
+    "model.layers.0.self_attn.k_proj": (64, 256),
+    "model.layers.0.self_attn.o_proj": (256, 256),
+    "model.layers.0.mlp.up_proj": (768, 256),
+    "model.layers.0.mlp.down_proj": (256, 768),
+}
+
+
+def said(grid, natural_order=True, **options):
+    return "\n".join(lint(specs(grid, natural_order, **SHAPES), CONFIG, **options))
+
+
+def test_nothing_but_devices_is_said_of_what_every_engine_takes():
+    assert said(int_grid(4, 32, sym=True)) == "tensor parallel: 1, 2, 4, 8 devices fit"
+
+
+@pytest.mark.parametrize(
+    ("grid", "natural_order", "line"),
+    [
+        (int_grid(4, 32), True, "gptq: vLLM refuses sym=false"),
+        (int_grid(3, 32, sym=True), True, "gptq: vLLM refuses 3 bits"),
+        (int_grid(3, 32, sym=True), True, "compressed_tensors: libraries before"),
+        (int_grid(8, 32, sym=True), True, "compressed_tensors: vLLM takes 8 bits on a GPU"),
+        (int_grid(4, 32, sym=True), False, "gptq: vLLM refuses act_order"),
+        (int_grid(4, 16, sym=True), True, "gptq: vLLM refuses group_size=16"),
+        (int_grid(4, 160, sym=True), True, "gptq: vLLM refuses a last group shorter"),
+        (int_grid(4, 256, sym=True), True, "awq: GPTQModel, and so transformers, refuses group_size=256"),
+    ],
+)
+def test_what_an_engine_refuses_is_said(grid, natural_order, line):
+    assert line in said(grid, natural_order)
+
+
+def test_of_several_widths_each_is_spoken_of_once_and_what_vllm_fuses_is():
+    linears = [*specs(int_grid(3, 32), **SHAPES), *specs(int_grid(3, 64), other=(64, 64))]
+    lines = [line for line in lint(linears, CONFIG) if line.startswith("compressed_tensors")]
+    assert len([line for line in lines if "3 bits on a GPU" in line]) == 1
+    assert any("tie=site" in line for line in lines)
+    assert any("sym=true only" in line for line in lines)
+    assert "tie=site" not in said(int_grid(3, 32))
+
+
+def test_only_formats_that_are_asked_for_are_spoken_of():
+    assert "gptq" not in said(int_grid(4, 32), formats=("awq", "gguf"))
+    assert said(int_grid(4, 32), formats=("gguf",)) == ""
+    assert lint(specs(TernaryGrid(), **SHAPES), CONFIG) == []
+
+
+@pytest.mark.parametrize(
+    ("grid", "line"),
+    [
+        (
+            int_grid(4, 64),
+            r"tensor parallel: 1, 2, 4 devices fit; 8 won't (model.layers.0.self_attn.o_proj: 256 columns "
+            r"in 8 parts are no whole groups of 64)",
+        ),
+        (int_grid(4, -1), "tensor parallel: 1, 2, 4, 8 devices fit"),
+    ],
+)
+def test_groups_are_not_split_between_devices(grid, line):
+    assert tensor_parallel(specs(grid, **SHAPES), CONFIG) == line
+
+
+def test_heads_are_not_split_between_devices():
+    config = LlamaConfig(hidden_size=384, num_attention_heads=6, num_key_value_heads=6)
+    assert "4 won't (6 heads); 8 won't (6 heads)" in tensor_parallel(specs(int_grid(4, 16), **SHAPES), config)
