@@ -1,1 +1,1 @@
-"""What solvers see of a layer: second moments of its inputs, gathered block by block from calibration text."""
+"""Calibration: the second moments of each linear's input, gathered block by block from calibration text."""

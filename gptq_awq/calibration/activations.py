@@ -1,11 +1,11 @@
-"""Activations: the calibration data as it flows from block to block.
+"""Activations: the calibration data as hidden states, passed from block to block.
 
-A batch is one batch of calibration windows as hidden states, with the arguments every block wants beside
-them. The states live in the compute dtype; blocks put new ones in place of the old ones, which nobody changes.
+A `BatchActivations` holds the hidden states of one batch of calibration windows, in the compute dtype, and the other
+arguments that each block is called with. A block's outputs replace its inputs; no tensor is written to.
 
-Methods that compare the quantized model with full precision (`Method.needs_full`) have the latter's hidden states
-beside. Before block k is solved, `hidden` is what the quantized model feeds it and `full` what full precision does;
-afterwards both are its outputs.
+Methods that compare the quantized model with full precision (`Method.needs_full`) carry the full-precision model's
+hidden states as well. Before block k is solved, `hidden` enters it in the quantized model and `full` in the
+full-precision model; afterwards both are its outputs.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gptq_awq.calibration.offload import Spilled
@@ -31,15 +31,15 @@ from gptq_awq.storage.journal import Journal
 
 
 class BatchActivations:
-    """One batch on its way through the model (the one mutable value of the pipeline).
+    """Hidden states of one batch of calibration windows between two blocks; mutable, as each block replaces them.
 
     Attributes:
-        number: of the batch, in the order of the calibration windows; -1: the probe.
-        calls: the other arguments of every block.
+        number: index of the batch, in the order of the calibration windows; -1 for the probe.
+        calls: for each block, its arguments other than the hidden states.
         mask: True at real tokens; None when all are.
-        hidden: what enters the next block.
-        full: what enters it in the full-precision model; None where no one asks.
-        spill: the folder that hidden states lie in; None: in memory.
+        hidden: hidden states that enter the next block.
+        full: hidden states that enter the next block of the full-precision model; None where the method needs none.
+        spill: folder of the files that hold the hidden states; None keeps them in memory.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class BatchActivations:
 
     @property
     def hidden(self) -> Float[Tensor, "batch tokens width"]:
-        """What enters the next block."""
+        """Hidden states that enter the next block, read from their file where they are spilled."""
         return _read(self._hidden)
 
     @hidden.setter
@@ -65,24 +65,30 @@ class BatchActivations:
 
     @property
     def full(self) -> Float[Tensor, "batch tokens width"] | None:
-        """The same in full precision."""
+        """Hidden states that enter the next block of the full-precision model; None where they are not carried."""
         return None if self._full is None else _read(self._full)
 
     @full.setter
     def full(self, x: Float[Tensor, "batch tokens width"] | None) -> None:
         self._full = None if x is None else self._put(x, "full")
 
-    def _put(self, x: Tensor, what: str) -> Tensor | Spilled:
-        return x if self.spill is None else Spilled.of(x, self.spill / f"{self.number:06d}-{what}")
+    def _put(self, x: Tensor, name: str) -> Tensor | Spilled:
+        return x if self.spill is None else Spilled.of(x, self.spill / f"{self.number:06d}-{name}")
 
 
-def _read(held: Tensor | Spilled) -> Tensor:
-    return held.read() if isinstance(held, Spilled) else held
+def _read(states: Tensor | Spilled) -> Tensor:
+    return states.read() if isinstance(states, Spilled) else states
 
 
 @dataclass(frozen=True)
 class Activations:
-    """All calibration batches, or this rank's, and a probe of a few tokens for observing the topology."""
+    """The calibration batches as hidden states that enter one block.
+
+    Attributes:
+        batches: all batches; of several ranks, those of this one.
+        probe: a batch of `PROBE_TOKENS` tokens, whose calls a block's topology is observed with.
+        ranks: the processes that the batches are spread over.
+    """
 
     batches: list[BatchActivations]
     probe: BatchActivations
@@ -90,7 +96,7 @@ class Activations:
 
     @torch.no_grad()
     def advance(self, block: nn.Module, index: int, full: nn.Module | None = None) -> None:
-        """Pass every batch through `block`, and its full-precision states, if it has any, through `full`."""
+        """Replace every batch's hidden states by the outputs of `block` (number `index`), and `full`'s likewise."""
         for batch in self.batches:
             with phase("forward", *batch.hidden.shape[:2]), faster_attention_of(block):
                 batch.hidden = batch.calls[index].run(block, batch.hidden)
@@ -99,28 +105,29 @@ class Activations:
 
     @torch.no_grad()
     def advance_full(self, full: nn.Module, index: int) -> None:
-        """Pass every batch's full-precision states through `full`, nothing else."""
+        """Replace every batch's full-precision hidden states by the outputs of `full`; `hidden` stays as it is."""
         for batch in self.batches:
             assert batch.full is not None
             with phase("forward", *batch.hidden.shape[:2]), faster_attention_of(full):
                 batch.full = batch.calls[index].run(full, batch.full)
 
     def keep(self, journal: Journal, index: int) -> None:
-        """Keep what every batch takes from block `index` into the next, a file for each. Raises OSError."""
+        """Write the hidden states that block `index` returned to the journal, one file per batch. Raises OSError."""
         for batch in self.batches:
             states = [batch.hidden] if batch.full is None else [batch.hidden, batch.full]
             journal.keep_batch(index, batch.number, states)
 
     def restore(self, journal: Journal, index: int) -> None:
-        """Go on from what `keep` kept after block `index`; where it raises, on every rank, nothing has changed.
+        """Replace every batch's hidden states by those that `keep` wrote after block `index`.
 
-        Raises:
-            FileNotFoundError, DamagedError: a batch is not there, or is not one of these.
+        Raises (on every rank, and nothing has changed then):
+            FileNotFoundError: a batch's file is missing.
+            DamagedError: a file is damaged, or its states do not have the batch's shape, dtype and number.
         """
 
         def check() -> None:
             for batch in self.batches:
-                _check_fitting(batch, journal.batch(index, batch.number))
+                _check_states(batch, journal.batch(index, batch.number))
 
         self.ranks.together(check, FileNotFoundError, DamagedError)
         for batch in self.batches:
@@ -129,7 +136,7 @@ class Activations:
             batch.full = full[0].to(batch.hidden.device) if full else None
 
     def probe_input(self) -> Float[Tensor, "1 tokens width"]:
-        """The first real tokens that enter the next block, of this rank's batches."""
+        """The probe's length of hidden states that enter the next block, from the start of this rank's first batch."""
         return self.batches[0].hidden[:1, : self.probe.hidden.shape[1]]
 
 
@@ -140,10 +147,14 @@ def keep_block(
     activations: Activations | None,
     ranks: Ranks,
 ) -> None:
-    """Keep a finished block: each rank writes the activations of its own batches, then rank 0 writes the block.
+    """Write a finished block to the journal: each rank the activations of its own batches, then rank 0 the block.
 
     Args:
-        packed: tensors and facts of the block.
+        journal: the folder of finished blocks.
+        index: number of the block.
+        packed: returns the block's tensors and facts; called on rank 0 only.
+        activations: inputs of the next block; None where the next block needs none.
+        ranks: the processes that share the work.
 
     Raises:
         OSError: on all ranks, where any could not write.
@@ -161,17 +172,19 @@ def keep_block(
     ranks.together(append, OSError)
 
 
-def _check_fitting(batch: BatchActivations, states: list[Tensor]) -> None:
-    """Raise DamagedError unless these states may take the place of the batch's."""
-    now = batch.hidden
+def _check_states(batch: BatchActivations, states: list[Tensor]) -> None:
+    """Raise DamagedError unless `states` have the shape, the dtype and the number of the batch's hidden states."""
+    now, expected = batch.hidden, 1 + (batch.full is not None)
     if any(x.shape != now.shape or x.dtype != now.dtype for x in states):
-        raise DamagedError(f"a batch of shape {tuple(states[0].shape)} for one of {tuple(now.shape)}")
-    if len(states) != 1 + (batch.full is not None):
-        raise DamagedError(f"{len(states)} hidden states of a batch")
+        raise DamagedError(
+            f"hidden states are {tuple(states[0].shape)} {states[0].dtype}, not {tuple(now.shape)} {now.dtype}"
+        )
+    if len(states) != expected:
+        raise DamagedError(f"a batch has {len(states)} hidden states, not {expected}")
 
 
 def batches_of(ranks: Ranks, tokens: TokenSet, tokens_per_batch: int) -> range:
-    """Numbers of the batches that fall to this rank.
+    """Numbers of this rank's batches: of all batches in order, every `ranks.size`-th from its own number on.
 
     Raises:
         UserError: there are fewer batches than ranks.
@@ -186,11 +199,11 @@ def batches_of(ranks: Ranks, tokens: TokenSet, tokens_per_batch: int) -> range:
     return range(ranks.rank, count, ranks.size)
 
 
-def _check_alone(model: nn.Module) -> None:
-    """Refuse blocks that read what others have kept: each is run by itself, on what was recorded of its call.
+def _check_key_value_sharing(model: nn.Module) -> None:
+    """Refuse a model whose blocks read keys and values of earlier blocks: calibration runs each block by itself.
 
     Raises:
-        UserError: naming what they read.
+        UserError: naming the config's entry.
     """
     if shared := getattr(text_config(model), "num_kv_shared_layers", None):
         raise UserError(
@@ -211,48 +224,71 @@ def open_activations(
     spill: Path | None = None,
     ranks: Ranks = ONE,
 ) -> Activations:
-    """Embed the calibration tokens and record what every block is called with; `full`, `spill`: see `BatchActivations`.
+    """Embed the calibration tokens, and record the arguments that each block is called with.
 
-    Of several ranks each takes its share of the batches; which windows make a batch does not depend on them.
+    Of several ranks each embeds its share of the batches; which windows make a batch does not depend on them.
+
+    Args:
+        model: a causal LM.
+        blocks: its transformer blocks.
+        tokens: calibration windows.
+        tokens_per_batch: calibration tokens per forward; a batch has at least one window.
+        compute_dtype: dtype of the hidden states.
+        track: reports progress over batches.
+        full: carry the full-precision model's hidden states too; before the first block they are the same.
+        spill: folder for files of hidden states; None keeps them in memory.
+        ranks: the processes that share the batches.
 
     Raises:
-        UserError: blocks that can't be run one by one on what enters each.
+        UserError: blocks that can't be run one by one, each on its own input; fewer batches than ranks.
     """
     with resident(model.get_input_embeddings()):  # pyright: ignore[reportCallIssue]
-        return _opened(model, blocks, tokens, tokens_per_batch, compute_dtype, track, full, spill, ranks)
+        _check_key_value_sharing(model)
+        embed = _Embedding(BlockCalls(model, blocks), type(model).__name__, compute_dtype, full)
+        per_batch = max(1, tokens_per_batch // tokens.ids.shape[1])
+        numbers = batches_of(ranks, tokens, tokens_per_batch)
+        batches = []
+        for number in track(numbers, "embed calibration text", len(numbers)):
+            rows = slice(number * per_batch, (number + 1) * per_batch)
+            mask = None if tokens.mask is None else tokens.mask[rows]
+            batches.append(embed.batch(number, tokens.ids[rows], mask, spill))
+        return Activations(batches, embed.batch(-1, tokens.ids[:1, :PROBE_TOKENS]), ranks)
 
 
-def _opened(
-    model: nn.Module,
-    blocks: nn.ModuleList,
-    tokens: TokenSet,
-    tokens_per_batch: int,
-    compute_dtype: torch.dtype,
-    track: Track,
-    full: bool,
-    spill: Path | None,
-    ranks: Ranks,
-) -> Activations:
-    _check_alone(model)
-    recorder = BlockCalls(model, blocks)
-    per_batch = max(1, tokens_per_batch // tokens.ids.shape[1])
+@dataclass(frozen=True)
+class _Embedding:
+    """The step from token ids to the first block's inputs.
 
-    def batch(number: int, ids: Tensor, mask: Tensor | None) -> BatchActivations:
-        hidden, calls = recorder.record(ids, mask)
+    Attributes:
+        recorder: runs the model up to its blocks.
+        model: name of the model's class, for errors.
+        compute_dtype: dtype of the hidden states.
+        full: batches carry full-precision hidden states.
+    """
+
+    recorder: BlockCalls
+    model: str
+    compute_dtype: torch.dtype
+    full: bool
+
+    def batch(
+        self,
+        number: int,
+        ids: Int[Tensor, "batch tokens"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+        spill: Path | None = None,
+    ) -> BatchActivations:
+        """One batch of windows as the first block's input, with the arguments of every block.
+
+        Raises:
+            UserError: hidden states that are not (batch, tokens, width).
+        """
+        hidden, calls = self.recorder.record(ids, mask)
         if hidden.dim() != 3:
             raise UserError(
-                f"model: blocks of {type(model).__name__} pass on several hidden states of each token, which "
+                f"model: blocks of {self.model} pass on several hidden states of each token, which "
                 "calibration can't follow; method=rtn needs no data"
             )
         on_device = None if mask is None else mask.to(hidden.device)
-        hidden = hidden.to(compute_dtype)
-        return BatchActivations(
-            number, hidden, calls, on_device, hidden if full else None, None if number < 0 else spill
-        )
-
-    numbers = batches_of(ranks, tokens, tokens_per_batch)
-    batches = []
-    for number in track(numbers, "embed calibration text", len(numbers)):
-        part = slice(number * per_batch, (number + 1) * per_batch)
-        batches.append(batch(number, tokens.ids[part], None if tokens.mask is None else tokens.mask[part]))
-    return Activations(batches, batch(-1, tokens.ids[:1, :PROBE_TOKENS], None), ranks)
+        hidden = hidden.to(self.compute_dtype)
+        return BatchActivations(number, hidden, calls, on_device, hidden if self.full else None, spill)

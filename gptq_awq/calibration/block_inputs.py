@@ -1,4 +1,4 @@
-"""Inputs of each block during calibration: activations passed on by the block before, or recorded full precision."""
+"""Inputs of each block during calibration: activations from the block before, or cached full-precision observations."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -9,7 +9,14 @@ from torch import nn
 
 from gptq_awq.calibration.activations import Activations, open_activations
 from gptq_awq.calibration.expert_policy import ExpertPolicy
-from gptq_awq.calibration.observation import Observation, ObservationCache, Observer, in_dtype, read, recorded
+from gptq_awq.calibration.observation import (
+    Observation,
+    ObservationCache,
+    Observer,
+    complete_cache,
+    in_dtype,
+    read_observation,
+)
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import find_blocks, heads_of
@@ -25,19 +32,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings:
-    """How calibration computes; none of it changes what is minimised.
+    """How calibration computes: precision, batching and memory; the objective does not depend on it.
 
     Attributes:
         compute_dtype: precision of calibration forwards ("auto": bfloat16 where the hardware has it).
         tokens_per_batch: calibration tokens per forward.
-        activations: of batches that wait while a site is solved: "keep", "recompute", or "auto": kept where a
-            forecast says that they fit into half of the memory that is free beside all else.
+        activations: whether batches that wait while a site is solved hold their activations: "keep", "recompute",
+            or "auto", which keeps them where a forecast says that they fit into half of the memory left by all else.
         memory_budget: bytes that this process may take; None: all that is free.
-        scratch: folder for hidden states that would take more than an eighth of it; None: they stay in memory.
-        ranks: the processes that share the work; none of what they do depends on it but the order of sums.
+        scratch: folder for files of hidden states, used where these would take more than an eighth of the free
+            memory; None keeps them in memory.
+        ranks: the processes that share the work; results depend on them only by the order of sums.
 
     Raises:
-        UserError: another word for `activations`.
+        UserError: `activations` is none of the three words.
     """
 
     compute_dtype: str = "auto"
@@ -52,21 +60,29 @@ class Settings:
             raise UserError(f"activations={self.activations}: choose auto, keep or recompute")
 
     def free_bytes(self, device: torch.device) -> int:
-        """Memory that this rank may still allocate on `device`: its budget, or its part of what is free."""
+        """Bytes that this rank may still allocate on `device`: within its budget, or its share of the free memory."""
         free = memory.available_bytes(device, self.memory_budget)
         return free if self.memory_budget is not None else free // self.ranks.sharing(device)
 
 
 class Inputs:
-    """The inputs of a model's blocks, asked for from the first block to the last.
+    """The inputs of a model's blocks during calibration, asked for from the first block to the last.
 
     Args:
-        error_propagation: see `Method`. Without it, `observe` advances the activations, on the block as it is then.
-        absorbers: whether sites shall know theirs.
-        full: whether activations carry full precision's hidden states too (`Method.needs_full`).
-        settings: see `Settings`; `keeps_activations` says what `activations` came to.
-        record: where what full precision shows is read from; it is completed first, for all later runs.
-        experts: what calibrates experts that few tokens reach.
+        model: a causal LM.
+        blocks: its transformer blocks.
+        tokens: calibration windows.
+        settings: how calibration computes; `keeps_activations` is what its `activations` came to.
+        error_propagation: blocks see the inputs of the model quantized so far. Without it, `observe` advances the
+            activations itself, through the block as it is at that time.
+        absorbers: sites are observed with their absorbers.
+        record: cache of full-precision observations, used without error propagation; it is completed first.
+        track: reports progress.
+        full: activations carry the full-precision model's hidden states too (`Method.needs_full`).
+        experts: policy for experts that few tokens reach.
+
+    Raises:
+        UserError: blocks that can't be run one by one; fewer batches than ranks.
     """
 
     def __init__(
@@ -86,49 +102,53 @@ class Inputs:
         self.experts, self._advance = experts, not error_propagation
         self.keeps_activations = keeps_activations(model, tokens, settings, error_propagation, full)
         if error_propagation and not self.keeps_activations:
-            log.info("activations of waiting batches are recomputed at every site (activations=keep holds them)")
+            log.info("activations are recomputed at every site, to save memory; activations=keep holds them instead")
         self._sites: list[Site] = []
         heads: int | None = heads_of(model)
 
         def observer(absorbers: bool) -> Observer:
-            spill = _spill(model, tokens, self.dtype, 1 + full, settings)
             activations = open_activations(
-                *(model, blocks, tokens, settings.tokens_per_batch, self.dtype, track, full, spill, settings.ranks)
+                model=model,
+                blocks=blocks,
+                tokens=tokens,
+                tokens_per_batch=settings.tokens_per_batch,
+                compute_dtype=self.dtype,
+                track=track,
+                full=full,
+                spill=_spill(model, tokens, self.dtype, 1 + full, settings),
+                ranks=settings.ranks,
             )
             return Observer(activations, absorbers, heads, experts)
 
-        # A record serves all methods, so it knows absorbers whether this one wants them or not.
-        if (
-            record
-            and self._advance
-            and recorded(record, blocks, lambda: observer(True), self.dtype, track, settings.ranks)
-        ):
-            self._record, self._observer = record, None
+        # The cache serves all methods, so it has absorbers whether this one needs them or not.
+        cache = record if self._advance else None
+        if cache and complete_cache(cache, blocks, lambda: observer(True), self.dtype, track, settings.ranks):
+            self._cache, self._observer = cache, None
             first = first_batch(tokens, settings.tokens_per_batch)
             self._calls = open_activations(model, blocks, first, settings.tokens_per_batch, self.dtype).batches[0].calls
         else:
-            self._record, self._observer = None, observer(absorbers)
+            self._cache, self._observer = None, observer(absorbers)
 
     @property
     def activations(self) -> Activations | None:
-        """What enters the next block; None where inputs are read from a record."""
+        """The activations that enter the next block; None where observations are read from the cache."""
         return self._observer.activations if self._observer else None
 
     def runner(self, block: nn.Module) -> nn.Module:
-        """The block as forwards compute with it."""
+        """The block in the compute dtype: itself, or a copy."""
         return in_dtype(block, self.dtype)
 
     def sites(self, block: nn.Module, index: int) -> list[Site]:
-        """The block's sites, without their moments."""
+        """The block's sites in the order they run, observed on the probe; without their moments."""
         assert self._observer is not None
         self._sites = self._observer.sites(block, index, self._sites)
         return self._sites
 
     def observe(self, block: nn.Module, runner: nn.Module, index: int) -> Observation:
-        """The block's sites and the moments of their inputs."""
-        if self._record is not None:
+        """The block's sites and the second moments of their inputs, from one forward of `runner` or from the cache."""
+        if self._cache is not None:
             device = next(block.parameters()).device
-            return read(self._record, index, self._calls[index], device)
+            return read_observation(self._cache, index, self._calls[index], device)
         assert self._observer is not None
         return self._observer.observe(runner, index, self.sites(block, index), self._advance)
 
@@ -136,9 +156,10 @@ class Inputs:
 def keeps_activations(
     model: nn.Module, tokens: TokenSet, settings: Settings, error_propagation: bool, full: bool
 ) -> bool:
-    """Whether batches hold their activations while they wait; see `Settings.activations`.
+    """Whether batches hold their activations while they wait at a site, as `Settings.activations` has it.
 
-    "auto": where these fit into half of the memory that is free beside all else that is needed.
+    With "auto" they do where that fits into half of the memory that calibration's other needs leave free. Without
+    error propagation no batch waits, and the answer is true for "keep" only.
     """
     if settings.activations != "auto" or not error_propagation:
         return settings.activations == "keep"
@@ -148,7 +169,14 @@ def keeps_activations(
 
 
 def calibration_of(model: nn.Module, tokens: TokenSet, settings: Settings, full: bool) -> memory.Calibration:
-    """What calibrating this rank's batches takes; `full`: with full precision beside."""
+    """Forecast of the memory that calibration on this rank's batches takes.
+
+    Args:
+        model: a causal LM.
+        tokens: calibration windows of all ranks.
+        settings: how calibration computes.
+        full: a full-precision forward runs beside the quantized one.
+    """
     device, own = next(model.parameters()).device, next(model.parameters()).dtype
     dtype, (_, blocks) = resolve_compute_dtype(settings.compute_dtype, device), find_blocks(model)
     columns = widest(blocks)
@@ -169,30 +197,30 @@ def calibration_of(model: nn.Module, tokens: TokenSet, settings: Settings, full:
 
 
 def waiting_bytes(needed: memory.Calibration) -> int:
-    """What all batches hold while they wait at a site: in one forward, or in two with full precision's."""
+    """Bytes that all batches hold while they wait at a site: of one forward, or of two where full precision runs."""
     return (1 + needed.full) * memory.held_bytes(needed.tokens, needed.hidden, needed.widest, needed.itemsize)
 
 
 def _width(model: nn.Module) -> int:
-    """Of hidden states."""
+    """Width of the model's hidden states."""
     return model.get_input_embeddings().weight.shape[1]  # pyright: ignore[reportCallIssue]
 
 
 def _spill(model: nn.Module, tokens: TokenSet, dtype: torch.dtype, forwards: int, settings: Settings) -> Path | None:
-    """The folder for hidden states between blocks; None where memory has room for them."""
+    """The folder for files of hidden states between blocks; None where memory has room for them."""
     if not _spills(model, tokens, dtype, forwards, settings):
         return None
-    log.info("hidden states between blocks lie in %s", settings.scratch)
+    log.info("hidden states between blocks are kept in files, in %s", settings.scratch)
     return settings.scratch
 
 
 def _spills(model: nn.Module, tokens: TokenSet, dtype: torch.dtype, forwards: int, settings: Settings) -> bool:
-    """Whether they would take more than an eighth of what is free, and files are allowed."""
-    flowing = forwards * tokens.ids.numel() // settings.ranks.size * _width(model) * dtype.itemsize
-    return settings.scratch is not None and flowing > settings.free_bytes(torch.device("cpu")) / 8
+    """Whether hidden states go to files: a folder is given, and they take more than an eighth of the free memory."""
+    states = forwards * tokens.ids.numel() // settings.ranks.size * _width(model) * dtype.itemsize
+    return settings.scratch is not None and states > settings.free_bytes(torch.device("cpu")) / 8
 
 
 def first_batch(tokens: TokenSet, tokens_per_batch: int) -> TokenSet:
-    """The rows that make the first batch."""
+    """The calibration windows of the first batch."""
     rows = max(1, tokens_per_batch // tokens.ids.shape[1])
     return replace(tokens, ids=tokens.ids[:rows], mask=None if tokens.mask is None else tokens.mask[:rows])

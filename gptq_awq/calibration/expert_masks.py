@@ -1,7 +1,8 @@
-"""Which rows of an expert's input are padding.
+"""Padding masks for the inputs of experts, whose rows are a selection of a batch's tokens.
 
-Experts are handed rows picked from a batch's tokens, `hidden[index]`, so a batch's mask doesn't fit them. The picking
-is watched: an expert's first linears read what was picked last, the later ones of the same expert the same tokens.
+An expert reads `hidden[index]`, rows selected from a batch's tokens, so the batch's mask does not fit its input.
+`PickedRows` observes these selections: an expert's first linears read the rows selected last, and its later linears
+see the same tokens.
 """
 
 from typing import Any
@@ -18,12 +19,15 @@ from gptq_awq.models.linear import Site
 
 
 class PickedRows(TorchFunctionMode):
-    """Within: knows of every expert's input which tokens it is of. Forwards may run in greenlets."""
+    """A torch function mode that remembers which tokens of the batch the rows of every expert's input are.
+
+    Forwards may run in greenlets: each has its own memory.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._last: tuple[Tensor, Tensor] | None = None
-        self._of: WeakKeyDictionary[greenlet, tuple[int | None, Tensor]] = WeakKeyDictionary()
+        self._by_forward: WeakKeyDictionary[greenlet, tuple[int | None, Tensor]] = WeakKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None):
         out = func(*args, **(kwargs or {}))
@@ -36,15 +40,21 @@ class PickedRows(TorchFunctionMode):
     def mask(
         self, site: Site, x: Float[Tensor, "rows in"], mask: Bool[Tensor, "batch tokens"], where: str
     ) -> Bool[Tensor, "rows"]:
-        """True at rows of real tokens, at the moment when the expert's linears are called.
+        """The mask of an expert's input, True at rows of real tokens; call it while the site's first linear is called.
+
+        Args:
+            site: the expert's site.
+            x: its input.
+            mask: the batch's mask.
+            where: names the block in errors.
 
         Raises:
-            UserError: nobody saw where the rows are from.
+            UserError: the selection of these rows was not observed.
         """
         forward, count = getcurrent(), x.shape[:-1].numel()
-        picked, known = self._last, self._of.get(forward)
+        picked, known = self._last, self._by_forward.get(forward)
         if picked is not None and len(picked[1]) == count and _share_memory(picked[0], x):
-            self._of[forward] = (site.expert, picked[1])
+            self._by_forward[forward] = (site.expert, picked[1])
             return mask.flatten()[picked[1]].view(x.shape[:-1])
         if known is not None and known[0] == site.expert and len(known[1]) == count:
             return mask.flatten()[known[1]].view(x.shape[:-1])

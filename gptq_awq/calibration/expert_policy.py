@@ -1,17 +1,19 @@
-"""Experts that few tokens reach, and the declared policy for what calibrates them.
+"""Calibration policy for experts that few tokens reach.
 
-An expert that fewer than `min_tokens` calibration tokens reach knows little of its inputs. What is done then:
+The moments of an expert that fewer than `min_tokens` calibration tokens reach say little of its inputs. The policies:
 
-route    all calibration tokens go through it, called by its number alone; its moments are of all of them
-shared   its first linears borrow the moments of all tokens that enter the experts; later ones, whose inputs no other
-         expert has, keep what there is
+route    all calibration tokens are sent through that expert; its moments are of all of them
+shared   its first linears take the moments of all tokens that enter the experts; its later linears, whose inputs no
+         other expert has, keep the moments of the tokens that reached it
 rtn      it is rounded to nearest
-keep     what there is serves, however little
+keep     its moments are of the tokens that reached it, however few
 
-Without a single token, and with nothing borrowed, it is rounded to nearest. The ledger names what was done.
+An expert that no token reaches, and whose moments the policy does not replace, is rounded to nearest. The ledger names
+what was done.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,14 +33,14 @@ from gptq_awq.runtime.profiling import phase
 
 @dataclass(frozen=True)
 class ExpertPolicy:
-    """What calibrates an expert that few tokens reach.
+    """The policy for experts that fewer than `min_tokens` calibration tokens reach.
 
     Attributes:
-        policy: route, shared, rtn or keep, see the module.
-        min_tokens: fewer are few.
+        policy: "route", "shared", "rtn" or "keep", as the module's docstring explains them.
+        min_tokens: number of routed tokens from which on an expert is calibrated like any other linear.
 
     Raises:
-        UserError: another word, a negative number.
+        UserError: an unknown policy; a `min_tokens` that is no whole number from 0 on.
     """
 
     policy: str = "route"
@@ -52,7 +54,7 @@ class ExpertPolicy:
 
 
 def no_pairing(who: str) -> UserError:
-    """What to say where full precision would have to go beside the quantized model, token by token."""
+    """The error where `who` would pair a token's inputs with full precision's, in a mixture of experts."""
     return UserError(
         f"{who} compares every token with full precision, which sends it to other experts; mixtures of experts need a "
         "method without that, such as method=gptq"
@@ -60,24 +62,26 @@ def no_pairing(who: str) -> UserError:
 
 
 class _ReachedError(Exception):
-    """A forward has come as far as it was wanted to."""
+    """Ends a forward that has reached the site it was run for."""
 
 
 Arguments = tuple[tuple, dict[str, Any]]
+"""Positional and keyword arguments of one call."""
 
 
 class Routes:
-    """What enters a block's experts, batch by batch: for those that too few tokens reach by themselves.
+    """The inputs of a block's experts, batch by batch, for the moments of experts that too few tokens reach.
 
-    It holds what every batch's experts are called with, one hidden state per token, as long as the block is worked on.
+    As long as the block is worked on it holds the arguments that every batch calls the experts with: one hidden state
+    per token.
 
     Args:
-        block: the block as it is computed with.
-        sites: the block's.
-        activations: all batches, or this rank's.
-        policy: see `ExpertPolicy`.
+        block: the block that forwards run through.
+        sites: the block's sites.
+        batches: all batches; of several ranks, those of this one.
+        policy: which experts have too few tokens, and what calibrates them.
         where: names the block in errors.
-        ranks: whose tokens count together.
+        ranks: the processes whose tokens count together.
     """
 
     def __init__(
@@ -95,16 +99,19 @@ class Routes:
         self._experts = {site.linears: _Expert.of(block, site) for site in sites if site.expert is not None}
         self._calls: dict[str, dict[int, Arguments]] = {}
         self._shared: dict[str, Moments] = {}
-        self._rows: dict[str, bool] = {}  # owner → whether its experts read rows of what enters it, one for each token
-        self._entries: set[tuple[str, ...]] = set()
+        self._rows: dict[str, bool] = {}  # owner → whether its experts read rows of its input, one for each token
+        self._entries: set[tuple[str, ...]] = set()  # linears of each expert's first site
         known: set[tuple[str, int]] = set()
         for linears, expert in self._experts.items():
             if (expert.owner, expert.number) not in known:
                 self._entries.add(linears)
             known.add((expert.owner, expert.number))
 
-    def hooked(self, number: Callable[[], int | None]):
-        """Within: what enters the experts is kept; `number` says whose batch's forward is running, if one is."""
+    def hooked(self, number: Callable[[], int | None]) -> AbstractContextManager[None]:
+        """Context in which every batch's arguments of the experts are kept, if the policy is "route" or "shared".
+
+        `number` returns the number of the batch whose forward is running; None outside of such a forward.
+        """
 
         def keep(path: str):
             calls = self._calls.setdefault(path, {})
@@ -123,10 +130,12 @@ class Routes:
         )
 
     def finish(self, site: Site, total: MomentsSum) -> Moments:
-        """The moments of a site's input, by the policy where few tokens have come; of no token: round to nearest.
+        """The moments of a site's input, as the policy has it for an expert that few tokens reached.
+
+        Moments of no token mean that the site is rounded to nearest.
 
         Raises:
-            UserError: an ordinary site that no token reaches; experts that can't be called by their number.
+            UserError: an ordinary site that no token reaches; experts that can't be called one by one.
         """
         where, ranks, policy = f"{self._where}, {site.name}", self._ranks, self._policy.policy
         if site.expert is None:
@@ -136,37 +145,43 @@ class Routes:
             return replace(total.finish(where, ranks), routed=routed)
         entry = site.linears in self._entries
         if policy in ("route", "shared") and entry:
-            return replace(self._of_all(site), routed=routed, policy=policy)
+            return replace(self._moments_of_all_tokens(site), routed=routed, policy=policy)
         if policy == "route":
-            return replace(self._through(site), routed=routed, policy=policy)
+            return replace(self._moments_of_rerouted(site), routed=routed, policy=policy)
         if policy == "rtn" or not routed:
             return Moments.none(routed, "rtn")
         return replace(total.finish(where, ranks), routed=routed, policy="keep")
 
     def check(self, site: Site, x: Float[Tensor, "rows in"], number: int) -> None:
-        """Look, once, whether experts read rows of what enters them, as borrowing supposes."""
+        """Check, once per group of experts, that they read rows of the group's input, as "route" and "shared" suppose.
+
+        Args:
+            site: an expert's site; only an expert's first one is looked at.
+            x: its input in the forward of batch `number`.
+            number: number of the batch.
+        """
         expert = self._experts[site.linears]
         if expert.owner in self._rows or site.linears not in self._entries or not len(x) or not self._calls:
             return
-        source = self._entered(expert, number)
+        source = self._find_input(expert, number)
         self._rows[expert.owner] = (
             source is not None
             and source.shape == (self._batches[number].hidden.shape[:2].numel(), x.shape[-1])
             and bool((source == x.reshape(-1, x.shape[-1])[0]).all(-1).any())
         )
 
-    def _of_all(self, site: Site) -> Moments:
-        """Of all tokens that enter the experts; one and the same for all of them, its factor too."""
+    def _moments_of_all_tokens(self, site: Site) -> Moments:
+        """The moments of all tokens that enter the experts: one object for all experts, which share its factor too."""
         expert = self._experts[site.linears]
         if expert.owner not in self._shared:
             total = MomentsSum(site.width, next(self._block.parameters()).device)
             for number, mask in self._masks.items():
-                total.add(_real(self._entering(expert, number), mask), None)
+                total.add(_real_tokens(self._input(expert, number), mask), None)
             self._shared[expert.owner] = total.finish(f"{self._where}, {site.name}", self._ranks)
         return self._shared[expert.owner]
 
-    def _through(self, site: Site) -> Moments:
-        """Of a later site of an expert, when all tokens go through that expert."""
+    def _moments_of_rerouted(self, site: Site) -> Moments:
+        """The moments of an expert's later site, with all calibration tokens sent through that expert."""
         total = MomentsSum(site.width, next(self._block.parameters()).device)
 
         def reached(_module: nn.Module, args: tuple) -> None:
@@ -176,19 +191,19 @@ class Routes:
         with hooks([self._block.get_submodule(site.linears[0]).register_forward_pre_hook(reached)]):
             for number in self._masks:
                 with phase("forward"):
-                    self._call(site, number)
+                    self._call_expert(site, number)
         return total.finish(f"{self._where}, {site.name}", self._ranks)
 
-    def _call(self, site: Site, number: int) -> None:
-        """Call one expert with all of a batch's tokens, up to the site."""
+    def _call_expert(self, site: Site, number: int) -> None:
+        """Call one expert with all tokens of batch `number`, up to the site."""
         expert = self._experts[site.linears]
-        hidden, mask = self._entering(expert, number), self._masks[number]
+        hidden, mask = self._input(expert, number), self._masks[number]
         try:
             if expert.alone is not None:
-                self._block.get_submodule(expert.alone)(_real(hidden, mask))
+                self._block.get_submodule(expert.alone)(_real_tokens(hidden, mask))
             else:
                 args, kwargs = self._calls[expert.owner][number]
-                args, kwargs = _by_number(args, kwargs, hidden, mask, expert.number)
+                args, kwargs = _routed_to(expert.number, args, kwargs, hidden, mask)
                 self._block.get_submodule(expert.owner)(*args, **kwargs)
         except _ReachedError:
             return
@@ -197,13 +212,13 @@ class Routes:
             "choose experts.policy=shared, rtn or keep"
         )
 
-    def _entering(self, expert: "_Expert", number: int) -> Float[Tensor, "tokens width"]:
-        """What enters the experts, of one batch.
+    def _input(self, expert: "_Expert", number: int) -> Float[Tensor, "tokens width"]:
+        """Hidden states of all tokens of batch `number` that enter the experts, padding included.
 
         Raises:
-            UserError: it is not what they read.
+            UserError: the experts do not read rows of it.
         """
-        hidden = self._entered(expert, number)
+        hidden = self._find_input(expert, number)
         if hidden is None or not self._rows.get(expert.owner, False):
             raise UserError(
                 f"{self._where}: the experts of {expert.owner} do not read rows of what enters it, so few tokens "
@@ -211,8 +226,8 @@ class Routes:
             )
         return hidden
 
-    def _entered(self, expert: "_Expert", number: int) -> Float[Tensor, "tokens width"] | None:
-        """What one batch calls the experts with; None where nobody calls them."""
+    def _find_input(self, expert: "_Expert", number: int) -> Float[Tensor, "tokens width"] | None:
+        """Hidden states that batch `number` calls the experts with; None where no module above them was called."""
         for path in expert.above:
             call = self._calls.get(path, {}).get(number)
             if call is not None:
@@ -223,13 +238,13 @@ class Routes:
 
 @dataclass(frozen=True)
 class _Expert:
-    """Where in a block an expert is.
+    """Names of an expert's modules within its block.
 
     Attributes:
-        number: of the expert.
+        number: index of the expert.
         alone: the expert's own module; None where its weights are slices of parameters that it shares with others.
         owner: the module that holds all experts.
-        above: modules that what enters the experts may enter, innermost first.
+        above: modules whose input may be the experts' input, innermost first.
     """
 
     number: int
@@ -239,6 +254,7 @@ class _Expert:
 
     @classmethod
     def of(cls, block: nn.Module, site: Site) -> "_Expert":
+        """The expert of a site, by the names of the site's linears."""
         parts = site.linears[0].split(".")
         hole = max(i for i, part in enumerate(parts) if part == str(site.expert))
         above = [".".join(parts[:i]) for i in range(hole, 0, -1)]
@@ -250,14 +266,16 @@ class _Expert:
         return cls(int(site.expert or 0), own, above[0], tuple(above))
 
 
-def _real(x: Float[Tensor, "tokens width"], mask: Bool[Tensor, "batch tokens"] | None) -> Float[Tensor, "real width"]:
+def _real_tokens(
+    x: Float[Tensor, "tokens width"], mask: Bool[Tensor, "batch tokens"] | None
+) -> Float[Tensor, "real width"]:
     return x if mask is None else x[mask.flatten()]
 
 
-def _by_number(
-    args: tuple, kwargs: Mapping[str, Any], hidden: Tensor, mask: Tensor | None, expert: int
+def _routed_to(
+    expert: int, args: tuple, kwargs: Mapping[str, Any], hidden: Tensor, mask: Tensor | None
 ) -> tuple[tuple, dict[str, Any]]:
-    """Arguments that send all real tokens to one expert, in place of the tokens' own choices (tokens, k)."""
+    """A call's arguments with all real tokens routed to one expert, in place of the router's choices (tokens, k)."""
     chosen = [t for t in _integers((*args, *kwargs.values())) if t.dim() == 2 and len(t) == len(hidden)]
     shape = chosen[0].shape if chosen else None
 
@@ -266,7 +284,7 @@ def _by_number(
             return value
         if value.shape == shape:
             value = value[:, :1] if value.is_floating_point() else torch.full_like(value[:, :1], expert)
-        return _real(value, mask)
+        return _real_tokens(value, mask)
 
     return tuple(map(changed, args)), {key: changed(value) for key, value in kwargs.items()}
 

@@ -1,10 +1,12 @@
-"""Second moments of a site's input: all that GPTQ and AWQ need to know of the calibration data.
+"""Second moments of a site's input: the statistics of the calibration data that GPTQ and AWQ use.
 
 For tokens x₁…x_n that enter a site:  H = 1/n Σ x xᵀ,  and the mean magnitude a = 1/n Σ |x|. The output error of
-a weight change Δ is then tr(ΔHΔᵀ) per token, whatever the number of tokens.
+a weight change Δ is then tr(ΔHΔᵀ) per token, whatever the number of tokens. H is GPTQ's Hessian (arXiv 2210.17323) up
+to a factor, a is AWQ's activation scale (arXiv 2306.00978).
 
-Where the layers before it are quantized already, a site sees x̃ where full precision sees x. H is of x̃ then, and
-C = 1/n Σ x̃ xᵀ says how the two go together: what the layer should answer, W x, projected on what it is given.
+Where the layers before a site are quantized already, its input is x̃ where the full-precision model has x. Then H is
+1/n Σ x̃ x̃ᵀ, and C = 1/n Σ x̃ xᵀ is the cross-covariance that GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505.11695)
+use: the target W x, projected on the input x̃, is W Cᵀ H⁻¹ x̃.
 """
 
 import functools
@@ -24,24 +26,24 @@ from gptq_awq.numerics.distributed import ONE, Ranks
 from gptq_awq.numerics.linalg import NotPositiveDefiniteError, inverse_cholesky, inverse_choleskys
 from gptq_awq.runtime.profiling import phase
 
-# H is symmetric: only blocks on and above its diagonal are computed. Wider blocks waste more work below
-# the diagonal, narrower ones leave the matrix unit idle.
+# H is symmetric: only blocks on and above its diagonal are computed. Wider blocks waste more work below the diagonal,
+# narrower ones leave the matrix unit idle.
 BLOCK = 384
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Finished statistics of one site.
+    """Finished statistics of one site's input.
 
     Attributes:
         hessian: H, (in, in) float32.
         mean_abs: a, (in,) float32.
-        tokens: n, real (unpadded) tokens seen.
-        max_abs: max |x|, (in,) float32, for SmoothQuant; None where nobody counted it.
-        cross: C, (in, in) float32, rows x̃ and columns x; None where full precision did not run beside.
-        routed: of an expert: real tokens that reached it by themselves; None: of an ordinary site.
-        policy: what was done as these were few; None: nothing.
-        keep: where factors of H are kept for other runs; by default nowhere.
+        tokens: n, the number of real (unpadded) tokens.
+        max_abs: max |x|, (in,) float32, for SmoothQuant; None where it was not gathered.
+        cross: C, (in, in) float32, rows x̃ and columns x; None where no full-precision forward ran.
+        routed: number of real tokens that the router sent to this expert; None for an ordinary site.
+        policy: the policy that was applied to an expert that few tokens reached; None: none was.
+        keep: reads or keeps factors of H across runs; the default keeps none.
     """
 
     hessian: Float[Tensor, "in in"]
@@ -57,11 +59,11 @@ class Moments:
 
     @classmethod
     def none(cls, routed: int, policy: str) -> "Moments":
-        """Of no token: nothing is known of the input."""
+        """Moments of no token, with empty H and a: the site is rounded to nearest."""
         return cls(torch.empty(0, 0), torch.empty(0), 0, routed=routed, policy=policy)
 
     def rescaled(self, scales: Float[Tensor, "in"]) -> "Moments":
-        """The moments of x / s, as they are after a transform divided the site's input by `scales`."""
+        """The moments of x / s, for a site whose input a transform has divided by `scales`."""
         s = scales.to(self.hessian)
         largest = None if self.max_abs is None else self.max_abs / s
         products = s[:, None] * s[None, :]
@@ -70,7 +72,7 @@ class Moments:
         return Moments(self.hessian / products, mean, self.tokens, largest, cross, self.routed, self.policy)
 
     def drift(self) -> Float[Tensor, "in in"]:
-        """D = 1/n Σ (x - x̃) x̃ᵀ = Cᵀ - H: what full precision has and this site lacks, as far as x̃ can tell.
+        """D = 1/n Σ (x - x̃) x̃ᵀ = Cᵀ - H: covariance of the input's deviation from full precision with the input.
 
         Raises:
             ValueError: C was not gathered.
@@ -80,18 +82,25 @@ class Moments:
         return self.cross.T - self.hessian
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """What a solver computes for a site's first linear, for its other ones. The last key's value is kept."""
+        """The value of `compute` under `key`, computed for the site's first linear and shared by its other linears.
+
+        Only the last key's value is kept.
+        """
         if key not in self._shared:
             self._shared.clear()
             self._shared[key] = compute()
         return self._shared[key]
 
     def dead(self) -> Bool[Tensor, "in"]:
-        """Columns whose input was always zero."""
+        """True at columns whose input was always zero: diag(H) = 0."""
         return self.hessian.diagonal() == 0
 
     def inverse_factor(self, damping: float, act_order: bool) -> "Factor":
-        """Upper factor U of the damped inverse Hessian, shared by the site's linears (see linalg).
+        """Upper Cholesky factor U of the damped inverse Hessian, shared by the site's linears.
+
+        Args:
+            damping: λ, relative to the mean of diag(H); raised where H + λ mean(diag H) I does not factor.
+            act_order: permute columns by descending diag(H) first.
 
         Returns:
             U (in, in); the column order it is in (None: natural); the damping used.
@@ -110,7 +119,7 @@ class Moments:
         self._factors[key] = factor
 
     def forget_factors(self) -> None:
-        """All linears of the site are solved: what they shared, which is as large as H, is not wanted any more."""
+        """Free the factor and the values that the site's linears shared, each as large as H, once all are solved."""
         self._factors.clear()
         self._shared.clear()
 
@@ -121,15 +130,15 @@ class Moments:
         return factor, order, used
 
     def _order(self, act_order: bool) -> Int[Tensor, "in"] | None:
-        """That columns are rounded in; None: as they are."""
+        """Order in which GPTQ visits columns: descending diag(H) with act_order, else None (natural order)."""
         diagonal = torch.where(self.dead(), 1.0, self.hessian.diagonal())
         return torch.argsort(diagonal, descending=True) if act_order else None
 
 
 def factor_together(sites: Sequence[Moments], damping: float, act_order: bool) -> None:
-    """Find what `inverse_factor` will be asked for, of several sites of one width at once.
+    """Compute `inverse_factor` of several sites of one width in one batched factorization, for later calls.
 
-    Where that damping does not suffice a site is factored by itself; one that won't factor at all is left out.
+    A site for which this damping does not suffice is factored by itself; one that does not factor at all is left out.
     """
     key = (damping, act_order)
     missing = [site for site in sites if key not in site._factors]
@@ -149,23 +158,29 @@ def factor_together(sites: Sequence[Moments], damping: float, act_order: bool) -
 
 
 Factor = tuple[Float[Tensor, "in in"], Int[Tensor, "in"] | None, float]
-"""U, the column order it is in, the damping used."""
+"""Upper factor U of the damped inverse Hessian, the column order it is in (None: natural), and the damping used."""
 Keep = Callable[[tuple[float, bool], Callable[[], Factor]], Factor]
-"""(damping, act_order), how to compute that factor → the factor."""
+"""Maps (damping, act_order) and a function that computes that factor to the factor, kept from an earlier run or new."""
 
 
 class MomentsSum:
-    """Streams activations into Σ x xᵀ, Σ |x| and max |x|, and Σ x̃ xᵀ; each token is counted once, padding never.
+    """Accumulates Σ x xᵀ, Σ |x|, max |x| and, with full precision, Σ x̃ xᵀ over batches; padding is left out.
 
-    Products are summed in float32, whatever the activations' precision: errors of 1e-7 (bfloat16: 3e-6), relative
-    (benchmarks/moments.py), far under damping. The sum of few tokens is singular, but never indefinite beyond that.
-    Where x̃ and x are one, so are H and C: bit for bit in bfloat16, to 1e-6 in float32.
+    Products are summed in float32, whatever the activations' precision: relative errors are 1e-7 (bfloat16: 3e-6;
+    benchmarks/moments.py), far below damping. The sum of fewer tokens than columns is singular, but never indefinite
+    beyond these errors. Where x̃ = x, C = H: bit for bit in bfloat16, to 1e-6 in float32.
+
+    Args:
+        width: columns of the input.
+        device: device of the sums.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
         self._width, self._device = width, device
-        self._native: RankK | None = None  # sums of bfloat16 activations, where the CPU has an instruction for it
-        self._xx: Tensor | None = None  # all others'
+        self._native: RankK | None = (
+            None  # Σ of bfloat16 activations, where the CPU has an instruction for their products
+        )
+        self._xx: Tensor | None = None  # Σ x xᵀ of all other activations
         self._cross: Tensor | None = None
         self._abs = torch.zeros(width, device=device)
         self._max = torch.zeros(width, device=device)
@@ -173,7 +188,7 @@ class MomentsSum:
 
     @property
     def tokens(self) -> int:
-        """How many have been counted."""
+        """Number of real tokens added so far."""
         return self._tokens
 
     def add(
@@ -182,11 +197,11 @@ class MomentsSum:
         mask: Bool[Tensor, "*batch"] | None,
         full: Float[Tensor, "*batch in"] | None = None,
     ) -> None:
-        """Add a batch of inputs; `full`: what full precision has in their place."""
-        x = _real(x, mask)
+        """Add a batch of inputs x (x̃); `mask` is True at real tokens, `full` is x of the full-precision model."""
+        x = _real_tokens(x, mask)
         if not len(x):
             return
-        paired = () if full is None else (_real(full, mask),)
+        paired = () if full is None else (_real_tokens(full, mask),)
         with phase("moments", *x.shape, *(1 for _ in paired)):
             if x.dtype == torch.bfloat16 and x.device.type == "cpu" and rank_k.available():
                 self._native = self._native or RankK(self._width)
@@ -199,7 +214,7 @@ class MomentsSum:
         self._tokens += x.shape[0]
 
     def _add_products(self, x: Float[Tensor, "tokens in"]) -> None:
-        """Add to the upper blocks of Σ x xᵀ, and to Σ |x|."""
+        """Add a batch to the blocks of Σ x xᵀ on and above the diagonal, and to Σ |x|."""
         if self._xx is None:
             self._xx = self._zeros()
         if x.device.type == "cuda" and x.dtype != torch.float32:
@@ -212,7 +227,7 @@ class MomentsSum:
         self._abs += x.abs().sum(0, dtype=torch.float32)
 
     def _add_cross(self, x: Float[Tensor, "tokens in"], full: Float[Tensor, "tokens in"]) -> None:
-        """Add to Σ x̃ xᵀ."""
+        """Add a batch to Σ x̃ xᵀ."""
         if self._cross is None:
             self._cross = self._zeros()
         if x.device.type == "cuda" and x.dtype != torch.float32:
@@ -222,10 +237,14 @@ class MomentsSum:
 
     @phase("moments")
     def finish(self, where: str, ranks: Ranks = ONE) -> Moments:
-        """Normalize by the token count; `where` names the site in errors. Of several `ranks`: of all their tokens.
+        """Divide the sums, over the tokens of all `ranks`, by the number of tokens; the sums are used up.
+
+        Args:
+            where: names the site in errors.
+            ranks: the processes whose sums are added.
 
         Raises:
-            UserError: an activation was NaN or infinite, or no token was seen.
+            UserError: an activation was NaN or infinite, or there was no token.
         """
         products, self._xx = self._xx, None
         cross, self._cross = self._cross, None
@@ -235,7 +254,7 @@ class MomentsSum:
             self._abs += torch.from_numpy(self._native.magnitude)[: self._width]
             if self._native.cross is not None:
                 cross = torch.from_numpy(self._native.cross)[: self._width, : self._width].contiguous()
-        products, cross = self._of_all(products, cross, ranks)
+        products, cross = self._sum_over_ranks(products, cross, ranks)
         if self._tokens == 0 or products is None:
             raise UserError("calibration holds no real token: check data.path and data.packing")
         if not torch.isfinite(self._abs).all() or (cross is not None and not torch.isfinite(cross).all()):
@@ -246,10 +265,10 @@ class MomentsSum:
         mean = self._abs / self._tokens
         return Moments(_mirrored(products.div_(self._tokens)), mean, self._tokens, self._max, cross)
 
-    def _of_all(
+    def _sum_over_ranks(
         self, products: Tensor | None, cross: Tensor | None, ranks: Ranks
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The sums over all ranks; one that saw no token here has none of its own."""
+        """The sums of all ranks; a rank of which no token reached the site contributes zeros."""
         if ranks.size == 1:
             return products, cross
         counts = ranks.sum_(torch.tensor([self._tokens, cross is not None]))
@@ -268,15 +287,15 @@ class MomentsSum:
         return torch.zeros(self._width, self._width, device=self._device)
 
 
-def _real(x: Float[Tensor, "*batch in"], mask: Bool[Tensor, "*batch"] | None) -> Float[Tensor, "tokens in"]:
-    """The real tokens, one after the other."""
+def _real_tokens(x: Float[Tensor, "*batch in"], mask: Bool[Tensor, "*batch"] | None) -> Float[Tensor, "tokens in"]:
+    """The inputs of real tokens as rows."""
     if mask is None:
         return x.reshape(-1, x.shape[-1])
     return x[mask if mask.numel() != x.shape[:-1].numel() else mask.view(x.shape[:-1])]  # batch 1 tokens: MLA
 
 
 def _mirrored(upper: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """The symmetric matrix, in place, whose part on and above the diagonal is given."""
+    """Complete a symmetric matrix, in place, from its part on and above the diagonal."""
     for a in range(0, len(upper), BLOCK):
         b = min(a + BLOCK, len(upper))
         corner = upper[a:b, a:b].triu()
@@ -286,12 +305,12 @@ def _mirrored(upper: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
 
 
 def pack_symmetric(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "packed"]:
-    """A symmetric matrix as its blocks on and above the diagonal, for storing."""
+    """Flatten a symmetric matrix's blocks on and above the diagonal into one vector, for storing."""
     return torch.cat([matrix[a : a + BLOCK, a:].flatten() for a in range(0, len(matrix), BLOCK)])
 
 
 def unpack_symmetric(packed: Float[Tensor, "packed"], n: int) -> Float[Tensor, "n n"]:
-    """The inverse of `pack_symmetric`, bit for bit."""
+    """Restore an n x n symmetric matrix from `pack_symmetric`'s vector, bit for bit."""
     matrix, start = packed.new_empty(n, n), 0
     for a in range(0, n, BLOCK):
         rows, columns = min(BLOCK, n - a), n - a

@@ -1,7 +1,8 @@
-"""Observation: what the calibration data look like at every site of a block, in one forward of the block.
+"""Observations: a block's sites and the second moments of their inputs, from one forward of the block.
 
-Without error propagation all methods see the same thing, the full-precision model, whatever their bits, grid and
-solver. So it is recorded once, in a journal, and every later run of a sweep reads it instead of calibrating.
+Without error propagation every method calibrates on the full-precision model, whatever its bits, grid and solver. So
+these observations are computed once and kept in a journal, the `ObservationCache`, which every later run of a sweep
+reads instead of calibrating.
 """
 
 import copy
@@ -39,18 +40,18 @@ from gptq_awq.storage.journal import Journal
 
 log = logging.getLogger(__name__)
 SCHEMA = 3
-"""Raised whenever the meaning of what is recorded changes."""
+"""Version of the cache's content; raised whenever the meaning of what is kept changes."""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """One block and its inputs.
+    """A block's sites with the second moments of their inputs, and one batch of the block's input.
 
     Attributes:
         sites: the block's sites in the order they run.
-        moments: of each site's input.
-        hidden: what enters the block, of the first batch.
-        call: the block's other arguments, for that batch.
+        moments: second moments of each site's input.
+        hidden: hidden states of the first batch that enter the block.
+        call: the block's other arguments for that batch.
     """
 
     sites: list[Site]
@@ -61,7 +62,12 @@ class Observation:
 
 @dataclass(frozen=True)
 class ObservationCache:
-    """Where observations of full precision are kept: a journal, and how many bytes it may take."""
+    """A cache, on disk, of observations of the full-precision model.
+
+    Attributes:
+        journal: the folder of observations, one file per block.
+        room: bytes that it may take.
+    """
 
     journal: Journal
     room: int
@@ -70,7 +76,15 @@ class ObservationCache:
 def observations_sha256(
     model: nn.Module, model_sha256: str, tokens: TokenSet, dtype: torch.dtype, tokens_per_batch: int
 ) -> str:
-    """Hash of all that observations of the full-precision model depend on; forwards compute in `dtype`."""
+    """SHA-256 of everything that observations of the full-precision model depend on, the cache's key.
+
+    Args:
+        model: a causal LM.
+        model_sha256: hash of the model's weights.
+        tokens: calibration windows.
+        dtype: dtype that forwards compute in.
+        tokens_per_batch: calibration tokens per forward.
+    """
     config: Any = model.config
     depends_on = {
         "schema": SCHEMA,
@@ -87,19 +101,19 @@ def observations_sha256(
 
 
 def in_dtype(block: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The block as forwards compute with it: itself, or a copy in another precision."""
+    """The block in `dtype`: itself where its parameters have it, else a copy."""
     return block if next(block.parameters()).dtype == dtype else copy.deepcopy(block).to(dtype)
 
 
 @dataclass(frozen=True)
 class Observer:
-    """Observes blocks on the activations' inputs.
+    """Observes one block after the other on the activations that enter it.
 
     Attributes:
-        activations: hold what enters the block that is observed.
+        activations: inputs of the block that is observed.
         absorbers: look for each site's absorber too.
-        heads: attention heads, see `observe_sites`.
-        experts: what calibrates experts that few tokens reach.
+        heads: number of attention heads, which `observe_sites` looks for absorbers with.
+        experts: policy for experts that few tokens reach.
     """
 
     activations: Activations
@@ -109,14 +123,14 @@ class Observer:
 
     @phase("sites")
     def sites(self, block: nn.Module, index: int, like: Sequence[Site] = ()) -> list[Site]:
-        """The block's sites, as rank 0 sees them; `like` are those of a block that may be of the same make."""
+        """The block's sites as rank 0 observes them; absorbers of `like`, another block's sites, are tried first."""
         hidden, call = self.activations.probe_input(), self.activations.probe.calls[index]
         return self.activations.ranks.from_first(
             lambda: observe_sites(block, hidden, call, self.absorbers, self.heads, like)
         )
 
     def observe(self, runner: nn.Module, index: int, sites: list[Site], advance: bool) -> Observation:
-        """One forward of all batches; with `advance`, the activations go on to the next block."""
+        """The moments of all sites in one forward of all batches; with `advance`, activations take its outputs."""
         first = self.activations.batches[0]
         hidden, call = first.hidden, first.calls[index]
         moments = observe_forward(runner, index, sites, self.activations, advance, self.experts)
@@ -124,7 +138,7 @@ class Observer:
 
 
 def passing(observer: Observer, blocks: nn.ModuleList, dtype: torch.dtype, start: int = 0) -> Iterator[Observation]:
-    """Observe the blocks one after the other, each before the caller changes it; keeps nothing."""
+    """Observe the blocks from `start` on, each before the caller changes it, and advance the activations through it."""
     sites: list[Site] = []
     for index in range(start, len(blocks)):
         if index + 1 < len(blocks):
@@ -135,37 +149,44 @@ def passing(observer: Observer, blocks: nn.ModuleList, dtype: torch.dtype, start
         yield seen
 
 
-def recorded(
-    record: ObservationCache,
+def complete_cache(
+    cache: ObservationCache,
     blocks: nn.ModuleList,
-    opened: Callable[[], Observer],
+    open_observer: Callable[[], Observer],
     dtype: torch.dtype,
     track: Track,
     ranks: Ranks = ONE,
 ) -> bool:
-    """Complete the record: observe every block that isn't in it yet. False where it can't be kept on this disk.
+    """Observe every block that the cache does not hold yet, and keep it there; false where there is no room for it.
 
-    Of several processes one observes, or the ranks that it is one of, and the others wait. No block may have been
-    changed yet; `opened` makes an observer whose activations enter the first block.
+    Of several processes one (with its ranks) observes, and the others wait.
+
+    Args:
+        cache: the observations of this model on these tokens.
+        blocks: the model's blocks, all of them still in full precision.
+        open_observer: opens activations at the first block; called only where a block is missing.
+        dtype: dtype that forwards compute in.
+        track: reports progress over blocks.
+        ranks: the processes that share the work.
     """
-    journal, count = record.journal, len(blocks)
-    with _alone(journal) if ranks.first else nullcontext():
-        start = ranks.from_first(lambda: _whole(journal))
+    journal, count = cache.journal, len(blocks)
+    with _lock(journal) if ranks.first else nullcontext():
+        start = ranks.from_first(lambda: _usable_blocks(journal))
         if start == count:
             log.info("full-precision moments read from %s", journal.folder)
             return True
-        observer = opened()
+        observer = open_observer()
         if start:
-            start = _restored(journal, observer.activations, start)
-        if not start and _forecast(observer, blocks) > record.room:
+            start = _restore_activations(journal, observer.activations, start)
+        if not start and _moments_bytes(observer, blocks) > cache.room:
             log.warning("the moments of all blocks don't fit into cache_gb: they are not shared with other runs")
             return False
         rest = track(passing(observer, blocks, dtype, start), "calibrate (full precision)", count - start)
         try:
             for index, seen in enumerate(rest, start):
-                leaving = observer.activations if index + 1 < count else None
+                outputs = observer.activations if index + 1 < count else None
                 with phase("disk"):
-                    keep_block(journal, index, partial(_packed, seen), leaving, ranks)
+                    keep_block(journal, index, partial(_packed, seen), outputs, ranks)
         except OSError as error:
             log.warning("the moments are not kept for later runs: %s", error)
             if ranks.first:
@@ -176,64 +197,64 @@ def recorded(
     return True
 
 
-def _alone(journal: Journal) -> AbstractContextManager[None]:
+def _lock(journal: Journal) -> AbstractContextManager[None]:
     return locked(lock_path(journal.folder), lambda: log.warning("another process calibrates on these data: waiting"))
 
 
 @phase("disk")
-def read(record: ObservationCache, index: int, call: Call, device: torch.device) -> Observation:
-    """The recorded observation of one block.
+def read_observation(cache: ObservationCache, index: int, call: Call, device: torch.device) -> Observation:
+    """Read block `index` from the cache; `call` holds the block's other arguments for the first batch.
 
     Raises:
-        UserError: it was complete when the run began, and isn't any more.
+        UserError: the file was lost or damaged since the run began.
     """
     try:
-        content = record.journal.block(index)
+        content = cache.journal.block(index)
     except (DamagedError, FileNotFoundError) as error:
         raise UserError(f"the cache lost the moments of block {index}, run again: {error}") from error
-    factors = [record.journal.folder / f"factor-{index:04d}-{i}" for i in range(len(content.facts["sites"]))]
+    factors = [cache.journal.folder / f"factor-{index:04d}-{i}" for i in range(len(content.facts["sites"]))]
     return _unpacked(content, factors, call, device)
 
 
 @phase("disk")
-def _whole(journal: Journal) -> int:
-    """How many leading blocks of the journal can be used. What is damaged is dropped, and all that follows it."""
-    there = journal.count()
+def _usable_blocks(journal: Journal) -> int:
+    """Number of leading blocks that the journal holds; where one of them is damaged, the journal is cleared: 0."""
+    count = journal.count()
     try:
-        for index in range(there):
+        for index in range(count):
             journal.block(index)
     except (DamagedError, FileNotFoundError) as error:
-        log.warning("the recorded moments in %s are damaged (%s): calibrating anew", journal.folder, error)
+        log.warning("the cached moments in %s are damaged (%s): calibrating anew", journal.folder, error)
         journal.clear()
         return 0
-    return there
+    return count
 
 
-def _restored(journal: Journal, activations: Activations, start: int) -> int:
-    """Let the activations enter block `start`; where that can't be, begin at block 0."""
+def _restore_activations(journal: Journal, activations: Activations, start: int) -> int:
+    """Read the activations that enter block `start` from the journal, and return it; 0 where they are damaged."""
     try:
         activations.restore(journal, start - 1)
     except (DamagedError, FileNotFoundError) as error:
-        log.warning("the recorded batch in %s is damaged (%s): calibrating anew", journal.folder, error)
+        log.warning("the cached activations in %s are damaged (%s): calibrating anew", journal.folder, error)
         if activations.ranks.first:
             journal.clear()
         return 0
     return start
 
 
-def _forecast(observer: Observer, blocks: nn.ModuleList) -> int:
-    """Bytes of the moments of all blocks, if all are like the first, or like the last where it has more (experts)."""
+def _moments_bytes(observer: Observer, blocks: nn.ModuleList) -> int:
+    """Bytes of all blocks' moments, if each has as many as the first or the last, whichever has more (experts)."""
 
-    def of(index: int) -> int:
+    def block_bytes(index: int) -> int:
         with resident(blocks[index]):
             sites = replace(observer, absorbers=False).sites(blocks[index], index)
         return sum(4 * site.width**2 for site in sites)
 
-    return len(blocks) * max(of(0), of(len(blocks) - 1))
+    return len(blocks) * max(block_bytes(0), block_bytes(len(blocks) - 1))
 
 
 def _packed(seen: Observation) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and facts of an observation, for the journal."""
+    """An observation as tensors and facts, for the journal."""
     tensors: dict[str, Tensor] = {"hidden": seen.hidden}
     facts = []
     for i, (site, moments) in enumerate(zip(seen.sites, seen.moments, strict=True)):
@@ -253,6 +274,7 @@ def _packed(seen: Observation) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _unpacked(content: ChecksummedFile, factors: list[Path], call: Call, device: torch.device) -> Observation:
+    """The observation that `_packed` put into `content`; `factors` are paths for the factors of the sites' Hessians."""
     tensors, sites, moments = content.tensors, [], []
     for i, (fact, path) in enumerate(zip(content.facts["sites"], factors, strict=True)):
         absorber = None
@@ -273,7 +295,7 @@ def _unpacked(content: ChecksummedFile, factors: list[Path], call: Call, device:
 
 
 def _keep(path: Path, device: torch.device) -> Keep:
-    """Keep the factors of one site's Hessian beside its moments."""
+    """A function that keeps the factors of one site's Hessian in files that begin with `path`, beside its moments."""
 
     def keep(key: tuple[float, bool], compute: Callable[[], Factor]) -> Factor:
         def packed() -> ChecksummedFile:

@@ -1,13 +1,13 @@
-"""Calibration text that the model writes itself: self-calibration (Williams et al., arXiv 2410.17170), as LLM-QAT (Liu
-et al., arXiv 2305.17888) did for training.
+"""Self-calibration: calibration text sampled from the full-precision model itself (Williams et al., arXiv 2410.17170),
+as LLM-QAT (Liu et al., arXiv 2305.17888) did for training data.
 
-A few thousand tokens of real text are soon learned by heart, most of all by what is tuned end to end. The
-full-precision model is a source that doesn't run dry: from a few tokens of the calibration text it goes on by itself,
+Methods tuned end to end overfit a few thousand tokens of real text; samples of the model are without limit. Each window
+begins with a few tokens of the calibration text, and is continued by
 
     y_t ~ softmax(logits(y_<t) / T)
 
-and what it says there of its own next token is what the quantized model shall say. Words that end a text are not
-written, so that windows are full.
+The quantized model is then fitted to the full-precision model's outputs on these windows. End-of-text tokens are never
+drawn, so that windows are full.
 """
 
 import copy
@@ -30,14 +30,14 @@ from gptq_awq.runtime.progress import Track, no_track
 
 @dataclass(frozen=True)
 class SelfCalibration:
-    """More calibration windows, of the same length, written by the model.
+    """Settings of self-calibration: windows sampled from the model, as long as those of the calibration text.
 
     Attributes:
-        windows: how many.
-        prompt: tokens of the calibration text that each begins with, drawn at random.
-        temperature: T; below 1 the text is plainer.
-        batch_size: windows that are written at a time.
-        seed: of prompts and of the text.
+        windows: number of windows to sample.
+        prompt: number of tokens at the start of each window, taken from the calibration text at random places.
+        temperature: T, the sampling temperature; below 1 likely tokens become more likely.
+        batch_size: number of windows that are sampled at a time.
+        seed: seed of the prompts' places and of the samples.
 
     Raises:
         UserError: a value out of range.
@@ -57,7 +57,7 @@ class SelfCalibration:
             raise UserError(f"method.self_calibration.temperature={self.temperature}: give a number above 0")
 
     def check(self, model: Any, tokens: TokenSet) -> None:
-        """Raise UserError where the model can't write, or the calibration text is no place to begin."""
+        """Raise UserError where the model cannot generate text, or the calibration windows are too short or padded."""
         if offloaded(model):
             raise UserError(
                 "method.self_calibration: writing takes the whole model at every token, and it is offloaded from disk; "
@@ -73,46 +73,48 @@ class SelfCalibration:
             )
 
     def unwritten(self, tokens: TokenSet) -> TokenSet:
-        """As many tokens as there will be: what memory is counted by."""
+        """A token set of the extended calibration data's size, with zeros for ids, for the memory forecast."""
         return replace(tokens, ids=tokens.ids.new_zeros(1).expand(len(tokens.ids) + self.windows, tokens.ids.shape[1]))
 
     def write(
         self, model: Any, tokens: TokenSet, dtype: torch.dtype, track: Track = no_track
     ) -> Int[Tensor, "windows seqlen"]:
-        """What the model writes.
+        """Sample the windows from the model, each after a prompt from the calibration text.
 
         Args:
             model: a transformers causal LM in eval mode, in full precision.
-            tokens: calibration data, where it begins.
-            dtype: of forwards.
-            track: reports progress.
+            tokens: calibration windows, which prompts are taken from.
+            dtype: dtype that forwards compute in.
+            track: reports progress over tokens.
 
         Raises:
-            UserError: as `check` does.
+            UserError: the model cannot generate text; windows are too short or padded.
         """
         self.check(model, tokens)
         writer = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
         batches, new = self._prompts(tokens.ids).split(self.batch_size), tokens.ids.shape[1] - self.prompt
         steps = iter(track(range(len(batches) * new), "write calibration text", len(batches) * new))
-        words = (_Drawn(self.temperature, self.seed + number, model.device, steps) for number in range(len(batches)))
-        written = [_continued(writer, prompts, new, drawn) for prompts, drawn in zip(batches, words, strict=True)]
+        samplers = (_Drawn(self.temperature, self.seed + number, model.device, steps) for number in range(len(batches)))
+        written = [_continued(writer, prompts, new, drawn) for prompts, drawn in zip(batches, samplers, strict=True)]
         deque(steps, maxlen=0)  # ends the progress bar
         return torch.cat(written)
 
     def needed_bytes(self, model: Any, length: int, dtype: torch.dtype) -> int:
-        """What writing windows of that length allocates, at most: a batch's keys, values and logits; where forwards
-        are in another type than the model, its parameters once more."""
+        """Bytes that sampling windows of `length` tokens allocates, at most.
+
+        These are a batch's keys, values and logits, and a copy of the parameters where the model has another dtype.
+        """
         config, rows = text_config(model), min(self.batch_size, self.windows)
         kept = 2 * config.num_hidden_layers * key_value_heads(config) * head_size(config)
         copied = sum(p.numel() for p in model.parameters()) if model.dtype != dtype else 0
         return (kept * rows * length + copied) * dtype.itemsize + 16 * rows * config.vocab_size
 
     def extend(self, model: Any, tokens: TokenSet, dtype: torch.dtype, track: Track = no_track) -> TokenSet:
-        """The calibration data, and after it what the model writes."""
+        """The calibration windows followed by windows sampled from the model."""
         return self.added(tokens, self.write(model, tokens, dtype, track))
 
     def added(self, tokens: TokenSet, written: Int[Tensor, "windows seqlen"]) -> TokenSet:
-        """The calibration data, and after it the model's own."""
+        """The calibration windows followed by `written`, as one token set."""
         return make_token_set(f"{tokens.name}+self", torch.cat([tokens.ids, written]), None, tokens.source)
 
     def _prompts(self, ids: Int[Tensor, "n seqlen"]) -> Int[Tensor, "windows prompt"]:
@@ -123,7 +125,7 @@ class SelfCalibration:
 
 
 def _continued(model: Any, prompts: Int[Tensor, "n prompt"], new: int, drawn: "_Drawn") -> Int[Tensor, "n length"]:
-    """The prompts, and `new` tokens after each."""
+    """The prompts, each followed by `new` sampled tokens."""
     plain = GenerationConfig(
         do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0, repetition_penalty=1.0
     )
@@ -137,9 +139,10 @@ def _continued(model: Any, prompts: Int[Tensor, "n prompt"], new: int, drawn: "_
 
 
 class _Drawn(LogitsProcessor):
-    """One word of softmax(logits / T) per window, by inverting its distribution function: the rest are left no chance.
+    """Samples one token per window from softmax(logits / T), by inverting its cumulative distribution function.
 
-    Twelve times as fast as torch.multinomial on a CPU, and drawn by a generator of its own.
+    The scores it returns are one-hot, so that greedy generation takes the sampled token. On a CPU this is twelve times
+    as fast as torch.multinomial, and it has a generator of its own.
     """
 
     def __init__(self, temperature: float, seed: int, device: torch.device, steps: Iterator[int]) -> None:
@@ -148,7 +151,7 @@ class _Drawn(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:  # noqa: ARG002
         next(self._steps, None)
-        below = (scores.float() / self._temperature).softmax(-1).cumsum(-1)
-        u = torch.rand(len(below), 1, generator=self._generator, device=below.device) * below[:, -1:]
-        word = torch.searchsorted(below, u, right=True).clamp_(max=below.shape[1] - 1)
-        return torch.zeros_like(below).scatter_(1, word, 1.0)
+        cumulative = (scores.float() / self._temperature).softmax(-1).cumsum(-1)
+        u = torch.rand(len(cumulative), 1, generator=self._generator, device=cumulative.device) * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, u, right=True).clamp_(max=cumulative.shape[1] - 1)
+        return torch.zeros_like(cumulative).scatter_(1, token, 1.0)

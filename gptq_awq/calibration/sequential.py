@@ -1,19 +1,18 @@
-"""Staged forward: statistics of every site on quantized inputs, for one forward per block.
+"""Staged forward: true-sequential calibration (GPTQ, arXiv 2210.17323) for one forward per block.
 
-A site's input depends only on the sites before it. So every batch's forward pass runs until it reaches the
-next site, adds its input to that site's moments and pauses there. When all batches have arrived the site is
-solved, and they all go on with its quantized weights. This is true-sequential calibration without the
-repeated forwards (one per site) that it usually costs.
+A site's input depends only on the sites before it. So every batch's forward runs until it reaches the next site, adds
+its input to that site's moments and pauses there. When all batches have arrived the site is solved, and they all go on
+with its quantized weights. Usually true-sequential calibration repeats the forward once per site.
 
-Each batch's forward runs in its own greenlet: an ordinary call of the block that can be left and re-entered. What
-waiting batches hold is large: several hidden states for every calibration token. Where that doesn't fit, forwards
-are given up once they have arrived and begin anew for the next site, for the same moments at several times the cost.
+Each batch's forward runs in its own greenlet: an ordinary call of the block that can be left and re-entered. Paused
+forwards hold several hidden states for every calibration token. Where these do not fit into memory, a forward is given
+up once it has reached its site and begins anew for the next one: the same moments at several times the cost.
 
-Experts are reached by some batches only, so a batch waits at the next gate that it does reach. What waits inside of the
-experts is kept even where activations are recomputed: it is small, and experts are many.
+An expert is reached by some batches only, so a batch pauses at the next site that it does reach. Forwards that are
+paused inside of the experts are kept even where activations are recomputed: they hold little, and experts are many.
 
 Where the method compares with full precision, each batch has two forwards, of the quantized block and of a copy from
-before it was solved. They wait at the same sites, so their inputs are paired there, and only there.
+before it was solved. Both pause at the same sites, where their inputs are paired.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +34,7 @@ from gptq_awq.models.linear import Site
 from gptq_awq.runtime.profiling import phase
 
 OnSite = Callable[[Site, Moments], None]
+"""Called with a site and the moments of its input, once all batches wait there; it may change the site's weights."""
 
 
 @torch.no_grad()
@@ -48,17 +48,17 @@ def staged_forward(
     full: nn.Module | None = None,
     policy: ExpertPolicy = ExpertPolicy(),  # noqa: B008 (frozen)
 ) -> None:
-    """Advance the activations through `block`, calling `on_site` when all batches wait at a site, or further on.
+    """Advance the activations through `block`, calling `on_site` at each site once no batch is before it.
 
     Args:
-        block: the block as it is computed with; `on_site` may change the weights of the site it is given.
+        block: the block that forwards run through; `on_site` may change the weights of the site it is given.
         index: the block's number.
         sites: the block's sites in the order they run.
-        activations: replaced by the block's outputs.
+        activations: the block's inputs, replaced by its outputs.
         on_site: called once per site, in order, with the moments of its input.
         keep: hold every batch's activations while a site is solved; else compute them anew.
-        full: the block in full precision, for the activations' full-precision states; moments have a `cross` then.
-        policy: for experts that few tokens reach.
+        full: the block in full precision, for the full-precision hidden states; moments then have a `cross`.
+        policy: policy for experts that few tokens reach.
 
     Raises:
         UserError: a batch that doesn't pass an ordinary site, or passes sites in another order; experts, with `full`.
@@ -86,13 +86,14 @@ def staged_forward(
 
 
 class _Forward(greenlet):
-    """A call of the block that can be left and re-entered.
+    """One batch's call of the block as a greenlet, which can be left and re-entered.
 
     Attributes:
-        batch: the batch's.
-        at: number of the gate that it passed last, or waits at.
-        x, mask: what it brings to the gate where it waits.
-        modes: torch's function modes, as they are outside.
+        activations: the batch.
+        at: index of the site that it passed last, or is paused at; -1 before the first.
+        x: input of the site that it is paused at.
+        mask: True at real tokens of `x`; None when all are.
+        modes: torch's function modes outside of the forward.
     """
 
     def __init__(self, run: Callable[[], None], batch: BatchActivations) -> None:
@@ -103,25 +104,29 @@ class _Forward(greenlet):
         self.modes = _get_current_function_mode_stack()
 
     def wait(self) -> None:
-        """Let the others go on. A mode that is handling a call is off meanwhile: it is on for them."""
+        """Pause the forward and return to the caller of `switch`.
+
+        A function mode that is handling a call is off during it; the caller gets all of its modes back.
+        """
         off = self.modes[len(_get_current_function_mode_stack()) :]
-        waiting_room = self.parent
-        assert waiting_room is not None
+        caller = self.parent
+        assert caller is not None
         for mode in off:
             _push_mode(mode)
         try:
-            waiting_room.switch()
+            caller.switch()
         finally:
             for _ in off:
                 _pop_mode()
 
 
 class _Batch:
-    """One batch's way through the block: in full precision, where that is asked for, and then quantized.
+    """One batch's forwards through a block: of its full-precision copy, if there is one, and of the block itself.
 
     Attributes:
-        at: number of the gate that it has come to; one more than the last at the end.
-        forwards: that wait there; none where they are given up.
+        activations: the batch.
+        at: index of the site that the forwards are paused at; at the block's end, the number of sites.
+        forwards: the paused forwards; none where they were given up.
     """
 
     def __init__(self, batch: BatchActivations, index: int, block: nn.Module, full: nn.Module | None) -> None:
@@ -130,19 +135,19 @@ class _Batch:
         self._call, self._block, self._full = batch.calls[index], block, full
 
     def run(self, position: int, end: int) -> None:
-        """Go on to the first gate from `position` on that this batch reaches, or to the end."""
+        """Run on to the first site, from index `position` on, that this batch reaches, or to the block's `end`."""
         if self.at > position or (self.at == position and self.forwards):
             return
         self.forwards = self.forwards or self._begin()
         for forward in self.forwards:
             forward.switch()
-        places = {end if forward.dead else forward.at for forward in self.forwards}
-        self.at = places.pop() if len(places) == 1 else -1  # no gate: an error, as no site is passed then
+        reached = {end if forward.dead else forward.at for forward in self.forwards}
+        self.at = reached.pop() if len(reached) == 1 else -1  # they part: `_Stage.add` raises, as no site is at -1
 
     def drop(self) -> None:
-        """Give the activations up, to be computed anew."""
+        """Give the paused forwards up, with the activations that they hold; they begin anew at the next `run`."""
         for forward in self.forwards:
-            forward.throw()  # ends it
+            forward.throw()  # raises GreenletExit where it is paused
         self.forwards = []
 
     def _begin(self) -> list[_Forward]:
@@ -161,7 +166,7 @@ class _Batch:
 
 
 class _Stage:
-    """The site that batches are gathering at."""
+    """The site that batches are gathering at, and the sum of its moments."""
 
     def __init__(self, sites: list[Site], routes: Routes, where: str) -> None:
         self._sites, self._routes, self._where = sites, routes, where
@@ -170,14 +175,20 @@ class _Stage:
         self._picked: PickedRows | None = None
 
     def open(self, position: int, total: MomentsSum | None) -> None:
+        """Let forwards pass all sites before index `position`; `total` sums that site's moments."""
         self._position, self._sum = position, total
 
     def close(self) -> Moments:
+        """The moments of the open site's input."""
         assert self._sum is not None
         return self._routes.finish(self._sites[self._position], self._sum)
 
     def add(self, batch: _Batch) -> None:
-        """Count a batch in that has come to the open site."""
+        """Add a batch's input to the moments of the open site.
+
+        Raises:
+            UserError: the batch did not reach the site, which is not an expert's.
+        """
         assert self._sum is not None
         site = self._sites[self._position]
         if batch.at == self._position:
@@ -189,23 +200,25 @@ class _Stage:
 
     @contextmanager
     def hooked(self, block: nn.Module, full: nn.Module | None, batches: Sequence[_Batch]) -> Iterator[None]:
-        """Within: each forward stops at the first linear of the open site, or of one after it."""
+        """Context in which each forward pauses at the first linear of the open site, or of a later one."""
         padded = any(batch.activations.mask is not None for batch in batches)
-        gates = hooks(
+        pauses = hooks(
             module.get_submodule(site.linears[0]).register_forward_pre_hook(self._arrive(position, site))
             for module in ([block] if full is None or full is block else [block, full])
             for position, site in enumerate(self._sites)
         )
-        with gates, self._routes.hooked(_number), ExitStack() as stack:
+        with pauses, self._routes.hooked(_number), ExitStack() as stack:
             if padded and any(site.expert is not None for site in self._sites):
                 self._picked = stack.enter_context(PickedRows())
             yield
 
     def _arrive(self, position: int, site: Site):
+        """Pre-hook of a site's first linear: pause the forward there, unless the site is before the open one."""
+
         def hook(_module: nn.Module, args: tuple) -> None:
             forward = getcurrent()
             if not isinstance(forward, _Forward):
-                return  # an expert that is called by its number
+                return  # an expert called by `Routes`, outside of any batch's forward
             if position <= forward.at:
                 raise UserError(
                     f"{self._where}: passes {site.name} after {self._sites[forward.at].name}, which a few tokens "
@@ -230,7 +243,7 @@ class _Stage:
 
 
 def _number() -> int | None:
-    """Whose forward is running; None outside of forwards."""
+    """Number of the batch whose forward is running; None outside of forwards."""
     forward = getcurrent()
     return forward.activations.number if isinstance(forward, _Forward) else None
 
@@ -244,7 +257,19 @@ def observe_forward(
     advance: bool,
     policy: ExpertPolicy = ExpertPolicy(),  # noqa: B008 (frozen)
 ) -> list[Moments]:
-    """The moments of every site's input in one plain forward; with `advance`, activations take the outputs."""
+    """The moments of every site's input, from one forward of every batch through an unchanged block.
+
+    Args:
+        block: the block that forwards run through.
+        index: the block's number.
+        sites: the block's sites in the order they run.
+        activations: the block's inputs; with `advance`, they are replaced by its outputs.
+        advance: replace the activations.
+        policy: policy for experts that few tokens reach.
+
+    Raises:
+        UserError: an ordinary site that no token reaches; non-finite activations; experts that can't be called alone.
+    """
     device = next(block.parameters()).device
     sums = [MomentsSum(site.width, device) for site in sites]
     routes = Routes(block, sites, activations.batches, policy, f"block {index}", activations.ranks)
