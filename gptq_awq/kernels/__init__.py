@@ -1,2 +1,4 @@
-"""Inner loops compiled for the hardware they run on: numba for CPUs, Triton for GPUs; what they compute is tested
-against plain PyTorch."""
+"""Inner loops compiled for the hardware they run on, by numba for CPUs and by Triton for GPUs.
+
+Tests compare their results with plain PyTorch.
+"""

@@ -1,8 +1,9 @@
 """Causal attention of bfloat16 on CPUs that have dpbf16ps (AVX512-BF16), for calibration's forwards.
 
-torch's own takes longer than all the linears' matmuls of a small model do: its exponentials are slow, and short
-windows are multiplied above the diagonal too. Here a head's queries go PANEL at a time, side by side in vector
-registers; scores and sums are float32, probabilities are rounded to bfloat16 for the second product, as torch does.
+In a small model, torch's kernel takes longer than the matmuls of all linears: its exponentials are slow, and in short
+windows it multiplies above the diagonal too. Here PANEL queries of a head are computed at a time, side by side in
+vector registers; scores and sums are float32, and probabilities are rounded to bfloat16 for the second product, as
+torch does.
 
     Sᵀ = K Qᵀ      keys up to the panel's last query, a panel's queries beside each other
     Pᵀ = exp((Sᵀ - max) scale)  over the keys of each query
@@ -16,12 +17,12 @@ from gptq_awq.kernels.rank_k import PANEL, ROWS, add_tile, bfloat16
 from gptq_awq.kernels.softmax import exp
 
 WIDTH = PANEL
-"""Handed to loops as an argument: of a constant this small, LLVM unrolls them before it has vectorized them."""
+"""PANEL as an argument of loops: LLVM unrolls loops over so small a constant before it has vectorized them."""
 
 
 @numba.njit
 def _pack_rows(x, panel, start):  # pragma: no cover (compiled)
-    """PANEL rows of x (tokens, words), side by side: panel (words, PANEL); zeros beyond the last."""
+    """Transpose PANEL rows of x (tokens, words), from `start` on, to panel (words, PANEL); zeros beyond the last."""
     panel[:] = np.uint32(0)
     for r in range(min(PANEL, len(x) - start)):
         for k in range(x.shape[1]):
@@ -30,7 +31,7 @@ def _pack_rows(x, panel, start):  # pragma: no cover (compiled)
 
 @numba.njit
 def _pack_columns(x, panels):  # pragma: no cover (compiled)
-    """x (tokens, columns) uint16 in panels of columns (panels, token pairs, PANEL); zeros beyond."""
+    """Lay out x (tokens, columns) uint16 in panels of columns (panels, token pairs, PANEL); zeros beyond the last."""
     tokens, columns = x.shape
     panels[:] = np.uint32(0)
     for p in range(len(panels)):
@@ -43,9 +44,13 @@ def _pack_columns(x, panels):  # pragma: no cover (compiled)
 
 @numba.njit
 def _probabilities(scores, words, sums, keys, start, scale, width):  # pragma: no cover (compiled)
-    """Exponentials of a panel's scores (keys, PANEL), less each query's largest, as bfloat16 pairs of keys."""
+    """Exponentiate a panel's scores (keys, PANEL), less each query's maximum, under the causal mask.
+
+    words: (key pairs, PANEL) uint32, written: exponentials as pairs of bfloat16 numbers.
+    sums: (PANEL,) float32, written: each query's sum of exponentials.
+    """
     top = np.full(PANEL, np.float32(-np.inf))
-    for j in range(start, keys):  # a key after the query is not seen
+    for j in range(start, keys):  # causal mask: keys after the query
         for r in range(min(j - start, width)):
             scores[j, r] = np.float32(-np.inf)
     for j in range(keys):
@@ -67,14 +72,14 @@ def _probabilities(scores, words, sums, keys, start, scale, width):  # pragma: n
 
 @numba.njit(parallel=True, cache=True)
 def causal_attention(q, k, v, scale, width, out):  # pragma: no cover (compiled)
-    """softmax(Q Kᵀ scale, causal) V of every head.
+    """Causal attention softmax(scale · Q Kᵀ) V of every head.
 
     Args:
         q: (batch, heads, tokens, d/2) uint32: bfloat16 numbers, two in a word.
-        k: (batch, kv heads, tokens, d/2) uint32, likewise; as many heads, or one for several of q's.
+        k: (batch, kv heads, tokens, d/2) uint32: bfloat16 numbers, two in a word; kv heads divide q's heads.
         v: (batch, kv heads, tokens, d) uint16: bfloat16 bits.
-        scale: float32.
-        width: WIDTH.
+        scale: float32 factor of the scores.
+        width: WIDTH, as an argument (see there).
         out: (batch, tokens, heads, d) uint16, written: bfloat16 bits.
     """
     batch, heads, tokens, half = q.shape
@@ -106,7 +111,7 @@ def causal_attention(q, k, v, scale, width, out):  # pragma: no cover (compiled)
             for c in range(len(values)):
                 columns = min(PANEL, d - c * PANEL)
                 mixed[:] = np.float32(0.0)
-                for r in range(0, columns, ROWS):  # Oᵀ: no more rows than there are columns of V
+                for r in range(0, columns, ROWS):  # rows of Oᵀ are columns of V
                     left, address = values[c].ctypes.data + 4 * r, mixed.ctypes.data + 4 * PANEL * r
                     pairs = (keys + 1) // 2
                     add_tile(left, words.ctypes.data, pairs, address, PANEL)  # pyright: ignore[reportCallIssue]

@@ -1,4 +1,4 @@
-"""Rounding columns and searching ranges, compiled for the CPU.
+"""GPTQ's column sweep (arXiv 2210.17323) and the search for clipping ranges, compiled for the CPU.
 
 Rows of a weight matrix do not depend on each other in GPTQ, so each thread takes `LANES` rows at a time, side by
 side in vector registers, and runs the whole column recursion on data that stays in cache. Arithmetic and its order
@@ -10,18 +10,18 @@ import numpy as np
 
 AFFINE, MINIMUM, TABLE = range(3)  # as in grids/arithmetic.py
 BITS_OF_ONE = 0x3F800000
-"""Of the float32 1.0: exponents begin there."""
+"""Bits of the float32 1.0: in its exponent field, 0 stands for 2⁰."""
 LANES = 64
-"""Rows side by side. Of fewer, LLVM unrolls the inner loops before it has vectorized them: four times as slow."""
+"""Rows side by side. With fewer, LLVM unrolls the inner loops before it has vectorized them: four times as slow."""
 
 
 @numba.njit(inline="always")
 def nearest(x, s, z, max_code, kind, levels, code, value):  # pragma: no cover (compiled)
-    """Codes and values of the grid's nearest neighbours of x: `Arithmetic.encode` and `decode` for LANES numbers.
+    """Round x to the grid: codes and values of the nearest neighbours, as `Arithmetic.encode` and `decode` do.
 
     Args:
         x, s, z: (LANES,) float32: numbers, their scales and zeros.
-        max_code, kind, levels: the grid's arithmetic; levels (n,) float32, empty but for tables.
+        max_code, kind, levels: the grid's arithmetic; levels (n,) float32, empty except for tables.
         code, value: (LANES,) float32, written.
     """
     zero = np.float32(0.0)
@@ -55,15 +55,16 @@ def nearest(x, s, z, max_code, kind, levels, code, value):  # pragma: no cover (
 
 @numba.njit(parallel=True, cache=True)
 def sweep_columns(w, u, scale, zero, max_code, kind, levels, first, codes, errors):  # pragma: no cover (compiled)
-    """Round some neighbouring columns of one block, passing each error on to the block's later columns.
+    """Round consecutive columns of one GPTQ block, propagating each column's error to the block's later columns.
 
     Args:
-        w: (stacks, rows, block) float32, changed in place: the block's weights, those of one input in a stack.
-        u: (stacks, block, block) float32: the block's diagonal part of each stack's upper factor.
-        scale: (stacks, rows, count) float32, of the columns to round.
-        zero: (stacks, rows, count) float32, likewise.
-        max_code, kind, levels: the grid's arithmetic, as above.
-        first: first of these columns within the block.
+        w: (stacks, rows, block) float32, changed in place: the block's weights; linears that share an input share a
+            stack.
+        u: (stacks, block, block) float32: the block's diagonal part of each stack's upper Cholesky factor U.
+        scale: (stacks, rows, count) float32: scales of the columns to round.
+        zero: (stacks, rows, count) float32: zeros of the columns to round.
+        max_code, kind, levels: the grid's arithmetic, as in `nearest`.
+        first: index of the first column to round within the block.
         codes: (stacks, rows, block) float32, written.
         errors: (stacks, rows, block) float32, written: (w - q) / U_ii.
     """
@@ -74,7 +75,17 @@ def sweep_columns(w, u, scale, zero, max_code, kind, levels, first, codes, error
         x = np.zeros((block, LANES), np.float32)
         _load(w[stack], tile, x)
         _sweep_tile(
-            *(tile, x, u[stack], scale[stack], zero[stack], max_code, kind, levels, first, codes[stack], errors[stack])
+            tile,
+            x,
+            u=u[stack],
+            scale=scale[stack],
+            zero=zero[stack],
+            max_code=max_code,
+            kind=kind,
+            levels=levels,
+            first=first,
+            codes=codes[stack],
+            errors=errors[stack],
         )
         start, count = tile * LANES, min(LANES, rows - tile * LANES)
         for r in range(count):
@@ -84,7 +95,7 @@ def sweep_columns(w, u, scale, zero, max_code, kind, levels, first, codes, error
 
 @numba.njit(inline="always")
 def _load(w, tile, x):  # pragma: no cover (compiled)
-    """Some rows of w (rows, cols) as x (cols, LANES): side by side."""
+    """Transpose the tile's LANES rows of w (rows, cols) into x (cols, LANES)."""
     start, count = tile * LANES, min(LANES, len(w) - tile * LANES)
     for r in range(count):
         for j in range(w.shape[1]):
@@ -93,6 +104,7 @@ def _load(w, tile, x):  # pragma: no cover (compiled)
 
 @numba.njit
 def _sweep_tile(tile, x, u, scale, zero, max_code, kind, levels, first, codes, errors):  # pragma: no cover (compiled)
+    """Sweep the columns of one tile of LANES rows of one stack, x (block, LANES), changed in place."""
     start, count = tile * LANES, min(LANES, len(codes) - tile * LANES)
     s, z = np.ones(LANES, np.float32), np.zeros(LANES, np.float32)
     code, value, e = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
@@ -113,28 +125,37 @@ def _sweep_tile(tile, x, u, scale, zero, max_code, kind, levels, first, codes, e
 
 @numba.njit(parallel=True, cache=True)
 def best_range(w, scale, zero, max_code, kind, levels, hessian, best):  # pragma: no cover (compiled)
-    """For each row, which of its candidate ranges rounds with the least error; the first on a tie.
+    """For each row and group, find the candidate range that rounds with the least error; the first on a tie.
 
     The error is Δ H Δᵀ, or Σ |δ|^2.4 where no H is given.
 
     Args:
-        w: (rows, groups, cols) float32.
-        scale: (rows, groups, candidates) float32.
-        zero: (rows, groups, candidates) float32.
-        max_code, kind, levels: the grid's arithmetic, as above.
-        hessian: (groups, cols, cols) float32: the groups' diagonal blocks; (groups, 0, 0): none.
-        best: (rows, groups) int64, written.
+        w: (rows, groups, cols) float32: weights.
+        scale: (rows, groups, candidates) float32: the candidates' scales.
+        zero: (rows, groups, candidates) float32: the candidates' zeros.
+        max_code, kind, levels: the grid's arithmetic, as in `nearest`.
+        hessian: (groups, cols, cols) float32: the Hessian's diagonal block of each group; (groups, 0, 0): none.
+        best: (rows, groups) int64, written: index of the best candidate.
     """
     tiles = (len(w) + LANES - 1) // LANES
     for index in numba.prange(tiles * w.shape[1]):
         group, tile = index // tiles, index % tiles
         _best_range_tile(
-            w[:, group], scale[:, group], zero[:, group], max_code, kind, levels, hessian[group], best[:, group], tile
+            tile,
+            w=w[:, group],
+            scale=scale[:, group],
+            zero=zero[:, group],
+            max_code=max_code,
+            kind=kind,
+            levels=levels,
+            hessian=hessian[group],
+            best=best[:, group],
         )
 
 
 @numba.njit
-def _best_range_tile(w, scale, zero, max_code, kind, levels, hessian, best, tile):  # pragma: no cover (compiled)
+def _best_range_tile(tile, w, scale, zero, max_code, kind, levels, hessian, best):  # pragma: no cover (compiled)
+    """Find the best candidate range for each of a tile's LANES rows, in one group."""
     start, count, cols = tile * LANES, min(LANES, len(w) - tile * LANES), w.shape[1]
     x, delta = np.zeros((cols, LANES), np.float32), np.empty((cols, LANES), np.float32)
     s, z = np.ones(LANES, np.float32), np.zeros(LANES, np.float32)
@@ -160,7 +181,10 @@ def _best_range_tile(w, scale, zero, max_code, kind, levels, hessian, best, tile
 
 @numba.njit
 def _output_error(delta, hessian, error):  # pragma: no cover (compiled)
-    """Δ H Δᵀ = Σ_i δ_i (H_ii δ_i + 2 Σ_{j>i} H_ij δ_j) of LANES rows: delta (cols, LANES), error (LANES,) written."""
+    """Output error Δ H Δᵀ = Σ_i δ_i (H_ii δ_i + 2 Σ_{j>i} H_ij δ_j) of LANES rows.
+
+    delta: (cols, LANES) float32. error: (LANES,) float32, written.
+    """
     cols = len(delta)
     product = np.empty(LANES, np.float32)
     error[:] = np.float32(0.0)
@@ -183,10 +207,10 @@ def _output_error(delta, hessian, error):  # pragma: no cover (compiled)
 
 @numba.njit
 def _weight_error(delta, error):  # pragma: no cover (compiled)
-    """Σ |δ|^2.4 of LANES rows, to 1e-6: delta (cols, LANES), error (LANES,) written.
+    """Weight error Σ |δ|^2.4 of LANES rows, to 1e-6: delta (cols, LANES), error (LANES,) written.
 
-    |δ|^2.4 = y² r⁴ with y = δ² and r = y^(-1/5), which Newton's iteration r ← r (6 - y r⁵)/5 finds from a guess made
-    of y's bits: there is no vectorized pow.
+    |δ|^2.4 = y² r⁴ with y = δ² and r = y^(-1/5), which Newton's iteration r ← r (6 - y r⁵)/5 finds from a first guess
+    by y's bits: numba has no vectorized pow.
     """
     y, r5 = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     bits, guess = y.view(np.int32), r5.view(np.int32)

@@ -1,7 +1,7 @@
 """X Wᵀ of float32 matrices rounded to bfloat16, with float32 sums and results, on CPUs that have dpbf16ps.
 
-torch's own bfloat16 product rounds its result too: of a logit of 20 that is 0.06 off. Here only what enters a product
-is rounded, while it is laid out for the instruction (see rank_k.py).
+torch's bfloat16 product rounds its result too, an error of 0.06 for a logit of 20. Here only the inputs of the product
+are rounded, while they are laid out for the instruction (see rank_k.py).
 """
 
 import numba
@@ -12,7 +12,7 @@ from gptq_awq.kernels.rank_k import PANEL, ROWS, add_tile, bfloat16
 
 @numba.njit(parallel=True, cache=True)
 def _pack(x, panels):  # pragma: no cover (compiled)
-    """PANEL rows of x (rows, n) side by side: panels (panels, ⌈n/2⌉, PANEL) uint32, zeros beyond."""
+    """Round x (rows, n) to bfloat16, laid out by PANEL rows: panels (panels, ⌈n/2⌉, PANEL) uint32; zeros beyond."""
     rows, n = x.shape
     for p in numba.prange(len(panels)):
         row = np.zeros(2 * panels.shape[1], np.float32)
@@ -28,7 +28,7 @@ def _pack(x, panels):  # pragma: no cover (compiled)
 
 @numba.njit(parallel=True, cache=True)
 def _multiply(left, right, out):  # pragma: no cover (compiled)
-    """out (left panels · PANEL, right panels · PANEL) float32 = left rightᵀ."""
+    """Write left rightᵀ of two packed matrices to out (left panels · PANEL, right panels · PANEL) float32."""
     words, stride = left.shape[1], out.shape[1]
     for index in numba.prange(len(left) * len(right)):
         i, j = index % len(left), index // len(left)  # neighbours share a panel of `right`, which stays in cache
@@ -40,14 +40,20 @@ def _multiply(left, right, out):  # pragma: no cover (compiled)
 
 
 def packed(x: np.ndarray) -> np.ndarray:
-    """The rows of x (rows, n) float32, laid out."""
+    """Round x (rows, n) float32 to bfloat16 and lay it out for `product`: (panels, ⌈n/2⌉, PANEL) uint32."""
     panels = np.empty((-(-len(x) // PANEL), -(-x.shape[1] // 2), PANEL), np.uint32)
     _pack(x, panels)
     return panels
 
 
 def product(left: np.ndarray, rows: int, w: np.ndarray) -> np.ndarray:
-    """X Wᵀ (rows, out) float32, a view; X (rows, n) laid out by `packed` and W (out, n) float32."""
+    """Multiply X Wᵀ in bfloat16 with float32 sums; returns a view (rows, out) float32.
+
+    Args:
+        left: X (rows, n), laid out by `packed`.
+        rows: number of rows of X.
+        w: W (out, n) float32.
+    """
     right = packed(w)
     out = np.empty((len(left) * PANEL, len(right) * PANEL), np.float32)
     _multiply(left, right, out)

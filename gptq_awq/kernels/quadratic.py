@@ -1,7 +1,7 @@
-"""tr(ΔHΔᵀ) in bfloat16 with float32 sums, on CPUs that have dpbf16ps (AVX512-BF16): the rows' output error.
+"""Output error tr(ΔHΔᵀ) in bfloat16 with float32 sums, on CPUs that have dpbf16ps (AVX512-BF16).
 
-A search for scales asks for it a dozen times per weight, so rounding, the product and its trace are one pass here:
-Δ lives in cache only, nothing of its size is written. H is symmetric: with T its part above the diagonal and half of
+A search for scales computes it a dozen times per weight, so rounding, the product and its trace are one pass here:
+Δ stays in cache, nothing of its size is written. H is symmetric: with T its part above the diagonal and half of
 the diagonal, tr(ΔHΔᵀ) = 2 Σ (ΔT) ∘ Δ, and ΔT takes half of the work of ΔH.
 
     panel of PANEL rows:  Δ = (nearest(w) - w) / s         laid out as rank_k.py lays out X: pairs of columns in a word
@@ -17,7 +17,7 @@ from gptq_awq.kernels.rank_k import PANEL, ROWS, add_tile, bfloat16
 
 @numba.njit(parallel=True, cache=True)
 def _pack(hessian, panels):  # pragma: no cover (compiled)
-    """T in panels (panels, words, PANEL), two rows of a column in a word; zeros below the diagonal and beyond n."""
+    """Lay out T in panels (panels, words, PANEL), two rows of a column in a word; zeros below the diagonal."""
     n = len(hessian)
     for p in numba.prange(len(panels)):
         row = np.zeros((2, PANEL), np.float32)
@@ -34,7 +34,7 @@ def _pack(hessian, panels):  # pragma: no cover (compiled)
 
 @numba.njit
 def _trace(delta, panels, product):  # pragma: no cover (compiled)
-    """2 Σ (ΔT) ∘ Δ of a panel of rows: delta (words, PANEL) uint32, product (PANEL, PANEL) float32 scratch."""
+    """Trace 2 Σ (ΔT) ∘ Δ of a panel of rows: delta (words, PANEL) uint32, product (PANEL, PANEL) float32 scratch."""
     total = 0.0
     two = np.zeros((2, PANEL), np.uint32)
     values = two.view(np.float32)
@@ -42,7 +42,7 @@ def _trace(delta, panels, product):  # pragma: no cover (compiled)
         words = min(len(delta), (p + 1) * PANEL // 2)  # below them T is zero
         product[:] = np.float32(0.0)
         for r in range(0, PANEL, ROWS):
-            # productᵀ: rows are columns of T, so that Δ's words are read as they lie
+            # productᵀ: its rows are columns of T, so that Δ needs no other layout
             left, right = panels[p].ctypes.data + 4 * r, delta.ctypes.data
             add_tile(left, right, words, product.ctypes.data + 4 * r * PANEL, PANEL)  # pyright: ignore[reportCallIssue]
         for j in range(0, PANEL, 2):
@@ -62,14 +62,15 @@ def _trace(delta, panels, product):  # pragma: no cover (compiled)
 
 @numba.njit
 def _lay_out(row, delta, r):  # pragma: no cover (compiled)
-    """Write one row of Δ, float32, into its place in a panel."""
+    """Round a row of Δ, float32, to bfloat16 and write it to column r of the panel delta (words, PANEL)."""
     bits = row.view(np.uint32)
     for k in range(len(delta)):
         delta[k, r] = bfloat16(bits[2 * k]) | (bfloat16(bits[2 * k + 1]) << np.uint32(16))
 
 
 @numba.njit(parallel=True, cache=True)
-def _of(delta, panels, errors):  # pragma: no cover (compiled)
+def _traces(delta, panels, errors):  # pragma: no cover (compiled)
+    """Write tr(ΔHΔᵀ) of every PANEL rows of Δ to errors (tiles,)."""
     rows, n = delta.shape
     for tile in numba.prange(len(errors)):
         words, row = np.zeros((panels.shape[1], PANEL), np.uint32), np.zeros(2 * panels.shape[1], np.float32)
@@ -80,7 +81,10 @@ def _of(delta, panels, errors):  # pragma: no cover (compiled)
 
 
 @numba.njit(parallel=True, cache=True)
-def _of_rounding(w, scale, zero, size, max_code, kind, levels, divisor, panels, errors):  # pragma: no cover (compiled)
+def _rounding_traces(
+    w, scale, zero, size, max_code, kind, levels, divisor, panels, errors
+):  # pragma: no cover (compiled)
+    """Round w and write tr(ΔHΔᵀ) of every PANEL rows to errors (tiles,); see `Quadratic.of_rounding`."""
     rows, n = w.shape
     for tile in numba.prange(len(errors)):
         words, row = np.zeros((panels.shape[1], PANEL), np.uint32), np.zeros(2 * panels.shape[1] + LANES, np.float32)
@@ -102,7 +106,7 @@ def _of_rounding(w, scale, zero, size, max_code, kind, levels, divisor, panels, 
 
 
 class Quadratic:
-    """The form Δ → tr(ΔHΔᵀ) of one H (n, n) float32, kept in bfloat16."""
+    """Quadratic form Δ → tr(ΔHΔᵀ) of a Hessian H (n, n) float32, which is kept in bfloat16."""
 
     def __init__(self, hessian: np.ndarray) -> None:
         n = len(hessian)
@@ -111,9 +115,9 @@ class Quadratic:
         _pack(hessian, self._panels)
 
     def of(self, delta: np.ndarray) -> float:
-        """tr(ΔHΔᵀ), Δ (rows, n) float32."""
+        """Output error tr(ΔHΔᵀ) of a weight error Δ (rows, n) float32."""
         errors = np.empty(-(-len(delta) // PANEL))
-        _of(delta, self._panels, errors)
+        _traces(delta, self._panels, errors)
         return float(errors.sum())
 
     def of_rounding(
@@ -125,16 +129,17 @@ class Quadratic:
         arithmetic: tuple[np.float32, int, np.ndarray],
         divisor: np.ndarray,
     ) -> float:
-        """tr(ΔHΔᵀ) of Δ = (nearest(w) - w) / divisor.
+        """Output error tr(ΔHΔᵀ) of rounding w to the nearest: Δ = (nearest(w) - w) / divisor.
 
         Args:
-            w: (rows, n) float32.
-            scale: (rows, groups) float32, of groups of `size` neighbouring columns.
-            zero: (rows, groups) float32.
-            size: columns of a group.
+            w: (rows, n) float32: weights.
+            scale: (rows, groups) float32: scales of groups of `size` consecutive columns.
+            zero: (rows, groups) float32: the groups' zeros.
+            size: number of columns in a group.
             arithmetic: the grid's max_code, kind and levels, as in columns.py.
-            divisor: (n,) float32.
+            divisor: (n,) float32: scales of the columns, such as AWQ's s, by which errors are divided.
         """
         errors = np.empty(-(-len(w) // PANEL))
-        _of_rounding(w, scale, zero, size, *arithmetic, divisor, self._panels, errors)
+        max_code, kind, levels = arithmetic
+        _rounding_traces(w, scale, zero, size, max_code, kind, levels, divisor, self._panels, errors)
         return float(errors.sum())

@@ -1,8 +1,9 @@
-"""C += XᵀX, and XᵀY, of bfloat16 X and Y with float32 sums, on CPUs that have dpbf16ps (AVX512-BF16).
+"""Rank-k updates C += XᵀX, C += XᵀY of bfloat16 X, Y with float32 sums, on CPUs that have dpbf16ps (AVX512-BF16).
 
-torch.mm rounds a bfloat16 product's result to bfloat16, which is no Hessian to factor. This kernel keeps it in
+torch.mm rounds a bfloat16 product's result to bfloat16, too coarse for a Hessian to factor. This kernel keeps it in
 float32, computes only tiles on and above the diagonal (half the work), and runs at the speed of torch's bfloat16
-matmul: twice that of float32 per flop. The inner loop is written in LLVM's own terms, as numba has no vectors.
+matmul: twice that of float32 per flop. The inner loop is written in LLVM's intermediate representation, as numba has no
+vectors.
 
     X (tokens, n) → panels of PANEL columns, two tokens of a column in one 32-bit word (dpbf16ps' layout)
     C tile (ROWS, PANEL) += panel_Iᵀ panel_J, for panels I ≤ J: ROWS · VECTORS registers of sums
@@ -19,22 +20,23 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 VECTOR = 16
-"""32-bit words in a register."""
+"""Number of 32-bit words in a vector register."""
 ROWS, VECTORS = 8, 3
-"""Of a tile: 24 registers of sums, 3 of X, 1 for a broadcast, of 32."""
+"""Rows and vectors of a tile: 24 registers of sums, 3 of X and 1 for a broadcast, of 32."""
 PANEL = VECTOR * VECTORS
+"""Number of columns in a panel."""
 MAX_TOKENS = 4096
-"""Of one call's panel pair that stay in the second-level cache."""
+"""Tokens that are added at once: a pair of their panels stays in the second-level cache."""
 
 
 @cache
 def available() -> bool:
-    """Whether this CPU has the instruction."""
+    """Whether this CPU has the instruction dpbf16ps (AVX512-BF16)."""
     return bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
 
 
 class _BFloat(ir.types.Type):
-    """LLVM's bfloat, which llvmlite doesn't name."""
+    """LLVM's type bfloat, which llvmlite lacks."""
 
     intrinsic_name = "bf16"
 
@@ -54,16 +56,21 @@ _SUMS, _WORDS, _PAIRS = ir.VectorType(ir.FloatType(), VECTOR), ir.VectorType(_I3
 
 @numba.njit(inline="always")
 def bfloat16(bits):  # pragma: no cover (compiled)
-    """The nearest bfloat16's bits, ties to even, of a finite float32's; a NaN stays one."""
+    """Round the bits of a float32 to those of the nearest bfloat16, ties to even; NaN stays NaN."""
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return rounded if (bits & np.uint32(0x7FFFFFFF)) <= np.uint32(0x7F800000) else np.uint32(0x7FC0)
 
 
 @intrinsic
 def add_tile(_context, left, right, pairs, out, stride):  # noqa: ARG001  # pragma: no cover (compiled)
-    """out (ROWS, PANEL) += leftᵀ right over `pairs` words: addresses of ROWS and PANEL columns of two panels.
+    """Add leftᵀ right to the tile out (ROWS, PANEL) float32.
 
-    `stride` is the distance of `out`'s rows, in floats.
+    Args:
+        left: address of ROWS columns of a panel (pairs, PANEL) of uint32 words, two bfloat16 numbers each.
+        right: address of a panel (pairs, PANEL).
+        pairs: number of words that are summed over.
+        out: address of the tile.
+        stride: distance of the tile's rows, in floats.
     """
     signature = types.void(types.uintp, types.uintp, types.intp, types.uintp, types.intp)
 
@@ -120,7 +127,7 @@ def add_tile(_context, left, right, pairs, out, stride):  # noqa: ARG001  # prag
 
 @numba.njit(parallel=True, cache=True)
 def _pack(x, panels, magnitude):  # pragma: no cover (compiled)
-    """Lay X out in panels; add each column's Σ |x|.
+    """Lay X out in panels, and add each column's Σ |x| to `magnitude`.
 
     Args:
         x: (tokens, n) uint16: bfloat16 bits.
@@ -152,7 +159,7 @@ def _pack(x, panels, magnitude):  # pragma: no cover (compiled)
 
 @numba.njit(parallel=True, cache=True)
 def _multiply(lefts, rights, pairs, out):  # pragma: no cover (compiled)
-    """Add left_Iᵀ right_J to `out` (panels · PANEL, same) for each row (I, J) of `pairs`."""
+    """Add left_Iᵀ right_J to its tile of out (panels · PANEL, panels · PANEL) for each row (I, J) of `pairs`."""
     for index in numba.prange(len(pairs)):
         row, column = pairs[index]
         for r in range(0, PANEL, ROWS):
@@ -162,14 +169,14 @@ def _multiply(lefts, rights, pairs, out):  # pragma: no cover (compiled)
 
 
 class RankK:
-    """Sums XᵀX and |x| over batches of X, and XᵀY where Y is given.
+    """Accumulates XᵀX and Σ |x| over batches of X, and XᵀY where Y is given.
 
     Attributes:
-        products: (≥ n, ≥ n) float32: Σ xᵀx on and above the diagonal of its first n rows and columns; below it,
-            and beyond, what doesn't matter.
+        products: (≥ n, ≥ n) float32: Σ xᵀx on and above the diagonal of its first n rows and columns; other entries
+            are undefined.
         magnitude: (≥ n,) float32: Σ |x|.
-        cross: (≥ n, ≥ n) float32: Σ xᵀy in its first n rows and columns; None where no Y was given. Of Y = X it is
-            `products`, bit for bit.
+        cross: (≥ n, ≥ n) float32: Σ xᵀy in its first n rows and columns; None where no Y was given. For Y = X
+            it equals `products`, bit for bit.
     """
 
     def __init__(self, n: int) -> None:
@@ -181,7 +188,7 @@ class RankK:
         self._panels = [np.empty((columns, 0, PANEL), np.uint32)] * 2
 
     def add(self, x: np.ndarray, y: np.ndarray | None = None) -> None:
-        """Add a batch: (tokens, n) uint16 each, the bits of bfloat16 numbers."""
+        """Add a batch of x, and y if given: (tokens, n) uint16 each, the bits of bfloat16 numbers."""
         for start in range(0, len(x), MAX_TOKENS):
             part = slice(start, start + MAX_TOKENS)
             panels = self._packed(0, x[part], self.magnitude)
@@ -193,6 +200,7 @@ class RankK:
                 _multiply(panels, others, np.argwhere(np.ones((len(panels), len(panels)))), self.cross)
 
     def _packed(self, which: int, part: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
+        """Lay out a batch in panel buffer `which` (0 for X, 1 for Y), which grows as needed."""
         columns, words = len(self._panels[which]), -(-len(part) // 2)
         if self._panels[which].shape[1] < words:
             self._panels[which] = np.empty((columns, words, PANEL), np.uint32)

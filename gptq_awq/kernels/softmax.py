@@ -1,11 +1,11 @@
 """Log-sum-exp, KL and argmax of logits in one pass over a tile of the vocabulary, compiled for the CPU.
 
-Written with torch, log_softmax of two models, their difference, its product with p and two argmaxes read and write
-the logits a dozen times, which costs as much as computing them. Here each row of a tile is read twice, the second
-time from cache, and nothing is written but a few sums per token, which tiles add up.
+In torch, log_softmax of two models, their difference, its product with p and two argmaxes read and write the logits a
+dozen times, which costs as much as computing them. Here each row of a tile is read twice, the second time from cache,
+and only a few sums per token are written, which accumulate over tiles.
 
-Sums run over a block of columns in float32, in the compiler's many lanes, and over blocks in float64: losses and KL
-agree with float64 arithmetic on the same logits to about 1e-6.
+Sums run over a block of columns in float32, in vector registers, and over blocks in float64: losses and KL agree with
+float64 arithmetic on the same logits to about 1e-6.
 """
 
 import math
@@ -17,21 +17,21 @@ LOG2_E = np.float32(1.4426950408889634)
 # log 2 in two parts: the first has few enough bits that its product with an exponent is exact.
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 SMALLEST = np.float32(-87.0)
-"""Below this exp is taken for 0: near the end of float32's normal numbers."""
+"""Least argument of exp whose result is not set to 0: near the end of float32's normal numbers."""
 COEFFICIENTS = tuple(np.float32(1 / math.factorial(k)) for k in range(8))
 C0, C1, C2, C3, C4, C5, C6, C7 = COEFFICIENTS
 BLOCK = 256
-"""Columns whose largest is looked for at once."""
+"""Number of columns whose maximum, or sum, is computed at once."""
 EXPONENT_BIAS, MANTISSA_BITS = 127, 23
 
 
 @numba.njit(fastmath={"contract"})
 def exp(x):  # pragma: no cover (compiled)
-    """exp(x) of a float32 x <= 0 within 1.5e-7 of it; 0 below -87, NaN of NaN.
+    """Exponential of a float32 x <= 0, to a relative error of 1.5e-7; 0 below -87, NaN for NaN.
 
     x = n log 2 + r with |r| <= 0.35, exp(r) by its Taylor polynomial of degree 7 (remainder below 6e-9), 2^n by its
-    bits. No branch and no call, so that a loop of it becomes vector instructions; numba has no vector exp without
-    Intel's library.
+    bits. It has no branch and no call, so that a loop of it becomes vector instructions; numba has no vectorized exp
+    without Intel's library.
     """
     # Bounded and not NaN, so that it has an integer; r is computed from x itself and keeps the NaN.
     bounded = x if x > SMALLEST else SMALLEST
@@ -52,16 +52,16 @@ def exp(x):  # pragma: no cover (compiled)
 
 @numba.njit
 def ordered(bits):  # pragma: no cover (compiled)
-    """A float32's bits as an int32 that is ordered as the floats are, and back: negative numbers turned around.
+    """Map a float32's bits to an int32 of the same order, and back: the order of negative numbers is reversed.
 
-    Integers' maxima become vector instructions where floats', for their NaN, don't; so they stay 32 bits wide.
+    Maxima of integers become vector instructions, those of floats, because of NaN, don't. Types stay 32 bits wide.
     """
     return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
 
 @numba.njit
 def most(bits):  # pragma: no cover (compiled)
-    """The largest of a few float32 numbers, given as their bits; a positive NaN is larger than all."""
+    """Maximum of a few float32 numbers, given as their bits; a positive NaN is larger than all."""
     top = ordered(bits[0])
     for j in range(1, len(bits)):
         i = ordered(bits[j])
@@ -71,9 +71,9 @@ def most(bits):  # pragma: no cover (compiled)
 
 @numba.njit
 def largest(bits, values):  # pragma: no cover (compiled)
-    """The largest of a row, and where it is first; `bits`: the same memory as int32.
+    """Maximum of a row and the first index at which it occurs; `bits`: the same memory as int32.
 
-    A NaN may come out as the largest or be passed over; sums of exponentials do not pass over it.
+    A NaN may be returned as the maximum or be ignored; sums of exponentials do not ignore it.
     """
     top, block = np.float32(-np.inf), 0
     for start in range(0, len(bits), BLOCK):
@@ -90,7 +90,7 @@ def largest(bits, values):  # pragma: no cover (compiled)
 
 @numba.njit(fastmath={"reassoc", "nsz"})
 def total_of(values):  # pragma: no cover (compiled)
-    """The sum of a few float32 numbers, in any order."""
+    """Sum of a few float32 numbers, in any order."""
     total = np.float32(0.0)
     for j in range(len(values)):
         total += values[j]
@@ -99,7 +99,7 @@ def total_of(values):  # pragma: no cover (compiled)
 
 @numba.njit
 def exp_sum(x, shift):  # pragma: no cover (compiled)
-    """Σ exp(x - shift). Blocks' terms are written down, so that only their sum may be reordered."""
+    """Sum Σ exp(x - shift). A block's terms are stored first, so that the compiler may reorder only their sum."""
     terms, total = np.empty(BLOCK, np.float32), 0.0
     for start in range(0, len(x), BLOCK):
         part = x[start : start + BLOCK]
@@ -111,7 +111,7 @@ def exp_sum(x, shift):  # pragma: no cover (compiled)
 
 @numba.njit
 def exp_sums(p, q, p_shift, q_shift):  # pragma: no cover (compiled)
-    """Σ a, Σ b and Σ a (x - y), where x = p - p_shift, y = q - q_shift, a = exp(x) and b = exp(y)."""
+    """Sums Σ a, Σ b and Σ a (x - y), where x = p - p_shift, y = q - q_shift, a = exp(x) and b = exp(y)."""
     a, b, c = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     p_total, q_total, crossed = 0.0, 0.0, 0.0
     for start in range(0, len(p), BLOCK):
@@ -131,7 +131,7 @@ def exp_sums(p, q, p_shift, q_shift):  # pragma: no cover (compiled)
 
 @numba.njit
 def moved(total, shift, top):  # pragma: no cover (compiled)
-    """The shift from now on: the largest logit so far; any number where all are -inf."""
+    """New shift of a running log-sum-exp: the largest logit so far; any number where all are -inf."""
     if total == 0.0:
         return np.float32(0.0) if top == -np.inf else top
     return top if not top <= shift else shift
@@ -139,7 +139,7 @@ def moved(total, shift, top):  # pragma: no cover (compiled)
 
 @numba.njit
 def rescaled(total, before, after):  # pragma: no cover (compiled)
-    """A sum of exp(x - before) as one of exp(x - after)."""
+    """Convert a sum of exp(x - before) into the sum of exp(x - after)."""
     return total if total == 0.0 or before == after else total * math.exp(np.float64(before) - np.float64(after))
 
 
@@ -148,10 +148,10 @@ def add_tile(x, bits, first, shift, total, best):  # pragma: no cover (compiled)
     """Add a tile of logits to each token's running log-sum-exp, shift + log(total), and argmax.
 
     Args:
-        x: (tokens, words) float32; `bits`: the same memory as int32.
-        first: the vocabulary's word that is the tile's first.
+        x: (tokens, words) float32: the tile's logits; `bits`: the same memory as int32.
+        first: index in the vocabulary of the tile's first word.
         shift, total: (tokens,) float32 and float64, changed; zeros before the first tile.
-        best: (tokens,) int64, changed: the first of the most likely words.
+        best: (tokens,) int64, changed: argmax so far, the first on a tie.
     """
     for t in numba.prange(len(x)):
         top, where = largest(bits[t], x[t])
@@ -166,10 +166,15 @@ def add_tile(x, bits, first, shift, total, best):  # pragma: no cover (compiled)
 def add_tiles(  # pragma: no cover (compiled)
     p, p_bits, p_shift, p_total, p_best, q, q_bits, q_shift, q_total, q_best, first, crossed
 ):
-    """Add the same tile of two models' logits to both running log-sum-exps and argmaxes, as `add_tile` does, and to
-    crossed, (tokens,) float64: Σ exp(p - p_shift) ((p - p_shift) - (q - q_shift)).
+    """Add a tile of two models' logits p and q to their running log-sum-exps, argmaxes and KL divergence.
 
-    With them KL(p ‖ q) = crossed / p_total - log p_total + log q_total: exactly 0 of equal logits.
+    KL(p ‖ q) = crossed / p_total - log p_total + log q_total: exactly 0 for equal logits.
+
+    Args:
+        p, p_bits, p_shift, p_total, p_best: the first model's tile and running values, as in `add_tile`.
+        q, q_bits, q_shift, q_total, q_best: those of the second model.
+        first: index in the vocabulary of the tile's first word.
+        crossed: (tokens,) float64, changed: Σ exp(p - p_shift) ((p - p_shift) - (q - q_shift)).
     """
     for t in numba.prange(len(p)):
         p_top, p_where = largest(p_bits[t], p[t])
@@ -179,7 +184,7 @@ def add_tiles(  # pragma: no cover (compiled)
         if q_total[t] == 0.0 or q_top > q_shift[t]:
             q_best[t] = first + q_where
         p_after, q_after = moved(p_total[t], p_shift[t], p_top), moved(q_total[t], q_shift[t], q_top)
-        if p_total[t] != 0.0:  # the sum so far: its logits' differences move, then its weights
+        if p_total[t] != 0.0:  # move the sum so far to the new shifts: the differences of logits, then their weights
             by = (np.float64(p_shift[t]) - p_after) - (np.float64(q_shift[t]) - q_after)
             crossed[t] = rescaled(crossed[t] + by * p_total[t], p_shift[t], p_after)
         p_sum, q_sum, both = exp_sums(p[t], q[t], p_after, q_after)

@@ -1,12 +1,12 @@
-"""The column sweep and the range search for GPUs: what columns.py compiles for CPUs, in Triton.
+"""GPTQ's column sweep (arXiv 2210.17323) and the search for clipping ranges in Triton, for GPUs; CPUs: columns.py.
 
 Rows of a weight matrix do not depend on each other in GPTQ. So each program owns a tile of rows, keeps it in
 registers, and walks the columns of the block: one launch per block, where a loop of tensor operations needs about
-ten per column. Importing this module takes Triton, which PyTorch's CUDA builds bring along; gpu.py says where it runs.
+ten per column. Importing this module needs Triton, which PyTorch's CUDA builds bring along; gpu.py says where it runs.
 
 Arithmetic and its order are those of the plain loop in solvers/gptq.py. Triton's `/` is approximate and its compiler
 fuses products into sums; here divisions are IEEE's, fusion is switched off and rounding is half to even, so that codes
-and errors are the plain loop's bit for bit. The range search sums in another order than plain PyTorch and takes
+and errors equal the plain loop's bit for bit. The range search sums in another order than plain PyTorch and takes
 powers by exp2 and log2, which a GPU approximates: of candidates whose errors agree to about 1e-6, either may win.
 """
 
@@ -29,7 +29,7 @@ _MSE_NORM = tl.constexpr(2.4)
 
 @triton.jit
 def _nearest(x, s, z, max_code, levels, KIND: tl.constexpr, LEVELS: tl.constexpr):
-    """Code and value of the grid's nearest neighbour of x: `Arithmetic.encode` and `decode`."""
+    """Round x to the grid: code and value of the nearest neighbour, as `Arithmetic.encode` and `decode` do."""
     if KIND == _MINIMUM:
         x = x - z
     units = tl.where(s == 0, 0.0, tl.div_rn(x, tl.where(s == 0, 1.0, s)))
@@ -64,6 +64,7 @@ def _sweep(
     codes_stack, codes_row, codes_column, errors_stack, errors_row, errors_column,
     KIND: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Sweep some columns of one tile of ROWS rows of one stack; axis 0 of the grid: tiles, axis 1: stacks."""
     stack = tl.program_id(1).to(tl.int64)
     w += stack * w_stack
     u += stack * u_stack
@@ -75,7 +76,7 @@ def _sweep(
     j = tl.arange(0, BLOCK)[None, :]
     real, row = r < rows, r[:, None]
     here = real[:, None]
-    # Weights; of columns that were rounded, their errors.
+    # Holds weights and, in columns that are rounded already, errors.
     tile = tl.load(w + row * w_row + j * w_column, here & (j < block), 0.0)
     rounded = tl.zeros_like(tile)
     for i in range(first, first + count):
@@ -106,40 +107,60 @@ def sweep_columns(
     errors: Float[Tensor, "stacks rows block"],
     tile: tuple[int, int] | None = None,
 ) -> None:
-    """Round some neighbouring columns of one block, passing each error on to the block's later columns.
+    """Round consecutive columns of one GPTQ block, propagating each column's error to the block's later columns.
 
-    All tensors are float32, on one device and of any strides, but that rows of `u` are contiguous. One launch; the
-    host is not waited for.
+    All tensors are float32, on one device and of any strides, except that rows of `u` are contiguous. It is one
+    launch, asynchronous to the host.
 
     Args:
-        w: the block's weights, those of one input in a stack; columns after those to round are changed in place.
-        u: the block's diagonal part of each stack's upper factor.
-        scale: of the columns to round.
-        zero: likewise.
-        max_code: the grid's arithmetic, as in columns.py.
-        kind: likewise.
-        levels: likewise; empty but for tables.
-        first: first of these columns within the block.
-        codes: those columns are written.
-        errors: those columns are written: (w - q) / U_ii.
-        tile: rows and warps of one program, see `row_tile`.
+        w: the block's weights; linears that share an input share a stack. Columns after the rounded ones are changed
+            in place.
+        u: the block's diagonal part of each stack's upper Cholesky factor U.
+        scale: scales of the columns to round.
+        zero: zeros of the columns to round.
+        max_code: largest code of the grid.
+        kind: number of the grid's arithmetic, as in columns.py.
+        levels: the grid's levels; empty except for tables.
+        first: index of the first column to round within the block.
+        codes: written in the rounded columns.
+        errors: written in the rounded columns: (w - q) / U_ii.
+        tile: rows and warps of one program; None: those of `row_tile`.
     """
     stacks, rows, block = w.shape
     width = triton.next_power_of_2(block)
     height, warps = tile or row_tile(width)
     with torch.cuda.device_of(w):
         _sweep[(triton.cdiv(rows, height), stacks)](
-            *(w, u, scale, zero, levels, codes, errors),
-            *(float(max_code), rows, block, first, scale.shape[2]),
-            *(*w.stride(), *u.stride()[:2], *scale.stride(), *zero.stride(), *codes.stride(), *errors.stride()),
-            *(kind, len(levels), height, width),
+            w=w,
+            u=u,
+            scale=scale,
+            zero=zero,
+            levels=levels,
+            codes=codes,
+            errors=errors,
+            max_code=float(max_code),
+            rows=rows,
+            block=block,
+            first=first,
+            count=scale.shape[2],
+            **_strides("stack row column", w=w, scale=scale, zero=zero, codes=codes, errors=errors),
+            **_strides("stack row", u=u),
+            KIND=kind,
+            LEVELS=len(levels),
+            ROWS=height,
+            BLOCK=width,
             num_warps=warps,
             enable_fp_fusion=False,
         )
 
 
+def _strides(axes: str, **tensors: Tensor) -> dict[str, int]:
+    """Strides of the tensors' first axes as arguments NAME_AXIS of a kernel."""
+    return {f"{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate(axes.split())}
+
+
 def row_tile(width: int) -> tuple[int, int]:
-    """Rows and warps of one program that holds `width` columns, a power of two.
+    """Number of rows and warps of one program that holds `width` columns, a power of two.
 
     One warp holds 512 weights, sixteen to a thread: it needs neither barriers nor shared memory, and 4096 rows of 128
     columns make eight warps for each multiprocessor of a Hopper GPU.
@@ -150,7 +171,7 @@ def row_tile(width: int) -> tuple[int, int]:
 @triton.jit
 def _deltas(w, r, real, a, w_row, w_column, s, z, max_code, levels, columns,
             KIND: tl.constexpr, LEVELS: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """ŵ - w of some columns, 0 beyond the last."""
+    """Rounding errors ŵ - w of TILE columns from column `a` on; 0 beyond the last."""
     j = a + tl.arange(0, TILE)
     mask = real[:, None] & (j < columns)[None, :]
     x = tl.load(w + r[:, None] * w_row + j[None, :] * w_column, mask, 0.0)
@@ -165,6 +186,7 @@ def _search(
     w_row, w_group, w_column, scale_row, scale_group, hessian_group, hessian_row,
     HESSIAN: tl.constexpr, KIND: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """Find the best range for each of a tile's ROWS rows in one group; axis 0 of the grid: tiles, axis 1: groups."""
     group = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     real = r < rows
@@ -207,21 +229,21 @@ def best_range(
     hessian: Float[Tensor, "groups cols cols"] | None,
     best: Int[Tensor, "rows groups"],
 ) -> None:
-    """For each row of each group, which of its candidate ranges rounds with the least error; the first on a tie.
+    """For each row and group, find the candidate range that rounds with the least error; the first on a tie.
 
-    The error is Δ H Δᵀ with the group's diagonal block H of the Hessian, or Σ |Δ|^2.4 where none is given. One launch
-    for all candidates, rows and groups. A group's deltas are computed anew for each tile of H, not kept: fine for
+    The error is Δ H Δᵀ with the group's diagonal block H of the Hessian, or Σ |Δ|^2.4 where none is given. It is one
+    launch for all candidates, rows and groups. A group's Δ is recomputed for each tile of H, not stored: fine for
     groups of some hundred columns; a product of whole matrices is faster for whole rows.
 
     Args:
-        w: float32, of any strides.
-        scale: float32.
-        zero: float32.
-        max_code: the grid's arithmetic, as above.
-        kind: likewise.
-        levels: likewise.
-        hessian: float32.
-        best: int64, contiguous, written.
+        w: float32 weights, of any strides.
+        scale: float32 scales of the candidates.
+        zero: float32 zeros of the candidates.
+        max_code: largest code of the grid.
+        kind: number of the grid's arithmetic, as in columns.py.
+        levels: the grid's levels; empty except for tables.
+        hessian: float32; None: minimize Σ |Δ|^2.4.
+        best: int64, contiguous, written: index of the best candidate.
     """
     rows, groups, columns = w.shape
     scale, zero = scale.contiguous(), zero.contiguous()
@@ -229,10 +251,24 @@ def best_range(
     height, width = 32, min(max(triton.next_power_of_2(columns), 16), 64)
     with torch.cuda.device_of(w):
         _search[(triton.cdiv(rows, height), groups)](
-            *(w, scale, zero, levels, h, best),
-            *(float(max_code), rows, columns, scale.shape[2]),
-            *(*w.stride(), *scale.stride()[:2], *h.stride()[:2]),
-            *(hessian is not None, kind, len(levels), height, width),
+            w=w,
+            scale=scale,
+            zero=zero,
+            levels=levels,
+            hessian=h,
+            best=best,
+            max_code=float(max_code),
+            rows=rows,
+            columns=columns,
+            candidates=scale.shape[2],
+            **_strides("row group column", w=w),
+            **_strides("row group", scale=scale),
+            **_strides("group row", hessian=h),
+            HESSIAN=hessian is not None,
+            KIND=kind,
+            LEVELS=len(levels),
+            ROWS=height,
+            TILE=width,
             num_warps=4,
             enable_fp_fusion=False,
         )
