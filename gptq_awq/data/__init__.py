@@ -1,1 +1,1 @@
-"""Documents of corpora, and the token ids made of them for calibration and evaluation."""
+"""Corpora, their documents, and the token ids made from them for calibration and evaluation."""

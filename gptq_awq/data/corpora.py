@@ -1,7 +1,8 @@
-"""Corpora: where text comes from, and how calibration draws token ids from it.
+"""Corpora: sources of text, from which calibration draws token ids.
 
-A corpus (`WikiText2`, `HubText`, `LocalText`) knows its text and, in the fields of `Corpus`, how many rows of how many
-tokens calibration draws. Adding a dataset is one class with a `text` method, or one yaml that names a hub dataset.
+A corpus (`WikiText2`, `HubText`, `LocalText`) provides its text and, in the fields of `Corpus`, how many rows of how
+many tokens calibration draws. Adding a dataset takes one class with a `text` method, or one yaml that names a hub
+dataset.
 """
 
 from abc import ABC, abstractmethod
@@ -16,10 +17,14 @@ from gptq_awq.storage.assets import ASSETS, HubRows, fetch, hub_asset
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus(ABC):
-    """A source of text, and how calibration draws `samples` rows of `seqlen` tokens from it.
+    """A source of text, with the options by which calibration draws token ids from it.
 
-    packing: "windows" (random windows of the joined text) or "documents" (one row each, padded, masked).
-    chat_template: make each document a user's turn of a chat. add_bos: begin each row with the BOS token.
+    Attributes:
+        samples: number of rows.
+        seqlen: number of tokens in a row.
+        packing: "windows" (random windows of the joined text) or "documents" (one row each, padded, masked).
+        chat_template: whether to make each document a user's turn of a chat.
+        add_bos: whether to begin each row with the BOS token.
     """
 
     samples: int = 32
@@ -30,10 +35,10 @@ class Corpus(ABC):
 
     @abstractmethod
     def text(self, option: str = "data") -> Text:
-        """The text. Raises UserError naming `option`."""
+        """Load the corpus' text. Raises UserError naming `option`."""
 
     def tokens(self, tokenizer: Tokenizer, seed: int, option: str = "data") -> TokenSet:
-        """Calibration tokens, drawn with `seed`. Raises UserError naming `option`."""
+        """Draw calibration tokens with `seed` (see `calibration_tokens`). Raises UserError naming `option`."""
         return calibration_tokens(
             self.text(option),
             tokenizer,
@@ -51,15 +56,17 @@ class Corpus(ABC):
 class WikiText2(Corpus):
     """WikiText-2 raw (arXiv 1609.07843); its documents are the articles.
 
-    split: train, valid or test. join "raw": the original file, byte for byte. "gptq": "\\n\\n" between the
-    hub's rows, as the GPTQ code has it: another text with another perplexity, hence another name.
+    Attributes:
+        split: train, valid or test.
+        join: "raw" for the original file, byte for byte; "gptq" for the hub's rows joined by "\\n\\n", as in the GPTQ
+            code: a different text with a different perplexity, hence a name of its own.
     """
 
     split: str = "test"
     join: str = "raw"
 
     def text(self, option: str = "data") -> Text:
-        """The split; `Text.name` is "wikitext2", with "-gptq" or "-SPLIT" added off the beaten path."""
+        """Load the split; `Text.name` is "wikitext2", with "-gptq" or "-SPLIT" added where not the default."""
         check_choice(self.split, ("train", "valid", "test"), f"{option}.split")
         check_choice(self.join, ("raw", "gptq"), f"{option}.join")
         served = fetch(ASSETS[f"wikitext2-{self.split}"], hint=f"{_own_file(option)} needs no network")
@@ -75,7 +82,16 @@ class WikiText2(Corpus):
 class HubText(Corpus):
     """The first `documents` rows of a dataset on the Hugging Face hub, downloaded once and kept in the cache.
 
-    files: for datasets too large to list, the one data file to read for each split.
+    Attributes:
+        name: name of the corpus; `Text.name` is "NAME-SPLIT".
+        repo: id of the dataset on the hub.
+        split: split of the dataset.
+        config: configuration (subset) of the dataset.
+        files: split → the one data file to read, for datasets too large to list.
+        revision: branch, tag or commit.
+        field: field of a row that holds its text.
+        documents: number of rows.
+        joiner: string between documents where they are read as one text.
     """
 
     name: str
@@ -89,7 +105,11 @@ class HubText(Corpus):
     joiner: str = "\n\n"
 
     def text(self, option: str = "data") -> Text:
-        """The rows; `Text.name` is "NAME-SPLIT". UserError names offline choices when the hub is away."""
+        """Load the rows; `Text.name` is "NAME-SPLIT".
+
+        Raises:
+            UserError: naming offline choices, where the hub does not answer.
+        """
         files = dict(self.files or {})
         if files:
             check_choice(self.split, tuple(files), f"{option}.split")
@@ -110,14 +130,14 @@ class HubText(Corpus):
 
 @dataclass(frozen=True, kw_only=True)
 class LocalText(Corpus):
-    """A file of one's own: .txt (one document) or .jsonl/.parquet (a document per row, in `field`)."""
+    """A local file of text: .txt (one document) or .jsonl/.parquet (a document per row, in `field`)."""
 
     path: str | None = None
     field: str = "text"
     joiner: str = "\n\n"
 
     def text(self, option: str = "data") -> Text:
-        """The file's documents; `Text.name` is the file's name without its suffix."""
+        """Read the file's documents; `Text.name` is the file's name without its suffix."""
         if self.path is None:
             raise UserError(f"{option}.path is not set: name a .txt, .jsonl or .parquet file")
         path = Path(self.path).expanduser()
@@ -133,4 +153,5 @@ class LocalText(Corpus):
 
 
 def _own_file(option: str) -> str:
+    """The options that choose a local file, for error messages."""
     return "data=local data.path=FILE" if option == "data" else f"{option.removesuffix('.text')}.path=FILE"

@@ -1,4 +1,4 @@
-"""Documents: a text in memory, files that hold some, WikiText's own ways of joining its lines."""
+"""Texts as lists of documents, read from plain, JSON lines and parquet files; WikiText's articles and line joining."""
 
 import hashlib
 import json
@@ -12,10 +12,14 @@ from gptq_awq.errors import UserError
 
 @dataclass(frozen=True)
 class Text:
-    """Documents, where they came from, and the hash of their joined text (utf-8).
+    """A text as a list of documents, with its origin and hash.
 
-    `name` starts metric names (`wikitext2/ppl@2048`), so two texts that score differently need two names.
-    `joiner` stands between documents wherever they are read as one text.
+    Attributes:
+        name: prefix of metric names (`wikitext2/ppl@2048`), so two texts that score differently need two names.
+        documents: the documents.
+        source: where the text came from.
+        sha256: hash of the joined text (utf-8).
+        joiner: string between documents wherever they are read as one text.
     """
 
     name: str
@@ -26,30 +30,30 @@ class Text:
 
     @property
     def joined(self) -> str:
-        """The documents as one text."""
+        """The documents joined into one text."""
         return self.joiner.join(self.documents)
 
 
 def make_text(name: str, documents: Iterable[str], source: str, joiner: str = "\n\n") -> Text:
-    """A `Text`, hashed."""
+    """Make a `Text` of these documents, with its hash."""
     documents = tuple(documents)
     digest = hashlib.sha256(joiner.join(documents).encode()).hexdigest()
     return Text(name, documents, source, digest, joiner)
 
 
 def wikitext_articles(raw: str) -> list[str]:
-    """Cut raw WikiText before each title (" = Title = " between blank lines); joined, they are `raw`."""
+    """Split raw WikiText into articles, at each title (" = Title = " between blank lines); joined, they are `raw`."""
     articles = re.split(r"^(?= \n = [^=\n]+ = \n \n)", raw, flags=re.MULTILINE)
     return [article for article in articles if article]
 
 
 def joined_as_gptq(article: str) -> str:
-    """The hub's rows of an article (its lines, where "" stands for the blank ones), "\\n\\n" between them."""
+    """Join an article's rows on the hub (its lines, "" for a blank one) by "\\n\\n", as the GPTQ code does."""
     return "\n\n".join("" if line == " \n" else line for line in re.findall(r".*\n", article))
 
 
 def read_plain(path: Path, field: str, option: str) -> list[str]:  # noqa: ARG001
-    """A file as one document. Raises UserError naming `option` where it isn't utf-8."""
+    """Read a file as one document. Raises UserError naming `option` where it isn't utf-8."""
     try:
         return [path.read_bytes().decode()]  # not read_text, which would rewrite line ends
     except UnicodeDecodeError as error:
@@ -57,7 +61,7 @@ def read_plain(path: Path, field: str, option: str) -> list[str]:  # noqa: ARG00
 
 
 def read_jsonl(path: Path, field: str, option: str) -> list[str]:
-    """A document per line, in `field`. Raises UserError naming `option`."""
+    """Read a JSON lines file: a document per line, in `field`. Raises UserError naming `option`."""
     rows = []
     for line in read_plain(path, field, option)[0].split("\n"):
         try:
@@ -69,7 +73,7 @@ def read_jsonl(path: Path, field: str, option: str) -> list[str]:
 
 
 def read_parquet(path: Path, field: str, option: str) -> list[str]:
-    """A document per row, in `field`. Raises UserError naming `option`."""
+    """Read a parquet file: a document per row, in `field`. Raises UserError naming `option`."""
     import pyarrow.lib
     import pyarrow.parquet
 
@@ -83,6 +87,7 @@ def read_parquet(path: Path, field: str, option: str) -> list[str]:
 
 
 def _all_text(values: list, path: Path, field: str, option: str) -> list[str]:
+    """Return the values if all are strings; otherwise raise UserError naming `option`."""
     for number, value in enumerate(values, start=1):
         if not isinstance(value, str):
             raise UserError(f"{option}.field={field}: row {number} of {path} has no text there")

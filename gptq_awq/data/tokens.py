@@ -1,10 +1,10 @@
-"""Token ids: drawn from a text for calibration, cut into windows for evaluation.
+"""Token ids of a text: random rows for calibration, contiguous windows for evaluation.
 
 `calibration_tokens` draws random windows as the GPTQ code does (arXiv 2210.17323), or documents, padded to one length,
-with a mask. `evaluation_windows` is that code's perplexity protocol: the text as one document without special tokens,
-cut into contiguous windows.
+with a mask. `evaluation_windows` follows that code's perplexity protocol: the text as one document without special
+tokens, split into contiguous windows.
 
-Every message names the option to change: `option` is its prefix on the command line ("data" for calibration,
+Every error message names the option to change: `option` is its prefix on the command line ("data" for calibration,
 "eval.perplexity" for evaluation).
 """
 
@@ -24,17 +24,22 @@ from gptq_awq.storage.assets import cache_dir
 from gptq_awq.storage.checksummed import ChecksummedFile, once
 
 LONG_TEXT = 200_000
-"""Characters from which on tokenizing takes longer than reading the ids from the cache."""
+"""Number of characters from which tokenizing takes longer than reading the ids from the cache."""
 TOKENS_SCHEMA = 1
-"""Raised whenever the meaning of what is kept changes."""
+"""Version of the cached token files, incremented whenever their meaning changes."""
 Tokenizer = Any  # transformers' tokenizer classes share no useful static type
 
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Rows of token ids of one length; `mask` is True on real tokens, None where nothing is padded.
+    """Rows of token ids of one length, with their padding mask and hash.
 
-    `sha256` hashes the ids (int64) and the mask, so equal hashes mean equal input to the model.
+    Attributes:
+        name: name of the text.
+        ids: token ids, int64.
+        mask: True on real tokens; None where nothing is padded.
+        source: where the text came from.
+        sha256: hash of ids and mask, so that equal hashes mean equal inputs to the model.
     """
 
     name: str
@@ -55,13 +60,14 @@ def calibration_tokens(
     add_bos: bool = False,
     option: str = "data",
 ) -> TokenSet:
-    """Draw `samples` rows of `seqlen` tokens; the same seed draws the same rows.
+    """Draw `samples` rows of `seqlen` tokens for calibration; the same seed draws the same rows.
 
     packing "windows": the joined text is tokenized once, without special tokens, and windows start uniformly
     at random (they may overlap). "documents": documents are drawn without replacement, truncated to `seqlen`
     and padded on the right, padding masked.
 
-    Raises UserError naming `option` where the text is too short, or the tokenizer lacks what is asked of it.
+    Raises:
+        UserError: naming `option`, where the text is too short, or the tokenizer has no chat template or BOS token.
     """
     check_positive(samples, f"{option}.samples")
     check_positive(seqlen, f"{option}.seqlen")
@@ -82,10 +88,12 @@ def calibration_tokens(
 def evaluation_windows(
     text: Text, tokenizer: Tokenizer, seqlen: int, windows: int | None = None, option: str = "eval.perplexity"
 ) -> TokenSet:
-    """The first `windows` (None: all) contiguous windows of the text, tokenized as one document without BOS.
+    """Tokenize a text as one document without BOS; return its first `windows` (None: all) contiguous windows.
 
-    What is left at the end, shorter than `seqlen`, is dropped, as in the GPTQ code. Raises UserError naming
-    `option` where the text holds fewer windows.
+    The remainder at the end, shorter than `seqlen`, is dropped, as in the GPTQ code.
+
+    Raises:
+        UserError: naming `option`, where the text holds fewer windows.
     """
     check_positive(seqlen, f"{option}.seqlen")
     tokens = _encode_long(text.joined, tokenizer)
@@ -103,7 +111,7 @@ def evaluation_windows(
 def make_token_set(
     name: str, ids: Int[Tensor, "n seqlen"], mask: Bool[Tensor, "n seqlen"] | None, source: str
 ) -> TokenSet:
-    """A `TokenSet`, hashed."""
+    """Make a `TokenSet` of these ids and mask, with its hash."""
     digest = hashlib.sha256(ids.contiguous().numpy().tobytes())
     if mask is not None:
         digest.update(mask.numpy().tobytes())
@@ -113,6 +121,7 @@ def make_token_set(
 def _random_windows(
     text: Text, tokenizer: Tokenizer, samples: int, length: int, generator: torch.Generator, option: str
 ) -> list[list[int]]:
+    """Windows of `length` tokens that start uniformly at random in the joined text."""
     ids = _encode_long(text.joined, tokenizer)
     if len(ids) < samples * length:
         raise UserError(
@@ -126,9 +135,10 @@ def _random_windows(
 def _random_documents(
     text: Text, tokenizer: Tokenizer, samples: int, length: int, generator: torch.Generator, option: str
 ) -> list[list[int]]:
+    """Tokens of random documents, without replacement, truncated to `length`."""
     order = torch.randperm(len(text.documents), generator=generator).tolist()
     encoded = (_encode(text.documents[index], tokenizer)[:length] for index in order)
-    rows = list(islice(filter(None, encoded), samples))  # an empty document says nothing: take the next one
+    rows = list(islice(filter(None, encoded), samples))  # empty documents are passed over
     if len(rows) < samples:
         raise UserError(
             f"too little text for {option}.samples={samples} documents: {text.name} has {len(rows)}: "
@@ -140,6 +150,7 @@ def _random_documents(
 def _pad(
     rows: list[list[int]], seqlen: int, tokenizer: Tokenizer
 ) -> tuple[Int[Tensor, "n seqlen"], Bool[Tensor, "n seqlen"] | None]:
+    """Pad rows on the right to `seqlen`; the mask is None where nothing was padded."""
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     ids = torch.tensor([row + [pad] * (seqlen - len(row)) for row in rows], dtype=torch.int64)
     mask = torch.arange(seqlen) < torch.tensor([[len(row)] for row in rows])
@@ -147,7 +158,7 @@ def _pad(
 
 
 def _encode_long(text: str, tokenizer: Tokenizer) -> list[int]:
-    """As `_encode`; the ids of a long text are kept in the cache."""
+    """Token ids without special tokens; those of a long text are kept in the cache."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if len(text) < LONG_TEXT or backend is None:
         return _encode(text, tokenizer)
@@ -162,12 +173,13 @@ def _encode_long(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Token ids without special tokens. verbose=False: a long text is meant, and needs no warning."""
+    """Token ids without special tokens. verbose=False: the text may be longer than the model's context on purpose."""
     only_ids = {"return_attention_mask": False, "return_token_type_ids": False}
     return tokenizer(text, add_special_tokens=False, verbose=False, **only_ids).input_ids
 
 
 def _check_chat(tokenizer: Tokenizer, packing: str, add_bos: bool, option: str) -> None:
+    """Raise UserError where a chat template does not exist or conflicts with the other options."""
     if packing != "documents":
         raise UserError(f"{option}.chat_template=true needs {option}.packing=documents")
     if not tokenizer.chat_template:
@@ -177,6 +189,7 @@ def _check_chat(tokenizer: Tokenizer, packing: str, add_bos: bool, option: str) 
 
 
 def _as_chat(document: str, tokenizer: Tokenizer) -> str:
+    """A document as the user's turn of a chat, by the tokenizer's chat template."""
     return tokenizer.apply_chat_template([{"role": "user", "content": document}], tokenize=False)
 
 
@@ -187,7 +200,7 @@ def check_choice(value: str, choices: tuple[str, ...], option: str) -> None:
 
 
 def check_positive(value: int, option: str) -> int:
-    """`value`, a whole number of at least 1; otherwise raise UserError naming `option`."""
+    """Return `value` if it is a whole number of at least 1; otherwise raise UserError naming `option`."""
     if not isinstance(value, int) or value < 1:
         raise UserError(f"{option}={value}: must be a whole number of at least 1")
     return value
