@@ -1,6 +1,7 @@
 # Two commands do all set-up:
 #   make run    installs into .venv and runs the main job: AWQ to 4 bits on the default model
-#   make test   installs into .venv and passes the tests
+#   make test   installs into .venv and passes the tests; GPTQ_AWQ_TEST_DTYPE=bfloat16 make test: with what
+#               compute_dtype=auto means on processors that multiply bfloat16 (float32: on others)
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin

@@ -1,4 +1,8 @@
-"""Fixtures shared by all tests: where the shared real data lies, and small random models."""
+"""Fixtures shared by all tests: where the shared real data lies, and small random models.
+
+GPTQ_AWQ_TEST_DTYPE=float32|bfloat16   what compute_dtype=auto means in tests, whatever the processor
+GPTQ_AWQ_CI=1                          a test that skips for a reason that CI doesn't expect fails
+"""
 
 import os
 import sys
@@ -9,9 +13,22 @@ from pathlib import Path
 for variable in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "RAYON_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
+import helpers.auto_dtype  # noqa: E402, F401  (forces what compute_dtype=auto means)
 import pytest  # noqa: E402
 from helpers.forked import call_run, import_everything  # noqa: E402
 from helpers.paths import ROOT  # noqa: E402
+from helpers.skips import is_expected  # noqa: E402
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """In CI, a skip that nobody expects is a failure: else a missing package would quietly switch tests off."""
+    report = yield
+    if os.environ.get("GPTQ_AWQ_CI") and report.skipped and not hasattr(report, "wasxfail"):
+        reason = str(report.longrepr[2])
+        if not is_expected(reason):
+            report.outcome, report.longrepr = "failed", f"{item.nodeid}: CI does not expect a skip: {reason}"
+    return report
 
 
 @pytest.fixture(scope="session")

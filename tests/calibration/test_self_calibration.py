@@ -8,6 +8,7 @@ from helpers.tiny_models import tiny_model, tiny_tokens
 from transformers import GenerationConfig
 
 from gptq_awq.api import load_method, quantize_model
+from gptq_awq.calibration.block_inputs import Settings
 from gptq_awq.calibration.self_calibration import SelfCalibration, _Drawn
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
@@ -105,9 +106,10 @@ def test_a_model_in_memory_is_calibrated_on_both():
 
     own, tokens = SelfCalibration(windows=6, prompt=4), given(4, 32)
     method = load_method("gptq")[0]
-    found = quantize_model(tiny_model("llama"), tokens, replace(method, self_calibration=own), group_size=16)
+    options = {"group_size": 16, "settings": Settings(compute_dtype="float32")}
+    found = quantize_model(tiny_model("llama"), tokens, replace(method, self_calibration=own), **options)
     both = own.extend(tiny_model("llama"), tokens, torch.float32)
-    expected = quantize_model(tiny_model("llama"), both, method, group_size=16)
+    expected = quantize_model(tiny_model("llama"), both, method, **options)
     assert all(torch.equal(w.codes, expected.weights[name].codes) for name, w in found.weights.items())
 
 

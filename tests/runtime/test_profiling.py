@@ -214,7 +214,7 @@ def test_a_profiled_run_is_computed_and_gives_the_same_numbers_and_hash(cli, tin
     done = cli("method=gptq", *tiny, "profile=true", f"out={out}")
     assert done.returncode == 0, done.stderr
     assert "done already" not in done.stderr
-    assert "where the time went" in done.stdout
+    assert "Where the time went" in done.stdout
     assert "profiler_start" not in done.stderr
     assert outcome(out) == outcome(plain)
     text = (out / "profile.md").read_text()
