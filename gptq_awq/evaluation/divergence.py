@@ -5,7 +5,8 @@ model; top-1 agreement is argmax p = argmax q. Unlike perplexity, neither can im
 probability cancel keeps its perplexity but not its KL ("Accuracy is Not All You Need", arXiv:2407.09141).
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.evaluation.head import Head, Parameters
+from gptq_awq.evaluation.metrics.base import LogitMetric
 from gptq_awq.evaluation.perplexity import (
     TokenScores,
     check_finite,
@@ -29,11 +31,19 @@ from gptq_awq.runtime.progress import Track, no_track
 
 @dataclass(frozen=True)
 class Divergence:
-    """The quantized model's loss, KL from full precision (both in nats) and top-1 agreement per token, on the CPU."""
+    """Comparison of the quantized with the full-precision model per scored token, on the CPU.
+
+    Attributes:
+        nll: loss of the quantized model, nats.
+        kl: KL(full precision ‖ quantized), nats.
+        agree: whether both models have the same most likely word.
+        from_logits: values of every `LogitMetric` that was asked for, by its name.
+    """
 
     nll: Float[Tensor, "windows scored"]
     kl: Float[Tensor, "windows scored"]
     agree: Bool[Tensor, "windows scored"]
+    from_logits: Mapping[str, Float[Tensor, "windows scored"]] = field(default_factory=dict)
 
 
 def divergence(
@@ -43,12 +53,14 @@ def divergence(
     track: Track = no_track,
     output: Parameters | None = None,
     compute_dtype: torch.dtype = torch.float32,
+    logit_metrics: Sequence[LogitMetric] = (),
 ) -> Divergence:
     """Score every window with the quantized `model` and compare it with `baseline`, its full-precision scores.
 
     Both must use one `compute_dtype`. `output` holds the parameters of the full-precision output layer if the model's
-    own were changed. Each token costs one forward of the quantized model and two rows of head matmul. Raises UserError
-    if a logit is not finite, ValueError if the full-precision output layer is not the baseline's.
+    own were changed. Each token costs one forward of the quantized model and two rows of head matmul, and two more rows
+    if there are `logit_metrics`. Raises UserError if a logit is not finite, ValueError if the full-precision output
+    layer is not the baseline's.
     """
     head = Head.of(model, compute_dtype)
     with resident(head.output), head.with_output(output):
@@ -57,13 +69,18 @@ def divergence(
     windows = checked_windows(model, tokens)
     nll, kl = torch.empty_like(baseline.nll), torch.empty_like(baseline.nll)
     agree = torch.empty_like(baseline.nll, dtype=torch.bool)
+    from_logits = {metric.name: torch.empty_like(nll) for metric in logit_metrics}
     seen = states_of(head, windows, f"{tokens.name}: quantized", track)
     with resident(head.output):
         for index, states in enumerate(track(seen, f"{tokens.name}: quantized", len(windows))):
             compared = compare(head, baseline.hidden[index], states, windows[index, 1:], output)
             nll[index], kl[index], agree[index] = compared
             check_finite(nll[index] + kl[index], tokens.name, index)
-    return Divergence(nll, kl, agree)
+            if logit_metrics:
+                values = _from_logits(head, baseline.hidden[index], states, windows[index, 1:], output, logit_metrics)
+                for name, row in values.items():
+                    from_logits[name][index] = row
+    return Divergence(nll, kl, agree, from_logits)
 
 
 def compare(
@@ -90,6 +107,27 @@ def compare(
             nll[part] = token_nll(log_q, targets[part]).cpu()
             kl[part] = token_kl(log_p, log_q).cpu()
     return nll, kl, agree
+
+
+def _from_logits(
+    head: Head,
+    full: Float[Tensor, "scored width"],
+    states: Float[Tensor, "scored width"],
+    targets: Int[Tensor, "scored"],
+    output: Parameters | None,
+    metrics: Sequence[LogitMetric],
+) -> dict[str, Float[Tensor, "scored"]]:
+    """Value of each token by metric name, from whole rows of both models' logits, returned on the CPU."""
+    found = {metric.name: torch.empty(len(states)) for metric in metrics}
+    for part in head.chunks(len(states)):
+        p, q = head(full[part], output=output), head(states[part])
+        with phase("score/losses"):
+            for metric in metrics:
+                values = metric.of_logits(p, q, targets[part].to(q.device))
+                if values.shape != q.shape[:1]:
+                    raise TypeError(f"{metric.name}: {tuple(values.shape)} values for {len(q)} tokens")
+                found[metric.name][part] = values.float().cpu()
+    return found
 
 
 def token_kl(log_p: Float[Tensor, "tokens vocab"], log_q: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens"]:

@@ -1,12 +1,12 @@
-"""Score a model before and after quantization, on the same tokens and items, and say what it lost.
+"""Score a model before and after quantization on the same tokens and items, and compare the scores.
 
     baseline = full_precision(model, ...)   # before: computed once per model, then read from the cache
     ...                                     # the model is quantized in place
     scored = score(model, baseline, ...)    # after
 
-`scored.metrics` is flat. Below a metric's name lies what belongs to it: `wikitext2/ppl@2048` (the quantized
-model's), `…/baseline` (full precision), `…/delta` (quantized minus full precision), `…/delta_ci95` ([low,
-high]). `scored.scores` is what a later comparison with other runs needs.
+`scored.metrics` is a flat map: `wikitext2/ppl@2048` is the quantized model's perplexity, `…/baseline` that of full
+precision, `…/delta` quantized minus full precision and `…/delta_ci95` its interval [low, high]. `scored.scores` holds
+the arrays that a later comparison with other runs needs. Metrics of texts are in `metrics`, one file each.
 """
 
 import logging
@@ -17,17 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from transformers import PreTrainedModel
 
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.evaluation.baseline import baseline_scores, floor_path, read_answers, write_answers
-from gptq_awq.evaluation.divergence import Divergence, divergence
+from gptq_awq.evaluation.divergence import divergence
 from gptq_awq.evaluation.floor import Floor, floors
 from gptq_awq.evaluation.head import Parameters
-from gptq_awq.evaluation.perplexity import TokenScores, perplexity
+from gptq_awq.evaluation.metrics.base import LogitMetric, PairedTokens
+from gptq_awq.evaluation.metrics.choice import metrics_of
+from gptq_awq.evaluation.perplexity import TokenScores
 from gptq_awq.evaluation.scores import Scores
-from gptq_awq.evaluation.statistics import block_sums, interval, paired_test, resampled_means
+from gptq_awq.evaluation.statistics import paired_test
+from gptq_awq.evaluation.token_metrics import token_metrics, token_sums
 from gptq_awq.models.offload import resident
 from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.runtime.progress import Track, no_track
@@ -41,9 +43,16 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the full-precision model scored, and on what; `output` is a copy of its output layer, if one was kept.
+    """Scores of the full-precision model, and the tokens and tasks that they are scores of.
 
-    `compute_dtype`: of forwards, of both models; `floors`: the noise that a lower one than float32 adds, by text.
+    Attributes:
+        tokens: windows of every text.
+        scores: losses and hidden states, in the order of `tokens`.
+        tasks: lm-eval tasks; None: none.
+        results: scores on the tasks.
+        output: copy of the output layer's parameters, if one was kept.
+        compute_dtype: dtype of both models' forwards.
+        floors: noise that a lower dtype than float32 adds, by the text's name.
     """
 
     tokens: tuple[TokenSet, ...]
@@ -56,14 +65,14 @@ class Baseline:
 
     @property
     def sha256(self) -> dict[str, str]:
-        """For the manifest: the hash of the tokens of each text ("wikitext2") and task ("lm_eval/TASK")."""
+        """Hashes, for the manifest, of each text's tokens ("wikitext2") and each task's requests ("lm_eval/TASK")."""
         tasks = self.results.sha256 if self.results else {}
         return {t.name: t.sha256 for t in self.tokens} | {f"lm_eval/{k}": v for k, v in tasks.items()}
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What the quantized model scored: the metrics map, and the sums and items that they are made of."""
+    """Scores of the quantized model: the metrics map, and the block sums and items that the metrics are made of."""
 
     metrics: Metrics
     scores: Scores
@@ -82,10 +91,9 @@ def full_precision(
 ) -> Baseline:
     """Score the full-precision model, or read its scores from `cache_dir`/baselines.
 
-    `model_sha256` stands for the weights in the cache's keys; `cache_dir=None` caches nothing; `keep_output`
-    copies the output layer, for a model whose own will be rounded too; `compute_dtype` is that of forwards
-    (`Evaluation.compute_dtype`). Raises UserError where a window exceeds
-    the model's context, its logits are not finite, or it has no separable head.
+    `model_sha256` identifies the weights in the cache's keys; `cache_dir=None` caches nothing; `keep_output` copies
+    the output layer of a model whose own will be rounded or transformed; `compute_dtype` is `Evaluation.compute_dtype`.
+    Raises UserError if a window exceeds the model's context, its logits are not finite, or it has no separable head.
     """
     if len({t.name for t in tokens}) < len(tokens):
         raise ValueError("token sets share a name: their metrics would overwrite each other")
@@ -113,39 +121,42 @@ def full_precision(
 def _precision(
     model: PreTrainedModel, model_sha256: str, tokens: Sequence[TokenSet], folder: Path | None, name: str
 ) -> tuple[torch.dtype, dict[str, Floor]]:
-    """The dtype of forwards that `name` means for this model on these texts, and its noise on each of them.
+    """Compute dtype that `name` stands for with this model and these texts, and its noise floor by text.
 
-    "auto" means a lower one only where it was tried on every text and is trusted.
+    "auto" stands for a lower dtype than float32 only if its noise was measured on every text and is trusted.
     """
     dtype = resolve_compute_dtype(name, model.device)
-    if dtype == torch.float32 or model.dtype != torch.float32:  # 16-bit weights: forwards are in their dtype
+    if dtype == torch.float32 or model.dtype != torch.float32:  # forwards of 16-bit weights are in their dtype
         return torch.float32, {}
     if name == "auto" and not tokens:
-        log.info("eval.compute_dtype=auto: no text to try %s on, so forwards compute in float32", dtype)
+        log.info("eval.compute_dtype=auto: no text to measure the noise of %s on, so forwards use float32", dtype)
         return torch.float32, {}
     noise = floors(model, tokens, dtype, [floor_path(model, model_sha256, t, folder, dtype) for t in tokens])
     for text, found in noise.items():
         if name == "auto" and not found.trusted:
-            log.info("eval.compute_dtype=auto: %s is not trusted on %s (%s): float32", dtype, text, found)
+            log.info("eval.compute_dtype=auto: forwards use float32: %s is not trusted on %s (%s)", dtype, text, found)
             return torch.float32, {}
-        log.info("forwards compute in %s, whose noise on %s is %s", dtype, text, found)
+        log.info("evaluation forwards use %s, whose noise on %s is %s", dtype, text, found)
     return dtype, noise
 
 
 def score(model: PreTrainedModel, tokenizer: Any, baseline: Baseline, seed: int = 0, track: Track = no_track) -> Scored:
-    """Score the quantized model on what `baseline` was scored on; `seed` draws the bootstrap's resamples.
+    """Score the quantized model on the tokens and tasks of `baseline`; `seed` draws the bootstrap's resamples.
 
-    Raises UserError where logits are not finite.
+    Raises UserError if logits are not finite.
     """
     metrics: Metrics = {}
     arrays: dict[str, np.ndarray] = {}
     for tokens, scores in zip(baseline.tokens, baseline.scores, strict=True):
-        found = divergence(model, tokens, scores, track, baseline.output, baseline.compute_dtype)
-        metrics |= token_metrics(tokens, scores, found, seed)
-        arrays |= token_sums(tokens.name, scores, found)
-        if tokens.name in baseline.floors:
-            noise = baseline.floors[tokens.name]
-            metrics |= {f"{tokens.name}/kl/floor": noise.kl, f"{tokens.name}/dnll/floor": abs(noise.dnll)}
+        measured = metrics_of(tokens)
+        from_logits = [metric for metric in measured if isinstance(metric, LogitMetric)]
+        found = divergence(model, tokens, scores, track, baseline.output, baseline.compute_dtype, from_logits)
+        paired = PairedTokens(tokens, scores.nll, found.nll, found.kl, found.agree, found.from_logits)
+        metrics |= token_metrics(paired, measured, seed)
+        arrays |= token_sums(paired, measured)
+        if noise := baseline.floors.get(tokens.name):
+            of_metric = {f"{tokens.name}/kl": noise.kl, f"{tokens.name}/dnll": abs(noise.dnll)}
+            metrics |= {f"{name}/floor": value for name, value in of_metric.items() if name in metrics}
     if baseline.tasks is not None and baseline.results is not None:
         from gptq_awq.evaluation.harness import run_tasks
 
@@ -155,49 +166,10 @@ def score(model: PreTrainedModel, tokenizer: Any, baseline: Baseline, seed: int 
     return Scored(metrics, Scores(arrays))
 
 
-def token_metrics(tokens: TokenSet, baseline: TokenScores, quantized: Divergence, seed: int = 0) -> Metrics:
-    """Perplexity, loss difference, KL and agreement of one token set, with 95% block-bootstrap intervals.
-
-    Intervals are left out, with a warning, where there are too few tokens for them.
-    """
-    name, ppl = tokens.name, f"{tokens.name}/ppl@{tokens.ids.shape[1]}"
-    full, value = perplexity(baseline.nll), perplexity(quantized.nll)
-    metrics: Metrics = {
-        ppl: value,
-        f"{ppl}/baseline": full,
-        f"{ppl}/delta": value - full,
-        f"{name}/dnll": float((quantized.nll - baseline.nll).double().mean()),
-        f"{name}/kl": float(quantized.kl.double().mean()),
-        f"{name}/top1_agreement": float(quantized.agree.double().mean()),
-    }
-    try:
-        nll, q_nll, kl, agree = resampled_means(_series(baseline, quantized), seed=seed)
-    except ValueError as error:
-        log.warning("%s: no intervals (%s); more eval.perplexity.windows would give them", name, error)
-        return metrics
-    return metrics | {
-        f"{ppl}/delta_ci95": list(interval(np.exp(q_nll) - np.exp(nll))),
-        f"{name}/dnll/ci95": list(interval(q_nll - nll)),
-        f"{name}/kl/ci95": list(interval(kl)),
-        f"{name}/top1_agreement/ci95": list(interval(agree)),
-    }
-
-
-def token_sums(name: str, baseline: TokenScores, quantized: Divergence) -> dict[str, np.ndarray]:
-    """Losses, KL and agreement of one text, summed over the bootstrap's blocks."""
-    (nll, q_nll, kl, agree), lengths = block_sums(_series(baseline, quantized))
-    sums = {"tokens": lengths.astype(np.float64), "nll": q_nll, "nll/baseline": nll, "kl": kl, "agree": agree}
-    return {f"{name}/{key}": values for key, values in sums.items()}
-
-
-def _series(baseline: TokenScores, quantized: Divergence) -> Float[np.ndarray, "4 windows scored"]:
-    return np.stack([x.numpy() for x in (baseline.nll, quantized.nll, quantized.kl, quantized.agree.float())])
-
-
 def task_metrics(baseline: "TaskResults", quantized: "TaskResults", seed: int = 0) -> Metrics:
-    """Every metric of every task, with a paired test over its items where each item has a number.
+    """Every metric of every task, with a paired test over items if each item has a number.
 
-    Raises ValueError where the two models were not asked the same.
+    Raises ValueError if the two models answered different requests.
     """
     if baseline.sha256 != quantized.sha256:
         raise ValueError("lm-eval asked the two models different questions")
@@ -208,7 +180,7 @@ def task_metrics(baseline: "TaskResults", quantized: "TaskResults", seed: int = 
 
 
 def task_items(baseline: "TaskResults", quantized: "TaskResults") -> dict[str, np.ndarray]:
-    """The values of every item, for every metric that has them."""
+    """Values of every item by metric, for scores.npz; metrics without a number per item are left out."""
     arrays: dict[str, np.ndarray] = {}
     for key, full in baseline.scores.items():
         items, value = full.items, quantized.scores[key].items
@@ -218,6 +190,7 @@ def task_items(baseline: "TaskResults", quantized: "TaskResults") -> dict[str, n
 
 
 def _paired(name: str, full: "TaskScore", value: "TaskScore", seed: int) -> Metrics:
+    """One task metric of both models, its change and the test of the change."""
     metrics: Metrics = {
         name: value.value,
         f"{name}/baseline": full.value,

@@ -8,6 +8,7 @@ Per text NAME, float64 sums over the blocks of `statistics.BLOCK` tokens:
     NAME/nll/baseline   loss of the full-precision model, nats
     NAME/kl             KL of the quantized model from full precision, nats
     NAME/agree          tokens for which both models have the same most likely word
+    NAME/METRIC         a further metric that is a mean over tokens (evaluation/metrics)
 
 and per lm-eval metric with a number for each item, in the order of items:
 
