@@ -1,10 +1,10 @@
-"""Every checkpoint format in every engine that takes it: packing time, KL from the decoded weights, perplexity.
+"""Every checkpoint format in every engine that runs it: packing time, KL from the decoded weights, perplexity.
 
     python benchmarks/engines.py [--model DIR] [--group 64] [--only gptq awq …] [--engines vllm mlx …]
 
-Each case quantizes the model anew (round to nearest, but for one GPTQ case whose groups are scattered), writes
-and decodes the checkpoint, and lets engines run it on the same 2 × 256 tokens. KL is from a transformers model in
-float32 with the decoded weights to the engine's own logits. Engines: `python scripts/install_engine.py NAME`.
+Each case quantizes the model anew (round to nearest, except one GPTQ case with act_order), writes and decodes the
+checkpoint, and lets engines run it on the same 2 × 256 tokens. KL is from a transformers model in float32 with the
+decoded weights to the engine's own logits. Engines: `python scripts/install_engine.py NAME`.
 """
 
 import argparse
@@ -47,7 +47,7 @@ SCATTERED = Method("gptq", GPTQ(act_order=True))
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint to write."""
+    """A checkpoint to write: its format, the grid of its codes, and the method that computes them."""
 
     name: str
     format: Format
@@ -56,7 +56,7 @@ class Case:
 
 
 def cases(group: int) -> list[Case]:
-    """All of them, in groups of `group` columns where the format lets us choose."""
+    """All cases, with groups of `group` columns where the format allows any."""
 
     def ints(bits: int, sym: bool, size: int = group) -> IntGrid:
         return IntGrid(bits, size, sym, scale_dtype="float16")
@@ -88,7 +88,7 @@ def cases(group: int) -> list[Case]:
 
 
 def run(case: Case, loaded: LoadedModel, text, engines: list[str]) -> None:
-    """Write one case and print a row per engine."""
+    """Write the checkpoint of one case and print a table row per engine."""
     model = copy.deepcopy(loaded.model)
     calibration = text.ids.reshape(-1, 256)[:16] if case.method is SCATTERED else None
     weights = quantize_model(model, calibration, case.method, grid=case.grid).weights
@@ -115,7 +115,7 @@ def run(case: Case, loaded: LoadedModel, text, engines: list[str]) -> None:
 
 
 def main() -> None:
-    """Write, verify, run, print."""
+    """Write and verify every case, run it in every engine, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a transformers folder; default: smollm2-135m")
     parser.add_argument("--text", help="a .txt file; default: WikiText-2 test")

@@ -1,11 +1,11 @@
-"""Perplexity, KL and agreement beside a plain transformers loop: seconds, and whether the values are the same.
+"""Time of perplexity, KL and agreement against a plain transformers loop, and the deviation of the values.
 
     python benchmarks/evaluation.py [--model DIR] [--windows 8] [--seqlen 2048] [--bits 4]
 
 The plain loop is model(ids).logits and torch's cross entropy in float32, one window at a time. All contenders take
-turns on every window, so that a machine whose speed drifts is fair to them. The comparison is of the model quantized
-by RTN with the full-precision hidden states; full precision stands for perplexity alone. On a busy machine believe the
-CPU seconds of one thread (OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1): with more, threads that wait count as work.
+turns on every window, so that drifts of the machine's speed affect all alike. Perplexity alone is measured on the
+full-precision model; KL and agreement on the model quantized by RTN, against the full-precision hidden states. On a
+busy machine compare CPU seconds of one thread (OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1): waiting threads count too.
 """
 
 import argparse
@@ -32,7 +32,7 @@ Score = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 
 @dataclass
 class Contender:
-    """A way to score a window: losses, and KL and agreement where it has them."""
+    """A way to score a window, with its times and scores so far: losses, or losses, KL and agreement."""
 
     name: str
     score: Score
@@ -41,7 +41,7 @@ class Contender:
     parts: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
 
     def take_turn(self, window: torch.Tensor) -> None:
-        """Score one window."""
+        """Score one window and record its time."""
         start, cpu_start = time.perf_counter(), time.process_time()
         scored = self.score(window)
         self.seconds.append(time.perf_counter() - start)
@@ -49,12 +49,12 @@ class Contender:
         self.parts.append(scored)
 
     def mean(self, part: int) -> float:
-        """The mean over all tokens of losses (0), KL (1) or agreement (2)."""
+        """Mean over all tokens of losses (part 0), KL (1) or agreement (2)."""
         return float(torch.cat([scored[part].double() for scored in self.parts]).mean())
 
 
 def plain(model: PreTrainedModel) -> Score:
-    """Transformers and torch, nothing else."""
+    """Losses by a plain loop of transformers and torch."""
 
     @torch.no_grad()
     def losses(window: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -65,7 +65,7 @@ def plain(model: PreTrainedModel) -> Score:
 
 
 def ours(model: PreTrainedModel, dtype: torch.dtype, keep: dict[int, torch.Tensor]) -> Score:
-    """Losses by tiles; the hidden states are kept for a comparison."""
+    """Losses by the tiled head of gptq_awq; the hidden states are stored in `keep` for `comparison`."""
     head = Head.of(model, dtype)
 
     def losses(window: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -76,13 +76,13 @@ def ours(model: PreTrainedModel, dtype: torch.dtype, keep: dict[int, torch.Tenso
 
 
 def comparison(model: PreTrainedModel, dtype: torch.dtype, kept: dict[int, torch.Tensor]) -> Score:
-    """Losses, KL and agreement of a quantized model."""
+    """Losses, KL and agreement of a quantized model against the full-precision hidden states in `kept`."""
     head = Head.of(model, dtype)
     return lambda window: compare(head, kept[window.data_ptr()], window_states(head, window), window[1:])
 
 
 def report(contenders: list[Contender]) -> None:
-    """Seconds of all windows, the ratio to the plain loop, and the values."""
+    """Print seconds over all windows, ratios to the plain loop, and the values."""
     first = contenders[0]
     print("| | seconds | CPU seconds | plain / this | in CPU seconds | perplexity | from plain | KL | agreement |")
     print("|:---|---:|---:|---:|---:|---:|---:|---:|---:|")
@@ -96,7 +96,7 @@ def report(contenders: list[Contender]) -> None:
 
 
 def main() -> None:
-    """Take turns, print the table."""
+    """Let the contenders score every window in turns, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a transformers folder; default: smollm2-135m")
     parser.add_argument("--text", help="a text file; default: WikiText-2's test split")

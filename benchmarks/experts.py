@@ -1,10 +1,10 @@
-"""A mixture of many small experts beside dense models with as many parameters, on as many tokens.
+"""Quantization time of a mixture of many small experts against dense models with as many parameters.
 
     python benchmarks/experts.py [--method gptq] [--experts 64] [--inner 128] [--tokens 16384] [--profile] [--repeat 2]
 
-All are randomly initialised (time does not depend on what weights are) Qwen3 models. One dense model is `wide`: its
-feed-forward layers are as wide as all experts together, and so are their Hessians. The other is `deep`: ordinary
-proportions, more blocks. Ratios are of quantization times in one run, the fastest of `--repeat` each, taken in turns.
+All are randomly initialised Qwen3 models (time does not depend on the weights), on the same tokens. One dense model is
+`wide`: its feed-forward layers are as wide as all experts together, and so are their Hessians. The other is `deep`:
+ordinary proportions, more blocks. Ratios are of quantization times in one run, the fastest of `--repeat` turns each.
 `--profile` prints where the mixture's time went, by function.
 """
 
@@ -24,23 +24,28 @@ SEQLEN, VOCAB, HEAD = 256, 2048, 64
 
 
 def shared(options: argparse.Namespace) -> dict[str, Any]:
-    """What both models have."""
+    """Sizes that the mixture and the dense models have in common, as arguments of their configs."""
     heads = options.width // HEAD
     return {
-        **{"vocab_size": VOCAB, "hidden_size": options.width, "num_hidden_layers": options.depth, "head_dim": HEAD},
-        **{"num_attention_heads": heads, "num_key_value_heads": heads, "max_position_embeddings": SEQLEN},
+        "vocab_size": VOCAB,
+        "hidden_size": options.width,
+        "num_hidden_layers": options.depth,
+        "head_dim": HEAD,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": SEQLEN,
     }
 
 
 def wide(options: argparse.Namespace) -> PreTrainedModel:
-    """A feed-forward layer as wide as all experts together."""
+    """Dense model whose feed-forward layers are as wide as all experts together."""
     torch.manual_seed(0)
     config = Qwen3Config(**shared(options), intermediate_size=options.experts * options.inner)
     return Qwen3ForCausalLM(config).eval().requires_grad_(False)
 
 
 def deep(options: argparse.Namespace) -> PreTrainedModel:
-    """Feed-forward layers three times as wide as the hidden states, in more blocks."""
+    """Dense model with feed-forward layers three times as wide as the hidden states, in more blocks."""
     torch.manual_seed(0)
     width = options.width
     wanted = options.depth * (4 * width**2 + 3 * width * options.experts * options.inner)
@@ -51,7 +56,7 @@ def deep(options: argparse.Namespace) -> PreTrainedModel:
 
 
 def mixture(options: argparse.Namespace) -> PreTrainedModel:
-    """The same parameters as experts."""
+    """Mixture of `experts` feed-forward layers of width `inner` per block."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         **shared(options),
@@ -63,14 +68,14 @@ def mixture(options: argparse.Namespace) -> PreTrainedModel:
 
 
 def seconds(model: PreTrainedModel, ids: torch.Tensor, method: str) -> float:
-    """Of quantizing it."""
+    """Wall time of quantizing `model`, in seconds."""
     start = time.perf_counter()
     quantize_model(model, ids, method)
     return time.perf_counter() - start
 
 
 def main() -> None:
-    """Time both in turns."""
+    """Time the models in turns and print ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--experts", type=int, default=64)
@@ -80,7 +85,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--repeat", type=int, default=2)
-    parser.add_argument("--no-wide", action="store_true", help="leave the wide one out, whose factors take minutes")
+    parser.add_argument("--no-wide", action="store_true", help="leave out the wide model, whose factors take minutes")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     ids = torch.randint(VOCAB, (options.tokens // SEQLEN, SEQLEN), generator=torch.Generator().manual_seed(0))

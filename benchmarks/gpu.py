@@ -1,10 +1,10 @@
-"""GPTQ on a GPU: what each step of an 8B Llama's quantization takes, and what the Triton kernels save.
+"""GPTQ on a GPU: time of each step of an 8B Llama's quantization, and the speed-up by the Triton kernels.
 
     python benchmarks/gpu.py [--blocks 4] [--out FILE]
     python benchmarks/gpu.py --device cpu --tiny            the same steps at toy size: a check, no measurement
 
-Weights and tokens are random: nothing that is timed depends on their values. Blocks are alike, so a few of them
-tell what all cost. The model is 16 GB with all its 32 blocks, which an 80 GB device holds beside the rest.
+Weights and tokens are random: nothing that is timed depends on their values. Blocks are alike, so the time of all
+is extrapolated from a few. All 32 blocks take 16 GB, which leaves room for the rest on an 80 GB device.
 """
 
 import argparse
@@ -38,12 +38,12 @@ from gptq_awq.runtime import memory
 from gptq_awq.solvers.gptq import GPTQ
 
 TILES = ((2, 1), (4, 1), (8, 1), (8, 2), (8, 4), (16, 1), (16, 4))
-"""Rows and warps of one program of the sweep, to choose `row_tile` by."""
+"""Candidate tiles of the sweep kernel: (rows, warps) of one program."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """A Llama's sizes and those of its calibration."""
+    """Sizes of a Llama and of its calibration."""
 
     width: int
     ffn: int
@@ -57,7 +57,7 @@ class Geometry:
     block_size: int
 
     def model(self, blocks: int, device: torch.device) -> nn.Module:
-        """With random bfloat16 weights, made where they stay."""
+        """Make the model with random bfloat16 weights, directly on `device`."""
         config = LlamaConfig(
             hidden_size=self.width,
             intermediate_size=self.ffn,
@@ -71,13 +71,13 @@ class Geometry:
             return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
 
     def tokens(self) -> Tensor:
-        """Random ones, (samples, seqlen)."""
+        """Random calibration tokens, int64 (samples, seqlen)."""
         draw = torch.Generator().manual_seed(0)
         return torch.randint(3, self.vocabulary, (self.samples, self.seqlen), generator=draw)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Of a block's linears, (out, in)."""
+        """Shapes (out, in) of a block's linears."""
         kv = self.width // self.heads * self.kv_heads
         return {
             "q, o": (self.width, self.width),
@@ -93,7 +93,7 @@ TINY = Geometry(64, 160, 4, 2, 2, 64, 4, 32, 32, 32)
 
 @dataclass
 class Stopwatch:
-    """Seconds by phase. What a GPU still has to do counts to the phase that asked for it."""
+    """Seconds by phase; work queued on a GPU counts for the phase that queued it."""
 
     device: torch.device
 
@@ -107,14 +107,14 @@ class Stopwatch:
         return time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        """What has been done since the last lap was this phase."""
+        """Attribute the time since the last lap to `phase`, once the GPU has finished."""
         now = self._now()
         self.seconds[phase] += now - self._last
         self._last = now
 
 
 def seconds(device: torch.device, step: Callable[[], object], warm: bool = True) -> float:
-    """One call's time, after one that is not counted."""
+    """Time of one call in seconds, after an untimed one if `warm`."""
     if warm:
         step()
     watch = Stopwatch(device)
@@ -124,7 +124,7 @@ def seconds(device: torch.device, step: Callable[[], object], warm: bool = True)
 
 
 def table(header: str, rows: Sequence[Sequence[object]]) -> str:
-    """Markdown; columns but the first are numbers."""
+    """Render a Markdown table whose columns, except the first, are right-aligned."""
     count = header.count("|") - 1
     lines = [header, "|:---" + "|---:" * (count - 1) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
@@ -135,7 +135,7 @@ def table(header: str, rows: Sequence[Sequence[object]]) -> str:
 
 @dataclass(frozen=True)
 class Columns:
-    """Column blocks of one weight, with the scale and zero of every column."""
+    """Column blocks of one weight, each with its scales and zeros, and the upper factor `u` shared by all."""
 
     grid: Grid
     u: Tensor
@@ -143,7 +143,7 @@ class Columns:
 
     @classmethod
     def random(cls, geometry: Geometry, shape: tuple[int, int], device: torch.device) -> "Columns":
-        """A weight of that shape."""
+        """Draw a random weight of the given shape (out, in), with fitted scales and zeros."""
         width = geometry.block_size
         grid = IntGrid(4, geometry.group_size, scale_dtype="float16")
         u = 0.1 * torch.randn(width, width, device=device).triu(1) + torch.eye(width, device=device)
@@ -155,7 +155,7 @@ class Columns:
         return cls(grid, u, blocks)
 
     def by_kernel(self, tile: tuple[int, int] | None = None, turned: bool = False) -> list[Tensor]:
-        """Codes, by the compiled kernel of the device; `turned`: on tensors that are stored column by column."""
+        """Codes by the compiled kernel of the device; `turned` stores the tensors column-major first."""
         arithmetic, codes = self.grid.arithmetic, []
         for w, scale, zero in self.blocks:
             if turned:
@@ -174,7 +174,7 @@ class Columns:
         return codes
 
     def by_columns(self) -> list[Tensor]:
-        """The same, one tensor operation after the other for each column."""
+        """Codes by a loop of tensor operations over columns, the reference for the kernel."""
         codes = []
         for weight, scale, zero in self.blocks:
             w, q, e = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)
@@ -188,7 +188,7 @@ class Columns:
 
 
 def sweeps(geometry: Geometry, device: torch.device) -> str:
-    """The kernel beside a loop over columns, at the shape of every linear."""
+    """Table of the kernel's time against a loop over columns, at the shape of every linear."""
     rows = []
     for name, shape in geometry.shapes.items():
         columns = Columns.random(geometry, shape, device)
@@ -203,7 +203,7 @@ def sweeps(geometry: Geometry, device: torch.device) -> str:
 
 
 def tiles(geometry: Geometry, device: torch.device) -> str:
-    """The kernel at other tiles and orders, on the widest linear."""
+    """Table of the kernel's time by tile and memory order, on the widest linear."""
     columns, rows = Columns.random(geometry, geometry.shapes["gate, up"], device), []
     for tile in TILES:
         times = [seconds(device, lambda t=tile, x=turned: columns.by_kernel(t, x)) for turned in (False, True)]
@@ -215,7 +215,7 @@ def tiles(geometry: Geometry, device: torch.device) -> str:
 
 
 def moments(geometry: Geometry, device: torch.device) -> str:
-    """Σ x xᵀ of bfloat16 activations: in float32, without TF32, and as calibration does it."""
+    """Table of time and error of Σ x xᵀ for bfloat16 activations: by a float32 product, and by `MomentsSum`."""
     rows = []
     for width in (geometry.width, geometry.ffn):
         x = torch.randn(4 * geometry.seqlen, width, device=device, dtype=torch.bfloat16)
@@ -234,7 +234,7 @@ def moments(geometry: Geometry, device: torch.device) -> str:
 
 
 def phases(model: nn.Module, geometry: Geometry, solver: GPTQ, grid: Grid, settings: Settings) -> dict[str, float]:
-    """Seconds by phase, waiting for the GPU after each."""
+    """Seconds by phase of quantizing `model` with GPTQ; the GPU is synchronized after each."""
     device = next(model.parameters()).device
     _, blocks = find_blocks(model)
     tokens = make_token_set("random", geometry.tokens(), None, "random")
@@ -271,7 +271,7 @@ def _one_block(
 
 
 def whole(geometry: Geometry, blocks: int, device: torch.device, options: argparse.Namespace) -> str:
-    """Phases, and `quantize_model`, for some blocks and as all of them would take."""
+    """Table of seconds by phase and of `quantize_model`, for some blocks and extrapolated to all."""
     solver = GPTQ(act_order=True, static_groups=options.static_groups, block_size=geometry.block_size)
     grid = IntGrid(4, geometry.group_size, search=options.search, scale_dtype="float16")
     settings = Settings(tokens_per_batch=options.tokens_per_batch)
@@ -301,7 +301,7 @@ def whole(geometry: Geometry, blocks: int, device: torch.device, options: argpar
 
 
 def report(options: argparse.Namespace) -> str:
-    """All tables."""
+    """Run all measurements; returns their tables as Markdown."""
     device, geometry = torch.device(options.device), TINY if options.tiny else LLAMA_8B
     torch.set_float32_matmul_precision("highest")
     on_gpu = device.type == "cuda"
@@ -328,7 +328,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy size")
-    parser.add_argument("--blocks", type=int, default=4, help="of 32; all others are taken to be alike")
+    parser.add_argument("--blocks", type=int, default=4, help="blocks to measure, of 32; others are alike")
     parser.add_argument("--search", default="minmax", choices=["minmax", "mse", "hessian"])
     parser.add_argument("--static-groups", action="store_true")
     parser.add_argument("--tokens-per-batch", type=int, default=8192)

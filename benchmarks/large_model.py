@@ -1,10 +1,10 @@
-"""Peak memory of quantizing the first blocks of a large model that is offloaded from disk, and of how it grows.
+"""Peak memory of quantizing the first blocks of a large model offloaded to disk, and how it grows.
 
     python benchmarks/large_model.py geometry            2 blocks of an 8B geometry, random bf16 shards: ≤ 4 GB?
     python benchmarks/large_model.py depth               8 and 64 blocks of one width: how much more memory?
     python benchmarks/large_model.py tokens              few and many calibration tokens, hidden states spilled or not
 
-Each measurement is a process of its own, whose peak is what the system says it had at most. Nothing is timed.
+Each measurement runs in a process of its own and reports its peak resident memory. Nothing is timed.
 """
 
 import argparse
@@ -49,7 +49,7 @@ SMALL: dict[str, Any] = LLAMA_8B | {
 
 
 def make(folder: Path, config: Mapping[str, Any]) -> Path:
-    """A random Llama in bfloat16, a shard per block; nothing as large as the model is ever in memory."""
+    """Write a random Llama in bfloat16, one shard per block, so that the whole model is never in memory."""
     made = LlamaConfig(**config, dtype="bfloat16", architectures=["LlamaForCausalLM"])
     folder.mkdir(parents=True, exist_ok=True)
     made.save_pretrained(folder)
@@ -79,7 +79,7 @@ def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 
 
 def measure(folder: Path, blocks: int, tokens: int, dtype: str, spill: bool, budget: int | None) -> dict[str, float]:
-    """Quantize the first blocks with GPTQ in this process; peak resident memory and what it began with, in GB."""
+    """Quantize the first blocks with GPTQ in this process; returns peak resident memory after and before, in GB."""
     model = open_offloaded(
         folder, AutoConfig.from_pretrained(folder), getattr(torch, dtype), torch.device("cpu"), "model"
     )
@@ -91,9 +91,8 @@ def measure(folder: Path, blocks: int, tokens: int, dtype: str, spill: bool, bud
         )
         journal = Journal(Path(scratch) / "journal", "benchmark")
         began = _peak()
-        steps = quantize(
-            *(model, make_token_set("random", ids, None, "random"), method, grid, settings), progress=journal
-        )
+        calibration = make_token_set("random", ids, None, "random")
+        steps = quantize(model, calibration, method, grid, settings, progress=journal)
         for done in islice(steps, blocks):
             print(f"block {done.index}: peak {_peak():.2f} GB", file=sys.stderr)
     return {"peak": _peak(), "began": began}
@@ -104,13 +103,13 @@ def _peak() -> float:
 
 
 def apart(**options: Any) -> dict[str, float]:
-    """`measure` in a process of its own."""
+    """Run `measure` in a process of its own."""
     command = [sys.executable, __file__, "measure", json.dumps(options)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
 def geometry(folder: Path) -> list[str]:
-    """Two blocks of an 8B geometry."""
+    """Measure two blocks of an 8B geometry, with weights in float32 and bfloat16."""
     if not (folder / "model.safetensors.index.json").exists():
         make(folder, LLAMA_8B)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9
@@ -122,7 +121,7 @@ def geometry(folder: Path) -> list[str]:
 
 
 def depth(folder: Path) -> list[str]:
-    """8 and 64 blocks of one width."""
+    """Compare the peaks of models with 8 and 64 blocks of one width."""
     peaks = []
     for blocks in (8, 64):
         made = make(folder / f"{blocks}", SMALL | {"num_hidden_layers": blocks})
@@ -134,7 +133,7 @@ def depth(folder: Path) -> list[str]:
 
 
 def tokens(folder: Path) -> list[str]:
-    """Few and many calibration tokens."""
+    """Compare the peaks of few and many calibration tokens, hidden states spilled to disk or not."""
     made, lines = make(folder / "tokens", SMALL | {"num_hidden_layers": 2}), []
     for spill in (False, True):
         few, many = (
@@ -146,7 +145,7 @@ def tokens(folder: Path) -> list[str]:
 
 
 def main() -> None:
-    """Measure what was asked for."""
+    """Run the measurement named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["geometry", "depth", "tokens", "measure"])
     parser.add_argument("options", nargs="?", help=argparse.SUPPRESS)

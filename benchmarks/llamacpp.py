@@ -1,11 +1,11 @@
-"""GPTQ onto llama.cpp's formats, beside llama.cpp's own quantizer, at equal file size.
+"""GPTQ onto llama.cpp's formats against llama.cpp's own quantizer, at equal file size.
 
     python benchmarks/llamacpp.py [--types q4_0 q4_k_m] [--model DIR] [--samples 32] [--windows 8] [--work DIR]
 
-For every file type: llama-quantize alone; llama-quantize with an importance matrix of the same calibration text;
-our rounding to nearest on the same grid; GPTQ onto it. All files are decoded by the gguf library and scored alike: KL
-from full precision and perplexity on the first windows of WikiText-2 test. Needs `python scripts/install_engine.py
-llamacpp`.
+For every file type: llama-quantize alone; llama-quantize with an importance matrix of the same calibration text; our
+rounding to nearest, GPTQ, and AWQ with GPTQ on the same grid. All files are decoded by the gguf library and scored
+alike: KL from full precision and perplexity on the first windows of WikiText-2 test. Needs `python
+scripts/install_engine.py llamacpp`.
 """
 
 import argparse
@@ -13,13 +13,14 @@ import copy
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from gptq_awq.api import load_method
 from gptq_awq.data.corpora import WikiText2
-from gptq_awq.data.tokens import evaluation_windows
+from gptq_awq.data.tokens import TokenSet, evaluation_windows
 from gptq_awq.evaluation.evaluate import Baseline, full_precision, score
 from gptq_awq.export.base import Source
 from gptq_awq.export.engines.run import find
@@ -32,7 +33,7 @@ from gptq_awq.storage.assets import cache_dir
 
 
 def llamacpp(tool: str) -> str:
-    """The path of one of llama.cpp's programs."""
+    """Path of one of llama.cpp's programs."""
     python = find("llamacpp", "gguf")
     if python is None:
         raise SystemExit("llama.cpp is not installed: python scripts/install_engine.py llamacpp")
@@ -40,20 +41,20 @@ def llamacpp(tool: str) -> str:
 
 
 def call(*command: str | Path) -> float:
-    """Run a program quietly; its seconds."""
+    """Run a program silently; returns its wall time in seconds."""
     started = time.perf_counter()
     subprocess.run([str(part) for part in command], check=True, capture_output=True)
     return time.perf_counter() - started
 
 
 def theirs(full: Path, file: Path, kind: str, matrix: Path | None) -> float:
-    """llama-quantize; its seconds."""
+    """Quantize with llama-quantize; returns its wall time in seconds."""
     options = ["--imatrix", matrix] if matrix else []
     return call(llamacpp("llama-quantize"), *options, full, file, kind.upper())
 
 
-def ours(loaded: LoadedModel, tokens, file: Path, kind: str, method: str, search: str) -> float:
-    """One of our methods onto the same grid, written as GGUF; seconds without the writing."""
+def ours(loaded: LoadedModel, tokens: TokenSet | None, file: Path, kind: str, method: str, search: str) -> float:
+    """Quantize with one of our methods onto the same grid and write GGUF; returns seconds without the writing."""
     source = Source(copy.deepcopy(loaded.model), loaded.tokenizer, loaded.name, {})
     preset, _ = load_method(method)
     started = time.perf_counter()
@@ -67,7 +68,7 @@ def ours(loaded: LoadedModel, tokens, file: Path, kind: str, method: str, search
 
 
 def scored(loaded: LoadedModel, baseline: Baseline, file: Path) -> dict[str, float]:
-    """Metrics of the weights in a file."""
+    """Score the decoded weights of a GGUF file; returns metrics by name."""
     model = copy.deepcopy(loaded.model)
     own = dict(model.named_parameters(remove_duplicate=False))
     for tensor in read_gguf(file):
@@ -76,8 +77,23 @@ def scored(loaded: LoadedModel, baseline: Baseline, file: Path) -> dict[str, flo
     return score(model, loaded.tokenizer, baseline, seed=0).metrics
 
 
-def main() -> None:
-    """Quantize, score, print."""
+Make = Callable[[Path], float]
+"""Writes a quantized GGUF file and returns the seconds of quantizing."""
+
+
+def contestants(
+    loaded: LoadedModel, tokens: TokenSet, full: Path, matrix: Path, kind: str
+) -> Iterator[tuple[str, Make]]:
+    """Yield name and quantizer of every way to make a file of type `kind`."""
+    yield "llama-quantize", lambda file: theirs(full, file, kind, None)
+    yield "llama-quantize, imatrix", lambda file: theirs(full, file, kind, matrix)
+    yield "rtn, mse", lambda file: ours(loaded, None, file, kind, "rtn", "mse")
+    for method in ("gptq", "awq_gptq"):
+        yield method, lambda file, method=method: ours(loaded, tokens, file, kind, method, "hessian")
+
+
+def parse() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", default=["q4_0", "q4_k_m"])
     parser.add_argument("--model", help="a transformers folder; default: smollm2-135m")
@@ -85,7 +101,12 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--work", type=Path, help="keep files here")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Quantize every file type in every way, score the files, and print the table."""
+    options = parse()
     source = LocalModel(path=options.model) if options.model else AssetModel(name="smollm2-135m", asset="smollm2-135m")
     loaded = source.load("float32", "cpu")
     calibration = WikiText2(split="valid", samples=options.samples, seqlen=options.seqlen)
@@ -109,13 +130,7 @@ def main() -> None:
         print("|:---|:---|---:|---:|---:|---:|---:|")
         for kind in options.types:
             plain = None
-            for name, make in (
-                ("llama-quantize", lambda file, k=kind: theirs(full, file, k, None)),
-                ("llama-quantize, imatrix", lambda file, k=kind: theirs(full, file, k, matrix)),
-                ("rtn, mse", lambda file, k=kind: ours(loaded, None, file, k, "rtn", "mse")),
-                ("gptq", lambda file, k=kind: ours(loaded, tokens, file, k, "gptq", "hessian")),
-                ("awq_gptq", lambda file, k=kind: ours(loaded, tokens, file, k, "awq_gptq", "hessian")),
-            ):
+            for name, make in contestants(loaded, tokens, full, matrix, kind):
                 file = work / f"{kind}-{name.replace(', ', '-')}.gguf"
                 seconds = make(file)
                 metrics = scored(loaded, baseline, file)

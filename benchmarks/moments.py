@@ -1,4 +1,4 @@
-"""Streamed second moments: their error against float64, and their time against a plain XᵀX.
+"""Second moments accumulated over batches: error against float64, and time against a plain XᵀX.
 
 python benchmarks/moments.py [--width 1536] [--tokens 16384]
 """
@@ -14,7 +14,7 @@ from gptq_awq.calibration.moments import MomentsSum
 
 
 def main() -> None:
-    """Print error and ratio."""
+    """Measure activations in float32 and in bfloat16."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=1536)
     parser.add_argument("--tokens", type=int, default=16384)
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def measure(batches: Float[Tensor, "tokens width"]) -> None:
-    """Print error and ratio for activations of that precision."""
+    """Print error and time ratio for one matrix of activations."""
     parts = batches.split(2048)
     MomentsSum(batches.shape[1], torch.device("cpu")).add(parts[0], None)  # compiles
     start = time.perf_counter()
@@ -35,7 +35,7 @@ def measure(batches: Float[Tensor, "tokens width"]) -> None:
     for part in parts:
         total.add(part, None)
     moments = total.finish("benchmark")
-    offloaded = time.perf_counter() - start
+    accumulated = time.perf_counter() - start
 
     start = time.perf_counter()
     plain = torch.zeros(batches.shape[1], batches.shape[1])
@@ -47,7 +47,7 @@ def measure(batches: Float[Tensor, "tokens width"]) -> None:
     error = float((moments.hessian - exact).norm() / exact.norm())
     smallest = float(torch.linalg.eigvalsh(moments.hessian.double()).min() / exact.diagonal().mean())
     print(f"{batches.dtype}: relative error {error:.1e}, smallest eigenvalue {smallest:.1e} of the mean diagonal")
-    print(f"  offloaded {offloaded:.2f} s, plain float32 product {direct:.2f} s, ratio {direct / offloaded:.2f}")
+    print(f"  accumulated {accumulated:.2f} s, plain float32 product {direct:.2f} s, ratio {direct / accumulated:.2f}")
 
 
 if __name__ == "__main__":

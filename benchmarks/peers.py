@@ -1,19 +1,19 @@
-"""Our GPTQ, AWQ and rounding to nearest beside llm-compressor's, GPTQModel's and AutoRound's, in one run.
+"""Time and quality of our GPTQ, AWQ and rounding to nearest against llm-compressor, GPTQModel and AutoRound.
 
     python scripts/install_engine.py llmcompressor gptqmodel autoround
     python benchmarks/peers.py [--rows rtn gptq_plain gptq awq autoround] [--dtype float32 bfloat16] [--repeat 3]
 
-Everyone gets the same float32 transformers folder, the same calibration token ids, the same grid (--bits in groups
-of --group-size, asymmetric) and the same number of threads, and runs in a process of its own. Only the quantizing
-call is timed: loading comes before, saving after. A first run on one block, which is not measured, compiles what a
-library compiles. Then ours and the others take turns (ours, peer, ours, peer, ours), --repeat times. What each
-leaves, dequantized, is checked to lie on a grid of 2^bits levels per group and scored by our float32 forward on the
-first --windows of WikiText-2 test, so that quality stands beside speed. --dtype is of the calibration forwards, and of
-the peers' weights too, as they keep one type for both.
+All get the same float32 transformers folder, the same calibration token ids, the same grid (--bits in groups of
+--group-size, asymmetric) and the same number of threads, and run in a process of their own. Only the quantizing call
+is timed, not loading and saving. A warm-up run on one block, which is not measured, triggers compilation. Then ours and
+the others take turns (ours, peer, ours, peer, ours), --repeat times. The dequantized weights of each are checked to lie
+on a grid of 2^bits levels per group, and scored by our float32 forward on the first --windows of WikiText-2 test, so
+that quality is reported beside speed. --dtype is that of the calibration forwards, and of the peers' weights too, as
+they use one dtype for both.
 
-Rows of AWQ quantize the first --awq-layers blocks only, ours too, and score the model whose other blocks are whole
-(llm-compressor's AWQ wants about an hour for 30). AutoRound, which learns its rounding, has our method=fast beside it,
-which doesn't. Drivers are in benchmarks/peers/, one per library.
+Rows of AWQ quantize the first --awq-layers blocks only, ours too, and score the model with its other blocks in full
+precision (llm-compressor's AWQ takes about an hour for 30). AutoRound, which learns its rounding, is compared with our
+method=fast, which does not. Drivers are in benchmarks/peers/, one per library.
 """
 
 import argparse
@@ -55,14 +55,14 @@ WARM_UP_TOKENS = 64
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison.
+    """One comparison between ours and some peers.
 
     Attributes:
-        title: what the table calls it.
+        title: name in the table.
         ours: our preset, and whether with its own settings (True) or the plain ones.
-        theirs: the same for the peers.
-        peers: who takes part.
-        cut: only the first --awq-layers blocks are quantized.
+        theirs: method of the peers, and whether with their own best settings (True) or the plain ones.
+        peers: names of the peers that take part.
+        cut: whether only the first --awq-layers blocks are quantized.
     """
 
     title: str
@@ -88,7 +88,7 @@ ROWS: Mapping[str, Row] = {
 
 @dataclass
 class Record:
-    """What one contestant of a row has done so far."""
+    """Results of one contestant of a row so far: seconds of its runs, first answer, perplexity, error."""
 
     seconds: list[float] = field(default_factory=list)
     answer: dict[str, Any] = field(default_factory=dict)
@@ -98,14 +98,14 @@ class Record:
 
 @dataclass(frozen=True)
 class Arena:
-    """What all contestants share.
+    """Model, data and options that all contestants share.
 
     Attributes:
         loaded: the full-precision model.
-        windows: what perplexity is scored on.
+        windows: evaluation windows of the perplexity.
         tokens: calibration tokens, (samples, seqlen).
-        folders: number of blocks → a transformers folder of the first so many.
-        options: of the command line.
+        folders: number of blocks → a transformers folder of the model cut to so many.
+        options: options of the command line.
     """
 
     loaded: LoadedModel
@@ -115,13 +115,13 @@ class Arena:
     options: argparse.Namespace
 
     def blocks(self, row: Row) -> int:
-        """How many blocks a row quantizes."""
+        """Number of blocks that a row quantizes."""
         there = len(find_blocks(self.loaded.model)[1])
         return min(there, self.options.awq_layers if row.cut else self.options.layers or there)
 
 
 def python_of(name: str) -> Path | None:
-    """A contestant's interpreter, None where its environment is not installed."""
+    """Path of a contestant's interpreter, None where its environment is not installed."""
     if name == OURS:
         return Path(sys.executable)
     env = engines_folder() / name
@@ -129,7 +129,7 @@ def python_of(name: str) -> Path | None:
 
 
 def last_line(text: str, code: int) -> str:
-    """What a failed program said last."""
+    """Summarise a failed program: its signal, the last line of its output, or its exit code."""
     if code < 0:
         return f"killed by signal {-code}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -137,7 +137,7 @@ def last_line(text: str, code: int) -> str:
 
 
 def call(name: str, folder: Path, threads: int, timeout: float) -> str | None:
-    """Run a contestant's driver on a job folder; why it failed, or None."""
+    """Run a contestant's driver on a job folder; returns why it failed, or None."""
     python = python_of(name)
     if python is None:
         return f"not installed: python scripts/install_engine.py {name}"
@@ -156,7 +156,7 @@ def call(name: str, folder: Path, threads: int, timeout: float) -> str | None:
 
 
 def attempt(arena: Arena, row: Row, name: str, dtype: str, folder: Path, warm_up: bool = False) -> str | None:
-    """One run of a contestant in a fresh folder, or a short one on one block; why it failed, or None."""
+    """Run a contestant in a fresh folder, or briefly on one block as a warm-up; returns why it failed, or None."""
     blocks = 1 if warm_up else arena.blocks(row)
     tokens = arena.tokens[:2, :WARM_UP_TOKENS] if warm_up else arena.tokens
     options = arena.options
@@ -181,7 +181,7 @@ def attempt(arena: Arena, row: Row, name: str, dtype: str, folder: Path, warm_up
 
 
 def turns(peers: Sequence[str], repeat: int) -> Iterator[str]:
-    """Who runs, in order: ours before each peer and once more at the end."""
+    """Yield the contestants in running order: ours before each peer, and once more at the end."""
     for _ in range(repeat):
         for name in peers:
             yield OURS
@@ -190,7 +190,7 @@ def turns(peers: Sequence[str], repeat: int) -> Iterator[str]:
 
 
 def compete(arena: Arena, row: Row, peers: Sequence[str], dtype: str) -> dict[str, Record]:
-    """Run a row. A contestant that fails runs no more; where ours fails, the others go on."""
+    """Run all contestants of a row; one that fails is not run again, and the others go on."""
     records = {name: Record() for name in (OURS, *peers)}
     with tempfile.TemporaryDirectory(prefix="peers-") as scratch:
         for name, record in records.items():
@@ -207,7 +207,7 @@ def compete(arena: Arena, row: Row, peers: Sequence[str], dtype: str) -> dict[st
 
 
 def _take(arena: Arena, record: Record, folder: Path, blocks: int) -> None:
-    """Note a run's seconds; score what the first one left."""
+    """Record a run's seconds; check and score the weights of the first run."""
     answer = json.loads((folder / "answer.json").read_text())
     record.seconds.append(answer["seconds"])
     if record.ppl is None:
@@ -227,7 +227,7 @@ def linears_of(model: nn.Module, blocks: int) -> list[str]:
 
 
 def levels(weight: Float[Tensor, "out in"], group_size: int) -> int:
-    """The most distinct values in any group of adjacent columns of a row."""
+    """Largest number of distinct values in any group of adjacent columns of a row."""
     most = 0
     for group in weight.split(group_size, dim=1):
         steps = group.sort(dim=1).values.diff(dim=1) > 0
@@ -238,7 +238,7 @@ def levels(weight: Float[Tensor, "out in"], group_size: int) -> int:
 def off_grid(
     model: nn.Module, weights: Mapping[str, Tensor], names: Sequence[str], bits: int, group_size: int
 ) -> str | None:
-    """The first weight that is missing, as it was, or of more than 2^bits levels; None where all is well."""
+    """Name the first weight that is missing, unchanged, or has more than 2^bits levels; None where all are valid."""
     full = dict(model.named_parameters())
     for name in names:
         if name not in weights:
@@ -252,9 +252,9 @@ def off_grid(
 
 @torch.no_grad()
 def scored(model: Any, weights: Mapping[str, Tensor], windows: TokenSet) -> float:
-    """Perplexity of the model with these weights in it; it has its own again afterwards.
+    """Perplexity of the model with the given weights, which are replaced by its own again afterwards.
 
-    Raises ValueError for a weight that the model has not.
+    Raises ValueError for a weight that the model does not have.
     """
     own = dict(model.named_parameters(remove_duplicate=False))
     if unknown := sorted(set(weights) - set(own)):
@@ -270,7 +270,7 @@ def scored(model: Any, weights: Mapping[str, Tensor], windows: TokenSet) -> floa
 
 
 def save_cut(loaded: LoadedModel, blocks: int, folder: Path) -> Path:
-    """A transformers folder of the model's first blocks, float32."""
+    """Write a transformers folder of the model cut to its first blocks, in float32."""
     model: Any = copy.deepcopy(loaded.model)
     prefix, found = find_blocks(model)
     model.set_submodule(prefix, nn.ModuleList(list(found)[:blocks]))
@@ -283,7 +283,7 @@ def save_cut(loaded: LoadedModel, blocks: int, folder: Path) -> Path:
 
 
 def lines_of(row: Row, records: Mapping[str, Record], dtype: str) -> Iterator[str]:
-    """The table's lines for one row."""
+    """Yield the table's lines for one row, one per contestant."""
     base = statistics.median(records[OURS].seconds) if records[OURS].seconds else None
     for name, record in records.items():
         if not record.seconds or record.error:
@@ -306,7 +306,7 @@ HEADER = """
 
 
 def preamble(arena: Arena) -> str:
-    """What was measured, on what."""
+    """Heading of the table: model, command line, machine, grid, tokens, full-precision perplexity."""
     options, (samples, seqlen) = arena.options, arena.tokens.shape
     full = scored(arena.loaded.model, {}, arena.windows)
     windows, length = arena.windows.ids.shape
@@ -324,7 +324,7 @@ def preamble(arena: Arena) -> str:
 
 
 def versions(rows: Sequence[Mapping[str, Record]]) -> str:
-    """Who ran on what."""
+    """List the versions of packages and the threads that each contestant ran with."""
     answers = {name: record.answer for records in rows for name, record in records.items() if record.answer}
     return "\n".join(
         f"- {name}: {told['package']}, torch {told['torch']}, transformers {told['transformers']}, "
@@ -334,7 +334,7 @@ def versions(rows: Sequence[Mapping[str, Record]]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a transformers folder; default: smollm2-135m")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[name for name in ROWS if name != "awq_plain"])
@@ -346,7 +346,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=8, help="windows per forward of the peers (default: 8)")
-    parser.add_argument("--windows", type=int, default=8, help="of perplexity")
+    parser.add_argument("--windows", type=int, default=8, help="evaluation windows of the perplexity (default: 8)")
     parser.add_argument("--eval-seqlen", type=int, default=2048)
     parser.add_argument("--layers", type=int, help="blocks that the other rows quantize (default: all)")
     parser.add_argument("--awq-layers", type=int, default=4, help="blocks that rows of AWQ quantize (default: 4)")
@@ -359,7 +359,7 @@ def parse() -> argparse.Namespace:
 
 
 def prepare(options: argparse.Namespace, scratch: Path) -> Arena:
-    """Load the model, draw the tokens, write the folders."""
+    """Load the model, draw the tokens, and write the folders of cut models."""
     asset = AssetModel(name="smollm2-135m", asset="smollm2-135m")
     loaded = (LocalModel(path=options.model) if options.model else asset).load("float32", "cpu")
     calibration = WikiText2(split="valid", samples=options.samples, seqlen=options.seqlen)
@@ -374,7 +374,7 @@ def prepare(options: argparse.Namespace, scratch: Path) -> Arena:
 
 
 def main() -> None:
-    """Run all rows; print each as it is done."""
+    """Run all rows, and print each when it is finished."""
     options = parse()
     torch.set_num_threads(options.threads)
     transformers_logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""What each method costs, in units of one plain forward of the calibration text through the model.
+"""Time of each method, in units of one plain forward of the calibration text through the model.
 
     python benchmarks/quantize.py [--model DIR] [--methods rtn gptq awq awq_gptq] [--bits 4]
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def measure(model_path: str | None, method: str, bits: int, samples: int, seqlen: int) -> dict[str, float]:
-    """Seconds of a forward and of quantization, and peak bytes, in this process."""
+    """Measure seconds of a forward and of quantization, and peak memory in bytes, in this process."""
     source = LocalModel(path=model_path) if model_path else AssetModel(name="smollm2-135m", asset="smollm2-135m")
     loaded = source.load("float32", "cpu")
     tokens = WikiText2(split="valid", samples=samples, seqlen=seqlen).tokens(loaded.tokenizer, seed=0)

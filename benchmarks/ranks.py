@@ -1,9 +1,9 @@
-"""GPTQ by two ranks beside one: seconds of quantizing the same model on the same tokens, in turn, and their ratio.
+"""Speed-up of GPTQ by two ranks: seconds of quantizing the same model on the same tokens with one rank and with two.
 
     python benchmarks/ranks.py [--samples 32 --seqlen 512] [--repeat 1] [-- method=gptq model=local model.path=DIR …]
 
-Every rank has one core and one thread, so the ratio is what a second core brings when it is a rank of its own. What
-follows `--` are options of run.py. Nothing is taken from the cache but the baseline; evaluation is short.
+Every rank has one core and one thread, so the ratio is the gain from a second core that is a rank of its own. Options
+of run.py follow `--`. Only the baseline is read from the cache; evaluation is short.
 """
 
 import argparse
@@ -20,12 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
-    """Time one rank, then two, as often as wanted."""
+    """Time one rank and two in turns, and print the ratio of their medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("options", nargs="*", help="of run.py, after --")
+    parser.add_argument("options", nargs="*", help="options of run.py, after --")
     asked = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def quantized(cores: list[int], options: list[str], out: Path) -> float:
-    """Seconds that one rank on each of these cores takes to quantize."""
+    """Quantization time in seconds with one rank on each of the given cores."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -54,7 +54,7 @@ def quantized(cores: list[int], options: list[str], out: Path) -> float:
         place = {"RANK": str(rank), "WORLD_SIZE": str(len(cores)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = ["taskset", "-c", str(core), sys.executable, str(ROOT / "run.py"), *options]
         ranks.append(subprocess.Popen(command, env=os.environ | single | place, stdout=subprocess.DEVNULL))
-    if any([process.wait() for process in ranks]):  # a list: all are waited for
+    if any([process.wait() for process in ranks]):  # a list, so that all ranks are waited for
         raise SystemExit("a rank failed")
     return json.loads((out / "results.json").read_text())["seconds"]["quantize"]
 

@@ -1,11 +1,11 @@
-"""How long thousands of results take to load, and hundreds to report.
+"""Time of loading thousands of results, and of reporting hundreds.
 
     python benchmarks/results.py RUN_DIR [--rows 10000] [--runs 500] [--blocks 30] [--text-blocks 128]
 
 RUN_DIR is a finished run; its row, ledger and scores are multiplied with other settings, losses and hashes: rows as
 large as real ones, ledgers of `--blocks` blocks, `--text-blocks` bootstrap blocks per text (128 is 8 windows of 2048
-tokens). The report is the command's whole time, all four formats, python's start included. On a busy machine the
-processor's seconds say more than the clock's.
+tokens). The report's time is that of the whole command with all four formats, Python's start included. On a busy
+machine compare CPU seconds rather than wall time.
 """
 
 import argparse
@@ -29,7 +29,7 @@ GROUPS = (-1, 128, 64, 32)
 
 
 def main() -> None:
-    """Print seconds and sizes."""
+    """Time loading and reporting, and print seconds and sizes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--rows", type=int, default=10_000)
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def time_loading(row: dict[str, Any], count: int, root: Path) -> None:
-    """Write `count` rows and load them, three times."""
+    """Write `count` rows once, and time loading them three times."""
     size = 0
     for index in range(count):
         (root / str(index // 100) / str(index)).mkdir(parents=True)
@@ -66,7 +66,7 @@ def time_loading(row: dict[str, Any], count: int, root: Path) -> None:
 
 
 def time_report(runs: Path, out: Path, count: int) -> None:
-    """Time the whole command."""
+    """Time the whole command `python -m gptq_awq.report`."""
     start, before = time.perf_counter(), processor_of_children()
     command = [sys.executable, "-m", "gptq_awq.report", str(runs), "--out", str(out)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -76,13 +76,13 @@ def time_report(runs: Path, out: Path, count: int) -> None:
 
 
 def processor_of_children() -> float:
-    """Seconds of processor that finished child processes took."""
+    """CPU seconds of all finished child processes."""
     times = os.times()
     return times.children_user + times.children_system
 
 
 def varied_row(row: dict[str, Any], index: int) -> dict[str, Any]:
-    """The row of another run of a grid: method × bits × group size × seed."""
+    """Vary a row as if of another run of a sweep over method × bits × group size × seed."""
     method, bits = METHODS[index % 4], BITS[index // 4 % 4]
     group, seed = GROUPS[index // 16 % 4], index // 64
     config = row["config"] | {"bits": bits, "group_size": group, "seed": seed}
@@ -93,7 +93,11 @@ def varied_row(row: dict[str, Any], index: int) -> dict[str, Any]:
         for name, value in row["metrics"].items()
     }
     return row | {
-        **{"method": method, "bits": bits, "group_size": group, "config": config, "metrics": metrics},
+        "method": method,
+        "bits": bits,
+        "group_size": group,
+        "config": config,
+        "metrics": metrics,
         "bits_per_weight": bits + (16 + bits) / (group if group > 0 else 512),
         "manifest": row["manifest"] | {"run": f"{index:064x}", "seed": seed},
     }
@@ -102,7 +106,7 @@ def varied_row(row: dict[str, Any], index: int) -> dict[str, Any]:
 def write_run(
     row: dict[str, Any], ledger: list[dict[str, Any]], index: int, folder: Path, blocks: int, text_blocks: int
 ) -> None:
-    """A whole run's folder: row, ledger and scores."""
+    """Write the folder of a varied run: row, ledger and scores."""
     folder.mkdir(parents=True)
     varied = varied_row(row, index)
     (folder / "results.json").write_text(json.dumps(varied, indent=1))

@@ -1,11 +1,11 @@
-"""How seconds and memory of a method grow with calibration tokens, width, depth, and shrink with threads.
+"""Scaling of a method's time and memory with calibration tokens, width, depth and threads.
 
     python benchmarks/scaling.py [--methods gptq awq] [--quick] [--repeat 3] [--plot FILE.png] [--out FILE.md]
 
-Quantizes randomly initialised Llamas (time does not depend on what weights are) on random tokens. One axis is varied at
-a time around a middle point; each point runs in a process of its own, after a model of one block that compiles what
-gets compiled, `--repeat` times, of which the fastest counts. Memory is the process's peak beyond what it held with
-the model loaded. An exponent is the slope of a line through log(seconds) over log(axis): 1 is proportional.
+Quantizes randomly initialised Llamas (time does not depend on the weights) on random tokens. One axis is varied at a
+time around a middle point; each point runs in a process of its own, after a warm-up on a model of one block for
+compilation, `--repeat` times, of which the fastest counts. Memory is the process's peak beyond what it held with the
+model loaded. An exponent is the slope of a line through log(seconds) over log(axis): 1 is proportional.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SEQLEN, VOCAB, HEAD = 256, 2048, 64
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: calibration tokens, width of the hidden states, blocks, threads."""
+    """Sizes of one measurement: calibration tokens, width of the hidden states, number of blocks, threads."""
 
     tokens: int = 8192
     width: int = 512
@@ -53,14 +53,14 @@ QUICK_MIDDLE = Point(tokens=2048, width=256, depth=2)
 
 @dataclass(frozen=True)
 class Taken:
-    """What a point took: seconds, and bytes beyond the model."""
+    """Result of one measurement: seconds, and peak bytes beyond the model."""
 
     seconds: float
     bytes: int
 
 
 def llama(point: Point) -> LlamaForCausalLM:
-    """A random Llama with a feed-forward layer 8/3 as wide, as Llamas have."""
+    """Make a random Llama whose feed-forward layers are 8/3 as wide as its hidden states."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -75,7 +75,7 @@ def llama(point: Point) -> LlamaForCausalLM:
 
 
 def measure(point: Point, method: str, repeat: int) -> Taken:
-    """Quantize in this process."""
+    """Measure a point by quantizing in this process."""
     ids = torch.randint(VOCAB, (point.tokens // SEQLEN, SEQLEN), generator=torch.Generator().manual_seed(0))
     quantize_model(llama(replace(point, depth=1)), ids[:1], method)
     seconds, most = math.inf, 0
@@ -111,7 +111,7 @@ Curve = list[tuple[int, Taken]]
 
 
 def curves(method: str, middle: Point, axes: dict[str, tuple[int, ...]], repeat: int) -> dict[str, Curve]:
-    """Every axis, varied alone. A point that lies on several axes is measured once."""
+    """Measure all points, one axis varied at a time; a point that lies on several axes is measured once."""
     known: dict[Point, Taken] = {}
 
     def taken(point: Point) -> Taken:
@@ -126,7 +126,7 @@ def curves(method: str, middle: Point, axes: dict[str, tuple[int, ...]], repeat:
 
 
 def table(method: str, by_axis: dict[str, Curve]) -> str:
-    """All points, with the exponents of each axis on its last line."""
+    """Table of all points of a method, with the exponents of each axis in its last row."""
     rows: list[tuple[str, ...]] = [(method, "value", "seconds", "relative", "peak beyond the model", "exponents")]
     for axis, curve in by_axis.items():
         first = curve[0][1]
@@ -137,7 +137,7 @@ def table(method: str, by_axis: dict[str, Curve]) -> str:
 
 
 def fitted(curve: Curve) -> str:
-    """Exponents of seconds and memory."""
+    """Exponents of seconds and memory along one axis, as text."""
     values = [value for value, _ in curve]
     seconds = f"seconds {exponent(values, [point.seconds for _, point in curve]):.2f}"
     most = [point.bytes for _, point in curve]
@@ -145,7 +145,7 @@ def fitted(curve: Curve) -> str:
 
 
 def plot(path: Path, measured: dict[str, dict[str, Curve]]) -> None:
-    """Seconds over each axis, both logarithmic."""
+    """Plot seconds over each axis, both logarithmic, one line per method."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -170,7 +170,7 @@ def plot(path: Path, measured: dict[str, dict[str, Curve]]) -> None:
 
 
 def parsed(arguments: Iterable[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=["gptq", "awq"])
     parser.add_argument("--quick", action="store_true", help="few, small points: a minute or two")

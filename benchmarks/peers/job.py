@@ -1,9 +1,9 @@
-"""What every contestant of benchmarks/peers.py does but for quantizing: read the job, time it, answer.
+"""Shared part of the drivers of benchmarks/peers.py: read the job, time the quantizing call, write the answer.
 
-A driver runs in its library's own interpreter, as `python DRIVER.py FOLDER`. FOLDER/job.json says what to do
-(`Job`) and FOLDER/tokens.safetensors holds the calibration tokens; the driver leaves the dequantized weights in
-FOLDER/weights.safetensors and how it went in FOLDER/answer.json. This file imports nothing of gptq_awq, which the
-libraries' environments don't have.
+A driver runs in its library's own interpreter, as `python DRIVER.py FOLDER`. FOLDER/job.json holds the job (`Job`) and
+FOLDER/tokens.safetensors the calibration tokens; the driver writes the dequantized weights to
+FOLDER/weights.safetensors, and times, memory and versions to FOLDER/answer.json. This file imports nothing of gptq_awq,
+which the libraries' environments don't have.
 """
 
 import json
@@ -23,19 +23,19 @@ from safetensors.torch import load_file, save_file
 
 @dataclass(frozen=True)
 class Job:
-    """What to quantize, and how.
+    """A quantization job: model, method, grid and settings.
 
     Attributes:
-        folder: where tokens are and answers go.
+        folder: folder of the tokens and of the answer.
         model: a transformers folder, float32.
         method: rtn, gptq, awq or autoround.
         tuned: with the library's own best settings rather than the plain ones that all share.
-        bits, group_size, sym: the grid.
-        dtype: of weights and forwards, "float32" or "bfloat16".
+        bits, group_size, sym: parameters of the integer grid.
+        dtype: dtype of weights and forwards, "float32" or "bfloat16".
         batch_size: windows per forward, where that changes no result.
         damping: fraction of the mean diagonal of H (GPTQ).
         iters: steps per block (AutoRound).
-        threads: of torch.
+        threads: number of torch's threads.
     """
 
     folder: Path
@@ -53,7 +53,7 @@ class Job:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """`dtype` as torch has it."""
+        """The dtype as a torch.dtype."""
         return getattr(torch, self.dtype)
 
     def tokens(self) -> torch.Tensor:
@@ -62,7 +62,7 @@ class Job:
 
 
 def read_job() -> Job:
-    """The job in the folder that the command line names; torch's threads are set."""
+    """Read the job in the folder that the command line names, and set torch's number of threads."""
     folder = Path(sys.argv[1])
     job = Job(folder=folder, **json.loads((folder / "job.json").read_text()))
     torch.set_num_threads(job.threads)
@@ -78,7 +78,7 @@ class Timed:
 
 
 def timed(call: Callable[[], Any]) -> Timed:
-    """Run a call."""
+    """Run `call`; returns its wall time and peak memory."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
     started = time.perf_counter()
@@ -94,14 +94,14 @@ def _peak_bytes() -> int:
 
 
 def answer(job: Job, package: str, took: Timed, weights: Mapping[str, torch.Tensor], settings: str) -> None:
-    """Leave the answer.
+    """Write the answer: weights, times, memory and versions.
 
     Args:
-        job: that was done.
-        package: whose version is told.
-        took: what quantizing took.
-        weights: parameter's name in the transformers model → its value; what is not among them was left as it was.
-        settings: what was asked for, in the library's own words.
+        job: the job that was done.
+        package: package whose version is reported.
+        took: time and memory of the quantizing call.
+        weights: parameter's name in the transformers model → its value; a parameter that is missing is unchanged.
+        settings: the settings in the library's own terms.
     """
     whole = {name: tensor.detach().float().contiguous().clone() for name, tensor in weights.items()}
     save_file(whole, job.folder / "weights.safetensors")

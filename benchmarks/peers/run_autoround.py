@@ -1,4 +1,4 @@
-"""AutoRound as a contestant of benchmarks/peers.py; see job.py."""
+"""Driver of AutoRound for benchmarks/peers.py; see job.py."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 import torch
@@ -8,12 +8,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def steps(job: Job) -> int:
-    """Steps of learning per block; without any, AutoRound rounds to nearest."""
+    """Number of learning steps per block; with 0, AutoRound rounds to nearest."""
     return {"rtn": 0, "autoround": job.iters}[job.method]
 
 
 def quantizer(job: Job, model: torch.nn.Module, tokenizer) -> AutoRound:
-    """AutoRound set to the job."""
+    """AutoRound configured for the job."""
     scheme = {"bits": job.bits, "group_size": job.group_size, "sym": job.sym, "data_type": "int", "act_bits": 16}
     tokens = job.tokens()
     return AutoRound(
@@ -32,7 +32,7 @@ def quantizer(job: Job, model: torch.nn.Module, tokenizer) -> AutoRound:
 
 
 def main() -> None:
-    """Load, quantize, answer."""
+    """Load the model, quantize it, and write the answer."""
     job = read_job()
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=job.torch_dtype).eval()
     tool = quantizer(job, model, AutoTokenizer.from_pretrained(job.model))

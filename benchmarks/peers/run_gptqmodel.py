@@ -1,4 +1,4 @@
-"""GPTQModel as a contestant of benchmarks/peers.py; see job.py."""
+"""Driver of GPTQModel for benchmarks/peers.py; see job.py."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 import gptqmodel
@@ -12,16 +12,16 @@ from job import Job, answer, read_job, timed
 
 
 def one_loader() -> None:
-    """Let its pool of workers start on few cores.
+    """Let GPTQModel's pool of workers start on few cores.
 
-    It wants two of them for loading, and stops where there are fewer: it makes one for every two cores.
+    It requires two workers for loading, but makes one for every two cores, so it fails on fewer than four.
     """
     pool = gptqmodel.DeviceThreadPool
     gptqmodel.DeviceThreadPool = lambda workers, **rest: pool(workers={**workers, "model_loader:cpu": 1}, **rest)
 
 
 def config(job: Job):
-    """The job in GPTQModel's words, and what to call it."""
+    """GPTQModel's config for the job, and a description of it."""
     grid = {
         "bits": job.bits,
         "group_size": job.group_size,
@@ -43,7 +43,7 @@ def config(job: Job):
 
 
 def dequantized(module: BaseQuantLinear) -> torch.Tensor:
-    """The packed weight, by GPTQModel's own code, (out, in)."""
+    """Dequantize a packed weight by GPTQModel's own code, (out, in)."""
     if isinstance(module, AwqTorchLinear):
         packed = (module.qweight, module.qzeros, module.scales.float())
         return dequantize_gemm(*packed, module.bits, module.group_size).T
@@ -52,7 +52,7 @@ def dequantized(module: BaseQuantLinear) -> torch.Tensor:
 
 
 def main() -> None:
-    """Load, quantize, answer."""
+    """Load the model, quantize it, and write the answer."""
     job = read_job()
     one_loader()
     made, settings = config(job)

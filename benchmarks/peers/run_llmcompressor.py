@@ -1,4 +1,4 @@
-"""llm-compressor as a contestant of benchmarks/peers.py; see job.py."""
+"""Driver of llm-compressor for benchmarks/peers.py; see job.py."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 import torch
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def recipe(job: Job) -> tuple[list, str]:
-    """Modifiers for the job, and what to call them."""
+    """llm-compressor's modifiers for the job, and a description of them."""
     weights = QuantizationArgs(
         num_bits=job.bits, type="int", symmetric=job.sym, strategy="group", group_size=job.group_size
     )
@@ -32,7 +32,7 @@ def recipe(job: Job) -> tuple[list, str]:
 
 
 def batches(job: Job) -> DataLoader:
-    """The tokens as llm-compressor takes them."""
+    """Calibration tokens as the DataLoader that llm-compressor takes."""
 
     def collate(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         ids = torch.stack(rows)
@@ -42,16 +42,16 @@ def batches(job: Job) -> DataLoader:
 
 
 def dequantized(module: torch.nn.Module) -> torch.Tensor:
-    """What the checkpoint's codes and scales stand for, by compressed-tensors."""
+    """Dequantize a module's codes and scales by compressed-tensors, (out, in)."""
     args, scale, zero = module.quantization_scheme.weights, module.weight_scale, module.weight_zero_point
     codes = quantize(module.weight, scale, zero, args)
     return dequantize(codes.float(), scale.float(), zero, args)
 
 
 def main() -> None:
-    """Load, quantize, answer."""
+    """Load the model, quantize it, and write the answer."""
     job = read_job()
-    # AWQModifier pins what it keeps for a GPU, and stops where there is none.
+    # AWQModifier pins its cache in memory for a GPU, which fails where there is none.
     IntermediatesCache.pin_memory = lambda *_: None
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=job.torch_dtype).eval()
     tokenizer = AutoTokenizer.from_pretrained(job.model)

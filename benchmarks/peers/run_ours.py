@@ -1,4 +1,4 @@
-"""gptq_awq itself as a contestant of benchmarks/peers.py; see job.py."""
+"""Driver of gptq_awq itself for benchmarks/peers.py; see job.py."""
 
 # pyright: reportArgumentType=false
 
@@ -16,9 +16,9 @@ from gptq_awq.solvers.gptq import GPTQ
 
 
 def chosen(job: Job) -> tuple[Method, Grid, str]:
-    """The preset, its grid, and what to call it.
+    """Preset and grid for the job, and a description of them.
 
-    Plain means the papers' own settings: the range of a group's extremes, columns in their natural order.
+    Plain settings are the papers' own: the range of a group's extremes, columns in their natural order.
     """
     method, grid = load_method(job.method, job.bits, job.group_size, job.sym)
     grid = grid if job.tuned else grid.without_search()
@@ -32,7 +32,7 @@ def chosen(job: Job) -> tuple[Method, Grid, str]:
 
 
 def main() -> None:
-    """Load, quantize, answer."""
+    """Load the model, quantize it, and write the answer."""
     job = read_job()
     loaded = LocalModel(path=job.model).load("float32", "cpu")
     method, grid, settings = chosen(job)
