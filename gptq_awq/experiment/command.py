@@ -1,36 +1,83 @@
 """The main job's command: Hydra composes the config of one run, or of each run of a sweep, and `run` computes it."""
 
+import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from gptq_awq.errors import UserError
+from gptq_awq.experiment.messages import one_line
+from gptq_awq.experiment.options import check_options
 from gptq_awq.experiment.sweeps.plugins import check_plugins
 from gptq_awq.runtime.configs import CONFIGS
 
 
 def main() -> None:
-    """Run what the command line asks for; a mistake in its options is one line and exit code 2."""
+    """Run what the command line asks for; a mistake in its options is one line on stderr and exit code 2."""
+    arguments = sys.argv[1:]
+    if {"--help", "-h"} & set(arguments):
+        from gptq_awq.experiment.help import help_text
+
+        sys.stdout.write(help_text(_config_dir(arguments)))
+        return
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come out of `task` instead of being printed by Hydra
     try:
-        check_plugins(sys.argv[1:])
+        check_plugins(arguments)
+        task()
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
-    task()
+        _refuse(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        _refuse(one_line(error, arguments))
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
 def task(cfg: DictConfig) -> float | tuple[float, ...]:
     """Run one experiment; returns what a search minimizes."""
+    try:
+        check_options(cfg)  # before the imports below, which take seconds
+    except UserError as error:
+        return _failed(cfg, error, stored=False)
     from gptq_awq.experiment.run import run
-    from gptq_awq.experiment.sweeps.sweep import no_objective, objective, sweep_folder
-    from gptq_awq.numerics.distributed import RankLostError
+    from gptq_awq.experiment.sweeps.sweep import objective
 
     try:
         return objective(run(cfg), cfg.objective)
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        if sweep_folder() is None or isinstance(error, RankLostError):
-            sys.exit(2)
-        return no_objective(cfg.objective)  # the sweep's other runs go on; SweepEnd has the last word
+        return _failed(cfg, error, stored=True)
+
+
+def _failed(cfg: DictConfig, error: UserError, stored: bool) -> float | tuple[float, ...]:
+    """End the command; in a sweep, whose other runs go on, the objective's worst value for this run."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        _refuse(str(error))
+    from gptq_awq.experiment.sweeps.sweep import no_objective, store_failure
+    from gptq_awq.numerics.distributed import RankLostError
+
+    if isinstance(error, RankLostError):
+        _refuse(str(error))
+    sys.stderr.write(f"error: {error}\n")
+    if not stored:
+        store_failure(cfg, error)
+    return no_objective(cfg.objective)
+
+
+def _refuse(message: str) -> None:
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(2)
+
+
+def _config_dir(arguments: Sequence[str]) -> Path | None:
+    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument in ("--config-dir", "-cd"):
+            return Path(after)
+        if argument.startswith("--config-dir="):
+            return Path(argument.partition("=")[2])
+    return None

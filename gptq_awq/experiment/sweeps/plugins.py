@@ -3,11 +3,8 @@
 import shutil
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 
 import yaml
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
 
 from gptq_awq.errors import UserError
 from gptq_awq.runtime.configs import CONFIGS
@@ -25,14 +22,6 @@ PLUGINS = {
     "hydra/sweeper": {"optuna": ("optuna", "hydra_optuna_sweeper")},
 }
 LOOKING = ("--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help")
-
-
-class SweepFolder(Callback):
-    """Makes the sweep's folder before the sweep starts: Optuna's study lies in it, and Optuna makes no folders."""
-
-    def on_multirun_start(self, config: DictConfig, **_: object) -> None:
-        """Called by Hydra."""
-        Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
 
 
 def check_plugins(arguments: Sequence[str]) -> None:

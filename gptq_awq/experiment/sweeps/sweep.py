@@ -1,81 +1,17 @@
-"""A run as part of a sweep: its folder, what it returns, the row it leaves when it fails, and the sweep's last word."""
+"""A run as part of a sweep: its folder, the row it leaves when it fails, and what a search minimizes."""
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from gptq_awq.errors import UserError
-from gptq_awq.numerics.distributed import rank_and_size
-from gptq_awq.report import comparison, records
-from gptq_awq.report.anchors import Anchors, check, markdown, met
-from gptq_awq.results import FAILURE, FILE_NAME, Result, load
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-SHOWN = 40
-"""Rows that still fit a screen."""
-
-
-class SweepEnd(Callback):
-    """Hydra calls it once, when every run of a sweep has ended.
-
-    Args:
-        anchors: figures that the runs should come to, as configs/experiment/reproduce has them.
-
-    Raises:
-        UserError: anchors that make no sense.
-    """
-
-    def __init__(self, anchors: Mapping[str, Any] | None = None) -> None:
-        self.anchors = None if anchors is None else Anchors.of(_plain(anchors))
-
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Print the table; exit with code 2 where a run failed, 1 where a figure isn't met."""
-        root = Path(config.hydra.sweep.dir)
-        if rank_and_size()[0] > 0:  # rank 0 has the table
-            return
-        if not root.is_dir():
-            return
-        table = load(root)
-        failed = table[table["status"] != "done"]
-        failures = len(failed) + sum(1 for _ in root.rglob(FAILURE))
-        if 0 < len(table) - len(failed) <= SHOWN:
-            try:
-                sys.stdout.write(f"\n{comparison(table)}\n\n")
-            except UserError as error:
-                sys.stderr.write(f"no table: {error}\n")
-        as_expected = self.anchors is None or _checked(table, self.anchors)
-        sys.stderr.write(f"{len(table)} runs in {root}: python -m gptq_awq.report {root}\n")
-        if failures:
-            sys.stderr.write(f"{failures} of them failed; the same command runs them again\n")
-            sys.exit(2)
-        if not as_expected:
-            sys.exit(1)
-
-
-def _checked(table: "pd.DataFrame", anchors: Anchors) -> bool:
-    """Print the runs' figures beside the expected ones; whether they are met."""
-    try:
-        checked = check(records(table), anchors)
-    except UserError as error:
-        sys.stderr.write(f"not compared: {error}\n")
-        return False
-    sys.stdout.write(f"{markdown(checked, anchors)}\n\n")
-    return met(checked)
-
-
-def _plain(node: Mapping[str, Any]) -> dict[str, Any]:
-    """A map of Hydra's as one of Python's."""
-    return OmegaConf.to_container(OmegaConf.create(dict(node)), resolve=True)  # pyright: ignore[reportReturnType]
+from gptq_awq.results import FAILURE, FILE_NAME, Result
 
 
 def sweep_folder() -> Path | None:
