@@ -1,1 +1,1 @@
-"""The block loop: each block is transformed, its linears solved onto their grids, tuned and kept."""
+"""The block loop: each block is transformed, its linears are quantized onto their grids, tuned and kept."""

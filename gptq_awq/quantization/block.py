@@ -1,4 +1,4 @@
-"""One turn of the block loop: everything that happens to one block."""
+"""One step of the block loop: a block is transformed, its linears are solved, and it is tuned."""
 
 import copy
 import functools
@@ -25,17 +25,28 @@ from gptq_awq.quantization.batching import RowSlice, batches, shared
 from gptq_awq.quantization.ledger import Errors, LinearReport
 from gptq_awq.quantization.method import Method, solved_together
 from gptq_awq.quantization.resume import Row
-from gptq_awq.quantization.tuning_step import entering, examples, noted
+from gptq_awq.quantization.tuning_step import examples, hidden_states, with_tuning
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.solvers.base import Solution
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.transforms.base import ModuleInputs, Scaling, SiteTransform, Transform, absorb_scaling
 
-NOTHING_KNOWN = Scaling(None, {"skipped": "no calibration token reaches this expert"})
+UNREACHED = Scaling(None, {"skipped": "no calibration token reaches this expert"})
+"""A transform's scaling at a site that no token reached: none."""
 
 
 class BlockStep:
-    """What becomes of one block: its weights, its part of the ledger."""
+    """Quantizes one block in place, and gathers its quantized weights and ledger rows.
+
+    Args:
+        block: the block; changed in place.
+        index: its number.
+        name: its name in the model.
+        method: transforms, solver and tuning.
+        grids: module name in the model → grid.
+        prepared: details of the whole model's transforms, by name, for the ledger.
+        ranks: the processes that share the work.
+    """
 
     def __init__(
         self,
@@ -56,7 +67,7 @@ class BlockStep:
         self._full: nn.Module | None = None
 
     def run(self, inputs: Inputs | None) -> None:
-        """Transform, solve and tune the block; `inputs` then enter the next one. None: nothing is calibrated."""
+        """Transform, solve and tune the block, and advance `inputs` to the next one; None: without calibration."""
         assert self.method.solver is not None
         if inputs is None:
             self._solve_sites([(site, None) for site in _each_linear(self.block)])
@@ -64,24 +75,26 @@ class BlockStep:
         if inputs.activations is not None:
             self.runner = inputs.runner(self.block)
         tuning = self.method.block_tunings
-        entered = entering(inputs.activations, bool(tuning))
-        self._solve_all(inputs)
+        block_inputs = hidden_states(inputs.activations) if tuning and inputs.activations is not None else []
+        self._transform_and_solve(inputs)
         if tuning and inputs.activations is not None:
-            self._tune(inputs.activations, entered)
+            self._tune(inputs.activations, block_inputs)
 
-    def _solve_all(self, inputs: Inputs) -> None:
+    def _transform_and_solve(self, inputs: Inputs) -> None:
+        """Transform the block and solve its sites: site by site on quantized inputs, or all from one observation."""
         assert self.method.solver is not None
         if self.method.error_propagation and self.method.solver.needs_hessian:
-            self._run_staged(inputs)
+            self._solve_staged(inputs)
         else:
             seen = self._observe(inputs)
-            transformed = self._transform(seen)
+            moments = self._transform(seen)
             full = self._full_precision()
-            self._solve_sites(list(zip(seen.sites, transformed, strict=True)))
+            self._solve_sites(list(zip(seen.sites, moments, strict=True)))
             if self.method.error_propagation and inputs.activations is not None:
                 inputs.activations.advance(self.runner, self.index, full)
 
-    def _run_staged(self, inputs: Inputs) -> None:
+    def _solve_staged(self, inputs: Inputs) -> None:
+        """Transform the block, then solve each site on its inputs as the sites before it, quantized, leave them."""
         assert inputs.activations is not None
         if self.method.block_transforms:
             seen = self._observe(inputs)
@@ -93,9 +106,12 @@ class BlockStep:
         full = self._full_precision()
         paired = self.method.needs_cross
         staged_forward(
-            *(self.runner, self.index, sites, inputs.activations),
-            lambda site, moments: self._solve_sites([(site, moments)]),
-            inputs.keeps_activations,
+            block=self.runner,
+            index=self.index,
+            sites=sites,
+            activations=inputs.activations,
+            on_site=lambda site, moments: self._solve_sites([(site, moments)]),
+            keep=inputs.keeps_activations,
             full=full if paired else None,
             policy=inputs.experts,
         )
@@ -103,24 +119,24 @@ class BlockStep:
             inputs.activations.advance_full(full, self.index)
 
     def _full_precision(self) -> nn.Module | None:
-        """The block as it is before it is solved, in the basis that transforms gave it; None where no one asks."""
+        """A copy of the transformed block from before it is solved; None where the method needs none."""
         self._full = copy.deepcopy(self.runner) if self.method.needs_full else None
         return self._full
 
-    def _tune(self, activations: Activations, entered: list[Tensor]) -> None:
-        """Let the solved block learn from full precision's outputs, and what enters the next block with it."""
+    def _tune(self, activations: Activations, block_inputs: list[Tensor]) -> None:
+        """Tune the solved block towards full precision's outputs, then advance the activations through it again."""
         assert self._full is not None
-        seen = examples(activations, self.index, entered)
+        seen = examples(activations, self.index, block_inputs)
         weights = {name.removeprefix(f"{self.name}."): weight for name, weight in self.weights.items()}
         originals = {name: matrix(self._full.get_submodule(name)).float() for name in weights}
         for tuning in self.method.block_tunings:
             with phase("tune"):
                 weights, details = tuning.apply_block(self.block, weights, originals, seen)
             self.weights = {f"{self.name}.{name}": weight for name, weight in weights.items()}
-            self.rows = noted(self.rows, self.weights, tuning.name, details)
+            self.rows = with_tuning(self.rows, self.weights, tuning.name, details)
         if self.runner is not self.block:
             self.runner.load_state_dict(self.block.state_dict())
-        for batch, hidden in zip(activations.batches, entered, strict=True):
+        for batch, hidden in zip(activations.batches, block_inputs, strict=True):
             batch.hidden = hidden
         activations.advance(self.runner, self.index)
 
@@ -130,13 +146,13 @@ class BlockStep:
         return seen
 
     def _transform(self, seen: Observation) -> list[Moments]:
-        """Moments of all sites' inputs, as they are after the transforms."""
+        """Apply the block's transforms in place; returns the moments of all sites' transformed inputs."""
         moments = {site.linears: m for site, m in zip(seen.sites, seen.moments, strict=True)}
         known = [site for site in seen.sites if moments[site.linears].tokens]
         for transform in self.method.block_transforms:
             scalings = self._apply(transform, known, [moments[site.linears] for site in known], self._inputs_of(seen))
             for site in seen.sites:
-                self._scalings.setdefault(site.name, {})[transform.name] = NOTHING_KNOWN
+                self._scalings.setdefault(site.name, {})[transform.name] = UNREACHED
             for site, scaling in zip(known, scalings, strict=True):
                 self._scalings[site.name][transform.name] = scaling
                 if scaling.scales is not None:
@@ -151,7 +167,11 @@ class BlockStep:
     def _apply(
         self, transform: Transform, sites: list[Site], stats: list[Moments], inputs: ModuleInputs
     ) -> list[Scaling]:
-        """Ranks share the sites where these are by themselves; else rank 0 transforms: it has the first batch."""
+        """Apply one transform to the block in place; returns the scaling of each site.
+
+        Ranks share the sites of a transform that searches site by site without `inputs`. Any other is computed by rank
+        0, which has the first batch.
+        """
         if not isinstance(transform, SiteTransform) or not transform.by_site:
             return self._ranks.from_first(partial(transform.apply, self.block, sites, stats, self.grids, inputs))
         rows = [sum(len(matrix(self.block.get_submodule(name))) for name in site.linears) for site in sites]
@@ -164,7 +184,7 @@ class BlockStep:
         return [found[i] for i in range(len(sites))]
 
     def _inputs_of(self, seen: Observation) -> ModuleInputs:
-        """A function that shows a submodule's calls on the first batch, with the untransformed weights."""
+        """A function from a submodule's name to the arguments of its calls, in a forward of the first batch."""
 
         def inputs(submodule: str) -> list[tuple[tuple, dict[str, Any]]]:
             block = self.block
@@ -179,60 +199,69 @@ class BlockStep:
         return inputs
 
     def _solve_sites(self, sites: Sequence[tuple[Site, Moments | None]]) -> None:
-        """Land the sites' linears on the grid, with other ranks, which tell each other what came of it."""
-        linears = [self._piece(name, site, moments) for site, moments in sites for name in site.linears]
+        """Quantize the linears of some sites: each rank solves its share of rows, then all exchange their results."""
+        linears = [self._whole_linear(name, site, moments) for site, moments in sites for name in site.linears]
         own: list[_Solved] = []
         mine = batches(shared(linears, self._ranks))
         for i, batch in enumerate(mine):
-            wanted = {id(piece.known.hessian) for later in mine[i + 1 :] for piece in later if piece.known}
-            own += self._solve(batch, wanted)
+            needed = {id(each.known.hessian) for later in mine[i + 1 :] for each in later if each.known}
+            own += self._solve(batch, needed)
         solved: dict[str, list[_Solved]] = {}
         for rank, parts in enumerate(self._ranks.gather(own)):
             for part in parts:
                 solved.setdefault(part.name, []).append(part)
                 if rank != self._ranks.rank:
-                    self._land(part)
-        for piece in linears:
-            whole = _joined(solved[piece.name])
-            self.weights[f"{self.name}.{piece.name}"] = whole.solution.quantized
-            self.rows.append(self._report(piece).row(whole.solution, whole.errors, whole.seconds))
+                    self._write(part)
+        for linear in linears:
+            whole = _joined(solved[linear.name])
+            self.weights[f"{self.name}.{linear.name}"] = whole.solution.quantized
+            self.rows.append(self._report(linear).row(whole.solution, whole.errors, whole.seconds))
 
-    def _piece(self, name: str, site: Site, moments: Moments | None) -> RowSlice:
-        """A linear that is to be solved."""
+    def _whole_linear(self, name: str, site: Site, moments: Moments | None) -> RowSlice:
+        """All rows of a linear; they are rounded to nearest where no token reached it, else solved by the method."""
         assert self.method.solver is not None
         rows, columns = matrix(self.block.get_submodule(name)).shape
-        piece = RowSlice(name, site, moments, self.method.solver, self.grids[name], columns, (0, rows))
+        linear = RowSlice(name, site, moments, self.method.solver, self.grids[name], columns, (0, rows))
         if moments is None or moments.tokens:
-            return piece
-        grid = piece.grid.without_search() if piece.grid.needs_hessian else piece.grid
-        return replace(piece, solver=RTN(), grid=grid)  # an expert's, as experts.policy has it
+            return linear
+        grid = linear.grid.without_search() if linear.grid.needs_hessian else linear.grid
+        return replace(linear, solver=RTN(), grid=grid)  # an expert's, as experts.policy has it
 
-    def _report(self, piece: RowSlice) -> LinearReport:
-        scalings = self._prepared | self._scalings.get(piece.site.name, {})
-        return LinearReport(f"{self.name}.{piece.name}", self.index, piece.site, self.method, piece.moments, scalings)
+    def _report(self, linear: RowSlice) -> LinearReport:
+        return LinearReport(
+            name=f"{self.name}.{linear.name}",
+            block=self.index,
+            site=linear.site,
+            method=self.method,
+            moments=linear.moments,
+            scalings=self._prepared | self._scalings.get(linear.site.name, {}),
+        )
 
-    def _solve(self, batch: Sequence[RowSlice], wanted: set[int]) -> "list[_Solved]":
-        """Land some pieces that are solved together; `wanted`: the H that others will be solved with."""
+    def _solve(self, batch: Sequence[RowSlice], needed: set[int]) -> "list[_Solved]":
+        """Solve a batch of row slices and write them into the block.
+
+        `needed` holds the ids of Hessians that later batches are solved with; factors of all others are freed.
+        """
         started, first = time.perf_counter(), batch[0]
-        weights = [matrix(self.block.get_submodule(p.name))[slice(*p.rows)].float() for p in batch]
-        names = [f"{self.name}.{piece.name}" for piece in batch]
-        solutions = solved_together(first.solver, names, weights, [piece.known for piece in batch], first.grid)
-        for piece in batch:
-            if piece.known and id(piece.known.hessian) not in wanted:
-                piece.known.forget_factors()
+        weights = [matrix(self.block.get_submodule(each.name))[slice(*each.rows)].float() for each in batch]
+        names = [f"{self.name}.{each.name}" for each in batch]
+        solutions = solved_together(first.solver, names, weights, [each.known for each in batch], first.grid)
+        for each in batch:
+            if each.known and id(each.known.hessian) not in needed:
+                each.known.forget_factors()
         parts = []
-        for piece, weight, solution in zip(batch, weights, solutions, strict=True):
-            if piece.grid is not self.grids[piece.name]:  # the format is the same
-                solution = replace(solution, quantized=replace(solution.quantized, grid=self.grids[piece.name]))
+        for each, weight, solution in zip(batch, weights, solutions, strict=True):
+            if each.grid is not self.grids[each.name]:  # without search: the format is the same
+                solution = replace(solution, quantized=replace(solution.quantized, grid=self.grids[each.name]))
             dequantized = solution.quantized.dequantize()
-            errors = self._report(piece).errors(weight, dequantized, solution)
-            parts.append(_Solved(piece.name, piece.rows[0], solution, errors))
-            self._land(parts[-1], dequantized)
-        seconds, rows = time.perf_counter() - started, sum(piece.count for piece in batch)
-        return [replace(part, seconds=seconds * piece.count / rows) for piece, part in zip(batch, parts, strict=True)]
+            errors = self._report(each).errors(weight, dequantized, solution)
+            parts.append(_Solved(each.name, each.rows[0], solution, errors))
+            self._write(parts[-1], dequantized)
+        seconds, rows = time.perf_counter() - started, sum(each.count for each in batch)
+        return [replace(part, seconds=seconds * each.count / rows) for each, part in zip(batch, parts, strict=True)]
 
-    def _land(self, part: "_Solved", dequantized: Tensor | None = None) -> None:
-        """Put solved rows into the model, and into the copy that computes."""
+    def _write(self, part: "_Solved", dequantized: Tensor | None = None) -> None:
+        """Write solved rows, dequantized, into the block, and into its copy that forwards run through."""
         dequantized = part.solution.quantized.dequantize() if dequantized is None else dequantized
         rows = slice(part.first, part.first + len(dequantized))
         matrix(self.block.get_submodule(part.name))[rows] = dequantized
@@ -242,14 +271,14 @@ class BlockStep:
 
 @dataclass(frozen=True)
 class _Solved:
-    """Some rows of a linear that have landed.
+    """Some rows of a linear, solved.
 
     Attributes:
-        name: of the linear within the block.
-        first: row.
-        solution: of these rows.
-        errors: of these rows.
-        seconds: that they took, on one rank.
+        name: name of the linear within the block.
+        first: index of the first row.
+        solution: the solver's solution for these rows.
+        errors: sums of squares over these rows.
+        seconds: seconds that solving them took, on one rank.
     """
 
     name: str
@@ -260,7 +289,7 @@ class _Solved:
 
 
 def _joined(parts: "Sequence[_Solved]") -> "_Solved":
-    """A linear from its rows; ranks factor one and the same H, so what else there is to say is the same of all."""
+    """Join a linear's solved rows; damping and fallback are the first part's, as all ranks factor the same H."""
     parts = sorted(parts, key=lambda part: part.first)
     first = parts[0]
     solution = replace(first.solution, quantized=QuantizedWeight.concat_rows([p.solution.quantized for p in parts]))
@@ -269,10 +298,10 @@ def _joined(parts: "Sequence[_Solved]") -> "_Solved":
 
 
 def _check_coverage(block: nn.Module, sites: list[Site], name: str) -> None:
-    """Refuse a block with linears that no token reaches: they would stay unquantized without a word.
+    """Refuse a block with a linear that is in no site, as it would stay unquantized without notice.
 
     Raises:
-        UserError: neither a token reached it, nor a linear that differs from it in the number of an expert.
+        UserError: no token reached a linear, nor one that differs from it in the number of an expert only.
     """
     reached = {linear for site in sites for linear in site.linears}
     missed = [site.linears[0] for site in _each_linear(block) if site.linears[0] not in reached]
@@ -283,7 +312,7 @@ def _check_coverage(block: nn.Module, sites: list[Site], name: str) -> None:
 
 
 def _each_linear(block: nn.Module) -> Iterator[Site]:
-    """Every linear as a site by itself: enough where nothing is calibrated."""
+    """Each of the block's linears as a site of its own, for methods without calibration."""
     for name, module in block.named_modules():
         if is_linear(module):
             yield Site((name,), matrix(module).shape[1])

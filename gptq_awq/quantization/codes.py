@@ -1,4 +1,4 @@
-"""What checkpoints are made of: the codes of finished blocks, in memory or, of a offloaded model, in the journal."""
+"""Quantized weights for checkpoints: codes of finished blocks, in memory or, for an offloaded model, in the journal."""
 
 from collections.abc import Iterator, Mapping
 
@@ -8,12 +8,12 @@ from gptq_awq.storage.journal import Journal
 
 
 class KeptWeights(Mapping[str, QuantizedWeight]):
-    """Quantized weights of finished blocks, read from the journal as they are asked for; the last block's are kept.
+    """Quantized weights by module name, read from the journal block by block; one block is in memory at a time.
 
     Args:
-        journal: of a run whose blocks are all finished.
-        names: module name → its block; -1: it is one of `ends`.
-        ends: what lies outside of the blocks.
+        journal: journal of a run whose blocks are all finished.
+        names: module name → index of its block; -1 for a module outside of the blocks.
+        outside: quantized weights of the modules outside of the blocks: embedding, output head.
         grids: module name → grid.
     """
 
@@ -21,16 +21,16 @@ class KeptWeights(Mapping[str, QuantizedWeight]):
         self,
         journal: Journal,
         names: Mapping[str, int],
-        ends: Mapping[str, QuantizedWeight],
+        outside: Mapping[str, QuantizedWeight],
         grids: Mapping[str, Grid],
     ) -> None:
-        self._journal, self._names, self._ends, self._grids = journal, names, ends, grids
+        self._journal, self._names, self._outside, self._grids = journal, names, outside, grids
         self._last: tuple[int, dict[str, QuantizedWeight]] = (-1, {})
 
     def __getitem__(self, name: str) -> QuantizedWeight:
         index = self._names[name]
         if index < 0:
-            return self._ends[name]
+            return self._outside[name]
         if self._last[0] != index:
             self._last = (-1, {})  # one block at a time
             self._last = (index, dict(weights_in(self._journal.block(index), self._grids)))
@@ -44,13 +44,13 @@ class KeptWeights(Mapping[str, QuantizedWeight]):
 
 
 class Codes:
-    """Gathers what checkpoints will want.
+    """Gathers the quantized weights of finished blocks for checkpoints.
 
     Args:
-        journal: of the run.
+        journal: the run's journal.
         grids: module name → grid.
-        offloaded: leave blocks' codes in the journal.
-        wanted: whether there will be a checkpoint.
+        offloaded: the model is offloaded; its blocks' codes stay in the journal.
+        wanted: there will be a checkpoint; otherwise nothing is gathered.
     """
 
     def __init__(self, journal: Journal, grids: Mapping[str, Grid], offloaded: bool, wanted: bool) -> None:
@@ -59,14 +59,14 @@ class Codes:
         self._held: dict[str, QuantizedWeight] = {}
 
     def add(self, block: BlockResult) -> None:
-        """A block is finished."""
+        """Add a finished block, or the result for modules outside of the blocks."""
         if self._wanted:
             self._blocks |= dict.fromkeys(block.weights, block.index)
             if not self._offloaded or block.index < 0:
                 self._held |= block.weights
 
     def weights(self) -> Mapping[str, QuantizedWeight]:
-        """All of them, by module name."""
+        """All quantized weights gathered so far, by module name."""
         if not self._offloaded:
             return self._held
         return KeptWeights(self._journal, self._blocks, self._held, self._grids)

@@ -1,16 +1,17 @@
-"""What lies outside of the blocks and lands on a grid: the embedding, rounded to nearest, and the output head.
+"""Quantization outside of the blocks: the embedding, rounded to nearest, and the output head, rounded or solved.
 
-A head that is solved gets what every linear in a block gets: the method's own solver, on moments of its input. That
-input is what the activations are after the last block, through all that the model puts between it and the head, so it
-comes last. Without error propagation the activations are full precision's, and so are the head's moments. Transforms
-and tuning leave it alone.
+A head that is solved is treated like a linear in a block: by the method's own solver, on moments of its input. That
+input is the activations after the last block, through all that the model has between it and the head (a norm), so the
+head comes last. Without error propagation activations are full precision's, and so are the head's moments. Transforms
+of blocks and tuning leave the head alone.
 """
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,19 +29,20 @@ from gptq_awq.models.offload import residence, resident
 from gptq_awq.numerics.distributed import Ranks
 from gptq_awq.quantization.ledger import LinearReport
 from gptq_awq.quantization.method import Method, solved
-from gptq_awq.quantization.resume import BlockResult
+from gptq_awq.quantization.resume import BlockResult, Row
 from gptq_awq.solvers.base import Solver
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.transforms.base import Scaling
 
 log = logging.getLogger(__name__)
+NO_SCALINGS: Mapping[str, Scaling] = MappingProxyType({})
 
 
 def free_head(model: Any, method: Method) -> None:
-    """Give a tied head that is to be quantized a matrix of its own, if that is allowed; else change nothing.
+    """Untie an output head that is to be quantized from the embedding, if `Method.untie_head` allows it.
 
     Raises:
-        UserError: it is not allowed; there is no head.
+        UserError: the head is tied and must stay so; the model has no head.
     """
     if method.head is None or method.solver is None:
         return
@@ -63,26 +65,34 @@ def free_head(model: Any, method: Method) -> None:
 
 
 @torch.no_grad()
-def round_ends(model: nn.Module, grids: Mapping[str, Grid], blocks: str, method: Method) -> BlockResult:
-    """Round to nearest, in place, what lies outside of the blocks, has a grid and is not solved."""
-    ends, solved = BlockResult(-1, {}, []), _solved_head(model, method, grids)
+def round_embeddings(model: nn.Module, grids: Mapping[str, Grid], blocks: str, method: Method) -> BlockResult:
+    """Round to nearest, in place, every weight outside of the blocks that has a grid and is not solved.
+
+    Args:
+        model: a causal LM.
+        grids: module name → grid.
+        blocks: name of the list of blocks in the model.
+        method: the method, which may solve the head.
+    """
+    weights, rows, solved_head = {}, [], _solved_head(model, method, grids)
     for name, grid in grids.items():
-        if not name.startswith(f"{blocks}.") and name != solved:
-            _land(model, name, grid, method, RTN(), None, {}, ends)
-    return ends
+        if not name.startswith(f"{blocks}.") and name != solved_head:
+            weights[name], row = _quantize_module(model, name, grid, method, RTN())
+            rows.append(row)
+    return BlockResult(-1, weights, rows)
 
 
 @dataclass(frozen=True)
 class HeadStep:
-    """The output head's turn, after all blocks'.
+    """Solves the output head, after all blocks.
 
     Attributes:
-        model: it is changed in place.
-        name: of the head in the model.
-        grid: where it lands.
-        method: whose solver does it.
-        prepared: what transforms of the whole model have done, for the ledger.
-        ranks: that share the work.
+        model: the model; its head is changed in place.
+        name: name of the head in the model.
+        grid: grid of the head.
+        method: the method, whose solver is applied.
+        prepared: details of the whole model's transforms, by name, for the ledger.
+        ranks: the processes that share the work.
     """
 
     model: nn.Module
@@ -96,38 +106,40 @@ class HeadStep:
     def of(
         cls, model: nn.Module, method: Method, grids: Mapping[str, Grid], prepared: Mapping[str, Scaling], ranks: Ranks
     ) -> "HeadStep | None":
-        """None where the head is not solved."""
+        """The step for a method that solves the output head; None where it does not, or the head has no grid."""
         name = _solved_head(model, method, grids)
         return None if name is None else cls(model, name, grids[name], method, prepared, ranks)
 
     @torch.no_grad()
     def run(self, activations: Activations | None) -> BlockResult:
-        """Solve the head, once the `activations` have passed all blocks; None: nothing is calibrated.
+        """Solve the head on `activations` that have passed all blocks; None: without calibration.
 
-        Of several ranks the first one solves it, and the others take what came of it.
+        Of several ranks the first one solves it, and the others take its result.
         """
-        moments = (
-            None if activations is None else head_moments(self.model, self.name, activations, self.method.needs_cross)
-        )
-        done = self.ranks.from_first(lambda: self._solved(moments))
+        moments = None
+        if activations is not None:
+            moments = head_moments(self.model, self.name, activations, self.method.needs_cross)
+        done = self.ranks.from_first(lambda: self._solve(moments))
         return done if self.ranks.first else self.restore(done)
 
-    def _solved(self, moments: Moments | None) -> BlockResult:
+    def _solve(self, moments: Moments | None) -> BlockResult:
         assert self.method.solver is not None
-        done = BlockResult(-1, {}, [])
-        _land(self.model, self.name, self.grid, self.method, self.method.solver, moments, self.prepared, done)
-        return done
+        weight, row = _quantize_module(
+            self.model, self.name, self.grid, self.method, self.method.solver, moments, self.prepared
+        )
+        return BlockResult(-1, {self.name: weight}, [row])
 
     @torch.no_grad()
     def restore(self, done: BlockResult) -> BlockResult:
-        """Put a finished head back."""
-        with resident(self.model.get_submodule(self.name)):
-            _put(self.model.get_submodule(self.name), done.weights[self.name])
+        """Write a finished head's weight into the model; returns `done`."""
+        head = self.model.get_submodule(self.name)
+        with resident(head):
+            _write_weight(head, done.weights[self.name])
         return done
 
 
 def _solved_head(model: Any, method: Method, grids: Mapping[str, Grid]) -> str | None:
-    """The name of the output head where the method's solver is to land it."""
+    """The name of the output head if the method solves it and it has a grid; else None."""
     if method.head != "solve":
         return None
     head = model.get_output_embeddings()
@@ -136,31 +148,37 @@ def _solved_head(model: Any, method: Method, grids: Mapping[str, Grid]) -> str |
 
 @torch.no_grad()
 def head_moments(model: Any, name: str, activations: Activations, cross: bool = False) -> Moments:
-    """The moments of what enters the head, of activations that have passed all blocks; `cross`: with full precision's.
+    """The second moments of the output head's input.
+
+    Args:
+        model: a causal LM.
+        name: name of the head in the model.
+        activations: activations that have passed all blocks.
+        cross: gather the cross-covariance with full precision's input too.
 
     Raises:
-        UserError: non-finite activations; no token at all.
+        UserError: non-finite activations; no real token.
     """
     head, (_, blocks) = model.get_submodule(name), find_blocks(model)
     calls, parameter = BlockCalls(model, blocks), head.weight
     total = MomentsSum(parameter.shape[1], parameter.device)
 
-    def entering(hidden: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+    def head_input(hidden: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long)
-        with _seeing_inputs(head) as seen:
-            calls.finish(ids, hidden.to(parameter.dtype))  # a norm's weights and its input must be of one type
+        with _recorded_inputs(head) as seen:
+            calls.finish(ids, hidden.to(parameter.dtype))  # a norm's weight and its input must have one dtype
         return seen[0].to(hidden.dtype)
 
-    with resident(head, model.get_input_embeddings()):  # both are called, though nobody wants what they answer
+    with resident(head, model.get_input_embeddings()):  # the forward calls both, though their outputs are not used
         for batch in activations.batches:
-            x, full = entering(batch.hidden), batch.full
-            total.add(x, batch.mask, entering(full) if cross and full is not None else None)
+            x, full = head_input(batch.hidden), batch.full
+            total.add(x, batch.mask, head_input(full) if cross and full is not None else None)
     return total.finish(name, activations.ranks)
 
 
 @contextmanager
-def _seeing_inputs(head: nn.Module):
-    """Within: the head keeps what enters it, and computes next to nothing."""
+def _recorded_inputs(head: nn.Module) -> Iterator[list[Tensor]]:
+    """Context in which the head appends its inputs to the list that is yielded, and multiplies by no weight."""
     seen: list[Tensor] = []
 
     def keep(x: Tensor) -> Tensor:
@@ -177,30 +195,28 @@ def _seeing_inputs(head: nn.Module):
             head.forward = own
 
 
-def _land(
+def _quantize_module(
     model: nn.Module,
     name: str,
     grid: Grid,
     method: Method,
     solver: Solver,
-    moments: Moments | None,
-    prepared: Mapping[str, Scaling],
-    done: BlockResult,
-) -> None:
-    """Land one weight in place, and note it."""
+    moments: Moments | None = None,
+    prepared: Mapping[str, Scaling] = NO_SCALINGS,
+) -> tuple[QuantizedWeight, Row]:
+    """Quantize one module's weight in place; returns the quantized weight and its ledger row."""
     started, module = time.perf_counter(), model.get_submodule(name)
     with resident(module):
         weight = _matrix(module).float()
         solution = solved(solver, name, weight, moments, grid)
-        dequantized = _put(module, solution.quantized)
+        dequantized = _write_weight(module, solution.quantized)
     report = LinearReport(name, -1, Site((name,), weight.shape[1]), method, moments, prepared)
     errors = report.errors(weight, dequantized, solution)
-    done.rows.append(report.row(solution, errors, time.perf_counter() - started))
-    done.weights[name] = solution.quantized
+    return solution.quantized, report.row(solution, errors, time.perf_counter() - started)
 
 
-def _put(module: nn.Module, quantized: QuantizedWeight) -> Float[Tensor, "out in"]:
-    """Give the module the weight that an engine computes with, for good if it comes and goes."""
+def _write_weight(module: nn.Module, quantized: QuantizedWeight) -> Float[Tensor, "out in"]:
+    """Write the dequantized weight into the module, and into the place that an offloaded module is read from."""
     dequantized = quantized.dequantize()
     _matrix(module).copy_(dequantized)
     if (home := residence(module)) is not None:

@@ -1,4 +1,4 @@
-"""How many bytes a model takes, quantized and not."""
+"""Footprint: bytes of a quantized model, and mean bits of its quantized weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ PLAIN_BITS = 16  # what is not quantized is stored in 16 bits, as checkpoints do
 
 @dataclass(frozen=True)
 class Footprint:
-    """What quantized weights take, without the weights.
+    """Stored sizes of a model's quantized weights.
 
     Attributes:
         bits: module name → stored bits of its weight, scales and zeros included.
@@ -23,7 +23,7 @@ class Footprint:
     weights: dict[str, int] = field(default_factory=dict)
 
     def add(self, quantized: Mapping[str, QuantizedWeight]) -> None:
-        """Count some weights in."""
+        """Add the sizes of quantized weights, by module name."""
         for name, weight in quantized.items():
             self.weights[name] = weight.codes.numel()
             self.bits[name] = weight.bits_per_weight * weight.codes.numel()

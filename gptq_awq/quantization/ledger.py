@@ -1,4 +1,4 @@
-"""One ledger row per linear: what was asked for, what was done, and what it cost."""
+"""The ledger, one row per linear: the method requested, the algorithm that ran, and the error it left."""
 
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
@@ -20,15 +20,15 @@ from gptq_awq.transforms.base import Scaling
 
 @dataclass(frozen=True)
 class LinearReport:
-    """What is known of a linear before it is solved.
+    """Facts of a linear from before it is solved, from which its errors and its ledger row are made.
 
     Attributes:
-        name: of the module in the model.
-        block: index of its block.
+        name: name of the module in the model.
+        block: index of its block; -1 outside of the blocks.
         site: the linears it shares an input with.
-        method: as requested.
-        moments: of its input; None for methods without calibration.
-        scalings: what each transform did at its site.
+        method: the method requested.
+        moments: second moments of its input; None for methods without calibration.
+        scalings: transform name → what that transform did at the linear's site.
     """
 
     name: str
@@ -42,12 +42,18 @@ class LinearReport:
     def errors(
         self, weight: Float[Tensor, "out in"], dequantized: Float[Tensor, "out in"], solution: Solution
     ) -> "Errors":
-        """What the solver's answer costs, of all rows or of some."""
+        """Sums of squared errors of a solution, over all rows of the linear or some.
+
+        Args:
+            weight: rows of the weight that the solver was given (float32).
+            dequantized: the solution's rows, dequantized.
+            solution: the solver's solution for these rows.
+        """
         sums = Errors(_squares(weight), _squares(dequantized, weight))
         if self.moments is None or not self.moments.tokens:
             return sums
         hessian = self.moments.hessian
-        loss = solution.quantized.loss if solution.damping is None else None  # else it is of the damped H
+        loss = solution.quantized.loss if solution.damping is None else None  # a damped solver's loss is of damped H
         after = _error(dequantized, weight, hessian) if loss is None else 2 * loss
         rounded = nearest(solution.quantized.grid, weight)
         same = torch.equal(rounded, dequantized)
@@ -55,11 +61,11 @@ class LinearReport:
         return replace(sums, signal=quadratic(weight, hessian, rough=True), before=before, after=after)
 
     def row(self, solution: Solution, errors: "Errors", seconds: float) -> dict[str, Any]:
-        """The row, as JSON values.
+        """The linear's ledger row, as JSON values; `seconds` is the time that solving it took.
 
-        Errors are relative, ‖error‖² / ‖signal‖² of the linear's output: `error_before` of rounding the weight
-        that the solver got to nearest without any search, `error_after` of what it answered. The signal, and with
-        it both, is known to 0.3% (see `quadratic`).
+        Errors are relative, ‖error‖² / ‖signal‖² of the linear's output: `error_before` is the error of rounding the
+        solver's input to nearest without search, `error_after` that of its solution. The signal, and with it both, is
+        known to 0.3% (see `quadratic`).
         """
         grid, moments, shape = solution.quantized.grid, self.moments, list(solution.quantized.codes.shape)
         size = shape[1] if grid.group_size == -1 else grid.group_size
@@ -101,11 +107,11 @@ class Errors:
     """Sums of squares over some rows of a linear.
 
     Attributes:
-        weight: of the weight.
-        changed: of what rounding changed of it.
-        signal: of its output.
-        before: of the output's error, were the weight rounded to nearest.
-        after: of the output's error.
+        weight: ‖W‖², of the weight.
+        changed: ‖Ŵ - W‖², of the difference that quantization made.
+        signal: tr(W H Wᵀ), of the output per token.
+        before: output error per token, were the weight rounded to nearest.
+        after: tr((Ŵ - W) H (Ŵ - W)ᵀ), output error per token.
     """
 
     weight: float
@@ -115,23 +121,23 @@ class Errors:
     after: float = 0.0
 
     def __add__(self, other: "Errors") -> "Errors":
-        """Of both rows."""
+        """The sums over the rows of both."""
         return Errors(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 def _squares(a: Float[Tensor, "out in"], b: Float[Tensor, "out in"] | None = None) -> float:
-    """‖a - b‖², or ‖a‖²."""
+    """Squared Frobenius norm ‖a - b‖², or ‖a‖² without b."""
     parts = (a[rows] if b is None else a[rows] - b[rows] for rows in row_parts(a))
     return float(sum(part.square().sum() for part in parts))
 
 
 def _error(a: Float[Tensor, "out in"], b: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> float:
-    """tr((a - b) H (a - b)ᵀ)."""
+    """Squared output error per token, tr((a - b) H (a - b)ᵀ)."""
     return sum(quadratic(a[rows] - b[rows], hessian) for rows in row_parts(a))
 
 
 def _tokens(moments: Moments | None) -> int | None:
-    """That reached the linear by themselves."""
+    """Number of tokens that reached the linear without any policy for experts; None without calibration."""
     if moments is None:
         return None
     return moments.tokens if moments.routed is None else moments.routed

@@ -1,4 +1,4 @@
-"""A method: transforms, one solver, tuning. `configs/method/NAME.yaml` is such a preset; there is no other registry."""
+"""A method: transforms, one solver, tuning. Each `configs/method/NAME.yaml` is a preset; there is no other registry."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,23 +21,24 @@ from gptq_awq.tuning.base import BlockTuning, ModelTuning
 
 @dataclass(frozen=True)
 class Method:
-    """What happens to every block.
+    """A quantization method: transforms, a solver and tuning, applied block by block, and options of calibration.
 
     Attributes:
-        name: as tables print it.
-        solver: lands weights on the grid; None leaves the model alone (full precision).
+        name: name of the method in tables.
+        solver: quantizes each linear's weight; None leaves the model alone (full precision).
         transforms: applied in order, before the solver; those of the whole model before all others.
         error_propagation: calibrate every layer on the inputs it will see, those of the model quantized so
             far (GPTQ). False calibrates on full-precision inputs everywhere (AWQ's own code).
-        cast: without a solver: the 16-bit type that all parameters are rounded to; None: none.
+        cast: without a solver, the 16-bit dtype that all parameters are rounded to; None: no rounding.
         tuning: applied in order, after the solver; those of the whole model after all blocks.
-        self_calibration: what the model itself writes to be calibrated on, beside the given text; None: nothing.
-        head: what becomes of the output head: None leaves it to the grid (most leave it in 16 bits), "rtn" rounds it
-            to nearest, "solve" lands it as linears are landed (see `pipeline.ends`).
+        self_calibration: calibration windows sampled from the model, added to the given text; None: none.
+        head: quantization of the output head: None leaves it to the grid (most leave it in 16 bits), "rtn" rounds it
+            to nearest, "solve" applies the solver to it as to a block's linears (see `quantization.embeddings`).
         untie_head: whether a head that is tied to the embedding may get a matrix of its own for that.
 
     Raises:
-        UserError: a type there isn't; full precision beside the quantized model, without error propagation.
+        UserError: an unknown `head` or `cast`; `untie_head` without `head`; a solver or tuning that compares with full
+            precision, without error propagation.
     """
 
     name: str
@@ -65,40 +66,47 @@ class Method:
 
     @property
     def needs_full(self) -> bool:
-        """Whether calibration carries full precision's hidden states beside the quantized model's."""
+        """Whether calibration carries the full-precision model's hidden states as well."""
         return self.needs_cross or bool(self.block_tunings)
 
     @property
     def needs_cross(self) -> bool:
-        """Whether the solver compares a site's inputs with full precision's; one that doesn't say so doesn't."""
+        """Whether the solver uses the cross-covariance C; false for a solver without the attribute."""
         return bool(getattr(self.solver, "needs_cross", False))
 
     @property
     def block_tunings(self) -> list[BlockTuning]:
-        """Tuning of each block in its turn."""
+        """Tunings of each block, applied once its linears are solved."""
         return [each for each in self.tuning.values() if isinstance(each, BlockTuning)]
 
     @property
     def model_tunings(self) -> list[ModelTuning]:
-        """Tuning of the whole model, after its last block."""
+        """Tunings of the whole model, applied after its last block."""
         return [each for each in self.tuning.values() if isinstance(each, ModelTuning)]
 
     @property
     def model_transforms(self) -> list[ModelTransform]:
-        """Transforms of the whole model."""
+        """Transforms of the whole model, applied before the block loop."""
         return [each for each in self.transforms.values() if isinstance(each, ModelTransform)]
 
     @property
     def block_transforms(self) -> list[Transform]:
-        """Transforms of one block at a time, which look at calibration data."""
+        """Transforms of one block at a time, which use its calibration data."""
         return [each for each in self.transforms.values() if isinstance(each, Transform)]
 
 
 def solved(solver: Solver, name: str, weight: Float[Tensor, "out in"], moments: Moments | None, grid: Grid) -> Solution:
-    """What a solver makes of the weight (float32) called `name`.
+    """Solve one weight, and name it in errors.
+
+    Args:
+        solver: solver to apply.
+        name: name of the linear in the model.
+        weight: its weight, float32.
+        moments: second moments of its input; None without calibration.
+        grid: grid to quantize to.
 
     Raises:
-        UserError: naming it, where it isn't finite or its Hessian won't factor.
+        UserError: the weight isn't finite, or its Hessian does not factor.
     """
     _check_finite(name, weight)
     try:
@@ -118,17 +126,17 @@ def solved_together(
     moments: Sequence[Moments | None],
     grid: Grid,
 ) -> list[Solution]:
-    """The same of several weights, together if the solver can.
+    """Solve several weights on one grid, in one call if the solver is `Rowwise`, and name them in errors.
 
     Raises:
-        UserError: naming the one that isn't finite or whose Hessian won't factor.
+        UserError: a weight isn't finite, or its Hessian does not factor.
     """
     if len(weights) > 1 and isinstance(solver, Rowwise):
         for name, weight in zip(names, weights, strict=True):
             _check_finite(name, weight)
-        with suppress(NotPositiveDefiniteError), phase("solve"):  # below, each by itself, it will be seen whose
+        with suppress(NotPositiveDefiniteError), phase("solve"):  # solved one by one below, the error has a name
             return solver.solve_together(weights, moments, grid)
-    return [solved(solver, *each, grid) for each in zip(names, weights, moments, strict=True)]
+    return [solved(solver, name, weight, own, grid) for name, weight, own in zip(names, weights, moments, strict=True)]
 
 
 def _check_finite(name: str, weight: Float[Tensor, "out in"]) -> None:

@@ -1,23 +1,25 @@
-"""The block loop: observe, transform, solve, advance.
+"""The block loop: observe, transform, solve, tune, advance.
 
-    for transform in transforms of the whole model: transform.prepare(model)
+    for transform in model transforms: transform.prepare(model)
     for block in model.blocks:
-        moments ← one forward of all calibration batches          (only if a transform needs them)
-        for transform in transforms: transform.apply(block, …)
+        moments ← one forward of all calibration batches           (only if a transform needs them)
+        for transform in block transforms: transform.apply(block, …)
         for site in block.sites:                                   qkv → o → gate/up → down
-            moments ← staged forward up to the site                (only if the solver needs them;
-                      of full precision beside it too, if the method compares the two)
+            moments ← staged forward up to the site                (only if the solver needs them; with a full-precision
+                                                                    forward, if the method compares the two)
             for linear in site: linear.weight ← solver.solve(linear.weight, moments, grid)
-        for tuning in tuning of blocks: tuning.apply_block(block, …)
-        advance the activations to the next block
-    the output head, if it is asked for: solver.solve on what the activations are then
-    for tuning in tuning of the whole model: tuning.apply(model, …)
+        for tuning in block tunings: tuning.apply_block(block, …)
+        activations ← block(activations)
+    head.weight ← solver.solve(head.weight, moments, grid)         (only with head=solve)
+    for tuning in model tunings: tuning.apply(model, …)
 
-Weights change in the model that was passed in; forwards run in `compute_dtype` on a copy of one block.
+Weights change in the model that was passed in; forwards run in `compute_dtype`, on a copy of one block where the
+model has another dtype.
 """
 
 import logging
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -27,7 +29,7 @@ from gptq_awq.calibration.expert_policy import ExpertPolicy, no_pairing
 from gptq_awq.calibration.observation import ObservationCache
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
-from gptq_awq.grids.base import GridChoice
+from gptq_awq.grids.base import Grid, GridChoice
 from gptq_awq.kernels.threads import match_torch
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.experts import experts_in, unfuse
@@ -35,7 +37,7 @@ from gptq_awq.models.offload import offloaded, read_ahead, resident
 from gptq_awq.numerics.distributed import Ranks
 from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.quantization.block import BlockStep
-from gptq_awq.quantization.embeddings import HeadStep, free_head, round_ends
+from gptq_awq.quantization.embeddings import HeadStep, free_head, round_embeddings
 from gptq_awq.quantization.method import Method
 from gptq_awq.quantization.resume import BlockResult, Progress
 from gptq_awq.quantization.targets import assign_grids
@@ -61,27 +63,29 @@ def quantize(
 ) -> Generator[BlockResult]:
     """Quantize every linear in the model's blocks, in place, one block per step of the iterator.
 
-    A mix of grids may round the embedding and the output head too; they come first, as block -1. A head that is solved
-    comes last, and is of block -1 as well.
+    The embedding and the output head, where the grid's mix rounds them too, come first, as block -1. A head that is
+    solved comes last, as block -1 too.
 
-    Nothing is kept in memory of a block that was handed out, so a caller that needs no codes pays no memory for them. A
-    offloaded model's codes are there until the next block is asked for; the journal has them.
+    Codes of a block whose result was yielded are not kept in memory, so a caller that needs none pays nothing for them.
+    An offloaded model's result loses its codes when the next block is asked for; the journal has them.
 
     Args:
-        model: a causal LM in eval mode.
+        model: a causal LM in eval mode; fused experts become linears (`models.experts`).
         tokens: calibration data; may be None where the method needs none (`needs_calibration`).
-        method: transforms and solver.
-        grid: where weights may land.
-        settings: how to compute.
+        method: transforms, solver and tuning.
+        grid: one grid for all linears, or a mix.
+        settings: how calibration computes.
         track: wraps the loop over blocks, to report progress.
-        record: keeps what methods without error propagation look at, for other runs on the same model and tokens.
-        progress: keeps finished blocks; those it holds are restored, not computed.
-        experts: what calibrates experts that few tokens reach. Fused experts become linears, see `models.experts`.
+        record: cache of full-precision observations, which methods without error propagation share across runs on the
+            same model and tokens.
+        progress: journal of finished blocks; those that it holds are restored, not computed.
+        experts: policy for experts that few tokens reach.
 
     Raises:
-        UserError: no calibration data where the method needs some; non-finite values; H that won't factor; a width
-            that a grid has no room for; experts whose products can't be told one from the other; tuning on several
+        UserError: no calibration data where the method needs some; non-finite values; an H that does not factor; a
+            width that a grid's format does not take; experts whose products can't be told apart; tuning on several
             ranks.
+        ValueError: an offloaded model without a journal.
     """
     match_torch()
     if offloaded(model):
@@ -94,85 +98,108 @@ def quantize(
     unfuse(model)
     if method.needs_cross and experts_in(model):
         raise no_pairing(f"method={method.name}")
+    loop = _BlockLoop(model, tokens, method, grid, settings, track, record, progress, experts)
     if not method.model_tunings:
-        yield from _blocks(model, tokens, method, grid, settings, track, record, progress, experts)
+        yield from loop.run()
         return
     if tokens is None:
-        raise _wants_tokens(method)
+        raise _missing_tokens(method)
     teacher = Teacher(model, tokens, resolve_compute_dtype(settings.compute_dtype, next(model.parameters()).device))
-    results = list(_blocks(model, tokens, method, grid, settings, track, record, progress, experts))
-    yield from tuned_model(model, method, results, teacher, tokens, track)
+    yield from tuned_model(model, method, list(loop.run()), teacher, tokens, track)
 
 
-def _blocks(
-    model: nn.Module,
-    tokens: TokenSet | None,
-    method: Method,
-    grid: GridChoice,
-    settings: Settings,
-    track: Track,
-    record: ObservationCache | None,
-    progress: Journal | None,
-    experts: ExpertPolicy,
-) -> Iterator[BlockResult]:
-    """The block loop."""
-    prefix, blocks = find_blocks(model)
-    prepared = {each.name: Scaling(None, each.prepare(model)) for each in method.model_transforms}
-    free_head(model, method)
-    grids = assign_grids(model, grid, method.head)
-    for tuning in method.tuning.values():
-        for each in {each for name, each in grids.items() if name.startswith(f"{prefix}.")}:
-            tuning.check(each)
-    ends = round_ends(model, grids, prefix, method)
-    head = HeadStep.of(model, method, grids, prepared, settings.ranks)
-    if ends.weights:
-        yield ends
-    kept, count = Progress(progress, settings.ranks), len(blocks)
-    inputs = None
-    if needs_calibration(method, grid):
-        if tokens is None:
-            raise _wants_tokens(method)
-        inputs = Inputs(
-            *(model, blocks, tokens, settings, method.error_propagation, bool(method.block_transforms)),
-            record=_without(record) if head else record,
-            track=track,
-            full=method.needs_full,
-            experts=experts,
+@dataclass(frozen=True)
+class _BlockLoop:
+    """The block loop over one model, with the arguments of `quantize` as attributes."""
+
+    model: nn.Module
+    tokens: TokenSet | None
+    method: Method
+    grid: GridChoice
+    settings: Settings
+    track: Track
+    cache: ObservationCache | None
+    journal: Journal | None
+    experts: ExpertPolicy
+
+    def run(self) -> Iterator[BlockResult]:
+        """Quantize the embedding, the blocks and the output head; yields each result once it is finished."""
+        model, method, ranks = self.model, self.method, self.settings.ranks
+        prefix, blocks = find_blocks(model)
+        prepared = {each.name: Scaling(None, each.prepare(model)) for each in method.model_transforms}
+        free_head(model, method)
+        grids = assign_grids(model, self.grid, method.head)
+        _check_tunings(method, {grid for name, grid in grids.items() if name.startswith(f"{prefix}.")})
+        outside = round_embeddings(model, grids, prefix, method)
+        head = HeadStep.of(model, method, grids, prepared, ranks)
+        if outside.weights:
+            yield outside
+        progress, count = Progress(self.journal, ranks), len(blocks)
+        inputs = self._inputs(blocks, with_head=head is not None)
+        activations = inputs.activations if inputs else None
+        finished = progress.finished(count + (head is not None), activations)
+        yield from progress.restore(min(finished, count), prefix, blocks, grids)
+        rest = range(finished, count)
+        for index in self.track(rest, f"quantize ({method.name})", len(rest)):
+            name, block = f"{prefix}.{index}", blocks[index]
+            step = BlockStep(block, index, name, method, grids, prepared, ranks)
+            if index + 1 < count:
+                read_ahead(blocks[index + 1])
+            with torch.no_grad(), resident(block):
+                step.run(inputs)
+                done = BlockResult(index, step.weights, step.rows)
+                progress.save(name, block, done, activations)
+            progress.settle(name, block, index, grids)
+            yield done
+            done.release(block)
+        if head is not None and finished > count:
+            yield head.restore(progress.head(count, grids))
+        elif head is not None:
+            done = head.run(activations)
+            progress.save_head(count, done)
+            yield done
+
+    def _inputs(self, blocks: nn.ModuleList, with_head: bool) -> Inputs | None:
+        """The blocks' inputs; None where the method needs no calibration.
+
+        Raises:
+            UserError: the method calibrates, and there are no tokens.
+        """
+        if not needs_calibration(self.method, self.grid):
+            return None
+        if self.tokens is None:
+            raise _missing_tokens(self.method)
+        cache = self.cache
+        if with_head and cache is not None:  # it holds moments of blocks only
+            log.info("head=solve: cached full-precision moments have none of the head's, so this run calibrates anew")
+            cache = None
+        return Inputs(
+            model=self.model,
+            blocks=blocks,
+            tokens=self.tokens,
+            settings=self.settings,
+            error_propagation=self.method.error_propagation,
+            absorbers=bool(self.method.block_transforms),
+            record=cache,
+            track=self.track,
+            full=self.method.needs_full,
+            experts=self.experts,
         )
-    activations = inputs.activations if inputs else None
-    finished = kept.finished(count + (head is not None), activations)
-    yield from kept.restore(min(finished, count), prefix, blocks, grids)
-    rest = range(finished, count)
-    for index in track(rest, f"quantize ({method.name})", len(rest)):
-        step = BlockStep(blocks[index], index, f"{prefix}.{index}", method, grids, prepared, settings.ranks)
-        if index + 1 < count:
-            read_ahead(blocks[index + 1])
-        with torch.no_grad(), resident(blocks[index]):
-            step.run(inputs)
-            done = BlockResult(index, step.weights, step.rows)
-            kept.save(f"{prefix}.{index}", blocks[index], done, activations)
-        kept.settle(f"{prefix}.{index}", blocks[index], index, grids)
-        yield done
-        done.release(blocks[index])
-    if head is not None and finished > count:
-        yield head.restore(kept.head(count, grids))
-    elif head is not None:
-        done = head.run(activations)
-        kept.save_head(count, done)
-        yield done
 
 
-def _without(record: ObservationCache | None) -> None:
-    """Say that a record is not used: it knows of blocks only, and the head's input comes after them."""
-    if record is not None:
-        log.info("head=solve: full precision's recorded moments have none of the head's, so this run calibrates anew")
+def _check_tunings(method: Method, grids: set[Grid]) -> None:
+    """Raise UserError if one of the method's tunings does not take one of the blocks' grids."""
+    for tuning in method.tuning.values():
+        for grid in grids:
+            tuning.check(grid)
 
 
 def _check_blockwise(method: Method, progress: Journal | None) -> None:
-    """Refuse, for a model whose blocks come one at a time, what needs more.
+    """Refuse a method that needs a whole model in memory, for a model that is offloaded block by block.
 
     Raises:
-        UserError: naming the part of the method; no place for finished blocks.
+        UserError: naming the part of the method.
+        ValueError: there is no journal for finished blocks.
     """
     whole = [*(each.name for each in method.model_transforms), *(each.name for each in method.model_tunings)]
     whole += [f"method.cast={method.cast}"] if method.cast else []
@@ -182,18 +209,18 @@ def _check_blockwise(method: Method, progress: Journal | None) -> None:
             "choose a method without it, or a memory_budget that the model fits into"
         )
     if progress is None:
-        raise ValueError("a offloaded model needs a journal: its finished blocks go there")
+        raise ValueError("an offloaded model needs a journal: its finished blocks go there")
 
 
-def _wants_tokens(method: Method) -> UserError:
+def _missing_tokens(method: Method) -> UserError:
     return UserError(f"method={method.name} calibrates: give it tokens (data=…)")
 
 
 def check_ranks(method: Method, ranks: Ranks) -> None:
-    """Refuse what several ranks can't do together.
+    """Refuse a method that several ranks cannot run together.
 
     Raises:
-        UserError: tuning, which learns from all batches at once.
+        UserError: the method has a tuning, which learns from all batches at once.
     """
     if ranks.size > 1 and method.tuning:
         raise UserError(
@@ -203,7 +230,7 @@ def check_ranks(method: Method, ranks: Ranks) -> None:
 
 
 def needs_calibration(method: Method, grid: GridChoice) -> bool:
-    """Whether any part of the method looks at calibration data."""
+    """Whether any part of the method, or the grid's search, uses calibration data."""
     solver = method.solver
     return solver is not None and (
         bool(method.block_transforms or method.tuning) or solver.needs_hessian or grid.needs_hessian
@@ -212,7 +239,11 @@ def needs_calibration(method: Method, grid: GridChoice) -> bool:
 
 @torch.no_grad()
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round every parameter to what a 16-bit checkpoint holds, in place; computation stays as it was."""
+    """Round every parameter to a 16-bit dtype, in place; the parameters' own dtype stays.
+
+    Raises:
+        UserError: a parameter overflows.
+    """
     for name, parameter in model.named_parameters():
         parameter.copy_(parameter.to(dtype))
         if not torch.isfinite(parameter).all():

@@ -1,7 +1,7 @@
-"""What is kept of a finished block, so that a run that was killed goes on after it, bit for bit.
+"""Resuming: finished blocks are kept in a journal, so that a killed run goes on after the last one, bit for bit.
 
-Codes, scales and zeros (a byte per weight and a little more, whatever the model's dtype), and those parameters of the
-block that are not on a grid, since transforms change them. The weights follow from the codes.
+Kept are codes, scales and zeros (a byte per weight and a little more, whatever the model's dtype), and the block's
+parameters without a grid, since transforms change them. Weights are dequantized from the codes.
 """
 
 import logging
@@ -24,17 +24,18 @@ from gptq_awq.storage.journal import Journal
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
+"""One linear's row of the ledger, as JSON values."""
 
 
 @dataclass(frozen=True)
 class BlockResult:
-    """One finished block.
+    """The quantized weights and ledger rows of one finished block.
 
     Attributes:
-        index: its number; -1: what lies outside of the blocks.
-        weights: module name → codes, scales, zeros.
-        rows: its part of the ledger, one row per linear.
-        restored: an earlier attempt at this run had finished it.
+        index: index of the block; -1 for modules outside of the blocks (embedding, output head).
+        weights: module name → quantized weight.
+        rows: rows of the ledger, one per linear.
+        restored: whether an earlier attempt at this run had finished the block.
     """
 
     index: int
@@ -43,9 +44,9 @@ class BlockResult:
     restored: bool = False
 
     def release(self, block: nn.Module) -> None:
-        """It was handed out; of a offloaded block only the journal keeps codes, whoever still holds this.
+        """Free the weights of an offloaded block once its result was used; the journal has them.
 
-        What the C library keeps of freed memory would grow from block to block.
+        Freed memory is given back to the system, as the C library's share of it would grow from block to block.
         """
         if residence(block) is not None:
             self.weights.clear()
@@ -54,14 +55,31 @@ class BlockResult:
 
 @dataclass
 class Progress:
-    """A run's journal; None: nothing is kept. A disk that is full costs the progress, not the run."""
+    """Keeps a run's finished blocks in a journal, and restores them.
+
+    A full disk ends the keeping, and not the run, unless the model is offloaded.
+
+    Attributes:
+        journal: the folder of finished blocks; None: nothing is kept.
+        ranks: the processes that share the work.
+    """
 
     journal: Journal | None
     ranks: Ranks = ONE
 
     @phase("disk")
     def save(self, prefix: str, block: nn.Module, done: BlockResult, activations: Activations | None) -> None:
-        """Keep a finished block, and what enters the next one."""
+        """Keep a finished block, and the activations that enter the next one.
+
+        Args:
+            prefix: name of the block in the model.
+            block: the finished block.
+            done: its result.
+            activations: inputs of the next block; None where they need not be kept.
+
+        Raises:
+            UserError: an offloaded model's block cannot be written.
+        """
         if self.journal is None:
             return
         try:
@@ -69,20 +87,21 @@ class Progress:
         except OSError as error:
             if residence(block) is not None:
                 raise UserError(
-                    f"a offloaded model's finished blocks go to the cache, and it can't: {error}"
+                    f"an offloaded model's finished blocks must be kept in the cache, which failed: {error}"
                 ) from error
             log.warning("progress is not kept, a killed run would start again: %s", error)
             self._clear()
             self.journal = None
 
     def save_head(self, count: int, done: BlockResult) -> None:
-        """Keep a finished output head, as if it were the block after all `count` others."""
+        """Keep a finished output head, as the block after the model's `count` blocks."""
         self.save("", nn.Module(), replace(done, index=count), None)
 
     def finished(self, count: int, activations: Activations | None) -> int:
-        """How many of the leading blocks, of `count`, are kept; `activations` then enter the block after them.
+        """Number of leading blocks, of `count`, that the journal holds; 0 where one of them is damaged.
 
-        An output head that is solved counts as the last of them.
+        An output head that is solved counts as one more block. `activations` are replaced by the inputs of the block
+        after the finished ones.
         """
         if self.journal is None:
             return 0
@@ -101,7 +120,14 @@ class Progress:
     def restore(
         self, finished: int, prefix: str, blocks: nn.ModuleList, grids: Mapping[str, Grid]
     ) -> Iterator[BlockResult]:
-        """Put finished blocks back into the model, in place."""
+        """Write the first `finished` blocks back into the model, in place, and yield their results.
+
+        Args:
+            finished: number of leading blocks that are finished.
+            prefix: name of the list of blocks in the model.
+            blocks: the model's blocks.
+            grids: module name → grid.
+        """
         for index in range(finished):
             name, block = f"{prefix}.{index}", blocks[index]
             self.settle(name, block, index, grids)
@@ -114,13 +140,13 @@ class Progress:
             yield BlockResult(index, weights, content.facts["rows"], restored=True)
 
     def head(self, count: int, grids: Mapping[str, Grid]) -> BlockResult:
-        """What `save_head` kept."""
+        """Result of the finished output head, as `save_head` kept it after the model's `count` blocks."""
         assert self.journal is not None
         content = self.journal.block(count)
         return BlockResult(-1, dict(weights_in(content, grids)), content.facts["rows"], restored=True)
 
     def settle(self, name: str, block: nn.Module, index: int, grids: Mapping[str, Grid]) -> None:
-        """From now on a offloaded block, which is finished, comes from the journal."""
+        """Let the weights of a finished offloaded block be read from the journal from now on; others stay in memory."""
         if (home := residence(block)) is None:
             return
         assert self.journal is not None
@@ -138,7 +164,7 @@ class Progress:
 
 
 def _checked(journal: Journal, count: int) -> None:
-    """Raise FileNotFoundError or DamagedError where one of the leading blocks can't be used."""
+    """Raise FileNotFoundError or DamagedError where one of the first `count` blocks is missing or damaged."""
     for index in range(count):
         journal.block(index)
 
@@ -146,7 +172,7 @@ def _checked(journal: Journal, count: int) -> None:
 def _state(
     content: ChecksummedFile, weights: Mapping[str, QuantizedWeight], block: nn.Module, name: str
 ) -> Iterator[tuple[str, Tensor]]:
-    """What a finished block holds, by names in the model."""
+    """Names in the model, and tensors, of a finished block's state: plain parameters, and dequantized weights."""
     for key, value in _under("plain/", content.tensors).items():
         yield f"{name}.{key}", value
     for linear, weight in weights.items():
@@ -155,6 +181,7 @@ def _state(
 
 
 def _packed(prefix: str, block: nn.Module, done: BlockResult) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A finished block as tensors and facts, for the journal."""
     on_grid = {f"{name.removeprefix(f'{prefix}.')}.weight" for name in done.weights}
     state = block.state_dict().items()
     tensors = {f"plain/{name}": value for name, value in state if name not in on_grid}
@@ -167,7 +194,7 @@ def _packed(prefix: str, block: nn.Module, done: BlockResult) -> tuple[dict[str,
 
 
 def weights_in(content: ChecksummedFile, grids: Mapping[str, Grid]) -> Iterator[tuple[str, QuantizedWeight]]:
-    """Names and quantized weights of one block of a journal."""
+    """Names and quantized weights of one finished block, read from its file in the journal."""
     for name, loss in content.facts["losses"].items():
         kept, grid = _under(f"{name}/", content.tensors), grids[name]
         groups = kept.get("group_of_column")
@@ -178,4 +205,5 @@ def weights_in(content: ChecksummedFile, grids: Mapping[str, Grid]) -> Iterator[
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, named without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

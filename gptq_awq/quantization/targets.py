@@ -1,4 +1,4 @@
-"""Which weights of a model land where: every linear in its blocks, and the embedding and output head if asked for."""
+"""Targets of quantization: grids of the linears in the blocks and, if asked for, of the embedding and output head."""
 
 from collections.abc import Iterator, Mapping
 
@@ -11,14 +11,19 @@ from gptq_awq.models.linear import is_linear, matrix
 
 
 def assign_grids(model: nn.Module, choice: GridChoice, head: str | None = None) -> dict[str, Grid]:
-    """Module name → the grid its weight will land on; `head`: what becomes of the output head, see `Method`.
+    """Assign each weight that is to be quantized its grid: module name → grid.
+
+    Args:
+        model: a causal LM.
+        choice: one grid for all linears, or a mix.
+        head: quantization of the output head, as `Method.head` has it.
 
     Raises:
-        UserError: a grid that has no room for a weight of that width; names in a grid's options that no weight has;
+        UserError: a grid whose format does not take a weight's width; names in a grid's options that no weight has;
             a linear that several blocks share.
     """
     grids: dict[str, Grid] = {}
-    places = [*_ends(model, head is not None), *_inner(model)]
+    places = [*_outside_places(model, head is not None), *_block_places(model)]
     if unmatched := getattr(choice, "unmatched", lambda _: [])(places):
         raise UserError(f"{unmatched[0]}: the model has no such linear")
     for place in places:
@@ -32,13 +37,13 @@ def assign_grids(model: nn.Module, choice: GridChoice, head: str | None = None) 
 
 
 def changes_output(model: nn.Module, grids: Mapping[str, Grid]) -> bool:
-    """Whether the output layer's own weight, or the embedding it is tied to, will land on a grid."""
+    """Whether the output head's weight, or the embedding it is tied to, has a grid."""
     head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     return head is not None and any(model.get_submodule(name).weight is head.weight for name in grids)
 
 
-def _inner(model: nn.Module) -> Iterator[Place]:
-    """The blocks' linears."""
+def _block_places(model: nn.Module) -> Iterator[Place]:
+    """The places of the blocks' linears."""
     prefix, blocks = find_blocks(model)
     shared_kv = (heads_of(model) or 1) // key_value_heads(text_config(model))
     names: dict[int, str] = {}
@@ -47,12 +52,12 @@ def _inner(model: nn.Module) -> Iterator[Place]:
             if is_linear(module):
                 columns, full_name = matrix(module).shape[1], f"{prefix}.{index}.{name}"
                 if (first := names.setdefault(id(module.weight), full_name)) != full_name:
-                    raise UserError(f"model: {first} and {full_name} share one weight, which can't land twice")
+                    raise UserError(f"model: {first} and {full_name} share one weight, which can't be quantized twice")
                 yield Place(full_name, columns, index, len(blocks), shared_kv)
 
 
-def _ends(model: nn.Module, head_wanted: bool) -> Iterator[Place]:
-    """The input embedding, and the output head where it is a matrix of its own."""
+def _outside_places(model: nn.Module, head_wanted: bool) -> Iterator[Place]:
+    """The places of the input embedding, and of the output head where it is a matrix of its own."""
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     tied = head is not None and head.weight is embedding.weight
