@@ -1,4 +1,4 @@
-"""Whether forecasts are right: seconds by phase and peak memory that runs were forecast to take, beside what they took.
+"""Accuracy of forecasts: seconds by phase and peak memory of runs as forecast, beside what the runs took.
 
     python benchmarks/forecast.py --model DIR [--text FILE] [--methods rtn,gptq,awq,fast] [--only SUBSTRING] [run.py …]
 
@@ -25,19 +25,19 @@ from gptq_awq.runtime.profiling import machine, markdown_table
 RUN = Path(__file__).resolve().parent.parent / "run.py"
 SETTINGS = ("group_size=32", "data.samples=64", "data.seqlen=256", "tokens_per_batch=2048")
 SCORED = ("eval.perplexity.seqlen=256", "eval.perplexity.windows=32")
-STREAMED = ("stream=true", "data.samples=32", "eval.perplexity.windows=8")
+OFFLOADED = ("stream=true", "data.samples=32", "eval.perplexity.windows=8")
 BLOCKS = 6
 Row = tuple[str, ...]
 
 
 def options(model: Path, text: Path | None) -> list[str]:
-    """The model, and what it is calibrated and scored on: two parts of one text, or the defaults."""
+    """Options for the model and its calibration and evaluation texts: two parts of one text, or the defaults."""
     found = ["model=local", f"model.path={model}", *SETTINGS, *SCORED]
     return found if text is None else [*found, "data=local", f"data.path={text}", f"eval.perplexity.path={text}"]
 
 
 def random_llama(folder: Path, like: Path) -> Path:
-    """A model larger than those that methods are tried on, with the tokenizer in `like`."""
+    """Write a random Llama, larger than the models that methods are tried on, with the tokenizer in `like`."""
     made = make(folder, SMALL | {"num_hidden_layers": BLOCKS})
     for file in like.glob("tokenizer*"):
         shutil.copy(file, made / file.name)
@@ -45,7 +45,7 @@ def random_llama(folder: Path, like: Path) -> Path:
 
 
 def measure(out: Path, *options: str) -> Result:
-    """One run."""
+    """Make one run, with a forecast and a cache of its own."""
     environment = os.environ | {"GPTQ_AWQ_CACHE": str(out / ".cache")}
     command = [sys.executable, str(RUN), *options, "forecast=true", f"out={out}"]
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
@@ -53,7 +53,7 @@ def measure(out: Path, *options: str) -> Result:
 
 
 def rows(name: str, result: Result) -> list[Row]:
-    """Forecast, taken and ratio, phase by phase, in all, and of memory."""
+    """Rows of forecast, taken and ratio: seconds of every phase and of the run, and peak memory."""
     found, forecast = [], result.forecast
     if forecast is None:
         raise SystemExit(f"{name}: no forecast was made, see its run.log")
@@ -72,7 +72,7 @@ def _row(name: str, what: str, expected: float, taken: float, unit: str) -> Row:
 
 
 def main() -> None:
-    """Run all, and print the table as it grows."""
+    """Make all runs, and print the table as it grows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a transformers folder")
     parser.add_argument("--text", type=Path, help="a text file; by default WikiText-2, fetched")
@@ -87,10 +87,10 @@ def main() -> None:
         for name, (model, method) in runs.items():
             if arguments.only not in name:
                 continue
-            activations = model != arguments.model
-            if activations and not model.exists():
+            from_disk = model != arguments.model
+            if from_disk and not model.exists():
                 random_llama(model, arguments.model)
-            given = [*options(model, arguments.text), *(STREAMED if activations else ()), f"method={method}", *more]
+            given = [*options(model, arguments.text), *(OFFLOADED if from_disk else ()), f"method={method}", *more]
             result = measure(Path(scratch) / name.replace(" ", "-"), *given)
             for row in rows(name, result):
                 print(f"| {' | '.join(row)} |", flush=True)

@@ -17,6 +17,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.markdown import Markdown
 
 from gptq_awq.allocation.allocate import Allocation, allocate
 from gptq_awq.cache.cache import prune
@@ -46,7 +47,7 @@ from gptq_awq.quantization.targets import changes_output
 from gptq_awq.report import final_table
 from gptq_awq.results import FAILURE, FILE_NAME, Ledger, Result
 from gptq_awq.runtime import memory
-from gptq_awq.runtime.profiling import Recorder, phase, terminal_table
+from gptq_awq.runtime.profiling import REPORT, Recorder, phase
 from gptq_awq.runtime.progress import Track, no_track, rich_track
 from gptq_awq.runtime.runlog import Clock, logging_to, remove_unused_hydra_folder
 from gptq_awq.storage.assets import cache_dir
@@ -88,7 +89,7 @@ def _run(cfg: DictConfig, ranks: Ranks) -> Result:
         return result
     (plan.out / FAILURE).unlink(missing_ok=True)
     if plan.profile:
-        Console().print(terminal_table(recorder.phases))
+        Console().print(Markdown((plan.out / REPORT).read_text()))
     Console().print(final_table(result))
     console.print(f"results: {plan.out / 'results.json'}", highlight=False, soft_wrap=True)
     return result

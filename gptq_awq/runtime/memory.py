@@ -1,4 +1,4 @@
-"""Memory: what is free, what a run has used at most, and what calibration will need."""
+"""Memory: bytes that are free, that a process uses and has used at most, and that calibration will need."""
 
 import ctypes
 import re
@@ -23,7 +23,7 @@ def parse_bytes(text: str) -> int:
 
 
 def available_bytes(device: torch.device, budget: int | None = None) -> int:
-    """Memory that may still be allocated on `device`; `budget`: of all that this process takes, but for GPUs."""
+    """Bytes that may still be allocated on `device`; on a CPU within `budget`, for all that this process takes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
@@ -31,17 +31,17 @@ def available_bytes(device: torch.device, budget: int | None = None) -> int:
 
 
 def resident_bytes() -> int:
-    """Memory that this process has now."""
+    """Bytes of memory that this process has now."""
     return psutil.Process().memory_info().rss
 
 
 def used_bytes(device: torch.device) -> int:
-    """Memory that this process has now, on the device if it is a GPU; what the C library holds back is in it."""
+    """Bytes that this process has now, on the device if it is a GPU, and with what the C library holds back."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
 
 
 def reset_peak(device: torch.device) -> None:
-    """Start measuring the peak anew, where the system allows it (Linux, CUDA); a sweep runs in one process."""
+    """Start a new measurement of the peak, where the system allows it (Linux, CUDA); a sweep runs in one process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):
@@ -49,7 +49,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory used since `reset_peak`: on the device if it is a GPU, else resident in this process."""
+    """Peak of bytes used since `reset_peak`: on the device if it is a GPU, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError, StopIteration):
@@ -60,48 +60,47 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def trim() -> None:
-    """Give freed memory back that the C library holds for later, where it is one that can (glibc)."""
+    """Return freed memory that the C library (glibc) holds for later to the system."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 MMAP_THRESHOLD = -3
-"""mallopt's name for it, in malloc.h."""
+"""Parameter of mallopt, from malloc.h: blocks above this size are mapped, and returned when freed."""
 LARGE = 4 * 2**20
-"""Bytes. Page faults are what giving such tensors back at once costs: up to a fifth of the time of a small model."""
+"""Bytes of a large tensor. Returning it at once costs page faults: up to a fifth of the time of a small model."""
 
 
 def return_large() -> None:
-    """From now on give large tensors back to the system as soon as they are freed, in this process (glibc).
+    """Return large tensors to the system as soon as they are freed, from now on in this process (glibc).
 
-    Otherwise they come from a heap, whose holes no one else can use; over many blocks it grows, though nothing
-    piles up.
+    Otherwise they come from a heap, whose holes no one else can use and which grows over many blocks.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE)
 
 
 SOLVED = 10
-"""Bytes for each weight of the linear that is solved: itself again and what it came to in float32, its codes."""
+"""Bytes for each weight of the linear that is solved: itself again and its rounded values in float32, its codes."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration allocates beyond the model, in bytes, from numbers of weights and columns.
+    """Bytes that calibration allocates beyond the model, from numbers of weights and columns.
 
     Attributes:
         block: weights of the largest block.
-        linear: of the largest linear among the widest.
+        linear: weights of the largest linear among the widest.
         widest: columns of the widest site.
         hidden: width of hidden states.
-        tokens: of all batches.
-        tokens_per_batch: of one.
+        tokens: tokens of all batches.
+        tokens_per_batch: tokens of one batch.
         itemsize: bytes of a number in forwards.
         held: bytes for each weight of a block: of a copy that forwards compute with, of a block that was on disk.
-        full: full precision runs beside: forwards, streams and the copy double, and three more in × in matrices say
-            how the two differ.
-        spilled: hidden states between blocks lie in files.
-        more: what else lasts, such as waiting batches' activations.
+        full: full precision runs beside: forwards, activations and the copy double, and three more in × in matrices
+            hold how the two differ.
+        spilled: hidden states between blocks are in files.
+        more: bytes of anything else that lasts, such as waiting batches' activations.
     """
 
     block: int
@@ -118,46 +117,38 @@ class Calibration:
 
     @property
     def lasting(self) -> int:
-        """Blocks' copies, and the streams of all tokens."""
-        flowing = 0 if self.spilled else self.tokens * self.hidden * self.itemsize
-        copies = self.block * (self.held + self.full * self.itemsize)
-        return copies + (1 + self.full) * flowing + self.more
-
-    @property
-    def forwards(self) -> int:
-        """A copy in float32 to look for sites; then what one batch holds, and the moments of the widest site."""
-        batch = held_bytes(self.tokens_per_batch, self.hidden, self.widest, self.itemsize)
-        return self.lasting + max(4 * self.block, (1 + self.full) * batch + 4 * self.widest**2)
-
-    @property
-    def solving(self) -> int:
-        """Moments and their factor for the widest site, with the linear that is solved."""
-        return self.lasting + (8 + 12 * self.full) * self.widest**2 + SOLVED * self.linear
+        """Bytes of blocks' copies and of the activations of all tokens."""
+        states = 0 if self.spilled else self.tokens * self.hidden * self.itemsize
+        return self.block * (self.held + self.full * self.itemsize) + (1 + self.full) * states + self.more
 
     @property
     def most(self) -> int:
-        """Whichever is more."""
-        return max(self.forwards, self.solving)
+        """Peak bytes: of forwards, or of solving the widest site.
+
+        Forwards look for sites with a copy in float32; then hold one batch, and the moments of the widest site.
+        Solving takes these moments, their factor, and the linear that is solved.
+        """
+        batch = held_bytes(self.tokens_per_batch, self.hidden, self.widest, self.itemsize)
+        forwards = max(4 * self.block, (1 + self.full) * batch + 4 * self.widest**2)
+        solving = (8 + 12 * self.full) * self.widest**2 + SOLVED * self.linear
+        return self.lasting + max(forwards, solving)
 
 
 def held_bytes(tokens: int, hidden: int, widest: int, itemsize: int) -> int:
-    """The activations that batches hold while they wait at a site, at most: hidden states before and after the norm,
-    and what their attention or MLP has made so far (queries, keys, values and output; gate and up)."""
+    """Bytes of activations that batches hold while they wait at a site, at most.
+
+    Hidden states before and after the norm, and what their attention or MLP has made so far: queries, keys, values and
+    output, or gate and up.
+    """
     return tokens * itemsize * (2 * hidden + max(4 * hidden, 2 * widest))
 
 
-def head_bytes(weights: int) -> int:
-    """What solving an output head of so many weights holds beside it, at most: measured, GPTQ with a range search.
-
-    Round to nearest takes 16 bytes a weight. Blocks' copies and waiting batches are gone by then.
-    """
-    return 27 * weights
-
-
 def routed_bytes(tokens: int, hidden: int, itemsize: int, squares: int) -> int:
-    """What a mixture of experts adds: four hidden states of every token, which waits inside of the experts whatever
-    becomes of other activations, or is kept for experts that few tokens reach; second moments of all experts of a
-    block, where a method looks at them together (`squares`: the sum of columns²)."""
+    """Bytes that a mixture of experts adds: four hidden states of every token, and the experts' second moments.
+
+    Tokens wait inside of the experts whatever becomes of other activations, or are kept for experts that few reach.
+    `squares`: sum of columns² over a block's experts, where a method looks at all of them together; else 0.
+    """
     return 4 * tokens * hidden * itemsize + 4 * squares
 
 

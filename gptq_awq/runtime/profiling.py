@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.table import Table
 from torch._C._profiler import RecordScope, _ExperimentalConfig
 from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler, _enable_profiler, _prepare_profiler
 from torch.profiler import ProfilerActivity, record_function
@@ -182,34 +180,19 @@ def _enable() -> None:
     _enable_profiler(config, {ProfilerActivity.CPU}, scopes)  # pyright: ignore[reportCallIssue] (stub lacks the third)
 
 
-def rows(phases: Sequence[PhaseTime]) -> list[tuple[str, ...]]:
-    """The table of phases: a header, then text cells, then all phases together."""
+def page(phases: Sequence[PhaseTime], run: str, device: torch.device) -> str:
+    """Table of phases as a page in markdown; `run` is the run's hash."""
     total = sum(phase.seconds for phase in phases)
-    found: list[tuple[str, ...]] = [("phase", "seconds", "share", "calls", "what it is")]
+    table: list[tuple[str, ...]] = [("phase", "seconds", "share", "calls", "what it is")]
     for phase in phases:
         cells = phase.name, f"{phase.seconds:.2f}", f"{phase.seconds / total:.1%}", str(phase.calls or "")
-        found.append((*cells, PHASES.get(phase.name, "what no mark covers")))
-    return [*found, ("all", f"{total:.2f}", "100%", "", "")]
-
-
-def terminal_table(phases: Sequence[PhaseTime]) -> Table:
-    """The table of phases for the terminal."""
-    head, *body = rows(phases)
-    table = Table(title="where the time went", box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    for i, name in enumerate(head):
-        table.add_column(name, justify="right" if 0 < i < len(head) - 1 else "left")
-    for row in body:
-        table.add_row(*row)
-    return table
-
-
-def page(phases: Sequence[PhaseTime], run: str, device: torch.device) -> str:
-    """The table of phases as a page in markdown; `run` is the run's hash."""
+        table.append((*cells, PHASES.get(phase.name, "what no mark covers")))
+    table.append(("all", f"{total:.2f}", "100%", "", ""))
     return f"""# Where the time went
 
 Run {run[:12]}, wall time from loading to storing. {machine(device)}.
 
-{markdown_table(rows(phases))}
+{markdown_table(table)}
 
 Seconds are a phase's own, without the phases inside of it.
 """

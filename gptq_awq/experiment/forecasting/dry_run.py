@@ -1,6 +1,6 @@
-"""Small parts of a run, timed before it begins: one block's turn with one batch, one window's scores, a few steps.
+"""Small parts of a run, timed before it begins: one block with one batch, the scores of one window, a few tuning steps.
 
-Everything is done by the code that the run itself will use, on a copy of one block, and on the model with one or a few
+All of it is done by the code that the run itself will use, on a copy of one block, and on the model with one or a few
 blocks in place of all. Nothing that the run will use is changed, nor are the random numbers that it will draw.
 """
 
@@ -19,48 +19,67 @@ from torch import nn
 
 from gptq_awq.calibration.block_inputs import Inputs, first_batch, keeps_activations
 from gptq_awq.calibration.observation import ObservationCache
+from gptq_awq.data.tokens import TokenSet
 from gptq_awq.evaluation.divergence import compare
 from gptq_awq.evaluation.head import Head
 from gptq_awq.evaluation.perplexity import next_token_nll
 from gptq_awq.experiment.context import RunContext, record_of
 from gptq_awq.experiment.plan import Plan
-from gptq_awq.export.base import Source
-from gptq_awq.export.verify import Probe
-from gptq_awq.models.blocks import find_blocks, text_config
+from gptq_awq.export.verify import tensor_sha256
+from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.offload import resident
 from gptq_awq.numerics.distributed import ONE
 from gptq_awq.quantization.block import BlockStep
 from gptq_awq.quantization.resume import BlockResult, Progress, weights_in
-from gptq_awq.runtime.profiling import OTHER, Recorder
-from gptq_awq.runtime.progress import no_track
+from gptq_awq.runtime.profiling import Recorder
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.storage.journal import Journal
 from gptq_awq.tuning.base import ModelTuning
 from gptq_awq.tuning.teacher import Teacher
 
 QUICK = 3.0
-"""Seconds: a turn that took less is done again, since compiling and first calls are a large part of it."""
+"""Seconds below which a block's turn is timed again: compiling and first calls are a large part of it."""
 SCORED = 512
 """Positions whose logits are timed."""
 MORE = 5
-"""Blocks of the larger model: what one block takes is a small difference, which more blocks make larger."""
+"""Blocks of the deeper model: one block's seconds are a small difference, which more blocks make larger."""
 READ_AGAIN = 3
-"""Times that a offloaded model's embedding or its head come from disk to score a text, once their halves are known."""
-ITEMS = 4, 12
-"""Of an lm-eval task, in two trials, whose difference is what items take."""
+"""Times that an offloaded model's embedding or head comes from disk to score a text."""
+STEPS = 3
+"""Tuning steps that are timed; the fastest counts."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Line:
+    """Seconds that grow with the depth of a model: those of its parts outside of the blocks, and of each block."""
+
+    outside: float
+    block: float
+
+    @classmethod
+    def through(cls, measure: Callable[[int], float], more: int) -> "Line":
+        """Seconds measured on a model of one block and on one of `more` blocks."""
+        one = measure(1)
+        block = max(0.0, measure(more) - one) / (more - 1) if more > 1 else 0.0
+        return cls(max(0.0, one - block), block)
+
+    def at(self, blocks: int) -> float:
+        """Seconds for a model of so many blocks."""
+        return self.outside + blocks * self.block
+
+
+@dataclass(frozen=True)
 class Turn:
-    """One block, with one batch.
+    """Measurements of one block that is quantized with one batch.
 
     Attributes:
         seconds: by phase (see `profiling.PHASES`), each without the phases inside of it.
-        tokens: of the batch; 0 where nothing is calibrated.
-        read: seconds that a block takes from disk, where the model is offloaded.
-        decode: the same of a finished block.
+        tokens: tokens of the batch; 0 where nothing is calibrated.
+        read: seconds that an offloaded block takes from disk.
+        decode: seconds that a finished block of an offloaded model takes from disk.
+        export: seconds of dequantizing and hashing its weights, which checkpoints are verified by.
         written: bytes on disk.
     """
 
@@ -68,82 +87,87 @@ class Turn:
     tokens: int
     read: float
     decode: float
+    export: float
     written: int
 
 
 @dataclass(frozen=True)
 class ScoreTimings:
-    """Seconds of scoring.
+    """Seconds of scoring a text.
 
     Attributes:
         fixed: once per text.
-        length: tokens of a window.
-        window: of its forward, without blocks.
-        block: of its forward through one block.
-        nll: of a token's loss.
-        compared: of a token's loss and distance from full precision.
+        length: tokens of the window that was timed.
+        window: its forward.
+        nll: loss of one token.
+        compared: loss of one token and its distance from full precision.
     """
 
     fixed: float
     length: int
-    window: float
-    block: float
+    window: Line
     nll: float
     compared: float
 
 
 class DryRun:
-    """Of what a plan will do with a model.
+    """Timings of what a plan will do with a model.
 
     Args:
         plan: what is asked for.
-        context: what it needs, loaded.
-        folder: for what a run writes; it is the caller's to delete.
+        context: the model and data it needs, loaded.
+        folder: where files are written to; the caller deletes it.
     """
 
     def __init__(self, plan: Plan, context: RunContext, folder: Path) -> None:
         self._plan, self._context, self._folder = plan, context, folder
-        self._prefix, self._blocks = find_blocks(context.loaded.model)
+        self._model: Any = context.loaded.model
+        self._prefix, self._blocks = find_blocks(self._model)
         sizes = [sum(p.numel() for p in block.parameters()) for block in self._blocks]
         self.index = sizes.index(max(sizes))  # of a mixture with a plain block before it, one that has experts
         self.blocks = sum(sizes) / max(sizes)
         self.read = 0.0
 
     def turn(self) -> Turn:
-        """One block through the loop, as `pipeline.quantize` does it."""
-        seconds, wall = self._turn()
-        if wall < QUICK:
-            seconds, _ = self._turn()
-        progress = Journal(self._folder / "progress", "forecast")
-        names = f"{self._prefix}.{self.index}."
-        grids = {n: g for n, g in self._context.grids.items() if n.startswith(names)}
-        decode = 0.0
-        if self.read and progress.count():
-            decode, _ = timed(lambda: [w.dequantize() for _, w in weights_in(progress.block(0), grids)])
-        written = sum(f.stat().st_size for f in self._folder.rglob("*") if f.is_file())
-        tokens = self._tokens().ids.numel() if self._context.tokens is not None else 0
-        return Turn(seconds, tokens, self.read, decode, written)
+        """Quantize one block with one batch, as the block loop does it."""
+        seconds, weights = self._turn()
+        if sum(seconds.values()) < QUICK:
+            seconds, weights = self._turn()
+        journal, decode = self._journal("progress"), 0.0
+        if self.read and journal.count():
+            names = f"{self._prefix}.{self.index}."
+            grids = {name: grid for name, grid in self._context.grids.items() if name.startswith(names)}
+            decode, _ = timed(lambda: [weight.dequantize() for _, weight in weights_in(journal.block(0), grids)])
+        packed = weights.values() if self._plan.exports.formats else ()
+        export, _ = timed(lambda: [(tensor_sha256(weight.dequantize()), weight.sha256()) for weight in packed])
+        written = sum(file.stat().st_size for file in self._folder.rglob("*") if file.is_file())
+        tokens = self._batch.ids.numel() if self._context.tokens is not None else 0
+        return Turn(seconds=seconds, tokens=tokens, read=self.read, decode=decode, export=export, written=written)
 
-    def _tokens(self) -> Any:
+    @property
+    def _batch(self) -> TokenSet:
         assert self._context.tokens is not None
         return first_batch(self._context.tokens, self._plan.settings.tokens_per_batch)
 
+    def _journal(self, name: str) -> Journal:
+        return Journal(self._folder / name, "forecast")
+
     @torch.no_grad()
-    def _turn(self) -> tuple[dict[str, float], float]:
+    def _turn(self) -> tuple[dict[str, float], dict[str, Any]]:
+        """Seconds by phase, and the block's quantized weights."""
         plan, context = self._plan, self._context
         for name in ("progress", "moments"):
-            Journal(self._folder / name, "forecast").clear()
-        view = with_blocks(context.loaded.model, [self._copy()])
+            self._journal(name).clear()
+        view = with_blocks(self._model, [self._copy()])
         _, blocks = find_blocks(view)
         step = BlockStep(blocks[0], 0, f"{self._prefix}.{self.index}", plan.method, context.grids, {})
-        keeps = plan.resume or self.read > 0
-        progress = Progress(Journal(self._folder / "progress", "forecast") if keeps else None)
+        progress = Progress(self._journal("progress") if plan.resume or self.read else None)
         with measured() as seconds:
             inputs = None if context.tokens is None else self._inputs(view, blocks)
             step.run(inputs)
             done = BlockResult(0, step.weights, step.rows)
             progress.save(step.name, blocks[0], done, inputs and inputs.activations)
-        return seconds, sum(seconds.values())
+        return seconds, step.weights
 
     def _copy(self) -> nn.Module:
         block = self._blocks[self.index]
@@ -154,136 +178,77 @@ class DryRun:
             return copy.deepcopy(block)
 
     def _inputs(self, view: nn.Module, blocks: nn.ModuleList) -> Inputs:
-        plan, context = self._plan, self._context
-        assert context.tokens is not None
-        method, record = plan.method, record_of(plan, context)
-        keep = keeps_activations(
-            *(context.loaded.model, context.tokens, plan.settings, method.error_propagation, method.needs_full)
-        )
-        settings = replace(plan.settings, activations="keep" if keep else "recompute", ranks=ONE)
+        plan, method, tokens = self._plan, self._plan.method, self._context.tokens
+        assert tokens is not None
+        keep = keeps_activations(self._model, tokens, plan.settings, method.error_propagation, method.needs_full)
+        cache = record_of(plan, self._context)
         return Inputs(
-            *(view, blocks, self._tokens(), settings, method.error_propagation, bool(method.block_transforms)),
-            record=record and ObservationCache(Journal(self._folder / "moments", "forecast"), record.room),
+            model=view,
+            blocks=blocks,
+            tokens=self._batch,
+            settings=replace(plan.settings, activations="keep" if keep else "recompute", ranks=ONE),
+            error_propagation=method.error_propagation,
+            absorbers=bool(method.block_transforms),
+            record=cache and ObservationCache(self._journal("moments"), cache.room),
             full=method.needs_full,
             experts=plan.experts,
         )
 
     @torch.no_grad()
     def scores(self, dtype: torch.dtype) -> ScoreTimings:
-        """The first window of the first text, in `dtype`, by a model of one block and by one of `MORE`."""
-        model, texts = self._context.loaded.model, self._context.windows
-        ids = texts[0].ids[0].long() if texts else torch.arange(SCORED)
-        block = self._copy()
-        views: list[Any] = [with_blocks(model, [block] * count) for count in (1, MORE)]
-        fixed, heads = timed(lambda: [Head.of(view, dtype) for view in views])
+        """Score the first window of the first text, in `dtype`."""
+        ids, block = self._context.windows[0].ids[0].long(), self._copy()
+        window, targets = ids[None].to(self._model.device), ids[1 : SCORED + 1]
+        depths = (1, MORE)
+        fixed, heads = timed(lambda: {n: Head.of(with_blocks(self._model, [block] * n), dtype) for n in depths})
         began = time.perf_counter()
-        with resident(model.get_input_embeddings()):
+        with resident(self._model.get_input_embeddings()):
             read = time.perf_counter() - began
-            window = ids[None].to(model.device)
-            states, targets = heads[0].hidden(window)[0, :-1][:SCORED], ids[1 : SCORED + 1]
-            one = averaged(lambda: heads[0].hidden(window))
-            more = averaged(lambda: heads[1].hidden(window))
-        with resident(heads[0].output):
-            hashed, _ = timed(heads[0].sha256)
-            compare(heads[0], states[:8], states[:8], targets[:8])  # compiles
-            nll = averaged(lambda: next_token_nll(heads[0], states, targets))
-            compared = averaged(lambda: compare(heads[0], states, states, targets))
-        each = max(0.0, more - one) / (MORE - 1)
-        again = READ_AGAIN * read + self.read if self.read else 0.0
-        per = len(states)
-        return ScoreTimings(fixed / 2 + hashed + again, len(ids), max(0.0, one - each), each, nll / per, compared / per)
+            states = heads[1].hidden(window)[0, :-1][:SCORED]
+            forward = Line.through(lambda n: averaged(lambda: heads[n].hidden(window)), MORE)
+        with resident(heads[1].output):
+            hashed, _ = timed(heads[1].sha256)
+            compare(heads[1], states[:8], states[:8], targets[:8])  # compiles
+            nll = averaged(lambda: next_token_nll(heads[1], states, targets)) / len(states)
+            compared = averaged(lambda: compare(heads[1], states, states, targets)) / len(states)
+        fixed = fixed / len(depths) + hashed + (READ_AGAIN * read + self.read if self.read else 0.0)
+        return ScoreTimings(fixed, len(ids), forward, nll, compared)
 
-    def tasks(self, dtype: torch.dtype) -> tuple[float, float, float]:
-        """Seconds of lm-eval's tasks: once, of an item without blocks, and of an item in each block."""
-        from gptq_awq.evaluation.harness import run_tasks  # takes seconds to import
-
-        loaded, tasks, block = self._context.loaded, self._context.tasks, self._copy()
-
-        def ask(count: int, limit: int) -> float:
-            view, few = with_blocks(loaded.model, [block] * count), replace(tasks, limit=limit)
-            return timed(lambda: run_tasks(view, loaded.tokenizer, few, compute_dtype=dtype))[0]
-
-        few, more = ITEMS
-        ask(1, few)  # the first time is slow
-        one, many, three = ask(1, few), ask(1, more), ask(3, more)
-        asked = [self.items(limit) for limit in ITEMS]
-        inside = max(0.0, three - many) / 2 / asked[1]
-        outside = max(0.0, (many - one) / max(1, asked[1] - asked[0]) - inside)
-        return max(0.0, one - asked[0] * (outside + inside)), outside, inside
-
-    def items(self, limit: int | None) -> int:
-        """Of all tasks, the first `limit` of each."""
-        counts = [len(task.eval_docs) for task in self._context.tasks.loaded["tasks"].values()]
-        return sum(count if limit is None else min(limit, count) for count in counts)
-
-    def exports(self) -> tuple[float, float]:
-        """Seconds of writing and verifying all checkpoints: what is outside of the blocks, and each block."""
-        loaded, block = self._context.loaded, self._copy()
-        nothing = Probe(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 1), "")
-        facts = {"model": {"source": loaded.source, "sha256": loaded.sha256}, "method": self._plan.method.name}
-        facts |= {"grid": str(self._plan.grid), "calibration": None, "code": self._context.code}
-
-        def write(count: int) -> float:
-            view = with_blocks(loaded.model, [copy.deepcopy(block) for _ in range(count)])
-            view.config = copy.deepcopy(view.config)
-            text_config(view).num_hidden_layers = count
-            source = Source(view, loaded.tokenizer, loaded.name, self._rounded(view))
-            out = self._folder / "export"
-            return timed(lambda: self._plan.exports.write(source, out, nothing, facts, no_track))[0]
-
-        if not self.read:
-            return self._line(write, 2)
-        numbers = sum(p.numel() for p in block.parameters())  # there may be no room for two blocks
-        ends = sum(p.numel() for p in loaded.model.parameters()) - sum(p.numel() for p in self._blocks.parameters())
-        one = write(1)
-        return one * ends / (ends + numbers), one * numbers / (ends + numbers)
-
-    def _line(self, measure: Callable[[int], float], more: int = MORE) -> tuple[float, float]:
-        """Seconds of what is outside of blocks, and of each, by models of one block and of `more`."""
-        more = min(more, len(self._blocks))
-        one = measure(1)
-        each = max(0.0, measure(more) - one) / (more - 1) if more > 1 else 0.0
-        return max(0.0, one - each), each
-
-    def rotation(self) -> tuple[float, float]:
-        """Seconds that transforms of the whole model take: of its ends, and of each block."""
+    def rotation(self) -> Line:
+        """Transform the whole model, as rotations do."""
 
         def prepare(count: int) -> float:
             view = self._truncated_copy(count)
             return timed(lambda: [each.prepare(view) for each in self._plan.method.model_transforms])[0]
 
-        prepare(1)  # the first time is slow
-        return self._line(prepare, 3)
+        prepare(1)  # compiles
+        return Line.through(prepare, min(3, len(self._blocks)))
 
-    def steps(self, tuning: ModelTuning) -> tuple[float, float]:
-        """Seconds that tuning of the whole model takes, and what it learns from: of its ends, and of each block."""
-        tokens, given = self._context.tokens, self._tokens()
+    def tuning(self, tuning: ModelTuning) -> Line:
+        """Take a few steps of a tuning of the whole model; scaled to the forwards that its teacher makes."""
+        tokens, batch = self._context.tokens, self._batch
         assert tokens is not None
-        dtype = self._plan.compute_dtype
 
         def step(count: int) -> float:
-            view = self._truncated_copy(count)
+            view, timer = self._truncated_copy(count), _StepTimer()
             weights = self._rounded(view)
-            watched = _Watched()
             with measured() as seconds:
-                teacher = Teacher(view, given, dtype)
-            started = time.perf_counter()
+                teacher = Teacher(view, batch, self._plan.compute_dtype)
+            began = time.perf_counter()
             with suppress(_EnoughError), torch.enable_grad():
-                tuning.apply(view, weights, teacher, given, watched.track)
-            loop = min(watched.times) * watched.total if watched.times else time.perf_counter() - started
-            return seconds["forward"] + loop
+                tuning.apply(view, weights, teacher, batch, timer.track)
+            return seconds["forward"] + (timer.seconds or time.perf_counter() - began)
 
-        times = len(tokens.ids) / len(given.ids)
-        ends, each = self._line(step)
-        return ends * times, each * times
+        line, times = Line.through(step, min(MORE, len(self._blocks))), len(tokens.ids) / len(batch.ids)
+        return Line(line.outside * times, line.block * times)
 
     def _truncated_copy(self, count: int) -> Any:
-        """A copy of the model with its first blocks only."""
-        return copy.deepcopy(with_blocks(self._context.loaded.model, list(self._blocks[:count])))
+        """Copy the model with its first blocks only."""
+        return copy.deepcopy(with_blocks(self._model, list(self._blocks[:count])))
 
     @torch.no_grad()
     def _rounded(self, view: Any) -> dict[str, Any]:
-        """Round the blocks' linears to nearest, in place."""
+        """Round the linears in the blocks of `view` to nearest, in place; quantized weights by full name."""
         found = {}
         for name, module in find_blocks(view)[1].named_modules():
             grid = self._context.grids.get(full := f"{self._prefix}.{name}")
@@ -298,27 +263,27 @@ class _EnoughError(Exception):
     """Ends a tuning that was timed for long enough."""
 
 
-class _Watched:
-    """Times the steps of a loop that reports its progress, and ends it after three."""
+class _StepTimer:
+    """Times the first steps of a loop that reports its progress, ends it after `STEPS`, and extrapolates to all."""
 
     def __init__(self) -> None:
-        self.times: list[float] = []
-        self.total = 0
+        self.seconds = 0.0
 
     def track(self, items: Iterable[T], description: str, total: int) -> Iterator[T]:  # noqa: ARG002
-        """As `progress.Track`."""
-        self.total = total
-        for count, item in enumerate(items):
-            if count == 3:
+        """Wrap the loop, as a `progress.Track`."""
+        times: list[float] = []
+        for item in items:
+            if len(times) == STEPS:
                 raise _EnoughError
             started = time.perf_counter()
             yield item
-            self.times.append(time.perf_counter() - started)
+            times.append(time.perf_counter() - started)
+            self.seconds = min(times) * total
 
 
 @contextmanager
 def dry_run_of(plan: Plan, context: RunContext) -> Iterator[DryRun]:
-    """A trial beside the run's own files, whose folder is deleted at the end."""
+    """Make a dry run beside the run's own files; its folder is deleted at the end."""
     parent = context.run.journal.folder.parent
     parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -329,7 +294,7 @@ def dry_run_of(plan: Plan, context: RunContext) -> Iterator[DryRun]:
 
 
 def with_blocks(model: Any, blocks: Sequence[nn.Module]) -> Any:
-    """The model with other blocks; it shares all else."""
+    """View of the model with other blocks; it shares all else."""
     *path, last = find_blocks(model)[0].split(".")
     view = here = _twin(model)
     for name in path:
@@ -339,6 +304,7 @@ def with_blocks(model: Any, blocks: Sequence[nn.Module]) -> Any:
 
 
 def _twin(module: Any) -> Any:
+    """Shallow copy of a module, whose submodules can be replaced."""
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
     return twin
@@ -346,24 +312,23 @@ def _twin(module: Any) -> Any:
 
 @contextmanager
 def measured() -> Iterator[dict[str, float]]:
-    """Within: seconds by phase are measured; they are known afterwards."""
+    """Measure seconds by phase within; they are known afterwards."""
     found: dict[str, float] = defaultdict(float)
     with Recorder(on=True) as recorder:
         yield found
-    for span in recorder.spans:
-        found[span.phase] += span.own
-    found[OTHER] = max(0.0, recorder.seconds - sum(found.values()))
+    for row in recorder.phases:
+        found[row.name] = max(0.0, row.seconds)
 
 
 def timed(work: Callable[[], T]) -> tuple[float, T]:
-    """Seconds that it takes, and what it answers."""
+    """Seconds that `work` takes, and its result."""
     started = time.perf_counter()
-    answer = work()
-    return time.perf_counter() - started, answer
+    result = work()
+    return time.perf_counter() - started, result
 
 
 def averaged(work: Callable[[], object], seconds: float = 0.2) -> float:
-    """Seconds that it takes, the mean of as many times as there is room for; at least once."""
+    """Mean seconds of `work`, done as often as `seconds` have room for; at least once."""
     started, times = time.perf_counter(), 0
     while not times or time.perf_counter() - started < seconds:
         work()

@@ -1,13 +1,15 @@
-"""What a run will take, before it begins: seconds and memory by phase, from a trial and from counts.
+"""Forecast of a run's seconds and memory by phase, before they begin: a dry run, multiplied by counts.
 
-A trial (trial.py) does one block's turn with one batch, scores one window with a model of one block, and takes a few
-steps of what tuning of the whole model does. The rest are counts: blocks, batches, windows, steps, bytes on disk. What
-is in the cache already (full-precision scores, moments, finished blocks) is not counted again.
+The dry run (dry_run.py) quantizes one block with one batch, scores one window, and takes a few steps of tuning of the
+whole model. Counts are those of blocks, batches, windows, steps and bytes on disk. What is in the cache already
+(full-precision scores, moments, finished blocks) is not counted again. The items of lm-eval tasks are not counted.
 """
 
 import logging
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gptq_awq.evaluation.baseline import knows_scores, read_answers
+from gptq_awq.evaluation.baseline import knows_scores
 from gptq_awq.evaluation.floor import TRIAL_TOKENS
 from gptq_awq.experiment.context import RunContext, record_of
 from gptq_awq.experiment.forecasting.dry_run import DryRun, ScoreTimings, Turn, dry_run_of
@@ -31,17 +33,21 @@ from gptq_awq.runtime.runlog import Clock
 from gptq_awq.storage.assets import cache_dir
 
 log = logging.getLogger(__name__)
-OF_TOKENS = ("forward", "moments", "tune")
-"""Phases of a block's turn that take as long as there are tokens."""
+BY_TOKENS = ("forward", "moments", "tune")
+"""Phases of a block whose seconds are proportional to the calibration tokens."""
 OBSERVED = ("embed", "forward", "moments", "sites")
-"""Phases that a record of full precision spares."""
+"""Phases that cached observations of full precision spare."""
 PARTS = {"forward": "forwards, moments", "moments": "forwards, moments", "sites": "forwards, moments"}
 PARTS |= {"search": "search", "tune": "tuning", "disk": "disk"}
+MODEL_TUNING = "tuning of the model"
+UNCOUNTED = "lm-eval tasks are not in it"
+CHECKED = 3
+"""Times that a checkpoint's weights are dequantized and hashed: packed, recorded, verified."""
 
 
 @dataclass(frozen=True)
 class PhaseForecast:
-    """One phase, or a part of it ("quantize: solving"): seconds, and the most memory that the process has in it."""
+    """Forecast of one phase, or of a part of it ("quantize: solving"): seconds, and the process's peak memory."""
 
     name: str
     seconds: float
@@ -50,23 +56,27 @@ class PhaseForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """All phases, in their order; `begun`: seconds that the run had taken when they were known."""
+    """Forecast of all phases, in their order.
+
+    `begun`: seconds that the run had taken before them; `tasks`: it will ask lm-eval tasks as well.
+    """
 
     phases: tuple[PhaseForecast, ...]
     begun: float = 0.0
+    tasks: bool = False
 
     @property
     def seconds(self) -> float:
-        """Of all phases."""
+        """Seconds of all phases."""
         return sum(phase.seconds for phase in self.phases)
 
     @property
     def bytes(self) -> float:
-        """At the most."""
+        """Peak memory of all phases."""
         return max((phase.bytes for phase in self.phases), default=0.0)
 
     def row(self) -> dict[str, Any]:
-        """For the results row: seconds by phase, the whole run's as "total", and its peak memory."""
+        """Entry of the results row: seconds by phase, the whole run's as "total", and its peak memory."""
         seconds: dict[str, float] = {}
         for phase in self.phases:
             name = phase.name.partition(":")[0]
@@ -78,8 +88,8 @@ class Forecast:
         }
 
     def table(self) -> Table:
-        """For the console."""
-        table = Table(title="forecast", box=box.SIMPLE, title_justify="left")
+        """Table for the console."""
+        table = Table(title="forecast", box=box.SIMPLE, title_justify="left", caption=UNCOUNTED if self.tasks else None)
         for column in ("phase", "time", "memory"):
             table.add_column(column, justify="left" if column == "phase" else "right")
         for phase in (*self.phases, PhaseForecast("all", self.seconds, self.bytes)):
@@ -88,11 +98,11 @@ class Forecast:
 
 
 def announce(plan: Plan, context: RunContext, clock: Clock) -> Forecast | None:
-    """Say what the phases to come will take, where it was asked for, or the model is large enough to be offloaded."""
+    """Print the forecast of the phases to come, where it was asked for or the model is offloaded."""
     if not (offloaded(context.loaded.model) if plan.forecast is None else plan.forecast):
         return None
     if plan.profile:
-        log.info("no forecast with profile=true: a trial would be in the profile")
+        log.info("no forecast with profile=true: a dry run would be in the profile")
         return None
     try:
         with clock.phase("forecast"):
@@ -100,7 +110,7 @@ def announce(plan: Plan, context: RunContext, clock: Clock) -> Forecast | None:
     except Exception as error:  # of one batch or one block alone; what is wrong with the run, the run will say
         log.warning("no forecast: %s: %s", type(error).__name__, error)
         return None
-    found = Forecast(tuple(phases), clock.total()["total"])
+    found = Forecast(tuple(phases), begun=clock.total()["total"], tasks=context.tasks is not None)
     Console(stderr=True).print(found.table())
     for phase in found.phases:
         log.info("forecast: %s: %.1f s, %.2f GB", phase.name, phase.seconds, phase.bytes / 1e9)
@@ -108,7 +118,7 @@ def announce(plan: Plan, context: RunContext, clock: Clock) -> Forecast | None:
 
 
 def compare(result: Result) -> None:
-    """Log what was forecast, if anything was, beside what the run took: phase by phase, in all, and its memory."""
+    """Log the forecast, if there was one, beside what the run took: seconds of all phases, peak memory."""
     if result.forecast is None:
         return
     for name, expected in result.forecast["seconds"].items():
@@ -118,168 +128,136 @@ def compare(result: Result) -> None:
 
 
 def forecast(plan: Plan, context: RunContext) -> list[PhaseForecast]:
-    """Try, count, and say what the run will take, phase by phase.
+    """Make the dry run, and forecast every phase from it.
 
     Raises:
-        UserError: what the trial can't do with one batch.
+        UserError: the dry run fails, as the run would.
     """
-    with dry_run_of(plan, context) as trial:
-        counted = Counts(plan, context, trial)
-        baseline, quantized, evaluated = counted.baseline(), counted.quantized(), counted.evaluated()
-    model = context.loaded.model
-    needs = MemoryModel(plan, model, context.tokens, context.windows)
+    with dry_run_of(plan, context) as dry_run:
+        counts = Counts(plan, context, dry_run)
+        baseline, quantized, evaluated = counts.baseline(), counts.quantized(), counts.evaluated()
+    model = MemoryModel(plan, context.loaded.model, context.tokens, context.windows)
     used = memory.used_bytes(plan.device)
     least = max(used, memory.peak_bytes(plan.device))  # the run has had it already
-    of_part = {"tuning of the model": needs.tuning}
-    phases = [PhaseForecast("baseline", baseline, max(least, used + needs.scoring))]
+
+    def of(name: str, seconds: float, needed: int) -> PhaseForecast:
+        return PhaseForecast(name, seconds, max(least, used + needed))
+
+    phases = [of("baseline", baseline, model.scoring)]
     for part, seconds in quantized.items():
-        bytes_ = used + of_part.get(part, needs.blocks)
-        phases.append(PhaseForecast(f"quantize: {part}", seconds, max(least, bytes_)))
+        phases.append(of(f"quantize: {part}", seconds, model.tuning if part == MODEL_TUNING else model.blocks))
     if plan.exports.formats:
-        phases.append(PhaseForecast("export", counted.exported(), max(least, used + needs.scoring)))
-    return [*phases, PhaseForecast("evaluate", evaluated, max(least, used + needs.scoring))]
+        phases.append(of("export", counts.exported(), model.scoring))
+    return [*phases, of("evaluate", evaluated, model.scoring)]
 
 
 class Counts:
-    """What a trial's seconds come to in the run.
+    """Seconds of the run's phases: those of a dry run times how often the run does the same.
 
     Args:
         plan: what is asked for.
-        context: what it needs.
-        trial: of it.
+        context: the model and data it needs, loaded.
+        dry_run: its timings.
     """
 
-    def __init__(self, plan: Plan, context: RunContext, trial: DryRun) -> None:
-        self._plan, self._context, self._trial = plan, context, trial
-        self._count = len(find_blocks(context.loaded.model)[1])
-        name = plan.evaluation.compute_dtype
-        lower = context.loaded.model.dtype == torch.float32
-        self._dtype = resolve_compute_dtype(name, plan.device) if lower else torch.float32
-        self._scores = trial.scores(self._dtype) if context.windows else None
-        self._tasked = trial.tasks(self._dtype) if context.tasks is not None else None
-        self._exported = trial.exports() if plan.exports.formats and plan.method.solver else (0.0, 0.0)
-        self._turn = trial.turn() if plan.method.solver is not None else None
+    def __init__(self, plan: Plan, context: RunContext, dry_run: DryRun) -> None:
+        self._plan, self._context, self._dry_run = plan, context, dry_run
+        self._model: Any = context.loaded.model
+        self._prefix, self._blocks = find_blocks(self._model)
+        lower = self._model.dtype == torch.float32
+        self._dtype = resolve_compute_dtype(plan.evaluation.compute_dtype, plan.device) if lower else torch.float32
 
-    def quantized(self) -> dict[str, float]:
-        """Seconds by part."""
+    @cached_property
+    def _turn(self) -> Turn | None:
+        return None if self._plan.method.solver is None else self._dry_run.turn()
+
+    @cached_property
+    def _scores(self) -> ScoreTimings:
+        return self._dry_run.scores(self._dtype)
+
+    def quantized(self) -> Mapping[str, float]:
+        """Seconds of quantizing, by part."""
         if self._turn is None:
             return {}
-        parts: dict[str, float] = {}
-        for name, seconds in self._blocks(self._turn):
-            part = PARTS.get(name, "solving")
-            parts[part] = parts.get(part, 0.0) + seconds
+        parts: dict[str, float] = defaultdict(float)
+        for name, seconds in self._block_loop(self._turn).items():
+            parts[PARTS.get(name, "solving")] += seconds
         method = self._plan.method
         if method.model_transforms:
-            ends, block = self._trial.rotation()
-            parts["rotation"] = ends + block * self._count
-        if method.model_tunings:
-            each = [self._trial.steps(tuning) for tuning in method.model_tunings]
-            parts["tuning of the model"] = sum(ends + block * self._count for ends, block in each)
-        parts["solving"] = parts.get("solving", 0.0) + self._ends(self._turn)
+            parts["rotation"] = self._dry_run.rotation().at(len(self._blocks))
+        for tuning in method.model_tunings:
+            parts[MODEL_TUNING] += self._dry_run.tuning(tuning).at(len(self._blocks))
+        parts["solving"] += self._outside(self._turn)
         return parts
 
-    @property
-    def _times(self) -> float:
-        """Batches of this rank, in units of the trial's."""
+    def _block_loop(self, turn: Turn) -> Mapping[str, float]:
+        """Seconds by phase of all blocks that are not finished yet."""
+        count, cache, done = len(self._blocks), record_of(self._plan, self._context), 0
+        if self._plan.resume:
+            done = min(count, self._context.run.journal.count())
+        known = cache is not None and cache.journal.count() >= count
+        left, ranks = self._dry_run.blocks * (1 - done / count), self._plan.settings.ranks.size
+        times: dict[str, float] = dict.fromkeys(turn.seconds, left)
+        times |= dict.fromkeys(BY_TOKENS, left * self._batches) | {"embed": self._batches}
+        times |= dict.fromkeys(("solve", "factor"), left / ranks)
+        times |= dict.fromkeys(OBSERVED, 0.0) if known else {}
+        times["disk"] = left * self._written(turn) / max(1, turn.written)
+        seconds = {name: taken * times[name] for name, taken in turn.seconds.items()}
+        return seconds | {"disk": seconds.get("disk", 0.0) + left * turn.read}
+
+    @cached_property
+    def _batches(self) -> float:
+        """Batches of this rank, in units of the dry run's."""
         if self._context.tokens is None or self._turn is None:
             return 0.0
         return self._context.tokens.ids.numel() / self._plan.settings.ranks.size / max(1, self._turn.tokens)
 
-    def _blocks(self, turn: Turn) -> Iterator[tuple[str, float]]:
-        """Phases and their seconds, of all blocks that are not finished yet."""
-        record, done = record_of(self._plan, self._context), 0
-        if self._plan.resume:
-            done = min(self._count, self._context.run.journal.count())
-        recorded = record is not None and record.journal.count() >= self._count
-        left = self._trial.blocks * (1 - done / self._count)
-        for name, seconds in turn.seconds.items():
-            if recorded and name in OBSERVED:
-                continue
-            if name == "embed":
-                yield name, seconds * self._times
-            elif name == "disk":
-                yield name, left * seconds * self._written(turn) / max(1, turn.written)
-            else:
-                shared = self._plan.settings.ranks.size if name in ("solve", "factor") else 1
-                yield name, left * seconds * (self._times if name in OF_TOKENS else 1 / shared)
-        yield "disk", left * turn.read
-
     def _written(self, turn: Turn) -> float:
-        """Bytes that a block of the run writes: its own, and the hidden states of all tokens."""
+        """Bytes that a block of the run writes: those of the dry run's, and the hidden states of all tokens."""
         if self._context.tokens is None:
             return turn.written
-        embedding: Any = self._context.loaded.model.get_input_embeddings()
-        width: int = embedding.weight.shape[1]
-        dtype = self._plan.compute_dtype
-        state = (1 + self._plan.method.needs_full) * width * dtype.itemsize
-        if record_of(self._plan, self._context) is not None:
-            return turn.written + self._times * turn.tokens * state
-        return turn.written + (self._times - 1) * turn.tokens * state
+        width: int = self._model.get_input_embeddings().weight.shape[1]
+        state = (1 + self._plan.method.needs_full) * width * self._plan.compute_dtype.itemsize
+        more = self._batches if record_of(self._plan, self._context) is not None else self._batches - 1
+        return turn.written + more * turn.tokens * state
 
-    def _ends(self, turn: Turn) -> float:
-        """Seconds of assign_grids what is outside of the blocks, as a block's linears take them by operations."""
-        model, (prefix, blocks) = self._context.loaded.model, find_blocks(self._context.loaded.model)
-        names = [name for name in self._context.grids if not name.startswith(f"{prefix}.")]
-        if not names:
-            return 0.0
-        solves = self._plan.method.head == "solve"
-        block = [matrix(m).shape for m in list(blocks)[self._trial.index].modules() if is_linear(m)]
-        ends = [model.get_submodule(name).get_parameter("weight").shape for name in names]
-        taken = sum(turn.seconds.get(name, 0.0) for name in ("solve", "search", "factor", "ledger"))
-        return taken * sum(_operations(s, solves) for s in ends) / sum(_operations(s, solves) for s in block)
+    def _outside(self, turn: Turn) -> float:
+        """Seconds of quantizing embedding and head, in proportion to the weights of a block's linears."""
+        names = [name for name in self._context.grids if not name.startswith(f"{self._prefix}.")]
+        outside = sum(self._model.get_submodule(name).get_parameter("weight").numel() for name in names)
+        block = sum(matrix(m).numel() for m in self._blocks[self._dry_run.index].modules() if is_linear(m))
+        return outside / block * sum(turn.seconds.get(name, 0.0) for name in ("solve", "search", "factor", "ledger"))
 
     def baseline(self) -> float:
-        """Seconds of scoring full precision, or of reading what the cache has of it."""
-        loaded, found = self._context.loaded, self._scores
-        seconds = 0.0
+        """Seconds of scoring full precision on the texts whose scores are not in the cache."""
+        loaded, seconds = self._context.loaded, 0.0
         for text in self._context.windows:
-            assert found is not None
-            windows, length = text.ids.shape
-            if not knows_scores(loaded.model, loaded.sha256, text, cache_dir() / "baselines", self._dtype):
-                seconds += (
-                    found.fixed
-                    + self._windows(found, windows * length / found.length, 0.0)
-                    + windows * length * found.nll
-                )
-                if self._dtype != torch.float32:  # the noise floor of it
-                    trial = min(windows * length, TRIAL_TOKENS)
-                    seconds += 2 * self._windows(found, trial / found.length, 0.0) + trial * (
-                        found.compared + found.nll
-                    )
-        return seconds + self._tasks(known=True)
+            if knows_scores(loaded.model, loaded.sha256, text, cache_dir() / "baselines", self._dtype):
+                continue
+            scores, tokens = self._scores, text.ids.numel()
+            seconds += scores.fixed + self._forwards(tokens) + tokens * scores.nll
+            if self._dtype != torch.float32:  # the noise floor of it, in both precisions
+                tokens = min(tokens, TRIAL_TOKENS)
+                seconds += 2 * self._forwards(tokens) + tokens * (scores.compared + scores.nll)
+        return seconds
 
     def evaluated(self) -> float:
-        """Seconds of scoring the quantized model."""
-        decode = 0.0 if self._turn is None else self._turn.decode
-        seconds = 0.0
+        """Seconds of scoring the quantized model; each of its blocks is decoded, where it is on disk."""
+        decode, seconds = 0.0 if self._turn is None else self._turn.decode, 0.0
         for text in self._context.windows:
-            assert self._scores is not None
-            windows, length = text.ids.shape
-            passed = self._windows(self._scores, windows * length / self._scores.length, decode)
-            seconds += self._scores.fixed + passed + windows * length * self._scores.compared
-        return seconds + self._tasks(known=False)
+            scores, tokens = self._scores, text.ids.numel()
+            seconds += scores.fixed + self._forwards(tokens, decode) + tokens * scores.compared
+        return seconds
 
-    def _windows(self, found: ScoreTimings, windows: float, decode: float) -> float:
-        """Seconds of some windows' forwards; blocks of a offloaded model are read once, or decoded."""
-        each = found.window + found.block * self._count
-        return windows * each + self._count * (decode or self._trial.read)
-
-    def _tasks(self, known: bool) -> float:
-        loaded, tasks = self._context.loaded, self._context.tasks
-        if tasks is None:
-            return 0.0
-        if known and read_answers(loaded.model, loaded.sha256, cache_dir() / "baselines", self._dtype):
-            return 0.0
-        assert self._tasked is not None
-        once, outside, inside = self._tasked
-        return once + self._trial.items(tasks.limit) * (outside + inside * self._count)
+    def _forwards(self, tokens: int, decode: float = 0.0) -> float:
+        """Seconds of forwards; each block of an offloaded model is read once, or decoded."""
+        windows, count = tokens / self._scores.length, len(self._blocks)
+        return windows * self._scores.window.at(count) + count * (decode or self._dry_run.read)
 
     def exported(self) -> float:
-        """Seconds of writing and verifying checkpoints."""
-        return self._exported[0] + self._exported[1] * self._count
-
-
-def _operations(shape: torch.Size, solves: bool) -> int:
-    """Of assign_grids a weight (out, in); without error feedback, each number once."""
-    rows, width = shape
-    return rows * width**2 + width**3 if solves else rows * width
+        """Seconds of writing and verifying checkpoints, in proportion to dequantizing and hashing a block's weights."""
+        if self._turn is None:
+            return 0.0
+        block = sum(p.numel() for p in self._blocks[self._dry_run.index].parameters())
+        blocks = sum(p.numel() for p in self._model.parameters()) / block
+        return len(self._plan.exports.formats) * CHECKED * blocks * self._turn.export

@@ -1,4 +1,4 @@
-"""Memory that a run needs, by what it does: counted, and the same for the check before a run and for a forecast."""
+"""Memory that a run needs, counted by what it does: for the check before a run and for its forecast."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from gptq_awq.calibration.block_inputs import calibration_of, keeps_activations, waiting_bytes
+from gptq_awq.calibration.block_inputs import Settings, calibration_of, keeps_activations, waiting_bytes
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.experiment.plan import Plan
 from gptq_awq.models.blocks import find_blocks
@@ -19,17 +19,19 @@ from gptq_awq.tuning.distill import CHUNK_TOKENS
 
 LEARNED = 36
 """Bytes of a weight whose rounding is learned: latent, gradient, Adam's moments, zero, original, weight, code."""
+HEAD = 27
+"""Bytes of a weight of an output head that is solved, at most: measured, GPTQ with a range search."""
 
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """Bytes beyond what the process has once the model is loaded.
+    """Bytes that a run needs beyond those of the process once the model is loaded.
 
     Attributes:
         plan: what is asked for.
-        model: loaded, or offloaded.
+        model: the model, loaded or offloaded.
         tokens: calibration data; None where the method looks at none.
-        windows: to score.
+        windows: texts to score.
     """
 
     plan: Plan
@@ -39,56 +41,51 @@ class MemoryModel:
 
     @property
     def calibration(self) -> int:
-        """What calibrating and solving allocates at the least, waiting batches' activations not counted."""
-        return 0 if self._calibrated is None else max(self._calibrated.most, self._head)
+        """Bytes of calibrating and solving, without the activations of waiting batches: the least that will do."""
+        return 0 if self._calibration is None else max(self._calibration.most, self._head)
 
     @property
     def blocks(self) -> int:
-        """The block loop, at its most."""
-        if self._calibrated is None:
+        """Peak bytes of the block loop."""
+        if self._calibration is None:
             held = self._largest * self._itemsize if offloaded(self.model) else 0
             return held + memory.SOLVED * max(w.numel() for w in self._matrices) + self._codes
-        needed = self._calibrated
-        turns = [needed.most + (waiting_bytes(needed) if self._waits else 0)]
+        needed = self._calibration
+        most = needed.most + (waiting_bytes(needed) if self._waits else 0)
         if self.plan.method.block_tunings:
             entered = needed.tokens * needed.hidden * needed.itemsize
-            turns.append(needed.lasting + entered + LEARNED * needed.block)
-        return max(*turns, self._head) + self._codes + self._teacher
+            most = max(most, needed.lasting + entered + LEARNED * needed.block)
+        return max(most, self._head) + self._codes + self._teacher
 
     @property
     def tuning(self) -> int:
-        """Of the whole model: a copy, its weights once more for gradients, and a step's activations."""
+        """Peak bytes of tuning the whole model: a copy, its gradients, and a step's activations and logits."""
         if self.tokens is None or not self.plan.method.model_tunings:
             return 0
         dtype, tokens = self.plan.compute_dtype, self.tokens.ids.shape[1]
         edges = 2 * sum(w.shape[0] + w.shape[1] for w in self._matrices)  # norms and products keep theirs, too
         logits = 8 * CHUNK_TOKENS * self.model.config.get_text_config().vocab_size * 4
-        copies = (self._numbers + sum(w.numel() for w in self._matrices)) * dtype.itemsize
+        copies = (_numbers(self.model) + self._weights) * dtype.itemsize
         return self._codes + self._teacher + copies + logits + max(512, tokens) * edges * dtype.itemsize
 
     @property
     def scoring(self) -> int:
-        """One window on its way; a block or the head, where they come from disk; last hidden states of two models."""
+        """Peak bytes of scoring: a window, last hidden states, and a block or the head where they come from disk."""
         if not self.windows:
             return 0
         width, longest = self._width, max(text.ids.shape[1] for text in self.windows)
-        columns = max(w.shape[1] for w in self._matrices)
+        window = memory.held_bytes(longest, width, max(w.shape[1] for w in self._matrices), self._itemsize)
         states = sum(text.ids.numel() for text in self.windows) * width * self._itemsize
-        ends = (self._numbers - sum(p.numel() for p in self._blocks.parameters())) if offloaded(self.model) else 0
-        window = memory.held_bytes(longest, width, columns, self._itemsize)
-        return (
-            max(ends, self._largest * offloaded(self.model)) * self._itemsize
-            + window
-            + states * (2 if offloaded(self.model) else 1)
-        )
+        if not offloaded(self.model):
+            return window + states
+        return max(self._outside, self._largest) * self._itemsize + window + 2 * states  # of both models
 
     @cached_property
-    def _calibrated(self) -> memory.Calibration | None:
+    def _calibration(self) -> memory.Calibration | None:
         if self.tokens is None:
             return None
-        settings = replace(self.plan.settings, scratch=self.plan.out)  # a run has a place for what spills
         method = self.plan.method
-        needed = calibration_of(self.model, self.tokens, settings, method.needs_full)
+        needed = calibration_of(self.model, self.tokens, self._settings, method.needs_full)
         together = method.block_transforms or not method.error_propagation
         squares = max(sum(w.shape[1] ** 2 for e in experts_in(b).values() for w in e.weights) for b in self._blocks)
         if not squares:
@@ -97,32 +94,38 @@ class MemoryModel:
         return replace(needed, more=memory.routed_bytes(count, needed.hidden, item, squares if together else 0))
 
     @property
+    def _settings(self) -> Settings:
+        return replace(self.plan.settings, scratch=self.plan.out)  # a run has a place for what spills
+
+    @property
     def _waits(self) -> bool:
-        """Whether batches wait for sites to be solved, and hold what they have made so far."""
-        method, settings = self.plan.method, replace(self.plan.settings, scratch=self.plan.out)
+        """Whether batches wait for sites to be solved, and hold their activations meanwhile."""
+        method = self.plan.method
         assert self.tokens is not None
         staged = method.error_propagation and method.solver is not None and method.solver.needs_hessian
-        return staged and keeps_activations(self.model, self.tokens, settings, True, method.needs_full)
+        return staged and keeps_activations(self.model, self.tokens, self._settings, True, method.needs_full)
 
     @property
     def _head(self) -> int:
-        return memory.head_bytes(self._head_numbers) if self.plan.method.head == "solve" else 0
+        """Bytes of solving the output head; blocks' copies and waiting batches are gone by then."""
+        head = self.model.get_output_embeddings()
+        if head is None or self.plan.method.head != "solve":
+            return 0
+        return HEAD * head.get_parameter("weight").numel()
 
     @property
     def _codes(self) -> int:
-        """Codes and scales of all blocks, where something wants them in the end."""
+        """Bytes of codes and scales of all blocks, where tuning or a checkpoint needs them in the end."""
         wanted = self.plan.method.model_tunings or (self.plan.exports.formats and not offloaded(self.model))
         size = self.plan.grid.group_size or 0
-        group = size if size > 0 else 1 << 10
-        return int(sum(w.numel() for w in self._matrices) * (1 + 8 / group)) if wanted else 0
+        return int(self._weights * (1 + 8 / (size if size > 0 else 1 << 10))) if wanted else 0
 
     @property
     def _teacher(self) -> int:
-        """What end-to-end tuning learns from: last hidden states, and a copy of what is outside of the blocks."""
+        """Bytes of a `Teacher`: last hidden states, and a copy of the model's parts outside of the blocks."""
         if self.tokens is None or not self.plan.method.model_tunings:
             return 0
-        ends = self._numbers - sum(p.numel() for p in self._blocks.parameters())
-        return (ends + self.tokens.ids.numel() * self._width) * self.plan.compute_dtype.itemsize
+        return (self._outside + self.tokens.ids.numel() * self._width) * self.plan.compute_dtype.itemsize
 
     @cached_property
     def _blocks(self) -> nn.ModuleList:
@@ -133,17 +136,16 @@ class MemoryModel:
         return [matrix(module) for module in self._blocks.modules() if is_linear(module)]
 
     @property
+    def _weights(self) -> int:
+        return sum(w.numel() for w in self._matrices)
+
+    @property
     def _largest(self) -> int:
-        return max(sum(p.numel() for p in block.parameters()) for block in self._blocks)
+        return max(map(_numbers, self._blocks))
 
     @property
-    def _numbers(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
-
-    @property
-    def _head_numbers(self) -> int:
-        head = self.model.get_output_embeddings()
-        return 0 if head is None else head.get_parameter("weight").numel()
+    def _outside(self) -> int:
+        return _numbers(self.model) - _numbers(self._blocks)
 
     @property
     def _itemsize(self) -> int:
@@ -152,3 +154,8 @@ class MemoryModel:
     @property
     def _width(self) -> int:
         return self.model.get_input_embeddings().weight.shape[1]
+
+
+def _numbers(module: nn.Module) -> int:
+    """Parameters of a module."""
+    return sum(p.numel() for p in module.parameters())
