@@ -72,57 +72,60 @@ def add_tile(_context, left, right, pairs, out, stride):  # noqa: ARG001  # prag
         out: address of the tile.
         stride: distance of the tile's rows, in floats.
     """
-    signature = types.void(types.uintp, types.uintp, types.intp, types.uintp, types.intp)
+    return types.void(types.uintp, types.uintp, types.intp, types.uintp, types.intp), _emit_add_tile
 
-    def generate(context, builder, _signature, arguments):
-        left, right, pairs, out, stride = arguments
-        multiply_add = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(_SUMS, [_SUMS, _PAIRS, _PAIRS]), "llvm.x86.avx512bf16.dpbf16ps.512"
-        )
-        words = ir.IntType(32).as_pointer()
-        left, right = builder.inttoptr(left, words), builder.inttoptr(right, words)
-        out = builder.inttoptr(out, ir.FloatType().as_pointer())
 
-        def at(base, index, vector):
-            return builder.bitcast(builder.gep(base, [index]), vector.as_pointer())
+def _emit_add_tile(context, builder, _signature, arguments):
+    """Emit the code of `add_tile`: a loop over words with the tile's sums in registers, added to `out` at its end."""
+    left, right, pairs, out, stride = arguments
+    words = ir.IntType(32).as_pointer()
+    left, right = builder.inttoptr(left, words), builder.inttoptr(right, words)
+    out = builder.inttoptr(out, ir.FloatType().as_pointer())
+    tile = [(row, v) for row in range(ROWS) for v in range(VECTORS)]
+    before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    k = builder.phi(_I64)
+    k.add_incoming(_I64(0), before)
+    sums = [builder.phi(_SUMS) for _ in tile]
+    for value in sums:
+        value.add_incoming(ir.Constant(_SUMS, None), before)
+    added = _emit_products(builder, left, right, builder.mul(k, _I64(PANEL)), sums)
+    following = builder.add(k, _I64(1))
+    k.add_incoming(following, loop)
+    for value, new in zip(sums, added, strict=True):
+        value.add_incoming(new, loop)
+    builder.cbranch(builder.icmp_signed("<", following, pairs), loop, after)
+    builder.position_at_end(after)
+    for (row, v), new in zip(tile, added, strict=True):
+        offset = builder.add(builder.mul(stride, _I64(row)), _I64(VECTOR * v))
+        total = _vector_at(builder, out, offset, _SUMS)
+        builder.store(builder.fadd(builder.load(total, align=4), new), total, align=4)
+    return context.get_dummy_value()
 
-        def sums_at(row, v):
-            offset = builder.add(builder.mul(stride, _I64(row)), _I64(VECTOR * v))
-            return at(out, offset, _SUMS)
 
-        tile = [(row, v) for row in range(ROWS) for v in range(VECTORS)]
-        before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        k = builder.phi(_I64)
-        k.add_incoming(_I64(0), before)
-        sums = [builder.phi(_SUMS) for _ in tile]
-        for value in sums:
-            value.add_incoming(ir.Constant(_SUMS, None), before)
-        word = builder.mul(k, _I64(PANEL))
-        xs = []
-        for v in range(VECTORS):
-            x = builder.load(at(right, builder.add(word, _I64(VECTOR * v)), _WORDS), align=4)
-            xs.append(builder.bitcast(x, _PAIRS))
-        undefined = ir.Constant(_WORDS, ir.Undefined)
-        added = []
-        for row in range(ROWS):
-            scalar = builder.load(builder.gep(left, [builder.add(word, _I64(row))]), align=4)
-            lane = builder.insert_element(undefined, scalar, _I32(0))
-            y = builder.bitcast(builder.shuffle_vector(lane, undefined, ir.Constant(_WORDS, [0] * VECTOR)), _PAIRS)
-            added += [builder.call(multiply_add, [sums[row * VECTORS + v], y, xs[v]]) for v in range(VECTORS)]
-        following = builder.add(k, _I64(1))
-        k.add_incoming(following, loop)
-        for value, new in zip(sums, added, strict=True):
-            value.add_incoming(new, loop)
-        builder.cbranch(builder.icmp_signed("<", following, pairs), loop, after)
-        builder.position_at_end(after)
-        for (row, v), new in zip(tile, added, strict=True):
-            total = sums_at(row, v)
-            builder.store(builder.fadd(builder.load(total, align=4), new), total, align=4)
-        return context.get_dummy_value()
+def _emit_products(builder, left, right, word, sums):
+    """Emit the products of one word of each column, from `word` on, added to the tile's sums; return the new sums."""
+    multiply_add = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_SUMS, [_SUMS, _PAIRS, _PAIRS]), "llvm.x86.avx512bf16.dpbf16ps.512"
+    )
+    xs = []
+    for v in range(VECTORS):
+        x = builder.load(_vector_at(builder, right, builder.add(word, _I64(VECTOR * v)), _WORDS), align=4)
+        xs.append(builder.bitcast(x, _PAIRS))
+    undefined = ir.Constant(_WORDS, ir.Undefined)
+    added = []
+    for row in range(ROWS):
+        scalar = builder.load(builder.gep(left, [builder.add(word, _I64(row))]), align=4)
+        lane = builder.insert_element(undefined, scalar, _I32(0))
+        y = builder.bitcast(builder.shuffle_vector(lane, undefined, ir.Constant(_WORDS, [0] * VECTOR)), _PAIRS)
+        added += [builder.call(multiply_add, [sums[row * VECTORS + v], y, xs[v]]) for v in range(VECTORS)]
+    return added
 
-    return signature, generate
+
+def _vector_at(builder, base, index, vector):
+    """Emit the address of a vector that begins at base[index]."""
+    return builder.bitcast(builder.gep(base, [index]), vector.as_pointer())
 
 
 @numba.njit(parallel=True, cache=True)

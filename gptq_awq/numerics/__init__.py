@@ -1,1 +1,1 @@
-"""Linear algebra on torch tensors: damped Cholesky factors, quadratic forms, Hadamard matrices."""
+"""Numerics below the methods: Cholesky factors, quadratic forms, Hadamard matrices, dtypes, distributed ranks."""

@@ -1,10 +1,11 @@
-"""Ranks: the processes, one to a device, that quantize one model together; and the few words they exchange.
+"""Ranks: processes, one per device, that quantize one model together, and their collective communication.
 
-`torchrun --nproc-per-node 2 run.py …` starts two, and so does Slurm with two tasks. Each holds the model and some of
-the calibration batches, and takes some rows of the linears; moments are summed. Rank 0 does alone whatever is there
-once: scores, results, the console. A process that was started by itself is `ONE`, to which all of this costs nothing.
+`torchrun --nproc-per-node 2 run.py …` starts two ranks, and so does Slurm with two tasks. Each rank holds the model and
+some of the calibration batches, and quantizes some rows of the linears; moments are summed over ranks. Rank 0 alone
+computes scores and writes results and the console. A single process is `ONE`, whose methods communicate nothing.
 
-Tensors go by nccl between GPUs and by gloo between CPUs, all else by gloo, which sees at once that a rank has died.
+Tensors are sent by nccl between GPUs and by gloo between CPUs, everything else by gloo, which notices at once that a
+rank has died.
 """
 
 import io
@@ -27,29 +28,30 @@ from gptq_awq.errors import UserError
 
 T = TypeVar("T")
 PATIENT = timedelta(days=365)
-"""How long ranks wait for what one of them does alone; one that dies is noticed at once all the same."""
+"""Timeout while one rank works alone and the others wait; a rank that dies is still noticed at once."""
 AGAIN = "the same command goes on after the last finished block"
+"""How to continue a run that lost a rank, at the end of error messages."""
 
 
 class RankLostError(UserError):
-    """Another rank has died, or can't be reached: no rank can go on."""
+    """Another rank has died or can't be reached, so that no rank can go on."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that work on one model.
+    """This process as one of the ranks that work on one model.
 
-    Whatever is asked of `Ranks` is asked by all of them, in one and the same order.
+    All ranks must call the communicating methods, in the same order.
 
     Attributes:
-        rank: this one's number.
-        size: how many there are.
-        place: this one's number among those of its machine.
-        neighbours: how many are on its machine.
+        rank: this process's rank.
+        size: number of ranks.
+        place: local rank: this process's number among the ranks of its machine.
+        neighbours: number of ranks on its machine.
 
-    Raises (any method that speaks to other ranks):
-        RankLostError: one of them has died, or has not answered in time.
-        UserError: one of them has stopped, and said why.
+    Raises (any method that communicates):
+        RankLostError: another rank has died, or has not answered in time.
+        UserError: another rank has stopped, and left its reason.
     """
 
     rank: int = 0
@@ -61,14 +63,14 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this one does what is there to be done once."""
+        """Whether this is rank 0, which does all work that is done once."""
         return self.rank == 0
 
     def device(self, device: torch.device) -> torch.device:
-        """This rank's own, where all were given `device`.
+        """This rank's device where the option for all ranks is `device`: with "cuda", a GPU of its own.
 
         Raises:
-            UserError: one GPU for all.
+            UserError: `device` is one particular GPU for several ranks.
         """
         if self.size == 1 or device.type != "cuda":
             return device
@@ -79,11 +81,11 @@ class Ranks:
         return own
 
     def sharing(self, device: torch.device) -> int:
-        """How many ranks share this device's memory."""
+        """Number of ranks that share this device's memory."""
         return 1 if device.type == "cuda" else self.neighbours
 
     def share(self, costs: Sequence[float]) -> list[int]:
-        """Which of some tasks this rank takes: the dearest first, each to whoever has least to do."""
+        """Indices of the tasks that this rank takes: by descending cost, each goes to the rank with the least load."""
         loads, taken = [0.0] * self.size, []
         for task in sorted(range(len(costs)), key=lambda task: -costs[task]):
             rank = loads.index(min(loads))
@@ -93,40 +95,40 @@ class Ranks:
         return sorted(taken)
 
     def sum_(self, x: Tensor) -> Tensor:
-        """Σ over ranks of x, in place, the same bits on every rank."""
+        """Sum x over ranks, in place (all-reduce), bit for bit equal on every rank."""
         return self._reduced(x, dist.ReduceOp.SUM)
 
     def maximum_(self, x: Tensor) -> Tensor:
-        """The greatest of all ranks' x, element by element, in place."""
+        """Elementwise maximum of x over ranks, in place (all-reduce)."""
         return self._reduced(x, dist.ReduceOp.MAX)
 
     def copy_(self, x: Tensor) -> Tensor:
-        """Rank 0's x, in place."""
+        """Broadcast rank 0's x to all ranks, in place."""
         if self.size > 1:
             part = x.contiguous()
-            with self._reaching(x.device):
+            with self._errors_translated(x.device):
                 dist.broadcast(part, 0)
             if part is not x:
                 x.copy_(part)
         return x
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, by rank."""
+        """Gather every rank's value on all ranks, in the order of ranks."""
         if self.size == 1:
             return [value]
-        with self._reaching():
-            return [self._sent(value, source, None) for source in range(self.size)]
+        with self._errors_translated():
+            return [self._broadcast(value, source, None) for source in range(self.size)]
 
     def from_first(self, compute: Callable[[], T]) -> T:
-        """What rank 0 computes, however long it takes; the others wait."""
+        """Let rank 0 compute a value and broadcast it; the other ranks wait, however long it takes."""
         value: Any = compute() if self.first else None
         if self.size == 1:
             return value
-        with self._reaching():
-            return self._sent(value, 0, self._patient)
+        with self._errors_translated():
+            return self._broadcast(value, 0, self._patient)
 
     def together(self, compute: Callable[[], T], *errors: type[Exception]) -> T:
-        """What this rank computes; one of `errors` that any rank raises is raised on all."""
+        """Compute this rank's value; if any rank raises one of `errors`, all ranks raise it."""
         value: Any = None
         own: Exception | None = None
         try:
@@ -139,13 +141,14 @@ class Ranks:
         return value
 
     def _reduced(self, x: Tensor, how: Any) -> Tensor:
+        """All-reduce x in place by the operation `how`."""
         if self.size > 1:
-            with self._reaching(x.device):
+            with self._errors_translated(x.device):
                 dist.all_reduce(x, how)
         return x
 
-    def _sent(self, value: Any, source: int, group: Any) -> Any:
-        """Rank `source`'s value; tensors on a GPU come to be on this rank's."""
+    def _broadcast(self, value: Any, source: int, group: Any) -> Any:
+        """Broadcast rank `source`'s value within `group`; tensors on a GPU arrive on this rank's GPU."""
         buffer = io.BytesIO()
         if self.rank == source:
             torch.save(value, buffer)
@@ -156,20 +159,20 @@ class Ranks:
             return value
         content = torch.empty(int(count), dtype=torch.uint8)
         dist.broadcast(content, source, group)
-        return torch.load(io.BytesIO(content.numpy().tobytes()), map_location=_here, weights_only=False)
+        return torch.load(io.BytesIO(content.numpy().tobytes()), map_location=_to_own_gpu, weights_only=False)
 
     @contextmanager
-    def _reaching(self, device: torch.device | None = None) -> Iterator[None]:
-        """Within: what the library says of ranks that can't be reached is said in our words."""
+    def _errors_translated(self, device: torch.device | None = None) -> Iterator[None]:
+        """Context manager that turns torch's errors on unreachable ranks into `RankLostError` or `UserError`."""
         try:
-            if device is not None and device.type == "cuda":  # nccl would wait for a dead rank: gloo does not
+            if device is not None and device.type == "cuda":  # nccl would wait for a dead rank, gloo raises
                 dist.all_reduce(torch.zeros(1))
             yield
         except RuntimeError as error:
             raise self.lost(str(error)) from error
 
     def lost(self, error: str) -> UserError:
-        """What to raise where other ranks can't be reached: a reason that one of them left, if any did."""
+        """The error to raise where other ranks can't be reached, with the reason of a rank that stopped, if any."""
         with suppress(RuntimeError):
             if self._store.check(["stopped"]):
                 return UserError(f"another rank stopped: {self._store.get('stopped').decode()}")
@@ -178,18 +181,18 @@ class Ranks:
         return RankLostError(f"a rank was lost ({error.splitlines()[0]:.200}): {AGAIN}")
 
     def stopped(self, error: BaseException) -> None:
-        """Leave word for the other ranks of why this one stops."""
+        """Leave the reason why this rank stops in the store, for the other ranks' error messages."""
         if self.size > 1 and not isinstance(error, RankLostError):
             with suppress(RuntimeError):
                 self._store.set("stopped", str(error) or repr(error))
 
 
 ONE = Ranks()
-"""A process by itself."""
+"""A single process."""
 
 
 def rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """This process's number among those that torchrun, or srun, has started with it, and how many they are."""
+    """Rank of this process and number of ranks, as torchrun or srun set them; (0, 1) for a single process."""
     for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         if rank in environment and size in environment:
             return int(environment[rank]), int(environment[size])
@@ -198,16 +201,16 @@ def rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[int, int
 
 @contextmanager
 def opened(timeout_minutes: float, run: int = 0, environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
-    """Within: the ranks that were started together can speak to each other.
+    """Context manager that connects the ranks that were started together.
 
     Args:
-        timeout_minutes: how long a rank waits for others that compute, and for them to start.
+        timeout_minutes: how long a rank waits for others to start, and to finish a computation.
         run: number of the run, where one process makes several.
-        environment: says who they are.
+        environment: environment variables of torchrun or Slurm.
 
     Raises:
-        UserError: a timeout that is none.
-        RankLostError: they did not find each other.
+        UserError: the timeout is not a positive number.
+        RankLostError: the ranks did not connect in time.
     """
     if not isinstance(timeout_minutes, (int, float)) or timeout_minutes <= 0:
         raise UserError(f"ranks_timeout_minutes={timeout_minutes}: give minutes, such as 30")
@@ -215,11 +218,11 @@ def opened(timeout_minutes: float, run: int = 0, environment: Mapping[str, str] 
     if size == 1:
         yield ONE
         return
-    ranks = _met(rank, size, timedelta(minutes=timeout_minutes), run, environment)
+    ranks = _connected(rank, size, timedelta(minutes=timeout_minutes), run, environment)
     try:
-        with _told_to_stop(ranks, environment):
+        with _raising_on_sigterm(ranks, environment):
             yield ranks
-            ranks.from_first(lambda: None)  # the store may be rank 0's own: it stays until all are done
+            ranks.from_first(lambda: None)  # rank 0 may serve the store: it stays until all are done
     except BaseException as error:
         ranks.stopped(error)
         raise
@@ -228,16 +231,17 @@ def opened(timeout_minutes: float, run: int = 0, environment: Mapping[str, str] 
             dist.destroy_process_group()
 
 
-def _met(rank: int, size: int, timeout: timedelta, run: int, environment: Mapping[str, str]) -> Ranks:
-    address, port = _meeting_point(environment)
+def _connected(rank: int, size: int, timeout: timedelta, run: int, environment: Mapping[str, str]) -> Ranks:
+    """Connect to the other ranks by a store and process groups. Raises RankLostError where that fails."""
+    address, port = _store_address(environment)
     attempt = environment.get("TORCHELASTIC_RESTART_COUNT") or environment.get("SLURM_RESTART_COUNT") or "0"
-    served = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun
+    served = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun serves the store
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
-        meeting = dist.TCPStore(
+        server = dist.TCPStore(
             address, port, None, rank == 0 and not served, timeout, wait_for_workers=False, multi_tenant=True
         )
-        store = dist.PrefixStore(f"gptq_awq/{attempt}/{run}", meeting)
+        store = dist.PrefixStore(f"gptq_awq/{attempt}/{run}", server)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         patient = dist.new_group(backend="gloo", timeout=PATIENT)
     except (RuntimeError, ValueError) as error:
@@ -250,18 +254,18 @@ def _met(rank: int, size: int, timeout: timedelta, run: int, environment: Mappin
     return Ranks(rank, size, own.index(rank), len(own), store, patient)
 
 
-def _meeting_point(environment: Mapping[str, str]) -> tuple[str, int]:
-    """Address and port of the store: as given, or the first node of a Slurm job and a port made of its number."""
+def _store_address(environment: Mapping[str, str]) -> tuple[str, int]:
+    """Address and port of the store: MASTER_ADDR and MASTER_PORT, else by a Slurm job's first node and its number."""
     nodes = re.match(r"([^,\[]+)(?:\[(\d+))?", environment.get("SLURM_STEP_NODELIST", "localhost"))
-    assert nodes is not None  # of any text
+    assert nodes is not None  # the pattern matches any text
     address = environment.get("MASTER_ADDR") or nodes[1] + (nodes[2] or "")
     port = environment.get("MASTER_PORT") or 20000 + int(environment.get("SLURM_JOB_ID", 0)) % 20000
     return address, int(port)
 
 
 @contextmanager
-def _told_to_stop(ranks: Ranks, environment: Mapping[str, str]) -> Iterator[None]:
-    """Within: where torchrun ends this rank, since another has died, it says so."""
+def _raising_on_sigterm(ranks: Ranks, environment: Mapping[str, str]) -> Iterator[None]:
+    """Context manager under which SIGTERM raises: torchrun ends this rank by it when another has died."""
     if "TORCHELASTIC_RUN_ID" not in environment or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -274,11 +278,11 @@ def _told_to_stop(ranks: Ranks, environment: Mapping[str, str]) -> Iterator[None
     try:
         yield
     except BaseException:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # an error is on its way already: let it be told
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # an error is being raised already: let it be reported
         raise
     signal.signal(signal.SIGTERM, before)
 
 
-def _here(storage: Any, location: str) -> Any:
-    """Where a tensor from another rank goes: a GPU's to this rank's own."""
+def _to_own_gpu(storage: Any, location: str) -> Any:
+    """Map location of tensors from another rank: those on a GPU go to this rank's GPU."""
     return storage if location == "cpu" else storage.cuda(torch.cuda.current_device())

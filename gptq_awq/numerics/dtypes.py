@@ -1,4 +1,4 @@
-"""Dtypes that forwards compute in: what this machine multiplies natively, and what a name stands for."""
+"""Dtypes that forwards compute in: the one that hardware multiplies natively, and names of dtypes."""
 
 import torch
 
@@ -6,7 +6,7 @@ from gptq_awq.errors import UserError
 
 
 def native_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it natively, else float32 (float16 on GPUs without bfloat16)."""
+    """Fastest dtype on `device`: bfloat16 if multiplied natively, else float32 (float16 on GPUs without bfloat16)."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     native = torch.cpu.get_capabilities()
@@ -15,10 +15,10 @@ def native_dtype(device: torch.device) -> torch.dtype:
 
 
 def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of calibration forwards; "auto" is bfloat16 where matrix units multiply it natively.
+    """The dtype of calibration forwards by its name; "auto" is the `native_dtype` of `device`.
 
     Raises:
-        UserError: unknown name.
+        UserError: the name is unknown.
     """
     if name == "auto":
         return native_dtype(device)

@@ -1,10 +1,10 @@
-"""Hadamard matrices: entries ±1, orthogonal rows, so H Hᵀ = n I. Multiplied by 1/√n they spread every outlier evenly.
+"""Hadamard matrices: entries ±1, orthogonal rows, so H Hᵀ = n I. Rotation by H/√n spreads every outlier evenly.
 
     Sylvester   1, 2, 4, 8, …       H₂ₙ = [H H; H -H]
     Paley I     q + 1,  q ≡ 3 (4)   I + S,  S skew-symmetric: Legendre symbols χ(i - j) mod q, bordered by ones
     Paley II    2(q + 1), q ≡ 1 (4) S ⊗ [1 1; 1 -1] + I ⊗ [1 -1; -1 -1],  S symmetric
 
-with q prime, and any of these times a power of two, as a Kronecker product. That has all common widths of language
+with q prime, and Kronecker products of any of these with a power of two. That covers all common widths of language
 models: 576 = 36 · 16, 768 = 12 · 64, 3584 = 28 · 128, 11008 = 5504 · 2.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def hadamard(n: int) -> Float[Tensor, "n n"]:
-    """A Hadamard matrix of order n, float32. Raises ValueError where these constructions have none."""
+    """A Hadamard matrix of order n, float32. Raises ValueError where these constructions give none."""
     core = _core(n)
     if core is None:
         raise ValueError(f"no Hadamard matrix of order {n} by Sylvester's and Paley's constructions")
@@ -27,14 +27,14 @@ def hadamard(n: int) -> Float[Tensor, "n n"]:
 
 
 def largest_order(n: int) -> int:
-    """The largest order that divides n and has a Hadamard matrix here; n itself for most widths."""
+    """Largest divisor of n that is the order of a Hadamard matrix by these constructions; n itself for most widths."""
     return max(d for d in range(1, n + 1) if n % d == 0 and _core(d) is not None)
 
 
 def times_hadamard(x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
-    """x H / √n, in O(n log n) a row where n is little more than a power of two.
+    """Rotate rows by a Hadamard matrix: x H / √n, in O(n log n) per row for n = m 2ᵏ with small m.
 
-    Where n has no Hadamard matrix, x (I ⊗ H) / √m with H of the `largest_order` m that divides n.
+    Where n has no Hadamard matrix: x (I ⊗ H) / √m with H of the `largest_order` m that divides n.
     """
     order = largest_order(x.shape[-1])
     core = _core(order)
@@ -51,14 +51,14 @@ def times_hadamard(x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
 
 
 def _core(n: int) -> int | None:
-    """The least m for which n = m 2ᵏ and m is of Paley's orders or 1; None: there is none."""
+    """Least m with n = m 2ᵏ that is 1 or one of Paley's orders; None where there is none."""
     odd = n // (n & -n)
     orders = (odd * 2**k for k in range((n & -n).bit_length()))
     return next((m for m in orders if m == 1 or _paley_prime(m)), None)
 
 
 def _paley_prime(m: int) -> int | None:
-    """The prime that Paley's construction of order m is made from."""
+    """Prime q of Paley's construction of order m: m - 1 (I) or m/2 - 1 (II); None where neither applies."""
     if m % 4:
         return None
     if _is_prime(m - 1):  # m is a multiple of 4, so this is 3 mod 4
@@ -68,6 +68,7 @@ def _paley_prime(m: int) -> int | None:
 
 
 def _paley(m: int) -> Float[Tensor, "m m"]:
+    """Paley's Hadamard matrix of order m, float32; [1] for m = 1."""
     if m == 1:
         return torch.ones(1, 1)
     q = _paley_prime(m)
@@ -84,7 +85,7 @@ def _paley(m: int) -> Float[Tensor, "m m"]:
 
 
 def _legendre(a: Int[Tensor, "..."], q: int) -> Float[Tensor, "..."]:
-    """χ(a): 0 for multiples of q, 1 for squares mod q, else -1."""
+    """Legendre symbols χ(a): 0 for multiples of q, 1 for squares mod q, else -1."""
     symbol = torch.full((q,), -1.0)
     symbol[torch.arange(q) ** 2 % q] = 1
     symbol[0] = 0

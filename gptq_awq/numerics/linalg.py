@@ -1,4 +1,4 @@
-"""Dense linear algebra of the solvers: damping and the inverse Cholesky factor."""
+"""Dense linear algebra of the solvers: damping, the inverse Cholesky factor and the output error tr(ΔHΔᵀ)."""
 
 from collections.abc import Sequence
 
@@ -12,11 +12,11 @@ from gptq_awq.kernels.quadratic import Quadratic
 MAX_DAMPING = 1.0
 DAMPING_STEP = 10.0
 BLOCK = 384
-"""Columns of a symmetric matrix that are multiplied at a time: wider blocks waste more below the diagonal."""
+"""Columns of a symmetric matrix that are multiplied at a time: wider blocks waste more work below the diagonal."""
 
 
 class NotPositiveDefiniteError(Exception):
-    """No damping up to `MAX_DAMPING` made the Hessian positive definite."""
+    """Raised when no damping up to `MAX_DAMPING` made the Hessian positive definite."""
 
 
 def inverse_cholesky(
@@ -29,13 +29,13 @@ def inverse_cholesky(
     beside H, memory for U alone.
 
     Args:
-        hessian: symmetric positive semi-definite, in the precision to compute in; where its diagonal is zero (a column
-            that no token reaches), one is taken for it.
+        hessian: symmetric positive semi-definite, in the precision to compute in; zeros on its diagonal (columns that
+            no token reaches) are replaced by one.
         damping: λ, as a fraction of the mean diagonal (percdamp).
-        order: of columns, that U shall be in; None: as they are.
+        order: order of columns in U; None: their natural order.
 
     Returns:
-        U, and the damping that was used.
+        U, and the damping λ that was used.
 
     Raises:
         NotPositiveDefiniteError: λ = 1 did not suffice (H is broken: non-finite or indefinite).
@@ -53,7 +53,10 @@ def inverse_cholesky(
 def inverse_choleskys(
     hessians: Sequence[Float[Tensor, "n n"]], damping: float, orders: Sequence[Int[Tensor, "n"] | None]
 ) -> list[Float[Tensor, "n n"] | None]:
-    """`inverse_cholesky` of several matrices at once; None where that damping does not suffice."""
+    """Upper Cholesky factors of several damped inverses at once, as in `inverse_cholesky`, for one damping.
+
+    A factor is None where the damping does not suffice.
+    """
     n = len(hessians[0])
     factors = hessians[0].new_empty(len(hessians), n, n)
     for factor, hessian, order in zip(factors, hessians, orders, strict=True):
@@ -61,7 +64,7 @@ def inverse_choleskys(
         diagonal = torch.where(hessian.diagonal() == 0, 1.0, hessian.diagonal())
         reordered(hessian, backwards, factor)
         factor.diagonal().copy_(diagonal[backwards] + damping * diagonal.mean())
-    # One by itself is no stack: the products of single matrices are faster.
+    # A single matrix is not passed as a stack: its products are faster than batched ones.
     failed = _invert_factor(factors if len(factors) > 1 else factors[0])
     fine = (failed == 0) & torch.isfinite(factors.sum((1, 2)))
     return [_reversed(factor) if good else None for factor, good in zip(factors, fine.tolist(), strict=True)]
@@ -70,7 +73,7 @@ def inverse_choleskys(
 def reordered(
     matrix: Float[Tensor, "n n"], order: Int[Tensor, "n"], out: Float[Tensor, "n n"] | None = None
 ) -> Float[Tensor, "n n"]:
-    """Rows and columns in that order, written to `out` if it is given; nothing else as large is made."""
+    """Permute rows and columns to `order`, into `out` if given, without another temporary of the matrix's size."""
     out = torch.empty_like(matrix) if out is None else out
     for a in range(0, len(order), BLOCK):
         out[a : a + BLOCK] = matrix[order[a : a + BLOCK]].index_select(1, order)
@@ -78,7 +81,7 @@ def reordered(
 
 
 def _reversed(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """Rows and columns from the last to the first, in place."""
+    """Reverse the order of rows and columns, in place."""
     n = len(matrix)
     for a in range(0, n // 2, BLOCK):
         b = min(a + BLOCK, n // 2)
@@ -91,10 +94,14 @@ def _reversed(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
 
 
 def _invert_factor(a: Float[Tensor, "*stack n n"]) -> Int[Tensor, "*stack"]:
-    """a ← L⁻¹ with L Lᵀ = a, in place, by halves; not 0 where a is not positive definite. H = J a J gives U = J L⁻¹ J.
+    """Replace a by the inverse L⁻¹ of its lower Cholesky factor, L Lᵀ = a, recursively by halves.
 
-    [A ·; B C]: L₁₁⁻¹ of A; L₂₁ = B L₁₁⁻ᵀ; L₂₂⁻¹ of C - L₂₁L₂₁ᵀ; and -L₂₂⁻¹L₂₁L₁₁⁻¹ below. Nearly all of it is matmuls,
-    each in an order that lets results replace their inputs. What is above the diagonal is never read.
+    With a = J H J, J reversing the order, U = J L⁻¹ J. For [A ·; B C]: L₁₁⁻¹ of A; L₂₁ = B L₁₁⁻ᵀ; L₂₂⁻¹ of C - L₂₁L₂₁ᵀ;
+    and -L₂₂⁻¹L₂₁L₁₁⁻¹ below. Nearly all work is in matmuls, in an order that lets results replace their inputs. Entries
+    above the diagonal are never read.
+
+    Returns:
+        For each matrix, 0, or another number where it is not positive definite.
     """
     n = a.shape[-1]
     if n <= 2 * BLOCK:
@@ -120,15 +127,15 @@ def _invert_factor(a: Float[Tensor, "*stack n n"]) -> Int[Tensor, "*stack"]:
 
 
 def quadratic(delta: Float[Tensor, "out n"], hessian: Float[Tensor, "n n"], rough: bool = False) -> float:
-    """tr(Δ H Δᵀ): the summed squared output error of a weight error Δ.
+    """Output error tr(Δ H Δᵀ) of a weight error Δ: squared errors of outputs, summed.
 
-    H being symmetric, only its blocks on and above the diagonal are multiplied, the latter counted twice.
+    As H is symmetric, only its blocks on and above the diagonal are multiplied, the latter counted twice.
 
     Args:
-        delta: Δ.
-        hessian: H.
-        rough: multiply in bfloat16 where the CPU does so natively: twice as fast and within 0.3%, but for a Δ that
-            H was used to find, such as GPTQ's, whose terms cancel (9% off was seen).
+        delta: weight error Δ.
+        hessian: H, symmetric.
+        rough: whether to multiply in bfloat16 where the CPU does so natively: twice as fast and within 0.3%, except
+            for a Δ that was found by H, such as GPTQ's, whose terms cancel (9% off was seen).
     """
     if rough and delta.device.type == "cpu" and rank_k.available():
         return Quadratic(hessian.float().numpy()).of(delta.float().contiguous().numpy())
@@ -136,6 +143,6 @@ def quadratic(delta: Float[Tensor, "out n"], hessian: Float[Tensor, "n n"], roug
     for a in range(0, n, BLOCK):
         b = min(a + BLOCK, n)
         column = hessian[:b, a:b].clone()
-        column[a:] /= 2  # of what is counted twice, the block on the diagonal shall count once
+        column[a:] /= 2  # the block on the diagonal counts once, after the factor 2 below
         total += 2 * float((delta[:, :b] @ column).mul_(delta[:, a:b]).sum(1).double().sum())
     return total
