@@ -1,1 +1,1 @@
-"""Number formats: where weights may land."""
+"""Number formats: the grids that weights and activations are rounded to."""

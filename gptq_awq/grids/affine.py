@@ -1,4 +1,4 @@
-"""Uniform levels above a stored minimum: ŵ = s c + m, both s and m floating-point numbers.
+"""Uniform grids above a stored minimum: ŵ = s c + m, both s and m floating-point numbers.
 
 MLX's affine format (any bits, groups of 32, 64 or 128) and llama.cpp's Q4_1 and Q5_1 (groups of 32, float16). An
 integer zero point needs fewer bits; a minimum fits ranges that don't hold zero.
@@ -15,21 +15,21 @@ from gptq_awq.grids.arithmetic import Arithmetic
 from gptq_awq.grids.base import Fitted, Grid, extremes
 from gptq_awq.grids.hqq import half_quadratic
 from gptq_awq.grids.integer import check_sizes, scale_bits
-from gptq_awq.grids.search import best, check_search, shrinks
+from gptq_awq.grids.search import check_search, search_ranges, shrinks
 
 
 @dataclass(frozen=True)
 class AffineGrid(Grid):
-    """Codes of 2 to 8 bits, a scale and a minimum per group.
+    """Uniform grid of 2 to 8 bits, with a floating-point scale and minimum per group.
 
     Attributes:
-        bits: 2 to 8.
+        bits: bits of a code, 2 to 8.
         group_size: columns that share a scale; -1 for the whole row.
-        search: how a group's range is chosen: minmax, mse or hessian (search.py), or hqq: its minimum (hqq.py).
+        search: how a group's range is chosen: minmax, mse, hessian (search.py), or hqq, for the minimum (hqq.py).
         scale_dtype: precision that scales and minimums are stored in.
 
     Raises:
-        UserError: bits, group_size or search that there isn't.
+        UserError: bits, group_size or search that the grid does not have.
     """
 
     bits: int = 4
@@ -44,39 +44,39 @@ class AffineGrid(Grid):
 
     @property
     def arithmetic(self) -> Arithmetic:
-        """Codes from a minimum upward."""
+        """Arithmetic of codes that count upward from a minimum."""
         return Arithmetic("minimum", 2**self.bits - 1)
 
     @property
     def overhead_bits(self) -> float:
-        """A scale and a minimum."""
+        """Stored bits of a group's scale and minimum."""
         return 2 * scale_bits(self.scale_dtype)
 
     @property
     def needs_hessian(self) -> bool:
-        """Only the `hessian` range search does."""
+        """True for `search=hessian`, the only range search that reads the Hessian."""
         return self.search == "hessian"
 
     def without_search(self) -> "AffineGrid":
-        """The same grid, fitted to the extremes."""
+        """This grid with ranges taken from the extremes, without a search."""
         return replace(self, search="minmax")
 
     def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "*spans cols cols"] | None = None) -> Fitted:
-        """Scale and minimum of every row. Raises ValueError when `search=hessian` gets no Hessian block."""
+        """Fit scale and minimum of every row. Raises ValueError when `search=hessian` gets no Hessian block."""
         low, high = extremes(w)
         if self.search == "minmax":
             return Fitted(*self._params(low, high))
         if self.search == "hqq":
             scale, minimum = self._params(low, high)
             return Fitted(scale, self._stored(half_quadratic(w, scale, minimum, self.arithmetic)))
-        # Shrunk towards its middle: the range need not hold zero.
+        # Ranges shrink towards their middle, as they need not hold zero.
         middle, half = (low + high) / 2, (high - low) / 2
         p = shrinks(w)
-        params = self._params(middle - half * p, middle + half * p)
-        return Fitted(*best(w, *params, self.arithmetic, self.search, hessian))
+        scales, minimums = self._params(middle - half * p, middle + half * p)
+        return Fitted(*search_ranges(w, scales, minimums, self.arithmetic, self.search, hessian))
 
     def _params(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        # A scale may be zero here: then the group holds its minimum only.
+        # A scale may be zero here: the group then holds no value but its minimum.
         dtype = getattr(torch, self.scale_dtype)
         most = torch.finfo(dtype).max
         scale = (high - low) / self.arithmetic.max_code

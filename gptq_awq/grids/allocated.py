@@ -1,7 +1,7 @@
 """Integer grids whose bits are allocated under a budget, by what each linear's rounding costs the model's output.
 
-The grid only holds the question (budget, choices) and, once it is known, the answer: bits by linear. Between
-preflight and quantization `gptq_awq.allocation` finds it.
+The grid holds the budget and the choices and, once `gptq_awq.allocation` has found them between preflight and
+quantization, the bits of each linear.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,26 +19,26 @@ Width = tuple[int, int]
 
 @dataclass(frozen=True)
 class AllocatedGrid:
-    """`IntGrid`s of the bits that fit the budget best.
+    """A mix of `IntGrid`s whose bits fit a budget at the least predicted cost.
 
     Attributes:
         budget_bits: stored bits per weight, on average over the blocks' linears, scales and zeros included.
-        budget_bytes: of all those linears, instead of budget_bits.
-        budget_uniform: the bits of a uniform grid, in groups of group_size, whose size is the budget; instead of both.
+        budget_bytes: stored bytes of all those linears together; replaces budget_bits.
+        budget_uniform: bits of a uniform grid, in groups of group_size, whose stored size is the budget; replaces both.
         choices: bits to choose among.
-        tie: what gets the same bits: each `linear` by itself; the linears of a `site` (q, k and v; gate and up),
-            which some engines fuse; or all of the `model`: uniform bits, the most that fit.
-        sensitivity: what a rounding costs: `fisher`, `error` or `kl` (see allocation/sensitivity.py).
-        rounding: what the costs are measured on: the method's `solver`, or `rtn`, which is quicker.
-        windows: calibration windows that gradients (fisher) or losses (kl) are measured on.
-        group_size: columns that share a scale; -1 for the whole row. Of most linears, once `allocated` is known.
-        group_sizes: to choose among beside the bits, each with each, for linears whose columns they divide; None:
-            group_size alone.
+        tie: which linears share their bits: none, each `linear` has its own; the linears of a `site` (q, k and v;
+            gate and up), which some engines fuse; or all of the `model`: uniform bits, the most that fit.
+        sensitivity: measure of a rounding's cost: `fisher`, `error` or `kl` (see allocation/sensitivity.py).
+        rounding: how weights are rounded to measure costs: by the method's `solver`, or by `rtn`, which is faster.
+        windows: number of calibration windows that gradients (fisher) or losses (kl) are computed on.
+        group_size: columns that share a scale; -1 for the whole row. Once `allocated` is known, that of most linears.
+        group_sizes: group sizes to choose among, in any combination with the bits, for linears whose columns they
+            divide; None: group_size only.
         sym: see `IntGrid`, as are search and scale_dtype.
-        allocated: bits and group size by a linear's full name; empty until they are known.
+        allocated: bits and group size by a linear's full name; empty before allocation.
 
     Raises:
-        UserError: not one of the budgets, bits that no integer grid has, a word there isn't.
+        UserError: not exactly one budget, bits that no integer grid has, or an unknown value of an option.
     """
 
     budget_bits: float | None = 4.0
@@ -77,16 +77,16 @@ class AllocatedGrid:
 
     @property
     def widths(self) -> list[Width]:
-        """What there is to choose among."""
+        """All widths to choose among: each of the bits with each group size."""
         return list(product(self.choices, self.group_sizes or [self.group_size]))
 
     def fitting(self, columns: int) -> list[Width]:
-        """The widths of a linear: those whose groups are whole, where there are any."""
+        """Widths whose groups divide a linear's columns; all widths where none do."""
         return [width for width in self.widths if columns % width[1] == 0] or self.widths
 
     @property
     def bits(self) -> float:
-        """Of a uniform grid that is as large, or of most linears' codes; until they are known, of the widest choice."""
+        """Bits in tables: `budget_uniform`, or those of most linears; before allocation, the widest choice."""
         if self.budget_uniform is not None:
             return self.budget_uniform
         allocated = [bits for bits, _ in self.allocated.values()]
@@ -94,20 +94,19 @@ class AllocatedGrid:
 
     @property
     def needs_hessian(self) -> bool:
-        """Until bits are known, whatever the method: costs are output errors. Then, only the `hessian` search does."""
+        """True before allocation, whose costs are output errors; afterwards, for `search=hessian` only."""
         return not self.allocated or self.search == "hessian"
 
     @property
     def label(self) -> str:
-        """What tables call it."""
+        """Name of the grid in tables."""
         return "allocated"
 
     def at(self, place: Place) -> Grid | None:
-        """The grid of one linear; None for embeddings. An output head that is asked for gets the most of the bits, and
-        the first of the group sizes.
+        """Grid of the weight at a place; None for embeddings and for output heads without `place.head`.
 
-        The budget doesn't count it. Before bits are known blocks take turns among the choices: a checkpoint format must
-        be able to hold any mix.
+        A head with `place.head` gets the most bits and the first group size; the budget does not count it. Before
+        allocation, blocks take turns among the choices, since a checkpoint format must be able to hold any mix.
         """
         if place.head:
             return self.grid(max(self.fitting(place.columns), key=lambda width: width[0]))
@@ -117,13 +116,14 @@ class AllocatedGrid:
         return self.grid(self.allocated.get(place.name, fitting[place.block % len(fitting)]))
 
     def resolved(self, allocated: Mapping[str, Width]) -> "AllocatedGrid":
-        """The answer, by a linear's full name."""
+        """This grid with the allocated widths, by a linear's full name, filled in."""
         sizes = [size for _, size in allocated.values()]
         usual = max(sizes, key=sizes.count, default=self.group_size)
         group_size = self.group_size if self.budget_uniform is not None else usual
         return replace(self, allocated=allocated, group_size=group_size)
 
     def grid(self, width: Width) -> IntGrid:
-        """The grid of one width."""
+        """Integer grid of one width."""
         options: dict[str, Any] = {"search": self.search, "scale_dtype": self.scale_dtype}
-        return IntGrid(*width, self.sym, **options)
+        bits, group_size = width
+        return IntGrid(bits, group_size, self.sym, **options)

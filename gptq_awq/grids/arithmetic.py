@@ -1,10 +1,10 @@
-"""What a code means: the three ways in which formats turn an integer code, a scale and a zero into a weight.
+"""Arithmetic of codes: the three ways in which formats turn an integer code, a scale and a zero into a weight.
 
   affine    ŵ = s (c - z)     z an integer: INT2-8, ternary, llama.cpp's Q*_0, Q3_K, Q6_K
   minimum   ŵ = s c + z       z the smallest weight: MLX, llama.cpp's Q*_1, Q2_K, Q4_K, Q5_K
   table     ŵ = s t_c         t a table of levels: NF4, FP4
 
-Rounding is to the nearest neighbour. A group with scale 0 holds one value only.
+Rounding is to the nearest grid point. A group with scale 0 holds one value only.
 """
 
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ KINDS = ("affine", "minimum", "table")
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """The weights that codes stand for, given a scale and a zero.
+    """Map between integer codes and weights, given a scale and a zero.
 
     Attributes:
-        kind: see the module's docstring.
+        kind: one of the three ways in the module's docstring.
         max_code: largest code; the smallest is 0.
-        levels: t, by code; of tables only.
+        levels: t by code, for tables; empty otherwise.
     """
 
     kind: Literal["affine", "minimum", "table"]
@@ -36,7 +36,7 @@ class Arithmetic:
     levels: tuple[float, ...] = ()
 
     def encode(self, w: Float[Tensor, "rows cols"], params: Params) -> Float[Tensor, "rows cols"]:
-        """Codes of the nearest neighbours (integers, in a float tensor)."""
+        """Codes of the grid points nearest to the weights (integers, in a float tensor)."""
         scale, zero = params
         if self.kind == "minimum":
             w = w - zero
@@ -48,7 +48,7 @@ class Arithmetic:
         return (codes if self.kind == "minimum" else codes + zero).clamp(0, self.max_code)
 
     def decode(self, codes: Float[Tensor, "rows cols"], params: Params) -> Float[Tensor, "rows cols"]:
-        """The weights that codes stand for."""
+        """Weights that the codes stand for."""
         scale, zero = params
         if self.kind == "affine":
             return scale * (codes - zero)
@@ -58,6 +58,6 @@ class Arithmetic:
 
 
 def in_numbers(arithmetic: Arithmetic) -> tuple[np.float32, int, np.ndarray]:
-    """Largest code, kind and levels, as compiled code takes them."""
+    """Largest code, index of the kind and levels of an arithmetic, in the types that compiled kernels take."""
     levels = np.asarray(arithmetic.levels, np.float32)
     return np.float32(arithmetic.max_code), KINDS.index(arithmetic.kind), levels

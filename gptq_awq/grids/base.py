@@ -1,8 +1,8 @@
-"""Grid: where weights may land, and QuantizedWeight: weights that have landed.
+"""Grid, the number format that weights are rounded to, and QuantizedWeight, a weight rounded to one.
 
 A grid sees one span of columns at a time: `fit` chooses a scale and a zero per row and group, `encode` rounds to
-integer codes, `decode` maps codes back. Solvers decide *which* neighbour a weight lands on; grids only say
-what the neighbours are. A new number format is one file with one frozen dataclass that derives from `Grid`.
+integer codes, `decode` maps codes back. Solvers decide *which* grid point a weight is rounded to; grids
+only define the points. A new number format is one file with one frozen dataclass that derives from `Grid`.
 """
 
 from abc import ABC, abstractmethod
@@ -19,18 +19,18 @@ from gptq_awq.grids.arithmetic import Arithmetic, Params
 from gptq_awq.storage.checksummed import ChecksummedFile
 
 AT_ONCE = 2**22
-"""Numbers of a weight that are encoded or decoded together."""
+"""Entries of a weight that are encoded or decoded at a time."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """Scales and zeros of some groups of columns.
+    """Scales and zeros fitted to some groups of columns.
 
     Attributes:
         scales: (rows, groups), in weight units.
-        zeros: (rows, groups); what they mean is the grid's arithmetic's business.
-        store: what the format stores to make these, where it doesn't store them as they are: the second level
-            of k-quants or of double quantization. Tensors of any width; spans are joined along dimension 1.
+        zeros: (rows, groups), in the units that the grid's `Arithmetic` defines.
+        store: tensors that the format stores in place of these, where it quantizes scales: the second level of
+            k-quants or of double quantization. Of any width; those of spans are concatenated along dimension 1.
     """
 
     scales: Float[Tensor, "rows groups"]
@@ -38,18 +38,18 @@ class Fitted:
     store: Mapping[str, Tensor] = field(default_factory=dict)
 
     def per_column(self, group_of_column: Int[Tensor, "cols"]) -> Params:
-        """Scale and zero of each column."""
+        """Scale and zero of each column, (rows, cols) each."""
         index = group_of_column.to(self.scales.device)
         # Not scales[:, index], which takes ten times as long.
         return self.scales.index_select(1, index), self.zeros.index_select(1, index)
 
     def rows(self, rows: slice) -> "Fitted":
-        """Of some rows, where a grid fits rows apart."""
+        """Scales and zeros of some rows, of a grid that fits rows independently."""
         store = {name: x[rows] for name, x in self.store.items()}
         return Fitted(self.scales[rows], self.zeros[rows], store)
 
     def split(self, sizes: Sequence[int]) -> "list[Fitted]":
-        """Copies of so many rows each, the same."""
+        """Split into consecutive parts of the given numbers of rows, each a copy."""
         ends = list(accumulate(sizes))
         parts = [self.rows(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
         return [Fitted(p.scales.clone(), p.zeros.clone(), {k: x.clone() for k, x in p.store.items()}) for p in parts]
@@ -57,16 +57,16 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a model a weight is: what a mix of grids goes by.
+    """Place of a weight in a model, by which a `GridChoice` chooses its grid.
 
     Attributes:
-        name: of the module in the model.
-        columns: of its weight.
-        block: index of its block, -1 outside of them.
-        blocks: how many there are.
+        name: full name of the module in the model.
+        columns: number of columns of its weight.
+        block: index of its block, -1 outside of the blocks.
+        blocks: number of blocks.
         shared_kv: query heads per key-value head.
-        tied: of the embedding: whether it is the output head too.
-        head: an output head that is to be quantized, whatever the mix would do with one.
+        tied: whether the module is an embedding that is the output head too.
+        head: whether it is an output head that is to be quantized, whatever the mix does with heads by default.
     """
 
     name: str
@@ -80,35 +80,35 @@ class Place:
 
 @runtime_checkable
 class GridChoice(Protocol):
-    """Which grid each weight lands on: one for all (`Grid`), or a mix."""
+    """Choice of a grid for each weight: one for all (`Grid`), or a mix."""
 
     @property
     def bits(self) -> float:
-        """Of most weights' codes, for tables."""
+        """Stored bits of most weights' codes, for tables."""
         ...
 
     @property
     def group_size(self) -> int:
-        """Of most weights."""
+        """Group size of most weights, for tables."""
         ...
 
     @property
     def needs_hessian(self) -> bool:
-        """Whether any of its grids' `fit` wants a Hessian."""
+        """Whether `fit` of any of its grids needs a Hessian."""
         ...
 
     @property
     def label(self) -> str:
-        """What tables call it."""
+        """Name of the grid in tables."""
         ...
 
     def at(self, place: Place) -> "Grid | None":
-        """The grid of one weight; None leaves it as it is."""
+        """Grid of the weight at a place; None leaves the weight unquantized."""
         ...
 
 
 class Grid(ABC):
-    """A family of quantization grids, one member per (row, group)."""
+    """A number format: the points that weights may be rounded to, given a scale and a zero per row and group."""
 
     group_size: int
     """Columns that share a scale; -1 means all of them."""
@@ -119,79 +119,79 @@ class Grid(ABC):
     @property
     @abstractmethod
     def arithmetic(self) -> Arithmetic:
-        """What a code means."""
+        """Arithmetic that maps codes to weights, given a scale and a zero."""
 
     @property
     @abstractmethod
     def overhead_bits(self) -> float:
-        """Stored bits per (row, group) besides the codes: scales, zeros."""
+        """Stored bits per row and group besides the codes: scales and zeros."""
 
     @property
     @abstractmethod
     def needs_hessian(self) -> bool:
-        """Whether `fit` wants the span's diagonal block of the Hessian."""
+        """Whether `fit` needs the span's diagonal block of the Hessian."""
 
     @abstractmethod
     def without_search(self) -> "Grid":
-        """The same grid with the cheapest fit, which needs no Hessian."""
+        """This grid with its cheapest fit, which needs no Hessian."""
 
     @abstractmethod
     def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "*spans cols cols"] | None = None) -> Fitted:
         """Choose scale and zero for every row and group of one span.
 
-        Rows are fitted each by itself where `rows_independent`, and where a span is a part of the weight, so that
-        `fit_all` can pass neighbouring spans as rows: with a stack of n Hessian blocks, row k is of span k mod n.
+        Each row is fitted independently where `rows_independent`, and where a span is only a part of the weight, so
+        that `fit_all` can pass neighbouring spans as rows: with a stack of n Hessian blocks, row k is of span k mod n.
         """
 
     @property
     def label(self) -> str:
-        """What tables call it."""
+        """Name of the grid in tables."""
         return type(self).__name__.removesuffix("Grid").lower()
 
     def at(self, place: Place) -> "Grid | None":
-        """The grid itself inside of blocks; None for embeddings, and for the output head unless it is asked for."""
+        """This grid inside of blocks and for a head with `place.head`; None for embeddings and other heads."""
         return self if place.block >= 0 or place.head else None
 
     @property
     def span(self) -> int:
-        """Columns that are fitted together, a multiple of `group_size`: a super-block; -1 means all of them."""
+        """Number of columns fitted together, a multiple of `group_size` (a super-block); -1 means all of them."""
         return self.group_size
 
     @property
     def rows_independent(self) -> bool:
-        """Whether some rows of a weight are fitted as they are in all of it."""
+        """Whether fitting a part of a weight's rows gives them the same scales as fitting all rows."""
         return self.span != -1 or self.group_size == -1
 
     def check_columns(self, columns: int, where: str) -> None:  # noqa: B027 (most grids take any width)
-        """Raise UserError where the format has no room for a weight of that many columns."""
+        """Raise UserError where the format cannot hold a weight of that many columns; `where` names the weight."""
 
     def encode(self, w: Float[Tensor, "rows cols"], params: Params) -> Float[Tensor, "rows cols"]:
-        """Round to codes (integers from 0, in a float tensor)."""
+        """Codes of the grid points nearest to the weights (integers from 0, in a float tensor)."""
         return self.arithmetic.encode(w, params)
 
     def decode(self, codes: Float[Tensor, "rows cols"], params: Params) -> Float[Tensor, "rows cols"]:
-        """Map codes to weights."""
+        """Weights that the codes stand for."""
         return self.arithmetic.decode(codes, params)
 
 
 def extremes(w: Float[Tensor, "rows cols"]) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
-    """Least and largest weight of every row."""
+    """Smallest and largest weight of every row."""
     return w.amin(1, keepdim=True), w.amax(1, keepdim=True)  # aminmax over rows takes four times as long
 
 
 def group_spans(columns: int, group_size: int) -> list[tuple[int, int]]:
-    """First column of every group and one past its last; the last group is shorter where sizes don't divide."""
+    """First column and one past the last column of every group; the last group may be shorter."""
     size = columns if group_size == -1 else group_size
     return [(start, min(start + size, columns)) for start in range(0, columns, size)]
 
 
 def group_of_columns(columns: int, group_size: int) -> Int[Tensor, "in"]:
-    """The group each column belongs to, in natural order."""
+    """Index of the group that each column belongs to, for groups of neighbouring columns."""
     return torch.arange(columns) // (columns if group_size == -1 else group_size)
 
 
 def fit_all(grid: Grid, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"] | None) -> Fitted:
-    """Fit every span of a weight in natural column order; `hessian` is read only where the grid wants it."""
+    """Fit every span of a weight in natural column order; `hessian` is read only where the grid needs it."""
     hessian = hessian if grid.needs_hessian else None
     columns = w.shape[1]
     size = columns if grid.span == -1 else grid.span
@@ -213,7 +213,7 @@ def _fit_rows(
     size: int,
     blocks: Float[Tensor, "count size size"] | None,
 ) -> Fitted:
-    """The same for some rows of several spans; `blocks`: of H, for the spans that are whole."""
+    """Fit all spans to some rows of a weight; `blocks` are the Hessian's diagonal blocks of the whole spans."""
     (rows, columns), count = w.shape, w.shape[1] // size
     whole = count * size  # the whole spans at once, as rows
     parts = [_unstacked(grid.fit(w[:, :whole].reshape(rows * count, size), blocks), rows)]
@@ -223,7 +223,7 @@ def _fit_rows(
 
 
 def nearest(grid: Grid, w: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
-    """Weights rounded to nearest, on the grid as it is fitted without search."""
+    """Weights rounded to nearest and dequantized, on the grid fitted without a search."""
     grid = grid.without_search()
     out = torch.empty_like(w)
     for rows in row_parts(w) if grid.rows_independent else [slice(None)]:
@@ -232,7 +232,7 @@ def nearest(grid: Grid, w: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows co
 
 
 def row_parts(w: Float[Tensor, "rows cols"] | UInt8[Tensor, "rows cols"]) -> Iterator[slice]:
-    """Rows that are worked on together, so that what is made on the way takes little memory beside the result."""
+    """Slices of rows to process one after the other, so that temporaries stay small beside the result."""
     step = max(1, AT_ONCE // w.shape[1])
     yield from (slice(first, first + step) for first in range(0, len(w), step))
 
@@ -243,46 +243,46 @@ def _nearest(grid: Grid, w: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows c
     if size == -1 or columns % size:
         params = fitted.per_column(group_of_columns(columns, size))
         return grid.decode(grid.encode(w, params), params)
-    groups = w.reshape(-1, size)  # a scale for each row: none is copied to its columns
+    groups = w.reshape(-1, size)  # one row per group, so that scales broadcast instead of being copied to columns
     params = fitted.scales.reshape(-1, 1), fitted.zeros.reshape(-1, 1)
     return grid.decode(grid.encode(groups, params), params).view(rows, columns)
 
 
 def diagonal_blocks(hessian: Float[Tensor, "cols cols"], count: int) -> Float[Tensor, "count size size"]:
-    """The blocks of that many equal spans."""
+    """Cut the diagonal of a Hessian into the blocks of `count` equal spans."""
     size = len(hessian) // count
     return hessian.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
 def _unstacked(fitted: Fitted, rows: int) -> Fitted:
-    """What was fitted to spans as rows, as groups of `rows` rows."""
+    """Reshape scales and zeros that were fitted to spans as rows into the groups of `rows` rows."""
     store = {name: x.reshape(rows, -1) for name, x in fitted.store.items()}
     return Fitted(fitted.scales.reshape(rows, -1), fitted.zeros.reshape(rows, -1), store)
 
 
 def concat_columns(parts: list[Fitted]) -> Fitted:
-    """Neighbouring spans as one."""
+    """Concatenate scales, zeros and stores of neighbouring spans, in the order of their columns."""
     if len(parts) == 1:
         return parts[0]
     scales, zeros = torch.cat([p.scales for p in parts], 1), torch.cat([p.zeros for p in parts], 1)
-    return Fitted(scales, zeros, joined([part.store for part in parts]))
+    return Fitted(scales, zeros, concat_stores([part.store for part in parts]))
 
 
-def joined(stores: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The stores of neighbouring spans as one."""
+def concat_stores(stores: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Concatenate the stores of neighbouring spans along their columns."""
     return {name: torch.cat([store[name] for store in stores], 1) for name in stores[0]}
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """One linear's weight on its grid: exactly what a checkpoint stores.
+    """One linear's quantized weight: exactly what a checkpoint stores.
 
     Attributes:
         codes: integer codes, (out, in), columns in the layer's own order.
         scales: (out, groups), in weight units.
-        zeros: (out, groups), see `Grid.arithmetic`: in code units (affine) or weight units (minimum).
+        zeros: (out, groups), in code units (affine arithmetic) or weight units (minimum).
         group_of_column: (in,), the group of each column (`g_idx`); natural order unless act_order permuted it.
-        grid: the format.
+        grid: number format of the weight.
         loss: the solver's own objective ½ tr(ΔHΔᵀ) (H damped, as GPTQ sums it), None where no H was given.
         store: see `Fitted.store`.
     """
@@ -304,12 +304,12 @@ class QuantizedWeight:
         group_of_column: Int[Tensor, "in"],
         loss: float | None = None,
     ) -> "QuantizedWeight":
-        """From the codes a solver chose and the groups it fitted."""
+        """Assemble a weight from the codes that a solver chose and the groups that it fitted."""
         return cls(codes.to(torch.uint8), fitted.scales, fitted.zeros, group_of_column, grid, loss, fitted.store)
 
     @classmethod
     def concat_rows(cls, parts: "Sequence[QuantizedWeight]") -> "QuantizedWeight":
-        """One weight from its rows, of a grid that fits rows apart."""
+        """Concatenate parts of a weight's rows into one weight, of a grid that fits rows independently."""
         if len(parts) == 1:
             return parts[0]
         first = parts[0]
@@ -319,7 +319,7 @@ class QuantizedWeight:
         return cls(codes, scales, zeros, first.group_of_column, first.grid, loss, store)
 
     def dequantize(self) -> Float[Tensor, "out in"]:
-        """The weight that an engine computes with."""
+        """Dequantized weight, as an inference engine computes with it."""
         out = torch.empty_like(self.codes, dtype=self.scales.dtype)
         for rows in row_parts(self.codes):
             params = Fitted(self.scales[rows], self.zeros[rows]).per_column(self.group_of_column)
@@ -327,7 +327,7 @@ class QuantizedWeight:
         return out
 
     def sha256(self) -> str:
-        """Hash of all that a checkpoint stores: codes, scales, zeros, column order, and the grid's own store."""
+        """Hash of all that a checkpoint stores: codes, scales, zeros, column order, and the tensors of `store`."""
         stored = {"codes": self.codes, "scales": self.scales, "zeros": self.zeros, "groups": self.group_of_column}
         return ChecksummedFile(
             stored | {f"store/{name}": x for name, x in self.store.items()}, {"grid": str(self.grid)}
@@ -335,7 +335,7 @@ class QuantizedWeight:
 
     @property
     def natural_order(self) -> bool:
-        """Whether groups are made of neighbouring columns (no g_idx needed)."""
+        """Whether groups consist of neighbouring columns, so that no g_idx is needed."""
         columns = self.codes.shape[1]
         return bool((self.group_of_column.cpu() == group_of_columns(columns, self.grid.group_size)).all())
 

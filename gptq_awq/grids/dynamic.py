@@ -1,7 +1,7 @@
-"""Where activations land while a model runs: scales that follow the numbers as they come (dynamic), nothing stored.
+"""Dynamic quantization of activations: scales are computed from each row while the model runs, and never stored.
 
-A row is what one scale serves: a token's channels (SmoothQuant, arXiv 2211.10438, per token; QuaRot, arXiv 2404.00456),
-one head's part of a cached key or value, or groups of either. With c the clip ratio and B the bits,
+A row is the set of numbers that share a scale: a token's channels (SmoothQuant, arXiv 2211.10438, per token; QuaRot,
+arXiv 2404.00456), one head's part of a cached key or value, or groups of either. With c the clip ratio and B the bits,
 
     symmetric   s = c max|x| / (2^(B-1) - 1)                 x̂ = s · clamp(round(x / s), -2^(B-1), 2^(B-1) - 1)
     asymmetric  s = c (max(x, 0) - min(x, 0)) / (2^B - 1)    x̂ = s · (clamp(round(x / s) + z, 0, 2^B - 1) - z)
@@ -20,46 +20,46 @@ from gptq_awq.errors import UserError
 
 E4M3_MAX = 448.0
 TINY = torch.finfo(torch.float32).tiny
-"""Scales are no smaller, so that a row of zeros stays one."""
+"""Smallest scale, so that a row of zeros stays zero."""
 
 
 @runtime_checkable
 class DynamicGrid(Protocol):
-    """A number format of activations."""
+    """A number format that activations are rounded to while the model runs."""
 
     @property
     def label(self) -> str | None:
-        """In tables; None where nothing is rounded."""
+        """Name of the format in tables; None where activations are not rounded."""
         ...
 
     def rounded(self, x: Float[Tensor, "*rows channels"]) -> Float[Tensor, "*rows channels"]:
-        """`x` on the grid and back, in its own dtype. Raises ValueError where groups don't divide the channels."""
+        """Round `x` to the grid and back, in its dtype. Raises ValueError where groups don't divide the channels."""
         ...
 
 
 @dataclass(frozen=True)
 class Unrounded:
-    """Activations as they are: the A16 of W4A16."""
+    """Unquantized activations: the A16 of W4A16."""
 
     label: None = None
 
     def rounded(self, x: Float[Tensor, "*rows channels"]) -> Float[Tensor, "*rows channels"]:
-        """Itself."""
+        """Return `x` unchanged."""
         return x
 
 
 @dataclass(frozen=True)
 class DynamicInt:
-    """Integers, a scale (and, asymmetric, a zero) per row.
+    """Integer format of activations, with a scale (and, asymmetric, a zero) per row.
 
     Attributes:
-        bits: 2 to 16.
-        sym: symmetric about zero.
+        bits: bits of a code, 2 to 16.
+        sym: whether the range is symmetric about zero.
         group_size: channels that share a scale; -1: all of the row.
         clip: ratio c of the range that is kept, above 0 and up to 1.
 
     Raises:
-        UserError: naming the option.
+        UserError: a value out of range; the message names the option.
     """
 
     bits: int = 8
@@ -76,12 +76,12 @@ class DynamicInt:
 
     @property
     def label(self) -> str:
-        """For example `int8`, or `int4 asym g64 clip 0.9`."""
+        """Name of the format in tables, for example `int8` or `int4 asym g64 clip 0.9`."""
         clip = "" if self.clip == 1 else f" clip {self.clip:g}"
         return f"int{self.bits}{'' if self.sym else ' asym'}{_group_label(self.group_size)}{clip}"
 
     def rounded(self, x: Float[Tensor, "*rows channels"]) -> Float[Tensor, "*rows channels"]:
-        """`x` on the grid and back, in its own dtype. Raises ValueError where groups don't divide the channels."""
+        """Round `x` to the grid and back, in its dtype. Raises ValueError where groups don't divide the channels."""
         rows = _rows(x, self.group_size)
         return (self._symmetric(rows) if self.sym else self._asymmetric(rows)).reshape(x.shape).to(x.dtype)
 
@@ -103,13 +103,13 @@ class DynamicInt:
 
 @dataclass(frozen=True)
 class DynamicFP8:
-    """8-bit floats of 4 exponent and 3 mantissa bits (E4M3, arXiv 2209.05433), a float32 scale per row.
+    """E4M3 format of activations: 4 exponent and 3 mantissa bits (arXiv 2209.05433), with a float32 scale per row.
 
     Attributes:
         group_size: channels that share a scale; -1: all of the row.
 
     Raises:
-        UserError: naming the option.
+        UserError: a group_size out of range; the message names the option.
     """
 
     group_size: int = -1
@@ -119,19 +119,19 @@ class DynamicFP8:
 
     @property
     def label(self) -> str:
-        """`fp8`, or `fp8 g128`."""
+        """Name of the format in tables, for example `fp8` or `fp8 g128`."""
         return f"fp8{_group_label(self.group_size)}"
 
     def rounded(self, x: Float[Tensor, "*rows channels"]) -> Float[Tensor, "*rows channels"]:
-        """`x` on the grid and back, in its own dtype. Raises ValueError where groups don't divide the channels."""
+        """Round `x` to the grid and back, in its dtype. Raises ValueError where groups don't divide the channels."""
         rows = _rows(x, self.group_size)
         scale = (rows.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp_(min=TINY)
-        near = (rows / scale).clamp_(-E4M3_MAX, E4M3_MAX)  # x / s may end a rounding error above the largest
+        near = (rows / scale).clamp_(-E4M3_MAX, E4M3_MAX)  # x / s may exceed the largest number by a rounding error
         return near.to(torch.float8_e4m3fn).float().mul_(scale).reshape(x.shape).to(x.dtype)
 
 
 def _rows(x: Float[Tensor, "*rows channels"], group_size: int) -> Float[Tensor, "*groups row"]:
-    """What each scale serves, in float32."""
+    """Cut float32 `x` into rows that share a scale each."""
     x = x.float()
     if group_size == -1:
         return x

@@ -1,4 +1,4 @@
-"""HQQ, half-quadratic quantization (Badri and Shaji, 2023, https://mobiusml.github.io/hqq_blog/): no data at all.
+"""HQQ, half-quadratic quantization (Badri and Shaji, 2023, https://mobiusml.github.io/hqq_blog/): needs no data.
 
 Per group, with the scale s of the extremes and a floating-point zero, here the minimum m of ŵ = s c + m:
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from gptq_awq.grids.arithmetic import Arithmetic
 
 NORM, BETA, KAPPA, STEPS = 0.7, 10.0, 1.01, 20
-"""As published."""
+"""p, first β, growth κ and steps of the published code."""
 
 
 def half_quadratic(
@@ -28,7 +28,7 @@ def half_quadratic(
     minimum: Float[Tensor, "rows 1"],
     arithmetic: Arithmetic,
 ) -> Float[Tensor, "rows 1"]:
-    """The minimum m of each row, from the one given on."""
+    """Minimum m of each row by half-quadratic splitting, started from the given one, at the least mean |w - ŵ| met."""
     best, least = minimum, torch.full_like(minimum, torch.inf)
     beta = BETA
     for _ in range(STEPS + 1):

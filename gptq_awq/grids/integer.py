@@ -14,24 +14,24 @@ from torch import Tensor
 from gptq_awq.errors import UserError
 from gptq_awq.grids.arithmetic import Arithmetic
 from gptq_awq.grids.base import Fitted, Grid, extremes
-from gptq_awq.grids.search import best, check_search, shrinks
+from gptq_awq.grids.search import check_search, search_ranges, shrinks
 
 MSE_STEPS = 100, 0.79
-"""As the GPTQ code has it: 1, .99, … .21."""
+"""Steps and largest shrink of the mse search, as in the GPTQ code: factors 1, .99, … .21."""
 
 
 @dataclass(frozen=True)
 class IntGrid(Grid):
-    """INT2-8, symmetric or asymmetric, per channel (`group_size=-1`) or in groups of columns.
+    """Uniform integer grid INT2-8, symmetric or asymmetric, per channel (`group_size=-1`) or in groups of columns.
 
     Attributes:
-        bits: 2 to 8.
+        bits: bits of a code, 2 to 8.
         group_size: columns that share a scale; -1 for the whole row. The last group may be shorter.
-        sym: one fixed zero in the middle of the range, none stored.
+        sym: whether the zero point is fixed at the middle code, so that none is stored.
         search: how a group's range is chosen, see the module's docstring.
         scale_dtype: precision that scales are stored in; they are rounded to it before any weight is encoded,
             so that what is measured is what a checkpoint holds.
-        min_zero: least zero point of an asymmetric grid: 1 for checkpoints that store it less one.
+        min_zero: smallest zero point of an asymmetric grid: 1 for checkpoints that store zero - 1.
 
     Raises:
         UserError: bits, group_size or search that no integer grid has.
@@ -50,33 +50,34 @@ class IntGrid(Grid):
 
     @property
     def arithmetic(self) -> Arithmetic:
-        """Affine, codes 0 to 2^bits - 1."""
+        """Affine arithmetic with codes 0 to 2^bits - 1."""
         return Arithmetic("affine", 2**self.bits - 1)
 
     @property
     def overhead_bits(self) -> float:
-        """A 16-bit scale (32 if so asked) and, when asymmetric, a zero of `bits` bits."""
+        """Stored bits of a group's scale (16 or 32) and, when asymmetric, its zero (`bits`)."""
         return scale_bits(self.scale_dtype) + (0 if self.sym else self.bits)
 
     @property
     def needs_hessian(self) -> bool:
-        """Only the `hessian` range search does."""
+        """True for `search=hessian`, the only range search that reads the Hessian."""
         return self.search == "hessian"
 
     def without_search(self) -> "IntGrid":
-        """The same grid, fitted to the extremes: for loops that fit it often."""
+        """This grid with ranges taken from the extremes, for loops that fit it often."""
         return replace(self, search="minmax")
 
     def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "*spans cols cols"] | None = None) -> Fitted:
-        """Scale and zero of every row. Raises ValueError when `search=hessian` gets no Hessian block."""
+        """Fit scale and zero of every row. Raises ValueError when `search=hessian` gets no Hessian block."""
         low, high = self._range(w)
         if self.search == "minmax":
             return Fitted(*self._params(low, high))
         p = shrinks(w, *MSE_STEPS) if self.search == "mse" else shrinks(w)
-        return Fitted(*best(w, *self._params(low * p, high * p), self.arithmetic, self.search, hessian))
+        scales, zeros = self._params(low * p, high * p)
+        return Fitted(*search_ranges(w, scales, zeros, self.arithmetic, self.search, hessian))
 
     def _range(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """Smallest interval that holds the row's weights and zero; symmetric where the grid is."""
+        """Smallest interval that holds the row's weights and zero, symmetric if the grid is; ±1 for a row of zeros."""
         low, high = extremes(w)
         low, high = low.clamp(max=0), high.clamp(min=0)
         if self.sym:
@@ -102,12 +103,12 @@ def check_sizes(bits: int, group_size: int) -> None:
 
 
 def scale_bits(dtype: str) -> int:
-    """Bits of a stored scale."""
+    """Bits of one stored scale of the given dtype."""
     return 32 if dtype == "float32" else 16
 
 
 def stored(scale: Tensor, dtype: str) -> Tensor:
-    """Positive scales as `dtype` holds them: a group of tiny weights must not get scale 0, nor a huge one inf."""
+    """Round positive scales to `dtype` and back, clamped so that none becomes 0 or infinite."""
     if dtype == "float32":
         return scale
     limits = torch.finfo(getattr(torch, dtype))

@@ -1,11 +1,11 @@
-"""llama.cpp's k-quants, Q2_K to Q6_K: blocks of 256 columns, whose sub-blocks' scales are themselves quantized.
+"""llama.cpp's k-quants, Q2_K to Q6_K: blocks of 256 columns, with the scales of their sub-blocks quantized too.
 
   with a minimum (Q2_K, Q4_K, Q5_K)    ŵ = d σ c - d' μ      σ, μ unsigned integers per sub-block
   symmetric      (Q3_K, Q6_K)          ŵ = d σ (c - 2^(b-1)) σ a signed integer per sub-block
 
-d and d' are float16, one each per block. Fitting goes top down: every sub-block's own range; d and d' so that the
-largest scale and minimum just fit; then σ and μ anew, among the neighbours of what they round to, whichever rounds
-the sub-block's weights best. So a solver that rounds onto this grid sees the scales that the file will hold.
+d and d' are float16, one each per block. Fitting has three steps: each sub-block's own range; d and d' such that the
+largest scale and minimum just fit; then σ and μ again, chosen among the neighbours of their nearest codes to round the
+sub-block's weights best. So a solver that rounds onto this grid sees the scales that the file will hold.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from torch import Tensor
 from gptq_awq.errors import UserError
 from gptq_awq.grids.arithmetic import Arithmetic
 from gptq_awq.grids.base import Fitted, Grid, extremes, group_spans
-from gptq_awq.grids.search import best, check_search, shrinks
+from gptq_awq.grids.search import check_search, search_ranges, shrinks
 from gptq_awq.grids.signed import signed_scales
 
 BLOCK = 256
@@ -26,13 +26,13 @@ BLOCK = 256
 
 @dataclass(frozen=True)
 class KType:
-    """One of llama.cpp's k-quants.
+    """Layout of one of llama.cpp's k-quants.
 
     Attributes:
-        bits: of a code.
-        sub_block: columns that share σ.
-        scale_bits: of σ and of μ.
-        minimum: whether there is μ.
+        bits: bits of a code.
+        sub_block: columns that share σ and μ.
+        scale_bits: bits of σ and of μ.
+        minimum: whether sub-blocks have a minimum, μ.
     """
 
     bits: int
@@ -52,14 +52,14 @@ TYPES = {
 
 @dataclass(frozen=True)
 class KGrid(Grid):
-    """A k-quant.
+    """One of llama.cpp's k-quants as a grid.
 
     Attributes:
         type: q2_k, q3_k, q4_k, q5_k or q6_k.
         search: how sub-blocks' ranges are chosen: minmax, mse or hessian (search.py).
 
     Raises:
-        UserError: a type or search that there isn't.
+        UserError: an unknown type or search.
     """
 
     type: str = "q4_k"
@@ -76,45 +76,45 @@ class KGrid(Grid):
 
     @property
     def bits(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of a code."""
+        """Stored bits of a code."""
         return self._type.bits
 
     @property
     def group_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Columns of a sub-block."""
+        """Columns of a sub-block, which share a scale."""
         return self._type.sub_block
 
     @property
     def label(self) -> str:
-        """Its llama.cpp name."""
+        """Name of the format in llama.cpp, for tables."""
         return self.type
 
     @property
     def span(self) -> int:
-        """Columns of a block."""
+        """Columns of a block, which are fitted together."""
         return BLOCK
 
     @property
     def arithmetic(self) -> Arithmetic:
-        """Codes above a minimum, or around the middle code."""
+        """Arithmetic of codes above a minimum, or around the middle code in symmetric formats."""
         return Arithmetic("minimum" if self._type.minimum else "affine", 2**self.bits - 1)
 
     @property
     def overhead_bits(self) -> float:
-        """σ and μ, and the sub-block's share of d and d'."""
+        """Stored bits per sub-block besides the codes: σ and μ, and its share of d and d'."""
         return (2 if self._type.minimum else 1) * (self._type.scale_bits + 16 * self.group_size / BLOCK)
 
     @property
     def needs_hessian(self) -> bool:
-        """Only the `hessian` search does."""
+        """True for `search=hessian`, the only range search that reads the Hessian."""
         return self.search == "hessian"
 
     def without_search(self) -> "KGrid":
-        """The same grid, fitted to the extremes."""
+        """This grid with ranges taken from the extremes, without a search."""
         return replace(self, search="minmax")
 
     def check_columns(self, columns: int, where: str) -> None:
-        """Raise UserError for a width that isn't whole blocks."""
+        """Raise UserError for a number of columns that is no multiple of 256, the columns of a block."""
         if columns % BLOCK:
             raise UserError(
                 f"grid={self.type}: {where} has {columns} columns, not a multiple of {BLOCK}; grid={self.type}_m takes "
@@ -122,14 +122,14 @@ class KGrid(Grid):
             )
 
     def fit(self, w: Float[Tensor, "rows 256"], hessian: Float[Tensor, "*spans 256 256"] | None = None) -> Fitted:
-        """Scales of one block. Raises ValueError when `search=hessian` gets no Hessian block."""
+        """Fit the scales of one block of 256 columns. Raises ValueError when `search=hessian` gets no Hessian block."""
         spans = group_spans(w.shape[1], self.group_size)
         blocks = [(w[:, a:b], None if hessian is None else hessian[..., a:b, a:b]) for a, b in spans]
         return self._with_minimum(blocks) if self._type.minimum else self._symmetric(blocks)
 
     def _with_minimum(self, blocks: list) -> Fitted:
         most = 2**self._type.scale_bits - 1
-        # 1. Every sub-block's own range; it holds zero, as μ has no sign.
+        # 1. Every sub-block's own range, which holds zero, as μ is unsigned.
         own = [self._own_range(w, h) for w, h in blocks]
         scales, minimums = (torch.cat(parts, 1) for parts in zip(*own, strict=True))
         # 2. The block's two scales.
@@ -140,7 +140,7 @@ class KGrid(Grid):
             for i, (w, h) in enumerate(blocks):
                 s = (sigma[:, i, None] + _NEIGHBOURS.to(w)[:, 0]).clamp(0, most)
                 m = (mu[:, i, None] + _NEIGHBOURS.to(w)[:, 1]).clamp(0, most)
-                scale, minimum = best(w, d * s, -dmin * m, self.arithmetic, self.search, h)
+                scale, minimum = search_ranges(w, d * s, -dmin * m, self.arithmetic, self.search, h)
                 sigma[:, i], mu[:, i] = _units(scale, d)[:, 0], _units(-minimum, dmin)[:, 0]
         store = {"d": d, "dmin": dmin, "scale_codes": sigma, "min_codes": mu}
         return Fitted(d * sigma, -dmin * mu, store)
@@ -154,7 +154,7 @@ class KGrid(Grid):
         p = shrinks(w)
         # Both ends, and the upper one alone: with few levels the two tails differ.
         lows, highs = torch.cat([low * p, low.expand(-1, len(p))], 1), torch.cat([high * p, high * p], 1)
-        return best(w, (highs - lows) / max_code, lows, self.arithmetic, self.search, h)
+        return search_ranges(w, (highs - lows) / max_code, lows, self.arithmetic, self.search, h)
 
     def _symmetric(self, blocks: list) -> Fitted:
         reach = 2 ** (self._type.scale_bits - 1)
@@ -164,7 +164,7 @@ class KGrid(Grid):
         for w, h in blocks:
             scales = signed_scales(w, self.bits, self.search)
             if self.search != "minmax":
-                scales, _ = best(w, scales, torch.full_like(scales, middle), self.arithmetic, self.search, h)
+                scales, _ = search_ranges(w, scales, torch.full_like(scales, middle), self.arithmetic, self.search, h)
             own.append(scales)
         scales = torch.cat(own, 1)
         # 2. The block's scale: the largest sub-block gets the code that reaches furthest.
@@ -174,7 +174,7 @@ class KGrid(Grid):
         if self.search != "minmax":
             for i, (w, h) in enumerate(blocks):
                 s = (sigma[:, i, None] + torch.arange(-2, 3).to(w)).clamp(-reach, reach - 1)
-                scale, _ = best(w, d * s, torch.full_like(s, middle), self.arithmetic, self.search, h)
+                scale, _ = search_ranges(w, d * s, torch.full_like(s, middle), self.arithmetic, self.search, h)
                 sigma[:, i] = _units(scale, d)[:, 0]
         return Fitted(d * sigma, torch.full_like(sigma, middle), {"d": d, "scale_codes": sigma})
 
@@ -184,11 +184,11 @@ _NEIGHBOURS = torch.tensor(sorted(((i, j) for i in (-1, 0, 1) for j in (-2, -1, 
 
 
 def _half(x: Tensor) -> Tensor:
-    """As float16 holds it."""
+    """Round to float16 and back, clamped to its range."""
     most = torch.finfo(torch.float16).max
     return x.clamp(-most, most).half().to(x.dtype)
 
 
 def _units(x: Tensor, unit: Tensor) -> Tensor:
-    """⌊x / unit⌉, 0 where the unit is 0."""
+    """Nearest multiple of a unit, ⌊x / unit⌉; 0 where the unit is 0."""
     return torch.where(unit == 0, 0.0, torch.round(x / unit))

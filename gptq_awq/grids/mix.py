@@ -1,8 +1,8 @@
-"""llama.cpp's file types: which of its formats each weight of a model gets, Q4_K_M and the like.
+"""llama.cpp's file types, such as Q4_K_M: mixes that give each weight of a model one of llama.cpp's formats.
 
-The names stand for mixes: most weights in one type, those that matter more (attention values, the MLP's last layer in
-some blocks, the output head) in a longer one; where a width isn't whole blocks of 256, the type that llama.cpp falls
-back to. The rules are those of its quantizer (src/llama-quant.cpp, release 11434) for dense models.
+Most weights get one type, those that matter more (attention values, the MLP's last layer in some blocks, the output
+head) one of more bits; where a width is no multiple of 256, a weight gets the type that llama.cpp falls back to.
+The rules are those of its quantizer (src/llama-quant.cpp, release 11434) for dense models.
 """
 
 import re
@@ -34,7 +34,7 @@ FALLBACK = {
     "tq1_0": "q4_0",
     "tq2_0": "q4_0",
 }
-# Most weights' type by file type.
+# Type of most weights, by file type.
 BASE = {name: name for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "q2_k", "q6_k", "tq1_0", "tq2_0")} | {
     f"{base}_{size}": base for base, sizes in {"q3_k": "sml", "q4_k": "sm", "q5_k": "sm"}.items() for size in sizes
 }
@@ -50,7 +50,7 @@ class LlamaMix:
         embeddings: whether the embedding and the output head are rounded too (to nearest), as llama.cpp does.
 
     Raises:
-        UserError: a type that there isn't.
+        UserError: an unknown type.
     """
 
     type: str = "q4_k_m"
@@ -64,41 +64,41 @@ class LlamaMix:
 
     @property
     def bits(self) -> float:
-        """Of most weights' codes."""
+        """Stored bits of most weights' codes."""
         return llama_grid(BASE[self.type]).bits
 
     @property
     def group_size(self) -> int:
-        """Of most weights."""
+        """Group size of most weights."""
         return llama_grid(BASE[self.type]).group_size
 
     @property
     def label(self) -> str:
-        """Its llama.cpp name."""
+        """Name of the file type in llama.cpp, for tables."""
         return self.type
 
     @property
     def needs_hessian(self) -> bool:
-        """Only the `hessian` search does."""
+        """True for `search=hessian`, the only range search that reads the Hessian."""
         return self.search == "hessian"
 
     def at(self, place: Place) -> Grid | None:
-        """The grid of one weight; None leaves it in 16 bits."""
+        """Grid of the weight at a place; None leaves it in 16 bits."""
         role = role_of(place.name)
         if role in ("embedding", "output"):
             if not self.embeddings and not place.head:
                 return None
-            # No Hessian there; and from 6 bits on there is nothing to gain from a search of millions of weights.
-            kind = self._end(role, place)
+            # Embeddings and heads have no Hessian; from 6 bits on, searching millions of weights gains nothing.
+            kind = self._type_outside_blocks(role, place)
             search = "minmax" if kind in ("q6_k", "q8_0") or self.search == "minmax" else "mse"
         else:
-            kind, search = _inner(self.type, role, place), self.search
+            kind, search = _type_in_block(self.type, role, place), self.search
         if place.columns % BLOCK and kind in FALLBACK:
             kind = FALLBACK[kind]
         return None if place.columns % 32 and role in ("embedding", "output") else llama_grid(kind, search)
 
-    def _end(self, role: str, place: Place) -> str:
-        """The output head, and an embedding that is one too, get Q6_K, unless all get Q8_0."""
+    def _type_outside_blocks(self, role: str, place: Place) -> str:
+        """Type of the output head or an embedding: Q6_K for the head and a tied embedding, unless all get Q8_0."""
         base = BASE[self.type]
         if base in ("tq1_0", "tq2_0"):
             return "q6_k" if role == "output" or place.tied else "q4_k"
@@ -106,7 +106,7 @@ class LlamaMix:
 
 
 def role_of(name: str) -> str:
-    """What a module is to llama.cpp, by its name in transformers ("" for those that no rule names)."""
+    """Role of a module in llama.cpp's rules, by its name in transformers ("" where no rule names it)."""
     for role, pattern in ROLES.items():
         if re.search(rf"(^|\.)({pattern})$", name):
             return role
@@ -114,7 +114,7 @@ def role_of(name: str) -> str:
 
 
 def llama_grid(kind: str, search: str = "minmax") -> Grid:
-    """One of llama.cpp's formats as a grid."""
+    """Grid of one of llama.cpp's formats, by its name there."""
     if kind in TYPES:
         return KGrid(kind, search)  # pyright: ignore[reportArgumentType]
     if kind.startswith("tq"):
@@ -126,8 +126,8 @@ def llama_grid(kind: str, search: str = "minmax") -> Grid:
     return (AffineGrid if minimum else SignedGrid)(bits, 32, search)  # pyright: ignore[reportArgumentType]
 
 
-def _inner(file_type: str, role: str, place: Place) -> str:
-    """The type of a weight inside a block, before any fallback."""
+def _type_in_block(file_type: str, role: str, place: Place) -> str:
+    """Type of a weight inside a block, before any fallback for its width."""
     base, i, n = BASE[file_type], place.block, place.blocks
     rules: Mapping[tuple[str, str], str] = {
         ("q2_k", "attn_v"): "q4_k" if place.shared_kv >= 4 else "q3_k",
@@ -156,5 +156,5 @@ def _inner(file_type: str, role: str, place: Place) -> str:
 
 
 def _more_bits(block: int, blocks: int) -> bool:
-    """The first and the last eighth of the blocks, and every third between them."""
+    """Whether a block gets more bits: the first and last eighth of the blocks do, and every third between them."""
     return block < blocks // 8 or block >= 7 * blocks // 8 or (block - blocks // 8) % 3 == 2

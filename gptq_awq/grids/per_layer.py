@@ -1,7 +1,7 @@
-"""Integer grids of different widths in one model: bits by a linear's full name, by its block, by its kind.
+"""Integer grids of different bits in one model, set by a linear's full name, by its block or by its kind.
 
-Full names are matched by patterns, `model.layers.0.*`, or `re:` and a regular expression, the first that matches
-counting. They go before a block's number, and that before the last part of a name.
+Patterns match full names: globs such as `model.layers.0.*`, or `re:` and a regular expression; the first match counts.
+Patterns take precedence over a block's number, and that over the kind, the last part of a name.
 """
 
 import re
@@ -15,25 +15,25 @@ from gptq_awq.grids.base import Grid, Place
 from gptq_awq.grids.integer import IntGrid
 
 Override = int | Mapping[str, Any]
-"""Bits, or any of `FIELDS`."""
+"""Bits, or a map of any of `FIELDS`."""
 FIELDS = ("bits", "group_size", "sym", "search")
 
 
 @dataclass(frozen=True)
 class PerLayerGrid:
-    """`IntGrid`s that differ in their bits.
+    """A mix of `IntGrid`s that differ in their bits.
 
     Attributes:
-        bits: of linears that nothing else names.
+        bits: bits of linears that none of the maps matches.
         group_size: columns that share a scale; -1 for the whole row.
         sym: see `IntGrid`, as are search and scale_dtype.
         modules: last part of a linear's name (`down_proj`) → bits.
-        blocks: number of a block → bits, before `modules`; negative ones count from the last.
-        overrides: pattern on a linear's full name → bits, or a map of bits, group_size, sym, search; before both.
+        blocks: number of a block → bits, with precedence over `modules`; negative numbers count from the last.
+        overrides: pattern on a linear's full name → bits, or a map of bits, group_size, sym, search; first of all.
 
     Raises:
-        UserError: bits or group sizes that no integer grid has, a block that is no number, a pattern or option that
-            there isn't.
+        UserError: bits or group sizes that no integer grid has, a block that is no number, an invalid pattern,
+            or an unknown option.
     """
 
     bits: int = 4
@@ -56,16 +56,16 @@ class PerLayerGrid:
     @property
     def needs_hessian(self) -> bool:
         """Whether any of its grids searches ranges by the Hessian."""
-        own = [override for override in self.overrides.values() if isinstance(override, Mapping)]
-        return "hessian" in (self.search, *(override.get("search") for override in own))
+        maps = [override for override in self.overrides.values() if isinstance(override, Mapping)]
+        return self.search == "hessian" or any(override.get("search") == "hessian" for override in maps)
 
     @property
     def label(self) -> str:
-        """What tables call it."""
+        """Name of the grid in tables."""
         return "per_layer"
 
     def at(self, place: Place) -> Grid | None:
-        """The grid of one linear; None for embeddings, and for the output head unless it is asked for."""
+        """Grid of the weight at a place; None for embeddings and for output heads without `place.head`."""
         if place.block < 0 and not place.head:
             return None
         for pattern, override in self.overrides.items():
@@ -76,9 +76,9 @@ class PerLayerGrid:
         return self._grid(blocks.get(place.block, blocks.get(place.block - place.blocks, of_module)))
 
     def unmatched(self, places: Iterable[Place]) -> list[str]:
-        """Entries of the three maps that no linear of a model goes by: misspelt, or another model's.
+        """Entries of the three maps that match no linear of the model: misspelt, or meant for another model.
 
-        A pattern whose every match is an earlier pattern's is one of them.
+        A pattern counts as unmatched where earlier patterns take all of its matches.
         """
         inner = [place for place in places if place.block >= 0 or place.head]
         names = {place.name.rsplit(".", 1)[-1] for place in inner}
@@ -107,10 +107,10 @@ class PerLayerGrid:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a name is all that a pattern describes: a glob, or `re:` and a regular expression.
+    """Whether a pattern, a glob or `re:` and a regular expression, matches a whole name.
 
     Raises:
-        UserError: no regular expression.
+        UserError: the regular expression is invalid.
     """
     if not pattern.startswith("re:"):
         return fnmatchcase(name, pattern)

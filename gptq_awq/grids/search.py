@@ -1,4 +1,4 @@
-"""Choosing among candidate ranges of a group: the search behind `grid.search=mse` and `hessian`.
+"""Range search: the choice among candidate ranges of a group, for `grid.search=mse` and `grid.search=hessian`.
 
 mse      least Σ|ŵ - w|^2.4, as the GPTQ code does (IST-DASLab/gptq quant.py; arXiv 2210.17323);
 hessian  least output error (ŵ - w) H_gg (ŵ - w)ᵀ, H_gg the group's diagonal block of the Hessian: AWQ's clip
@@ -19,18 +19,18 @@ STEPS, MAX_SHRINK = 20, 0.5
 
 
 def check_search(search: str, cheapest: str = "minmax") -> None:
-    """Raise UserError for a search that there isn't."""
+    """Raise UserError for an unknown range search; `cheapest` is the grid's fit without one."""
     if search not in (cheapest, "mse", "hessian"):
         raise UserError(f"grid.search={search}: choose {cheapest}, mse or hessian")
 
 
 def shrinks(like: Tensor, steps: int = STEPS, most: float = MAX_SHRINK) -> Float[Tensor, "steps"]:
-    """1, 1 - 1/steps, … 1 - most: the factors by which a group's range is shrunk, the widest first."""
+    """Factors by which a group's range is shrunk, the widest range first: 1, 1 - 1/steps, … 1 - most."""
     count = int(most * steps) + 1
     return torch.tensor([1 - i / steps for i in range(count)], dtype=like.dtype, device=like.device)
 
 
-def best(
+def search_ranges(
     w: Float[Tensor, "rows cols"],
     scales: Float[Tensor, "rows n"],
     zeros: Float[Tensor, "rows n"],
@@ -38,9 +38,9 @@ def best(
     search: str,
     hessian: Float[Tensor, "*spans cols cols"] | None,
 ) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
-    """Per row, the candidate scale and zero that round one group with the least error; the first on a tie.
+    """Scale and zero per row, among n candidates, that round one group with the least error; the first on a tie.
 
-    With a stack of n Hessian blocks, row k's is the (k mod n)-th.
+    With a stack of m Hessian blocks, row k belongs to block k mod m.
 
     Raises:
         ValueError: `search` is "hessian" and no Hessian block is given.
@@ -61,16 +61,17 @@ def best(
 
 
 def _by_compiled(w: Tensor, scales: Tensor, zeros: Tensor, arithmetic: Arithmetic, h: Tensor | None) -> Tensor:
-    """All candidates of all groups in one pass over the weights (see kernels/columns.py)."""
+    """Index of each row's best candidate, by the compiled CPU kernel in one pass (kernels/columns.py)."""
     h = w.new_empty(1, 0, 0) if h is None else h
     weights, scale, zero = (x.unflatten(0, (-1, len(h))).contiguous().float().numpy() for x in (w, scales, zeros))
     chosen = torch.empty(weights.shape[:2], dtype=torch.int64)
-    best_range(weights, scale, zero, *in_numbers(arithmetic), h.contiguous().float().numpy(), chosen.numpy())
+    max_code, kind, levels = in_numbers(arithmetic)
+    best_range(weights, scale, zero, max_code, kind, levels, h.contiguous().float().numpy(), chosen.numpy())
     return chosen.flatten()
 
 
 def _by_triton(w: Tensor, scales: Tensor, zeros: Tensor, arithmetic: Arithmetic, h: Tensor | None) -> Tensor:
-    """Either error, for all candidates and groups at once (see kernels/triton_columns.py)."""
+    """Index of each row's best candidate, by the compiled GPU kernel in one launch (kernels/triton_columns.py)."""
     from gptq_awq.kernels.triton_columns import best_range
 
     groups = 1 if h is None else len(h)
@@ -82,7 +83,7 @@ def _by_triton(w: Tensor, scales: Tensor, zeros: Tensor, arithmetic: Arithmetic,
 
 
 def _by_candidate(w: Tensor, scales: Tensor, zeros: Tensor, arithmetic: Arithmetic, h: Tensor | None) -> Tensor:
-    """One candidate after the other: what the compiled searches do, on any device."""
+    """Index of each row's best candidate, by plain PyTorch on any device, one candidate after the other."""
     least = w.new_full((len(w),), torch.inf)
     chosen = torch.zeros(len(w), dtype=torch.int64, device=w.device)
     for i in range(scales.shape[1]):

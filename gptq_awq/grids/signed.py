@@ -1,7 +1,7 @@
 """llama.cpp's symmetric blocks, Q4_0, Q5_0 and Q8_0: ŵ = s (c - 2^(b-1)), s a float16 of either sign.
 
-Codes reach one step further down than up. The sign of s turns the long side to where the extreme weight is, so
-that it is met exactly, which an unsigned scale cannot do.
+Codes reach one step further down than up. The sign of s turns the longer side towards the extreme weight, which is
+thus met exactly; an unsigned scale cannot do that.
 """
 
 from dataclasses import dataclass, replace
@@ -14,20 +14,20 @@ from torch import Tensor
 from gptq_awq.grids.arithmetic import Arithmetic
 from gptq_awq.grids.base import Fitted, Grid
 from gptq_awq.grids.integer import check_sizes
-from gptq_awq.grids.search import best, check_search, shrinks
+from gptq_awq.grids.search import check_search, search_ranges, shrinks
 
 
 @dataclass(frozen=True)
 class SignedGrid(Grid):
-    """Symmetric codes with a float16 scale of either sign, in groups of 32.
+    """Symmetric integer grid with a float16 scale of either sign per group.
 
     Attributes:
-        bits: 4, 5 or 8 in llama.cpp's files.
+        bits: bits of a code; 4, 5 or 8 in llama.cpp's files.
         group_size: columns that share a scale; 32 in llama.cpp's files.
         search: how a group's scale is chosen: minmax, mse or hessian (search.py).
 
     Raises:
-        UserError: bits, group_size or search that there isn't.
+        UserError: bits, group_size or search that the grid does not have.
     """
 
     bits: int = 4
@@ -40,38 +40,38 @@ class SignedGrid(Grid):
 
     @property
     def arithmetic(self) -> Arithmetic:
-        """Affine around the middle code."""
+        """Affine arithmetic around the middle code."""
         return Arithmetic("affine", 2**self.bits - 1)
 
     @property
     def overhead_bits(self) -> float:
-        """A float16 scale."""
+        """Stored bits of a group's float16 scale."""
         return 16
 
     @property
     def needs_hessian(self) -> bool:
-        """Only the `hessian` search does."""
+        """True for `search=hessian`, the only range search that reads the Hessian."""
         return self.search == "hessian"
 
     def without_search(self) -> "SignedGrid":
-        """The same grid, fitted to the extremes."""
+        """This grid with ranges taken from the extremes, without a search."""
         return replace(self, search="minmax")
 
     def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "*spans cols cols"] | None = None) -> Fitted:
-        """Scale of every row. Raises ValueError when `search=hessian` gets no Hessian block."""
+        """Fit the scale of every row. Raises ValueError when `search=hessian` gets no Hessian block."""
         scales = signed_scales(w, self.bits, self.search)
         most = torch.finfo(torch.float16).max
         scales = scales.clamp(-most, most).half().to(w.dtype)
         zeros = torch.full_like(scales, 2 ** (self.bits - 1))
         if self.search != "minmax":
-            scales, zeros = best(w, scales, zeros, self.arithmetic, self.search, hessian)
+            scales, zeros = search_ranges(w, scales, zeros, self.arithmetic, self.search, hessian)
         return Fitted(scales, zeros)
 
 
 def signed_scales(w: Float[Tensor, "rows cols"], bits: int, search: str) -> Float[Tensor, "rows n"]:
-    """Scales for codes -2^(b-1) … 2^(b-1)-1: the one that meets the extreme weight, then the search's others.
+    """Candidate scales for codes -2^(b-1) … 2^(b-1)-1: the one that meets the extreme weight, then those of the search.
 
-    Raises nothing; a row of zeros gets scale 0.
+    A row of zeros gets scale 0.
     """
     reach = 2 ** (bits - 1)
     extreme = w.gather(1, w.abs().argmax(1, keepdim=True))

@@ -1,8 +1,8 @@
-"""Tables of sixteen levels: ŵ = s t_c. NF4 and FP4 of bitsandbytes, IQ4_NL of llama.cpp.
+"""Grids of sixteen tabulated levels, ŵ = s t_c: NF4 and FP4 of bitsandbytes, IQ4_NL of llama.cpp.
 
 NF4 (QLoRA, arXiv 2305.14314, app. E): levels at quantiles of the normal distribution, zero among them. With double
-quantization (sec. 3) the s of 256 groups share a float32 scale, each s less the mean of all of them being rounded to
-8 bits of a dynamic exponent (Dettmers, arXiv 1511.04561).
+quantization (sec. 3) the mean of all s is subtracted from each, and the differences are rounded to 8 bits of a dynamic
+exponent (Dettmers, arXiv 1511.04561), with a float32 scale per 256 groups.
 """
 
 import functools
@@ -17,7 +17,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.grids.arithmetic import Arithmetic
 from gptq_awq.grids.base import Fitted, Grid, group_spans
 from gptq_awq.grids.integer import check_sizes
-from gptq_awq.grids.search import best, check_search, shrinks
+from gptq_awq.grids.search import check_search, search_ranges, shrinks
 
 # Quantiles of N(0, 1), eight above zero and seven below, scaled to ±1 (QLoRA, app. E).
 NF4 = (
@@ -29,7 +29,7 @@ NF4 = (
 # Sign, two bits of exponent, one of mantissa, scaled to ±1, in the order of bitsandbytes' codes.
 _FP4 = (0.0, 0.0625 / 12, 8 / 12, 12 / 12, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
 FP4 = (*_FP4, *(-level for level in _FP4))
-# llama.cpp's, integers; finer around zero.
+# llama.cpp's integer levels, finer around zero.
 IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 LEVELS = {"nf4": NF4, "fp4": FP4, "iq4_nl": tuple(map(float, IQ4_NL))}
 NESTED_GROUPS = 256
@@ -37,16 +37,17 @@ NESTED_GROUPS = 256
 
 @dataclass(frozen=True)
 class TableGrid(Grid):
-    """Sixteen levels, scaled so that the outermost one meets the group's largest weight.
+    """Grid of sixteen tabulated levels, scaled so that the outermost one meets the group's largest weight.
 
     Attributes:
-        table: nf4, fp4 or iq4_nl. The last one's scales are float16 of either sign, the others' float32.
+        table: nf4, fp4 or iq4_nl. Scales of iq4_nl are float16 of either sign, the others' positive float32.
         group_size: columns that share a scale.
         search: how the scale is chosen: minmax (the largest magnitude), mse or hessian (search.py).
-        double_quant: quantize the scales too; they are then fitted all at once.
+        double_quant: whether scales are quantized too; they are then fitted all at once.
+        bits: bits of a code, 4 for sixteen levels.
 
     Raises:
-        UserError: a table, group_size or search that there isn't.
+        UserError: an unknown table or search, an invalid group_size, or double_quant with iq4_nl.
     """
 
     table: str = "nf4"
@@ -65,27 +66,27 @@ class TableGrid(Grid):
 
     @property
     def label(self) -> str:
-        """The table, and whether its scales are quantized."""
+        """Name of the grid in tables: its table, with `+dq` where scales are quantized."""
         return f"{self.table}{'+dq' if self.double_quant else ''}"
 
     @property
     def span(self) -> int:
-        """All columns where scales are quantized: they share a mean."""
+        """Columns that are fitted together: a group, or all of them where scales are quantized and share a mean."""
         return -1 if self.double_quant else self.group_size
 
     @property
     def rows_independent(self) -> bool:
-        """Unless scales are quantized."""
+        """True unless scales are quantized, since they share a mean over all rows."""
         return not self.double_quant
 
     @property
     def arithmetic(self) -> Arithmetic:
-        """A table, as float32 holds it."""
+        """Arithmetic of the table's levels, rounded to float32."""
         return Arithmetic("table", 15, tuple(torch.tensor(LEVELS[self.table]).tolist()))
 
     @property
     def overhead_bits(self) -> float:
-        """A scale of its own, or 8 bits and a share of the next level's scale."""
+        """Stored bits of a group's scale: 16 or 32, or with double quantization 8 and a share of the nested scale."""
         if self.double_quant:
             return 8 + 32 / NESTED_GROUPS
         return 16 if self._signed else 32
@@ -96,15 +97,15 @@ class TableGrid(Grid):
 
     @property
     def needs_hessian(self) -> bool:
-        """Only the `hessian` search does."""
+        """True for `search=hessian`, the only range search that reads the Hessian."""
         return self.search == "hessian"
 
     def without_search(self) -> "TableGrid":
-        """The same grid, scaled by the largest magnitude."""
+        """This grid with scales taken from the largest magnitude, without a search."""
         return replace(self, search="minmax")
 
     def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "*spans cols cols"] | None = None) -> Fitted:
-        """Scales of one group, or of all. Raises ValueError when `search=hessian` gets no Hessian block."""
+        """Fit the scales of one group, or of all. Raises ValueError when `search=hessian` gets no Hessian block."""
         parts = []
         for a, b in group_spans(w.shape[1], self.group_size):
             parts.append(self._fit_group(w[:, a:b], None if hessian is None else hessian[..., a:b, a:b]))
@@ -122,17 +123,15 @@ class TableGrid(Grid):
             scale = torch.cat([scale, -scale * 127 / 113], 1) if self._signed else scale
         if self._signed:
             scale = scale.clamp(-65504, 65504).half().to(w.dtype)
-        return (
-            scale
-            if self.search == "minmax"
-            else best(w, scale, torch.zeros_like(scale), self.arithmetic, self.search, h)[0]
-        )
+        if self.search == "minmax":
+            return scale
+        return search_ranges(w, scale, torch.zeros_like(scale), self.arithmetic, self.search, h)[0]
 
 
 def double_quantized(scales: Float[Tensor, "rows groups"]) -> tuple[Float[Tensor, "rows groups"], dict[str, Tensor]]:
-    """Scales as 8-bit double quantization holds them, and what it stores.
+    """Round scales to 8-bit double quantization; returns the rounded scales and the tensors that are stored.
 
-    Scales are taken in row-major order, as bitsandbytes does. The store is `absmax_codes` (rows, groups),
+    Scales are taken in row-major order, as in bitsandbytes. The store is `absmax_codes` (rows, groups),
     `nested_scales` (1, ⌈rows·groups / 256⌉), `offset` (1, 1): s = offset + nested_scale · dynamic_levels()[code].
     """
     offset = scales.mean()
@@ -149,7 +148,10 @@ def double_quantized(scales: Float[Tensor, "rows groups"]) -> tuple[Float[Tensor
 
 @functools.cache
 def dynamic_levels() -> Float[Tensor, "256"]:
-    """The signed 8-bit dynamic-exponent data type (arXiv 1511.04561): decades, each halved as often as bits allow."""
+    """Levels of the signed 8-bit dynamic-exponent data type (arXiv 1511.04561), in ascending order.
+
+    Each of seven decades has twice as many levels as the decade below it.
+    """
     levels = [0.0, 1.0]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1)

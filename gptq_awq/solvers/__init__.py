@@ -1,1 +1,1 @@
-"""How one weight lands on its grid: one paper, one file."""
+"""Solvers: algorithms that quantize one linear's weight onto a grid; one paper per file."""

@@ -1,7 +1,7 @@
-"""What a solver is, and what it answers.
+"""The solver protocol: quantize one linear's weight onto a grid, given the second moments of its input.
 
-A solver lands one linear's weight on a grid: a frozen dataclass with `name`, `needs_hessian` and `solve`, and
-`needs_cross` if it is true. One whose rows don't depend on each other may have a `solve_together`.
+A solver is a frozen dataclass with `name`, `needs_hessian` and `solve`. One that corrects drift also has
+`needs_cross=True`; one that treats the rows of a weight independently may define `solve_together`.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from gptq_awq.grids.base import Grid, QuantizedWeight
 
 @dataclass(frozen=True)
 class Solution:
-    """A solved linear and how it was solved, for the ledger.
+    """Result of solving one linear: its quantized weight, and for the ledger how it was found.
 
     Attributes:
-        quantized: the weight on its grid.
-        algorithm: what actually ran: the solver's name, or that of its declared fallback.
-        damping: the damping that made the Hessian factor; None where none was needed.
-        fallback: why another algorithm or damping than the requested one was used; None if it wasn't.
+        quantized: codes, scales and zeros of the weight.
+        algorithm: name of the algorithm that actually ran: the solver's, or its declared fallback's.
+        damping: λ with which the Hessian factored, a fraction of its mean diagonal; None where none was factored.
+        fallback: reason for using another algorithm or damping than requested; None where neither was changed.
     """
 
     quantized: QuantizedWeight
@@ -34,40 +34,43 @@ class Solution:
 
 @runtime_checkable
 class Solver(Protocol):
-    """How one linear's weight lands on the grid."""
+    """An algorithm that quantizes one linear's weight onto a grid."""
 
     @property
     def name(self) -> str:
-        """The algorithm, as the ledger names it."""
+        """Name of the algorithm in the ledger."""
         ...
 
     @property
     def needs_hessian(self) -> bool:
-        """Whether calibration statistics must be gathered for `solve`."""
+        """Whether `solve` needs calibration statistics: the moments of the linear's input."""
         ...
 
     @property
     def needs_cross(self) -> bool:
-        """Whether `solve` must know how its inputs relate to full precision's: `moments.cross`.
+        """Whether `solve` needs `moments.cross`, the cross-covariance of quantized and full-precision inputs.
 
-        The pipeline runs the full-precision model beside the quantized one then, for twice the forwards.
+        Gathering it runs the full-precision model beside the quantized one: twice the forward passes.
         """
         ...
 
     def solve(self, weight: Float[Tensor, "out in"], moments: Moments | None, grid: Grid) -> Solution:
-        """Quantize one weight (float32), given the statistics of its input."""
+        """Quantize one weight (float32) onto the grid, given the moments of its input."""
         ...
 
 
 @runtime_checkable
 class Rowwise(Solver, Protocol):
-    """A solver to which each row of a weight is a problem by itself, given its input's moments.
+    """A solver that treats a weight's rows independently, given the Hessian of its input.
 
-    Several linears are solved together then, and ranks share the rows of one.
+    Several linears are therefore solved in one call, and ranks split the rows of one linear.
     """
 
     def solve_together(
         self, weights: Sequence[Float[Tensor, "_ in"]], moments: Sequence[Moments | None], grid: Grid
     ) -> list[Solution]:
-        """Quantize some weights: those of one input are given the same moments; inputs have equally many rows."""
+        """Quantize several weights of one width in one call, and return their solutions in the same order.
+
+        Weights that read one input share one `Moments` object; each input's weights have equally many rows in total.
+        """
         ...

@@ -1,4 +1,7 @@
-"""What solvers share that make up for drift: GPTQ's sweep from a shifted weight, and how much of the shift is taken."""
+"""Base of the solvers that correct drift (GPTAQ, Qronos): GPTQ's column sweep, started from a shifted weight.
+
+Drift is the difference between a linear's input X in the full-precision model and X̃ in the quantized one.
+"""
 
 from dataclasses import dataclass
 
@@ -7,18 +10,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gptq_awq.errors import UserError
+from gptq_awq.numerics.linalg import reordered
 from gptq_awq.solvers.gptq import GPTQ
 
 
 @dataclass(frozen=True)
 class DriftCorrected(GPTQ):
-    """GPTQ with options as its own, and one.
+    """GPTQ with its options and `strength`, the fraction of the drift to correct.
 
     Attributes:
-        strength: how much of the drift is made up for, 0 (GPTQ) to 1 (the paper).
+        strength: fraction of the drift that is corrected, from 0 (GPTQ) to 1 (as in the paper).
 
     Raises:
-        UserError: a strength that is no fraction, and what GPTQ refuses.
+        UserError: a strength outside of 0 to 1, or an option that GPTQ refuses.
     """
 
     strength: float = 1.0
@@ -30,16 +34,16 @@ class DriftCorrected(GPTQ):
             raise UserError(f"method.solver.strength={self.strength}: give a fraction from 0 (as gptq) to 1")
 
 
-def in_order(square: Float[Tensor, "in in"], order: Int[Tensor, "in"] | None) -> Float[Tensor, "in in"]:
-    """Rows and columns in the order that columns are rounded in."""
-    return square if order is None else square.index_select(0, order).index_select(1, order)
+def to_rounding_order(square: Float[Tensor, "in in"], order: Int[Tensor, "in"] | None) -> Float[Tensor, "in in"]:
+    """Permute rows and columns of an (in, in) matrix to the order in which columns are rounded; None: natural order."""
+    return square if order is None else reordered(square, order)
 
 
-def columns_in(W: Float[Tensor, "out in"], order: Int[Tensor, "in"] | None) -> Float[Tensor, "out in"]:
-    """Columns in the order that they are rounded in."""
+def columns_to_rounding_order(W: Float[Tensor, "out in"], order: Int[Tensor, "in"] | None) -> Float[Tensor, "out in"]:
+    """Permute a weight's columns from natural order to the order in which they are rounded."""
     return W if order is None else W.index_select(1, order)
 
 
-def columns_back(W: Float[Tensor, "out in"], order: Int[Tensor, "in"] | None) -> Float[Tensor, "out in"]:
-    """The inverse of `columns_in`."""
+def columns_to_natural_order(W: Float[Tensor, "out in"], order: Int[Tensor, "in"] | None) -> Float[Tensor, "out in"]:
+    """Permute a weight's columns from rounding order back to natural order."""
     return W if order is None else W.index_select(1, torch.argsort(order))

@@ -1,6 +1,6 @@
-"""GPTAQ (Li et al., arXiv 2504.02692): GPTQ that also makes up for what the layers before have lost.
+"""GPTAQ (Li et al., arXiv 2504.02692): GPTQ that also corrects the error of the layers before.
 
-The layer is given X̃ by the quantized model where full precision gives it X, and shall answer W X all the same:
+The layer's input is X̃ in the quantized model and X in full precision; its output should be W X all the same:
 
     min ‖W X - Ŵ X̃‖² = ‖W (X - X̃) - (Ŵ - W) X̃‖²              asymmetric calibration (eq. 4)
 
@@ -10,10 +10,10 @@ turn comes, beside GPTQ's update (sec. 4.2). With U the factor that GPTQ uses, U
     P = ((D Uᵀ) ⊙ M) U,    M strictly upper triangular           (eq. 17)
     W_:,j ← W_:,j - e_q U_qj + w_q P_qj    for j > q              (alg. 1)
 
-The residual is of the layer's own weight, so w_q is its, and all second terms are known before rounding begins: they
-add up to W P. GPTAQ is GPTQ from W + W P, by the same sweep. The authors' code takes for w_q the weight as updates
-left it, which differs by P times a rounding error, and multiplies P by 0.25: `strength`. Without the mask W + W D H⁻¹
-remains, the least squares answer; qronos.py rounds that.
+The residual is defined by the layer's original weight, so w_q is a column of W, and all second terms are known before
+rounding begins: they add up to W P. GPTAQ is GPTQ started from W + W P, by the same sweep. The authors' code takes w_q
+from the updated weight instead, which differs by P times a rounding error, and multiplies P by 0.25: `strength`.
+Without the mask, W + W P is W + W D H⁻¹, the least-squares solution, which qronos.py rounds.
 """
 
 from dataclasses import dataclass
@@ -23,12 +23,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gptq_awq.calibration.moments import Moments
-from gptq_awq.solvers.drift import DriftCorrected, columns_back, columns_in, in_order
+from gptq_awq.solvers.drift import (
+    DriftCorrected,
+    columns_to_natural_order,
+    columns_to_rounding_order,
+    to_rounding_order,
+)
 
 
 @dataclass(frozen=True)
 class GPTAQ(DriftCorrected):
-    """GPTQ with asymmetric calibration; `strength` is of the residual that is made up for."""
+    """GPTAQ: GPTQ with asymmetric calibration; `strength` is the fraction of the residual that is corrected."""
 
     name: str = "gptaq"
 
@@ -39,13 +44,13 @@ class GPTAQ(DriftCorrected):
         U: Float[Tensor, "in in"],
         order: Int[Tensor, "in"] | None,
     ) -> Float[Tensor, "out in"]:
-        """W + strength · W P.
+        """Weight that the sweep starts from: W + strength · W P; columns whose input is always zero stay as they are.
 
         Raises:
-            ValueError: moments have no `cross`.
+            ValueError: the moments lack `cross`.
         """
         half = moments.once(
-            ("gptaq", self.damping, self.act_order), lambda: (in_order(moments.drift(), order) @ U.T).triu_(1)
+            ("gptaq", self.damping, self.act_order), lambda: (to_rounding_order(moments.drift(), order) @ U.T).triu_(1)
         )
-        shift = (columns_in(W, order) @ half) @ U
-        return torch.where(moments.dead(), W, W + self.strength * columns_back(shift, order))
+        shift = (columns_to_rounding_order(W, order) @ half) @ U
+        return torch.where(moments.dead(), W, W + self.strength * columns_to_natural_order(shift, order))

@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323): round column by column, let later columns absorb the error.
+"""GPTQ (Frantar et al., arXiv 2210.17323): round column by column, later columns absorb the error.
 
 With U the upper Cholesky factor of (H + λ mean(diag H) I)⁻¹, for columns i = 1…in:
 
@@ -7,7 +7,7 @@ With U the upper Cholesky factor of (H + λ mean(diag H) I)⁻¹, for columns i 
     W_:,j ← W_:,j - e_i U_ij      for j > i       optimal update of the columns not yet rounded (eq. 2)
 
 Updates inside a block of `block_size` columns are immediate, those beyond it are applied once per block
-(sec. 3.3, lazy batch updates). A group's range is fitted when its first column's turn comes, to the weights as
+(sec. 3.3, lazy batch updates). A group's range is fitted when the sweep reaches its first column, to the weights as
 the last lazy update left them: the original code's choice, so that results equal its own.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from gptq_awq.calibration.moments import Factor, Moments, factor_together
 from gptq_awq.errors import UserError
 from gptq_awq.grids.arithmetic import KINDS, Params, in_numbers
-from gptq_awq.grids.base import Fitted, Grid, QuantizedWeight, fit_all, group_of_columns, joined, row_parts
+from gptq_awq.grids.base import Fitted, Grid, QuantizedWeight, concat_stores, fit_all, group_of_columns, row_parts
 from gptq_awq.kernels import gpu
 from gptq_awq.kernels.columns import sweep_columns
 from gptq_awq.numerics.linalg import NotPositiveDefiniteError, reordered
@@ -32,16 +32,16 @@ from gptq_awq.solvers.rtn import RTN
 
 @dataclass(frozen=True)
 class GPTQ:
-    """Hessian-based error feedback.
+    """GPTQ: round columns in sequence, with Hessian-based error feedback onto the columns not yet rounded.
 
     Attributes:
-        act_order: round columns in order of falling diag(H). Without `static_groups`, groups are made of
+        act_order: round columns in order of descending diag(H). Without `static_groups`, groups consist of
             columns adjacent in that order, and the checkpoint must store each column's group.
         static_groups: fit all groups before rounding, to the original weights, in natural column order.
-        damping: λ, a fraction of the mean diagonal of H (percdamp); raised tenfold while H won't factor.
+        damping: λ, a fraction of the mean diagonal of H (percdamp); raised tenfold as long as H does not factor.
         block_size: columns per lazy update.
-        fallback: what to do when no damping helps: "none" fails the run, "rtn" rounds this linear to nearest
-            and says so in the ledger.
+        fallback: action where H factors at no damping: "none" fails the run, "rtn" rounds this linear to nearest
+            and notes that in the ledger.
     """
 
     act_order: bool = False
@@ -62,42 +62,42 @@ class GPTQ:
             raise UserError(f"method.solver.fallback={self.fallback}: choose none or rtn")
 
     def __init_subclass__(cls) -> None:
-        """A subclass with a `solve` of its own is asked for one weight at a time, unless it solves several, too."""
+        """Disable `solve_together` in a subclass that overrides `solve` only: its weights are solved one at a time."""
         if "solve" in vars(cls) and "solve_together" not in vars(cls):
             cls.solve_together = None  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def natural_groups(self) -> bool:
-        """Whether groups are made of neighbouring columns, which every checkpoint format can store."""
+        """Whether groups consist of neighbouring columns, which every checkpoint format can store."""
         return self.static_groups or not self.act_order
 
     def solve(self, weight: Float[Tensor, "out in"], moments: Moments | None, grid: Grid) -> Solution:
-        """Quantize one weight.
+        """Quantize one weight by the column sweep.
 
         Raises:
             NotPositiveDefiniteError: H could not be factored and no fallback is declared.
-            ValueError: no moments.
+            ValueError: no moments are given.
         """
         return GPTQ.solve_together(self, [weight], [moments], grid)[0]
 
     def solve_together(
         self, weights: Sequence[Float[Tensor, "_ in"]], moments: Sequence[Moments | None], grid: Grid
     ) -> list[Solution]:
-        """Quantize weights by one sweep, whose rows are independent: those of one H below each other, as a stack.
+        """Quantize several weights in one column sweep, whose rows are independent; weights of one H form a stack.
 
         Args:
-            weights: as many rows for each H, as many columns in all.
-            moments: of their inputs; one object for weights that read the same.
-            grid: where all land; it fits rows apart, unless there is one weight only.
+            weights: all of one width; the weights of each H have equally many rows in total.
+            moments: moments of each weight's input; weights that read one input share one object.
+            grid: grid of all weights; it must fit rows independently, unless there is only one weight.
 
         Raises:
             NotPositiveDefiniteError: an H could not be factored and no fallback is declared.
-            ValueError: no moments.
+            ValueError: a weight comes without moments.
         """
         known = [each for each in moments if each is not None]
         if len(known) < len(weights):
             raise ValueError(f"{self.name} needs the moments of the layer's input")
-        # Factor the inverse Hessians, in the order that columns are rounded in.
+        # Factor the inverse Hessians, with columns in rounding order.
         inputs = {id(each.hessian): each for each in known}
         factor_together(list(inputs.values()), self.damping, self.act_order)
         solutions: dict[int, Solution] = {}
@@ -113,13 +113,13 @@ class GPTQ:
                     rounded = RTN().solve(weights[i], each, grid).quantized
                     solutions[i] = Solution(rounded, "rtn", fallback=str(error))
             else:
-                stacks.append(self._stack(members, [weights[i] for i in members], each, factor, grid))
+                stacks.append(self._make_stack(members, [weights[i] for i in members], each, factor, grid))
         if stacks:
-            solutions |= self._swept(stacks)
+            solutions |= self._sweep_stacks(stacks)
         return [solutions[i] for i in range(len(weights))]
 
-    def _swept(self, stacks: list["_Stack"]) -> dict[int, Solution]:
-        """Round, column by column."""
+    def _sweep_stacks(self, stacks: list["_Stack"]) -> dict[int, Solution]:
+        """Run the column sweep on all stacks, and return each weight's solution by its index among the weights."""
         W = _stacked([stack.W for stack in stacks])
         with phase("solve", W.shape[0] * W.shape[1], W.shape[2]):
             codes, losses = sweep(W, stacks, self.block_size)
@@ -131,16 +131,16 @@ class GPTQ:
                 solutions[i] = Solution(weight, self.name, damping, raised)
         return solutions
 
-    def _stack(
+    def _make_stack(
         self, members: list[int], weights: list[Tensor], moments: Moments, factor: Factor, grid: Grid
     ) -> "_Stack":
-        """What the sweep begins with, of one H."""
+        """Stack the weights that share one H: the weight to start from, its groups, and columns in rounding order."""
         U, order, _ = factor
         W = weights[0].clone() if len(weights) == 1 else torch.cat(weights)
-        # Columns that never see an input cannot matter.
+        # Columns whose input is always zero do not affect the output.
         W.masked_fill_(moments.dead(), 0)
         W = self.target(W, moments, U, order)
-        # Fit all groups now, in natural order, or leave each to be fitted when its turn comes.
+        # Static groups are fitted now, in natural order; others when the sweep reaches them.
         hessian = moments.hessian if grid.needs_hessian else None
         group_of_column = group_of_columns(W.shape[1], grid.group_size)
         groups = _Groups.empty(W, group_of_column, grid)
@@ -161,16 +161,16 @@ class GPTQ:
         U: Float[Tensor, "in in"],  # noqa: ARG002
         order: Int[Tensor, "in"] | None,  # noqa: ARG002
     ) -> Float[Tensor, "out in"]:
-        """The weight that rounding starts from, in natural column order; GPTQ's is the layer's own.
+        """Weight that the sweep starts from, in natural column order: for GPTQ, the layer's own weight.
 
-        Methods of the same recursion that aim elsewhere (gptaq.py, qronos.py) say so here.
+        Solvers that run the same sweep from another starting point (gptaq.py, qronos.py) override this.
         """
         return W
 
 
 @dataclass
 class _Groups:
-    """Scales and zeros of all groups, filled in span by span as they are fitted, or all at once."""
+    """Scales and zeros of a stack's groups, filled in span by span as the sweep fits them, or all at once."""
 
     grid: Grid
     scales: Float[Tensor, "out groups"]
@@ -181,47 +181,47 @@ class _Groups:
 
     @classmethod
     def empty(cls, W: Tensor, group_of_column: Tensor, grid: Grid) -> "_Groups":
-        """None fitted yet."""
+        """Allocate the groups of W, none of them fitted yet."""
         columns, count = W.shape[1], int(group_of_column[-1]) + 1
         span_of_group = torch.zeros(count, dtype=torch.int64)
         span_of_group[group_of_column] = group_of_columns(columns, grid.span)
         return cls(grid, W.new_empty(len(W), count), W.new_empty(len(W), count), span_of_group, {})
 
     def all(self) -> Fitted:
-        """All groups, once every span is fitted."""
-        store = joined([self.stores[span] for span in sorted(self.stores)]) if self.store is None else self.store
+        """Scales, zeros and stored tensors of all groups, once every span is fitted."""
+        store = concat_stores([self.stores[span] for span in sorted(self.stores)]) if self.store is None else self.store
         return Fitted(self.scales, self.zeros, store)
 
     def fit_all(self, W: Tensor, hessian: Tensor | None) -> None:
-        """Fit every span, columns being in natural order."""
+        """Fit every span of W, whose columns are in natural order."""
         fitted = fit_all(self.grid, W, hessian)
         self.scales, self.zeros, self.store = fitted.scales, fitted.zeros, fitted.store
         self.stores = {span: {} for span in self.span_of_group.tolist()}
 
     def take(self, span: int, fitted: Fitted) -> None:
-        """Note what was fitted to one span."""
+        """Enter the scales, zeros and stored tensors that were fitted to one span."""
         first = int((self.span_of_group < span).sum())
         groups = slice(first, first + fitted.scales.shape[1])
         self.scales[:, groups], self.zeros[:, groups] = fitted.scales, fitted.zeros
         self.stores[span] = fitted.store
 
-    def of(self, columns: Tensor) -> Params:
-        """Scale and zero of each of these columns' groups: (out, columns) each."""
-        return Fitted(self.scales, self.zeros).per_column(columns)
+    def per_column(self, group_of_column: Tensor) -> Params:
+        """Scale and zero of each column, (out, columns) each, given the columns' groups."""
+        return Fitted(self.scales, self.zeros).per_column(group_of_column)
 
 
 @dataclass(frozen=True)
 class _Stack:
-    """Weights that read one input, below each other, ready for the sweep.
+    """Weights that share one Hessian, their rows stacked in one matrix, ready for the sweep.
 
     Attributes:
-        members: which of the weights that were given.
-        rows: of each.
-        W: what rounding starts from, columns in the order that they are rounded in.
-        factor: U, that order, the damping.
-        hessian: H in that order, where ranges are still to be fitted and want it.
-        group_of_column: in that order.
-        groups: scales and zeros.
+        members: index of each weight among those given to `solve_together`.
+        rows: number of rows of each weight.
+        W: weight that the sweep starts from, columns in rounding order.
+        factor: U, the rounding order (None: natural) and the damping.
+        hessian: H in rounding order, for ranges fitted during the sweep; None where the grid does not read it.
+        group_of_column: group of each column, in rounding order.
+        groups: scales and zeros of the groups.
     """
 
     members: list[int]
@@ -233,7 +233,7 @@ class _Stack:
     groups: _Groups
 
     def split_rows(self, codes: UInt8[Tensor, "out in"], losses: Float[Tensor, "out"]) -> list[QuantizedWeight]:
-        """The weights, columns back in the layer's own order."""
+        """Split the stack into its quantized weights, with columns back in natural order."""
         order, group_of_column = self.factor[1], self.group_of_column
         if order is not None:
             inverse = torch.argsort(order)
@@ -250,7 +250,9 @@ class _Stack:
 def sweep(
     W: Float[Tensor, "stacks out in"], stacks: Sequence[_Stack], block_size: int
 ) -> tuple[list[UInt8[Tensor, "out in"]], Float[Tensor, "stacks out"]]:
-    """The blocked column sweep, in the order that columns have here. Changes W, and fits what groups are not.
+    """Round all columns of all stacks by the blocked column sweep, in the order in which columns are given.
+
+    W is changed in place; groups that are not fitted yet are fitted when the sweep reaches them.
 
     Returns:
         Codes of each stack, and each row's Σ (w_i - q_i)² / U_ii² in float64: twice its loss.
@@ -264,14 +266,14 @@ def sweep(
     round_columns = _rounding(W.device)
     for i1 in range(0, columns, block_size):
         i2 = min(i1 + block_size, columns)
-        # Ranges are fitted to W, which changes between blocks only: all that begin here can be fitted now.
+        # Ranges are fitted to W, which changes only between blocks: all spans that begin in this one can be fitted now.
         for span in dict.fromkeys(span_of_column[i1:i2]):
             if span not in first.stores:
-                _fit(span, W, stacks, span_of_column)
+                _fit_span(span, W, stacks, span_of_column)
         W1 = W[:, :, i1:i2].clone(memory_format=torch.contiguous_format)
         U1 = _stacked([U[i1:i2, i1:i2] for U in factors]).contiguous()
         Q1, E1 = torch.empty_like(W1), torch.empty_like(W1)
-        params = [stack.groups.of(of[i1:i2]) for stack, of in zip(stacks, group_of_columns, strict=True)]
+        params = [s.groups.per_column(groups[i1:i2]) for s, groups in zip(stacks, group_of_columns, strict=True)]
         scales, zeros = (_stacked(list(each)) for each in zip(*params, strict=True))
         round_columns(W1, U1, grid, (scales, zeros), Q1, E1)
         for own, rounded in zip(codes, Q1, strict=True):
@@ -282,14 +284,16 @@ def sweep(
     return codes, losses
 
 
-def _fit(span: int, W: Float[Tensor, "stacks out in"], stacks: Sequence[_Stack], span_of_column: list[int]) -> None:
-    """Fit one span, whose columns are neighbours in W, to the weights as they are."""
+def _fit_span(
+    span: int, W: Float[Tensor, "stacks out in"], stacks: Sequence[_Stack], span_of_column: list[int]
+) -> None:
+    """Fit one span, whose columns are adjacent in W, to the current weights of all stacks."""
     a = span_of_column.index(span)
     b = a + span_of_column.count(span)
     blocks = [stack.hessian[a:b, a:b] for stack in stacks if stack.hessian is not None]
     grid = stacks[0].groups.grid
     with phase("search"):
-        # Row k is of stack k mod n, as the grid wants it.
+        # Row k belongs to stack k mod n, as `Grid.fit` expects.
         rows = W[:, :, a:b].transpose(0, 1).reshape(-1, b - a)
         fitted = grid.fit(rows, _stacked(blocks) if blocks else None)
     for i, stack in enumerate(stacks):
@@ -297,7 +301,7 @@ def _fit(span: int, W: Float[Tensor, "stacks out in"], stacks: Sequence[_Stack],
 
 
 def _update(W: Float[Tensor, "stacks out cols"], E: Float[Tensor, "stacks out block"], U: list[Tensor]) -> None:
-    """Later columns absorb a block's errors: W ← W - E U of each stack, in place."""
+    """Let later columns absorb a block's errors, in place: W ← W - E U for each stack."""
     if len(U) == 1:
         W[0].addmm_(E[0], U[0], alpha=-1)
     else:
@@ -305,12 +309,12 @@ def _update(W: Float[Tensor, "stacks out cols"], E: Float[Tensor, "stacks out bl
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    """Along a new first dimension; one by itself is not copied."""
+    """Stack tensors along a new first dimension; a single one is viewed, not copied."""
     return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
 
 
 def _permute(matrix: Float[Tensor, "out in"] | UInt8[Tensor, "out in"], order: Int[Tensor, "in"]) -> None:
-    """Put the columns into that order, in place: a second weight would not fit beside H and U of the largest layers."""
+    """Reorder the columns in place: a second weight would not fit beside H and U of the largest layers."""
     for rows in row_parts(matrix):
         matrix[rows] = matrix[rows].index_select(1, order)
 
@@ -322,16 +326,26 @@ def _rounding(device: torch.device) -> Callable[[Tensor, Tensor, Grid, Params, T
 
 
 def _round_triton(W1: Tensor, U1: Tensor, grid: Grid, params: Params, Q1: Tensor, E1: Tensor) -> None:
-    """The same, compiled for a GPU (see kernels/triton_columns.py)."""
-    from gptq_awq.kernels.triton_columns import sweep_columns  # there is no Triton everywhere
+    """Round the columns of a block by the compiled GPU kernel (kernels/triton_columns.py)."""
+    from gptq_awq.kernels.triton_columns import sweep_columns  # Triton is not available everywhere
 
     arithmetic = grid.arithmetic
-    kind, levels = KINDS.index(arithmetic.kind), W1.new_tensor(arithmetic.levels)
-    sweep_columns(W1, U1, *params, arithmetic.max_code, kind, levels, 0, Q1, E1)
+    sweep_columns(
+        W1,
+        U1,
+        scale=params[0],
+        zero=params[1],
+        max_code=arithmetic.max_code,
+        kind=KINDS.index(arithmetic.kind),
+        levels=W1.new_tensor(arithmetic.levels),
+        first=0,
+        codes=Q1,
+        errors=E1,
+    )
 
 
 def _round_plain(W1: Tensor, U1: Tensor, grid: Grid, params: Params, Q1: Tensor, E1: Tensor) -> None:
-    """Round the columns of a block: any device. The equations, one line each."""
+    """Round the columns of a block in plain PyTorch, on any device: the module's equations, one line each."""
     for w, u, scales, zeros, q, e in zip(W1, U1, *params, Q1, E1, strict=True):
         for i in range(scales.shape[1]):
             group = scales[:, i : i + 1], zeros[:, i : i + 1]
@@ -342,7 +356,7 @@ def _round_plain(W1: Tensor, U1: Tensor, grid: Grid, params: Params, Q1: Tensor,
 
 
 def _round_compiled(W1: Tensor, U1: Tensor, grid: Grid, params: Params, Q1: Tensor, E1: Tensor) -> None:
-    """The same, compiled for a CPU (see kernels/columns.py)."""
+    """Round the columns of a block by the compiled CPU kernel (kernels/columns.py)."""
     scale, zero = (p.contiguous().numpy() for p in params)
-    arithmetic = in_numbers(grid.arithmetic)
-    sweep_columns(W1.numpy(), U1.numpy(), scale, zero, *arithmetic, 0, Q1.numpy(), E1.numpy())
+    max_code, kind, levels = in_numbers(grid.arithmetic)
+    sweep_columns(W1.numpy(), U1.numpy(), scale, zero, max_code, kind, levels, 0, Q1.numpy(), E1.numpy())

@@ -1,4 +1,4 @@
-"""RTN: every weight to its nearest neighbour on the grid. The baseline of every paper; needs no data."""
+"""RTN, round to nearest: every weight becomes its nearest grid point. The baseline of every paper; needs no data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from gptq_awq.solvers.base import Solution
 
 @dataclass(frozen=True)
 class RTN:
-    """Round to nearest."""
+    """RTN: round every weight to its nearest grid point, independently of all others."""
 
     name: str = "rtn"
     needs_hessian: bool = False
     needs_cross: bool = False
 
     def solve(self, weight: Float[Tensor, "out in"], moments: Moments | None, grid: Grid) -> Solution:
-        """Fit and round each group by itself; moments serve the grid's range search and the loss only."""
+        """Fit and round each group independently; moments serve the grid's range search and the reported loss only."""
         fitted = fit_all(grid, weight, moments.hessian if moments else None)
         groups = group_of_columns(weight.shape[1], grid.group_size)
         params = fitted.per_column(groups)
@@ -32,5 +32,5 @@ class RTN:
     def solve_together(
         self, weights: Sequence[Float[Tensor, "_ in"]], moments: Sequence[Moments | None], grid: Grid
     ) -> list[Solution]:
-        """One after the other: there is nothing to share."""
-        return [self.solve(*each, grid) for each in zip(weights, moments, strict=True)]
+        """Quantize several weights one after the other, as rounding to nearest shares no work between them."""
+        return [self.solve(weight, own, grid) for weight, own in zip(weights, moments, strict=True)]
