@@ -1,1 +1,1 @@
-"""Function-preserving changes of basis: one paper, one file."""
+"""Transforms: changes of basis that preserve the model's function and ease its rounding; one paper per file."""

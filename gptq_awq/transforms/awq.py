@@ -35,17 +35,17 @@ from gptq_awq.transforms.base import ModuleInputs, Scaling, absorb_scaling
 
 MIN_SCALE = 1e-4
 Loss = Callable[[Tensor], float]
-"""Scales (in,) → what rounding costs with them."""
+"""Scales (in,) → the output error of rounding with those scales."""
 
 
 @dataclass(frozen=True)
 class AWQ:
-    """Activation-aware scaling.
+    """AWQ: activation-aware scaling of each site's input channels.
 
     Attributes:
-        ratio_steps: n, the resolution of α in 0, 1/n, …, (n-1)/n.
-        duo: divide by the weights' own magnitude: "on", "off", or "both" (search twice).
-        objective: "linear" or "module", see above.
+        ratio_steps: n, the number of candidates of α: 0, 1/n, …, (n-1)/n.
+        duo: whether scales are also divided by the weights' magnitude: "on", "off", or "both" (search each).
+        objective: loss of the search, "linear" or "module"; see the module's docstring.
     """
 
     ratio_steps: int = 20
@@ -70,7 +70,7 @@ class AWQ:
         grids: Mapping[str, Grid],
         inputs: ModuleInputs,
     ) -> list[Scaling]:
-        """Scale every site that has an absorber; the others are left alone, and say so."""
+        """Scale every site that has an absorber, in place; the `Scaling` of any other site says why it was skipped."""
         found = [self.search(block, site, stats, grids, inputs) for site, stats in zip(sites, moments, strict=True)]
         for site, scaling in zip(sites, found, strict=True):
             absorb_scaling(block, site, scaling)
@@ -78,7 +78,7 @@ class AWQ:
 
     @property
     def by_site(self) -> bool:
-        """Whether a site's scales come from its weights and moments alone."""
+        """Whether a site's scales depend on its weights and moments only, not on sampled activations."""
         return self.objective == "linear"
 
     @phase("search")
@@ -86,11 +86,11 @@ class AWQ:
     def search(
         self, block: nn.Module, site: Site, stats: Moments, grids: Mapping[str, Grid], inputs: ModuleInputs
     ) -> Scaling:
-        """The scales of one site, which is not changed; those of sites before it would change nothing about it."""
+        """Find one site's scales, leaving the block unchanged; scaling earlier sites first would not change them."""
         if site.absorber is None:
             return Scaling(None, {"skipped": "no preceding op can absorb a scale"})
         tie = site.absorber.tie
-        weights = _on_one_grid(block, site, grids)
+        weights = _weights_by_grid(block, site, grids)
         linear = self.objective == "linear"
         loss = _linear_loss(weights, stats) if linear else _module_loss(block, site, grids, inputs)
         magnitude = relative_magnitude(weights)
@@ -118,7 +118,7 @@ class AWQ:
 
 
 def least_loss(loss: Callable[[int], float], steps: int, stride: int = 4) -> tuple[int, float]:
-    """The least loss over 0…steps-1: every `stride`-th first, then all between the best one's neighbours.
+    """Step of the least loss among 0…steps-1, and that loss: every `stride`-th is tried, then all around the best one.
 
     The loss is nearly smooth in α, so this finds what trying every step finds, for half the work (docs/log.md).
     """
@@ -133,7 +133,7 @@ def least_loss(loss: Callable[[int], float], steps: int, stride: int = 4) -> tup
 def candidate_scales(
     mean_abs: Float[Tensor, "in"], magnitude: Float[Tensor, "in"] | None, alpha: float
 ) -> Float[Tensor, "in"]:
-    """s(α), with duo scaling where the weights' `magnitude` is given, its extremes reciprocal."""
+    """Candidate scales s(α), normalized to √(max s · min s) = 1; with duo scaling where `magnitude` w is given."""
     s = mean_abs.clamp(min=MIN_SCALE).pow(alpha)
     if magnitude is not None:
         s = s / magnitude.clamp(min=MIN_SCALE).pow(1 - alpha)
@@ -141,8 +141,8 @@ def candidate_scales(
     return s / (s.max() * s.min()).sqrt()
 
 
-def _on_one_grid(block: nn.Module, site: Site, grids: Mapping[str, Grid]) -> list[tuple[Tensor, Grid]]:
-    """The site's weights in float32, those that land on one grid stacked; nearly always all of them."""
+def _weights_by_grid(block: nn.Module, site: Site, grids: Mapping[str, Grid]) -> list[tuple[Tensor, Grid]]:
+    """The site's float32 weights by grid, the linears of one grid stacked; nearly always there is one grid only."""
     named: dict[Grid, list[Tensor]] = {}
     for name in site.linears:
         named.setdefault(grids[name], []).append(matrix(block.get_submodule(name)).float())
@@ -150,7 +150,7 @@ def _on_one_grid(block: nn.Module, site: Site, grids: Mapping[str, Grid]) -> lis
 
 
 def relative_magnitude(weights: list[tuple[Float[Tensor, "out in"], Grid]]) -> Float[Tensor, "in"]:
-    """Mean over rows of |w| / max |w| of its group: how much of the group's range a column uses."""
+    """Share of its group's range that each column uses, w of duo scaling: the mean over rows of |w| / group max |w|."""
     totals = torch.stack([_relative(W.abs(), grid) for W, grid in weights])
     return totals.sum(0) / sum(len(W) for W, _ in weights)
 
@@ -161,7 +161,10 @@ def _relative(magnitude: Float[Tensor, "out in"], grid: Grid) -> Float[Tensor, "
 
 
 def _linear_loss(weights: list[tuple[Float[Tensor, "out in"], Grid]], stats: Moments) -> Loss:
-    """s → tr(ΔHΔᵀ), Δ = Q(W s)/s - W, in bfloat16 where the CPU multiplies it natively (see `quadratic`)."""
+    """Build the loss s → tr(ΔHΔᵀ) with Δ = Q(W s)/s - W.
+
+    Products are in bfloat16 where the CPU multiplies it natively (see `quadratic`).
+    """
     one_pass = stats.hessian.device.type == "cpu" and rank_k.available()
     form = Quadratic(stats.hessian.numpy()) if one_pass else None
 
@@ -171,7 +174,14 @@ def _linear_loss(weights: list[tuple[Float[Tensor, "out in"], Grid]], stats: Mom
         grid, scaled = grid.without_search(), W * s
         fitted, size = fit_all(grid, scaled, None), W.shape[1] if grid.group_size == -1 else grid.group_size
         scales, zeros = fitted.scales.contiguous().numpy(), fitted.zeros.contiguous().numpy()
-        return form.of_rounding(scaled.numpy(), scales, zeros, size, in_numbers(grid.arithmetic), s.numpy())
+        return form.of_rounding(
+            scaled.numpy(),
+            scale=scales,
+            zero=zeros,
+            size=size,
+            arithmetic=in_numbers(grid.arithmetic),
+            divisor=s.numpy(),
+        )
 
     def loss(s: Tensor) -> float:
         total = 0.0
@@ -184,7 +194,7 @@ def _linear_loss(weights: list[tuple[Float[Tensor, "out in"], Grid]], stats: Mom
 
 
 def _module_loss(block: nn.Module, site: Site, grids: Mapping[str, Grid], inputs: ModuleInputs) -> Loss:
-    """s → Σ ‖module(x; Q(W s)/s) - module(x; W)‖² over sampled calls of the module that holds the site."""
+    """Build the loss s → Σ ‖module(x; Q(W s)/s) - module(x; W)‖² over sampled calls of the site's `common_module`."""
     name = common_module(site)
     module = copy.deepcopy(block.get_submodule(name))
     calls = inputs(name)
@@ -206,7 +216,7 @@ def _module_loss(block: nn.Module, site: Site, grids: Mapping[str, Grid], inputs
 
 
 def common_module(site: Site) -> str:
-    """The smallest module that holds all of the site's linears ("" is the block itself)."""
+    """Name of the smallest module that holds all of the site's linears ("" is the block itself)."""
     paths = [name.split(".") for name in site.linears]
     shared = []
     for parts in zip(*paths, strict=False):

@@ -1,6 +1,7 @@
-"""What a transform is: a function-preserving change of basis, applied to a block before it is rounded.
+"""The transform protocols: function-preserving changes of basis, applied before weights are rounded.
 
-One that needs the whole model at once is a `ModelTransform`: it comes before the block loop, whatever its place.
+A `Transform` changes one block at a time, in the block loop. A `ModelTransform` changes the whole model, before the
+block loop, wherever it stands in the list of transforms.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,16 +17,16 @@ from gptq_awq.models.linear import Site
 from gptq_awq.models.topology import absorb
 
 ModuleInputs = Callable[[str], list[tuple[tuple, dict[str, Any]]]]
-"""Name of a submodule → the (args, kwargs) it was called with, one entry per sampled batch."""
+"""Name of a submodule → the (args, kwargs) of its calls, one entry per sampled batch."""
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """What a transform did at one site.
+    """Result of a transform at one site: the scales, and what the ledger records of them.
 
     Attributes:
-        scales: (in,) s: the site's columns were multiplied by s, its input divided; None: left alone.
-        details: for the ledger (JSON values).
+        scales: (in,) s: the site's columns are multiplied by s and its input divided by s; None: site unchanged.
+        details: JSON values for the ledger.
     """
 
     scales: Tensor | None
@@ -34,11 +35,11 @@ class Scaling:
 
 @runtime_checkable
 class Transform(Protocol):
-    """A change of basis. `apply` rewrites the block in place and says what it did, site by site."""
+    """A function-preserving change of basis of one block, site by site."""
 
     @property
     def name(self) -> str:
-        """As the ledger names it."""
+        """Name of the transform in the ledger."""
         ...
 
     def apply(
@@ -49,32 +50,32 @@ class Transform(Protocol):
         grids: Mapping[str, Grid],
         inputs: ModuleInputs,
     ) -> list[Scaling]:
-        """Transform one block (float32 or the model's dtype), one `Scaling` per site.
+        """Transform one block (float32 or the model's dtype) in place, and return one `Scaling` per site.
 
-        `grids` says where each of the block's linears will land, by name within the block.
+        `grids` holds the grid that each linear will be rounded to, by its name within the block.
         """
         ...
 
 
 @runtime_checkable
 class SiteTransform(Transform, Protocol):
-    """A transform that may be found site by site, so that ranks share the sites."""
+    """A transform whose result at a site does not depend on the other sites, so that ranks can share the sites."""
 
     @property
     def by_site(self) -> bool:
-        """Whether `search` needs no `inputs`: any rank can do it."""
+        """Whether `search` works without `inputs`, so that any rank can run it."""
         ...
 
     def search(
         self, block: nn.Module, site: Site, stats: Moments, grids: Mapping[str, Grid], inputs: ModuleInputs
     ) -> Scaling:
-        """What `apply` does at one site, found on the block as it was; nothing is changed."""
+        """Find what `apply` does at one site, given the untransformed block, which is not changed."""
         ...
 
 
 @torch.no_grad()
 def absorb_scaling(block: nn.Module, site: Site, scaling: Scaling) -> None:
-    """Multiply the site's columns by the scales, and divide what its absorber puts out, in place."""
+    """Multiply the site's columns by the scales and divide its absorber's output channels by them, in place."""
     if scaling.scales is not None and site.absorber is not None:
         absorb(block, site, site.absorber, scaling.scales)
 
@@ -83,20 +84,20 @@ def absorb_scaling(block: nn.Module, site: Site, scaling: Scaling) -> None:
 class ModelTransform(Protocol):
     """A change of basis of the whole model, such as a rotation of its residual stream.
 
-    A frozen dataclass: its repr, which says all its options, tells apart what is recorded of models it changed.
+    A frozen dataclass: its repr lists all options, and is part of the cache keys of models that it changed.
     """
 
     @property
     def name(self) -> str:
-        """As the ledger names it."""
+        """Name of the transform in the ledger."""
         ...
 
     def prepare(self, model: nn.Module) -> dict[str, Any]:
-        """Change a causal LM in place, the same way at every call; its logits stay. A tied head becomes untied.
+        """Transform a causal LM in place, deterministically, preserving its logits; a tied head becomes untied.
 
-        Returns what the ledger shall say (JSON values).
+        Returns JSON values for the ledger.
 
         Raises:
-            UserError: a model that it would change.
+            UserError: the transform would change this model's function.
         """
         ...

@@ -10,9 +10,9 @@ Q = diag(±1) H/√n. Outliers of single channels, of activations and of weights
 `heads`, each value head is rotated too: W_v ← HᵀW_v by rows, W_o ← W_o H by columns. A LayerNorm, which subtracts the
 mean, commutes with every Q that has Q1 = 1: a reflection after Q makes it so.
 
-Who reads, who writes and which rows are a value head's is observed (models/topology.py), and every block, rotated, has
-to give the rotated output of the block before. What QuaRot rotates while the model runs (inputs of down_proj, keys, all
-heads together) needs other engines than those we export to, and is left out.
+Readers, writers and the rows of each value head are observed (models/topology.py), and every rotated block must give
+the rotated output of the original block. QuaRot's online rotations (inputs of down_proj, keys, all heads together) need
+other engines than those we export to, and are left out.
 """
 
 import copy
@@ -34,24 +34,25 @@ from gptq_awq.numerics.hadamard import largest_order, times_hadamard
 from gptq_awq.runtime.profiling import phase
 
 LOGITS_TOLERANCE = {torch.float32: 1e-3}
-"""Largest relative change of the logits; 16-bit weights are rounded anew, which is far more than in float32."""
+"""Largest accepted relative change of the logits, by the model's dtype."""
 ROUNDED_TOLERANCE = 0.1
+"""Tolerance in 16 bits, where rotated weights are rounded again, which changes far more than float32 does."""
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """Q, as a product from the right. With `mean_kept`, Q 1 = 1.
+    """Orthogonal matrix Q = diag(±1) H/√n, followed by a reflection where Q 1 = 1 is needed.
 
     Attributes:
-        signs: (n,) ±1.
-        mean_kept: see above: for models whose norms subtract the mean.
+        signs: (n,) ±1, the random diagonal.
+        mean_kept: whether Q 1 = 1, as models whose norms subtract the mean need.
     """
 
     signs: Float[Tensor, "n"]
     mean_kept: bool = False
 
     def __call__(self, x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
-        """X Q, in float32 or wider."""
+        """Multiply the last dimension by Q from the right: X Q, for X in float32 or wider."""
         y = times_hadamard(x * self.signs.to(x))
         if not self.mean_kept:
             return y
@@ -63,11 +64,11 @@ class Rotation:
 
 @dataclass(frozen=True)
 class QuaRot:
-    """Rotate the residual stream and the value heads of a whole model, before its blocks are looked at.
+    """QuaRot: rotate the residual stream and the value heads of a whole model, before the block loop.
 
     Attributes:
-        seed: draws the signs.
-        heads: rotate the value heads too.
+        seed: seed of the random signs.
+        heads: whether the value heads are rotated too.
     """
 
     seed: int = 0
@@ -77,10 +78,10 @@ class QuaRot:
     @phase("rotate")
     @torch.no_grad()
     def prepare(self, model: nn.Module) -> dict[str, Any]:
-        """Rotate a causal LM in place; its logits stay what they are. Returns what the ledger shall say.
+        """Rotate a causal LM in place, preserving its logits; returns JSON values for the ledger.
 
         Raises:
-            UserError: a model that such a rotation changes. Where a block is named, it is still as it was.
+            UserError: the rotation would change this model's function. A block named in the message is unchanged.
         """
         if experts_in(model):
             raise UserError("method=quarot: does not rotate routers; mixtures of experts need another method")
@@ -95,23 +96,23 @@ class QuaRot:
         hidden, sites, order = hidden.float(), [], 0
         heads: int | None = heads_of(model)
         for index, block in enumerate(blocks):
-            work = _Work(f"{prefix}.{index}", copy.deepcopy(block).float(), calls[index], hidden)
-            work.sites = sites = observe_sites(block, hidden, calls[index], True, heads, sites)
+            copied = _BlockCopy(f"{prefix}.{index}", copy.deepcopy(block).float(), calls[index], hidden)
+            copied.sites = sites = observe_sites(block, hidden, calls[index], True, heads, sites)
             if self.heads:
-                order = _rotate_heads(work, head_size(text_config(model)), draw)
-            hidden = _rotate_block(work, Q)
-            block.load_state_dict(work.block.state_dict())
+                order = _rotate_heads(copied, head_size(text_config(model)), draw)
+            hidden = _rotate_block(copied, Q)
+            block.load_state_dict(copied.block.state_dict())
         untie(model)
-        _rotate_ends(ends, Q)
+        _rotate_embeddings_and_head(ends, Q)
         error = relative_error(model(ids, use_cache=False).logits.float(), before)
         if error > LOGITS_TOLERANCE.get(next(model.parameters()).dtype, ROUNDED_TOLERANCE):
-            raise _refused(f"the logits of {type(model).__name__}", error)
+            raise _not_rotatable(f"the logits of {type(model).__name__}", error)
         return {"order": largest_order(ends.width), "heads_order": order, "seed": self.seed, "logits_error": error}
 
 
 @dataclass
-class _Work:
-    """A float32 copy of one block that is being rotated, and what enters the original."""
+class _BlockCopy:
+    """Float32 copy of one block while it is rotated, with the original block's call and input hidden states."""
 
     name: str
     block: nn.Module
@@ -123,31 +124,31 @@ class _Work:
         return self.call.run(self.block, hidden)
 
 
-def _rotate_block(work: _Work, Q: Rotation) -> Float[Tensor, "1 tokens width"]:
-    """Fuse the norms, rotate readers and writers, and verify. Returns the output of the block before."""
-    width, expected, readers = work.hidden.shape[-1], work.run(work.hidden), set()
-    for site in work.sites:
-        norm = site.absorber and work.block.get_submodule(site.absorber.producer)
+def _rotate_block(copied: _BlockCopy, Q: Rotation) -> Float[Tensor, "1 tokens width"]:
+    """Fuse a block's norms, rotate its readers and writers, and verify; returns the original block's output."""
+    width, expected, readers = copied.hidden.shape[-1], copied.run(copied.hidden), set()
+    for site in copied.sites:
+        norm = site.absorber and copied.block.get_submodule(site.absorber.producer)
         if site.absorber is None or norm is None or is_linear(norm) or site.width != width:
             continue
-        linears = [work.block.get_submodule(name) for name in site.linears]
+        linears = [copied.block.get_submodule(name) for name in site.linears]
         fuse(norm, site.absorber.unit_offset, site.absorber.rows, linears)
         for linear in linears:
             matrix(linear).copy_(Q(matrix(linear)))
         rotate_bias(norm, Q)
         readers.update(site.linears)
-    for name, linear in work.block.named_modules():
+    for name, linear in copied.block.named_modules():
         if is_linear(linear) and name not in readers and len(matrix(linear)) == width:
             matrix(linear).copy_(Q(matrix(linear).T).T)
             rotate_bias(linear, Q)
-    error = relative_error(work.run(Q(work.hidden)), Q(expected))
+    error = relative_error(copied.run(Q(copied.hidden)), Q(expected))
     if not error < VERIFY_TOLERANCE:
-        raise _refused(work.name, error)
+        raise _not_rotatable(copied.name, error)
     return expected
 
 
-def _rotate_ends(ends: Ends, Q: Rotation) -> None:
-    """Rotate embeddings and head, the last norm fused into it, in place."""
+def _rotate_embeddings_and_head(ends: Ends, Q: Rotation) -> None:
+    """Rotate the embeddings and the head in place, after fusing the last norm's weight into the head."""
     for embedding in ends.embeddings:
         embedding.weight.data.copy_(Q(embedding.weight.data.float()))
     fuse(ends.norm, ends.unit_offset(), torch.arange(ends.width), [ends.head])
@@ -156,10 +157,10 @@ def _rotate_ends(ends: Ends, Q: Rotation) -> None:
 
 
 def fuse(norm: nn.Module, unit_offset: bool, rows: Int[Tensor, "in"], linears: Sequence[nn.Module]) -> None:
-    """Move a norm's weight into the linears that read it, in place; its bias is left as it is, divided by the weight.
+    """Fuse a norm's weight into the linears that read it, in place, and divide the norm's bias by the weight.
 
     Raises:
-        UserError: a bias beside a weight of 0, which no linear can make up for.
+        UserError: the norm has a bias and a weight of 0, which the bias cannot be divided by.
     """
     offset = 1.0 if unit_offset else 0.0
     weight, bias = norm.get_parameter("weight").data, getattr(norm, "bias", None)
@@ -174,45 +175,46 @@ def fuse(norm: nn.Module, unit_offset: bool, rows: Int[Tensor, "in"], linears: S
 
 
 def rotate_bias(module: nn.Module, Q: Rotation) -> None:
-    """b ← Qᵀ b, in place, where there is one."""
+    """Rotate a module's bias in place, b ← Qᵀ b; nothing happens where it has none."""
     bias = getattr(module, "bias", None)
     if bias is not None:
         bias.data.copy_(Q(bias.data.float()))
 
 
-def _rotate_heads(work: _Work, size: int, draw: torch.Generator) -> int:
-    """Rotate the value heads between every linear and the site it feeds head by head. Returns the Hadamard order.
+def _rotate_heads(copied: _BlockCopy, size: int, draw: torch.Generator) -> int:
+    """Rotate the value heads between each linear and the site that it feeds head by head; returns the Hadamard order.
 
-    Which pairs those are is tried: an activation between the two, as in an MLP, would not let a rotation pass.
+    Every candidate pair is rotated, and restored where the block's output changes: a nonlinearity between the two, as
+    in an MLP, does not commute with a rotation.
 
     Raises:
-        UserError: there are none.
+        UserError: the block has no such pair.
     """
-    expected, H = work.run(work.hidden), Rotation(_signs(size, draw))
+    expected, H = copied.run(copied.hidden), Rotation(_signs(size, draw))
     found = False
-    for site in work.sites:
+    for site in copied.sites:
         absorber = site.absorber
-        producer = absorber and work.block.get_submodule(absorber.producer)
+        producer = absorber and copied.block.get_submodule(absorber.producer)
         if absorber is None or producer is None or not is_linear(producer) or site.width % size:
             continue
-        touched = [producer, *(work.block.get_submodule(name) for name in site.linears)]
+        touched = [producer, *(copied.block.get_submodule(name) for name in site.linears)]
         kept = [copy.deepcopy(module.state_dict()) for module in touched]
         _rotate_rows(producer, absorber.rows.view(-1, size), H)
         for linear in touched[1:]:
             W = matrix(linear)
             W.copy_(H(W.unflatten(1, (-1, size))).flatten(1))
-        if relative_error(work.run(work.hidden), expected) < VERIFY_TOLERANCE:
+        if relative_error(copied.run(copied.hidden), expected) < VERIFY_TOLERANCE:
             found = True
         else:
             for module, state in zip(touched, kept, strict=True):
                 module.load_state_dict(state)
     if not found:
-        raise UserError(f"method=quarot: {work.name} has no values to rotate head by head; set heads=false")
+        raise UserError(f"method=quarot: {copied.name} has no values to rotate head by head; set heads=false")
     return largest_order(size)
 
 
 def _rotate_rows(producer: nn.Module, heads: Int[Tensor, "heads size"], H: Rotation) -> None:
-    """Rotate each head's output channels, once where several heads of the site share them (grouped queries)."""
+    """Rotate each value head's output channels, once where several heads of the site share them (grouped queries)."""
     bias = getattr(producer, "bias", None)
     for rows in torch.unique(heads, dim=0):
         matrix(producer)[rows] = H(matrix(producer)[rows].T).T
@@ -224,7 +226,7 @@ def _signs(n: int, draw: torch.Generator) -> Float[Tensor, "n"]:
     return torch.randint(0, 2, (n,), generator=draw).mul(2).sub(1).float()
 
 
-def _refused(what: str, error: float) -> UserError:
+def _not_rotatable(what: str, error: float) -> UserError:
     return UserError(
         f"method=quarot: a rotated residual stream changes {what} by {error:.1g}: a norm after attention or the MLP "
         "(Gemma 2 and 3, post-norm OPT) does not commute with a rotation; choose another method"

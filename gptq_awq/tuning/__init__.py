@@ -1,1 +1,1 @@
-"""What learns by gradients, after weights have landed on their grid: one paper, one file."""
+"""Tunings: gradient-based refinement of a quantized model's scales, codes, norms and biases; one paper per file."""

@@ -1,4 +1,4 @@
-"""What a tuning is: gradients, after weights have landed. Of each block, or of the whole model."""
+"""The tuning protocols: gradient-based refinement after rounding, of each block or of the whole model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from gptq_awq.runtime.progress import Track
 from gptq_awq.tuning.teacher import Teacher
 
 Tuned = tuple[dict[str, QuantizedWeight], dict[str, Any]]
-"""The weights, and what the ledger says of how they were tuned (JSON values)."""
+"""Tuned weights by linear, and JSON values for the ledger on how they were tuned."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One batch of calibration data at a block.
+    """One batch of calibration activations at one block.
 
     Attributes:
-        inputs: what enters the quantized block.
-        targets: what full precision leaves it with.
+        inputs: hidden states that enter the quantized block.
+        targets: hidden states that leave the full-precision block.
         call: the block's other arguments.
-        mask: True at real tokens; None when all are.
+        mask: True at real tokens; None where no token is padding.
     """
 
     inputs: Float[Tensor, "batch tokens width"]
@@ -36,15 +36,15 @@ class Example:
 
 @runtime_checkable
 class BlockTuning(Protocol):
-    """Tunes each block, after its linears are solved and before the next block is."""
+    """A tuning of each block, after its linears are solved and before those of the next block."""
 
     @property
     def name(self) -> str:
-        """As the ledger names it."""
+        """Name of the tuning in the ledger."""
         ...
 
     def check(self, grid: Grid) -> None:
-        """Raise UserError for a grid that can't be tuned, before anything slow begins."""
+        """Raise UserError for a grid whose weights cannot be tuned, before anything slow begins."""
         ...
 
     def apply_block(
@@ -54,21 +54,28 @@ class BlockTuning(Protocol):
         originals: Mapping[str, Float[Tensor, "out in"]],
         examples: Sequence[Example],
     ) -> Tuned:
-        """Tune one block in place; `weights` and full precision's `originals` are by name within the block."""
+        """Tune one block in place.
+
+        Args:
+            block: holds the dequantized `weights`.
+            weights: quantized weights of the linears to tune, by name within the block.
+            originals: full-precision weights of the same linears, by the same names.
+            examples: the calibration set at this block, batch by batch.
+        """
         ...
 
 
 @runtime_checkable
 class ModelTuning(Protocol):
-    """Tunes the whole model, after its last block."""
+    """A tuning of the whole model, after its last block is solved."""
 
     @property
     def name(self) -> str:
-        """As the ledger names it."""
+        """Name of the tuning in the ledger."""
         ...
 
     def check(self, grid: Grid) -> None:
-        """Raise UserError for a grid that can't be tuned, before anything slow begins."""
+        """Raise UserError for a grid whose weights cannot be tuned, before anything slow begins."""
         ...
 
     def apply(
@@ -79,5 +86,5 @@ class ModelTuning(Protocol):
         tokens: TokenSet,
         track: Track,
     ) -> Tuned:
-        """Tune a model in place, whose linears hold the dequantized `weights`."""
+        """Tune a model in place towards the teacher's predictions; its linears hold the dequantized `weights`."""
         ...

@@ -33,22 +33,22 @@ from gptq_awq.tuning.teacher import Teacher, decoder_of, inputs_of
 from gptq_awq.tuning.vectors import Vectors
 
 CHUNK_TOKENS = 128
-"""Positions whose logits are computed at a time: 25 MB in float32 for 49152 words."""
+"""Positions whose logits are computed at a time: 25 MB in float32 for a vocabulary of 49152."""
 BETAS = 0.9, 0.95
 
 
 @dataclass(frozen=True)
 class Distill:
-    """Scales and norms, tuned end to end.
+    """Distill: scales, norms and biases tuned end to end against the full-precision model's predictions.
 
     Attributes:
         epochs: passes over the calibration set.
-        tokens_per_step: in whole windows, at least one.
-        scale_lr: how far one step of a scale moves the last code at most, in codes: it changes by the fraction
-            scale_lr / 2^b. It rises over `warmup` and falls to 0.
+        tokens_per_step: tokens per optimizer step, in whole windows, at least one.
+        scale_lr: how far one step of a scale moves the last code at most, in codes: the scale changes by the fraction
+            scale_lr / 2^b. The rate rises over `warmup` and falls to 0.
         vector_lr: largest change of a norm's or bias's entry in one step.
-        warmup: fraction of the steps.
-        seed: of the order of windows.
+        warmup: fraction of the steps over which the rate rises.
+        seed: seed of the order of windows.
 
     Raises:
         UserError: a value out of range.
@@ -81,20 +81,20 @@ class Distill:
         tokens: TokenSet,
         track: Track,
     ) -> tuple[dict[str, QuantizedWeight], dict[str, Any]]:
-        """Tune a quantized model in place.
+        """Tune a quantized model's scales, norms and biases in place.
 
         Args:
-            model: its linears hold the dequantized `weights`.
-            weights: of all linears that are tuned.
-            teacher: what it learns from.
-            tokens: those that the teacher saw.
+            model: quantized model, whose linears hold the dequantized `weights`.
+            weights: quantized weights of all linears to tune, by full name.
+            teacher: full-precision predictions to learn from.
+            tokens: calibration tokens, the same that the teacher was built from.
             track: reports progress.
 
         Returns:
-            The weights, rescaled, and for the ledger the mean KL of the first and of the last pass.
+            The rescaled weights, and for the ledger the mean KL of the first and of the last pass.
 
         Raises:
-            UserError: a loss that is not finite.
+            UserError: the loss has gradients that are not finite.
         """
         student = _Student(model, weights, teacher.dtype)
         windows = max(1, self.tokens_per_step // tokens.ids.shape[1])
@@ -124,13 +124,13 @@ class _Student:
         self._template = None
 
     def optimizer(self, scale_lr: float, vector_lr: float) -> torch.optim.Optimizer:
-        """Adam over scales and vectors; `lr` of each group is its largest."""
+        """Build Adam over scales and vectors; each parameter group's `largest` is its largest learning rate."""
         scales = scale_rates(self._linears, self._weights, scale_lr)
         vectors = {"params": list(self._vectors.masters.values()), "largest": vector_lr}
         return torch.optim.Adam([*scales, vectors], lr=0.0, betas=BETAS, eps=1e-12)
 
     def learn(self, rows: Int[Tensor, "windows"], teacher: Teacher, tokens: TokenSet) -> float:
-        """The loss of some windows; gradients are added up in the parameters."""
+        """Compute the mean KL on some windows, and add its gradients to the parameters'."""
         device = next(self._model.parameters()).device
         with differentiable_attention(teacher.dtype):
             out = self._decoder(**inputs_of(tokens, rows, device), use_cache=False)
@@ -145,7 +145,7 @@ class _Student:
         return loss
 
     def _divergence(self, hidden: Tensor, target: Tensor, teacher: Teacher) -> tuple[float, Tensor]:
-        """Mean KL, and its gradient in the hidden states; logits of a few tokens at a time."""
+        """Mean KL over tokens and its gradient in the hidden states, with the logits of a few tokens at a time."""
         total, grads = 0.0, []
         for start in range(0, len(hidden), CHUNK_TOKENS):
             part = hidden[start : start + CHUNK_TOKENS].detach().requires_grad_()
@@ -159,12 +159,12 @@ class _Student:
         return total / len(hidden), torch.cat(grads)
 
     def step(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
-        """Go that fraction of the largest step, and forget the gradients."""
+        """Take one optimizer step at `rate` times the largest learning rates, and clear the gradients."""
         self._vectors.step(optimizer, rate)
 
     @torch.no_grad()
     def write(self, model: nn.Module) -> dict[str, QuantizedWeight]:
-        """What was learned, put into the model."""
+        """Write tuned scales, norms and biases into the model, and return the rescaled weights."""
         tuned = {}
         for name, linear in self._linears.items():
             tuned[name] = rescaled(self._weights[name], linear.delta)
@@ -174,7 +174,7 @@ class _Student:
 
 
 class _SumKL(Function):
-    """Σ over tokens of KL(p‖q) of two sets of logits; the gradient in q's logits is q - p."""
+    """Σ over tokens of KL(p‖q), p from full-precision logits and q from the student's, with gradient q - p in those."""
 
     @staticmethod
     def forward(ctx, own: Tensor, full: Tensor) -> Tensor:

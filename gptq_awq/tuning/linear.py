@@ -1,10 +1,10 @@
-"""A linear whose rounded weight is tuned: Ŵ exp(δ), one δ per row and group, codes as they are.
+"""A linear whose quantized weight is tuned through its scales: Ŵ exp(δ), one δ per row and group, codes fixed.
 
 Whatever the format, Ŵ is proportional to a group's scale (and minimum), so with G = ∂L/∂Ŵ
 
     ∂L/∂δ = Σ over the group of G ⊙ Ŵ
 
-and the tuned scale is s exp(δ). Formats whose scales are codes of a second level have no such freedom.
+and the tuned scale is s exp(δ). Formats whose scales are quantized themselves have no such freedom.
 """
 
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ from gptq_awq.grids.integer import stored
 from gptq_awq.models.linear import matrix
 
 
-class Groups:
-    """Products with, and sums over, a weight's groups of columns."""
+class ColumnGroups:
+    """The groups of a weight's columns: products with one factor per group, and sums over each group."""
 
     def __init__(self, weight: QuantizedWeight) -> None:
         columns, size = weight.codes.shape[1], weight.grid.group_size
@@ -33,7 +33,7 @@ class Groups:
         self._count = weight.scales.shape[1]
 
     def times(self, w: Float[Tensor, "out in"], factor: Float[Tensor, "out groups"]) -> Float[Tensor, "out in"]:
-        """Every column times its group's factor."""
+        """Multiply every column by its group's factor."""
         if self._of_column is not None:
             return w * factor.index_select(1, self._of_column.to(w.device))
         whole = w[:, : self._whole].unflatten(1, (-1, self._size)) * factor[:, : self._whole // self._size, None]
@@ -42,7 +42,7 @@ class Groups:
         return torch.cat([whole.flatten(1), w[:, self._whole :] * factor[:, -1:]], 1)
 
     def sums(self, w: Float[Tensor, "out in"]) -> Float[Tensor, "out groups"]:
-        """The sum over every group's columns."""
+        """Sum the columns of every group."""
         if self._of_column is not None:
             return w.new_zeros(len(w), self._count).index_add_(1, self._of_column.to(w.device), w)
         whole = w[:, : self._whole].unflatten(1, (-1, self._size)).sum(2)
@@ -52,10 +52,10 @@ class Groups:
 
 
 class _Scaled(Function):
-    """X (Ŵ exp δ)ᵀ."""
+    """Autograd function X (Ŵ exp δ)ᵀ, with gradients in X and δ."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, delta: Tensor, rounded: Tensor, groups: Groups) -> Tensor:
+    def forward(ctx, x: Tensor, delta: Tensor, rounded: Tensor, groups: ColumnGroups) -> Tensor:
         W = groups.times(rounded.float(), delta.exp()).to(x.dtype)
         ctx.save_for_backward(x, W)
         ctx.groups = groups
@@ -70,11 +70,11 @@ class _Scaled(Function):
 
 
 class TunedLinear(nn.Module):
-    """Stands in for a linear (or GPT-2's Conv1D) while its scales are tuned.
+    """Replacement of a linear (or GPT-2's Conv1D) while its scales are tuned.
 
     Attributes:
         delta: δ, (out, groups) float32.
-        bias: the linear's own.
+        bias: bias of the replaced linear, or None.
     """
 
     def __init__(self, linear: nn.Module, weight: QuantizedWeight) -> None:
@@ -82,22 +82,22 @@ class TunedLinear(nn.Module):
         self.bias: nn.Parameter | None = linear.bias  # pyright: ignore[reportAttributeAccessIssue]
         self.delta = nn.Parameter(torch.zeros_like(weight.scales, dtype=torch.float32))
         self._rounded = matrix(linear)
-        self._groups = Groups(weight)
+        self._groups = ColumnGroups(weight)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """The linear's output, with tuned scales."""
+        """Output of the linear with its scales as tuned so far."""
         out = _Scaled.apply(x, self.delta, self._rounded, self._groups)
         return out if self.bias is None else out + self.bias
 
 
 def check_scales(grid: Grid, where: str) -> None:
-    """Raise UserError for a format whose scales cannot be tuned; `where` names the option."""
+    """Raise UserError for a format whose scales cannot be tuned; `where` is the option that the message names."""
     if getattr(grid, "scale_dtype", None) is None or grid.span != grid.group_size:
         raise UserError(f"{where}: the format of grid={grid.label} leaves no freedom to tune its scales")
 
 
 def tuned_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> dict[str, TunedLinear]:
-    """Put a `TunedLinear` in the place of every linear in `weights`; the model's weights are rounded already."""
+    """Replace every linear named in `weights` by a `TunedLinear`; the model must hold the dequantized weights."""
     tuned = {}
     for name, weight in weights.items():
         parent, _, last = name.rpartition(".")
@@ -109,9 +109,10 @@ def tuned_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> d
 def scale_rates(
     linears: Mapping[str, nn.Module], weights: Mapping[str, QuantizedWeight], lr: float
 ) -> list[dict[str, Any]]:
-    """An optimizer's groups for all δ: a `largest` step, lr / 2^b, moves the last of 2^b codes by about lr codes.
+    """Optimizer parameter groups for all δ, each with its `largest` step, lr / 2^b.
 
-    What a relative step of a scale does to weights, beside what rounding did, doubles with every bit.
+    Such a step moves the last of 2^b codes by about lr codes: relative to the rounding error, the effect of a relative
+    step of a scale doubles with every bit.
     """
     return [
         {"params": [linear.get_parameter("delta")], "largest": lr / (weights[name].grid.arithmetic.max_code + 1)}
@@ -121,16 +122,16 @@ def scale_rates(
 
 @torch.no_grad()
 def rescaled(weight: QuantizedWeight, delta: Float[Tensor, "out groups"]) -> QuantizedWeight:
-    """The weight with scales s exp(δ), as its format stores them; codes stay."""
+    """Quantized weight with scales s exp(δ), rounded to the format's scale precision; codes are unchanged."""
     scales, zeros, grid = weight.scales * delta.exp(), weight.zeros, weight.grid
     dtype: str = grid.scale_dtype  # pyright: ignore[reportAttributeAccessIssue]
     if grid.arithmetic.kind != "minimum":
         return replace(weight, scales=stored(scales, dtype), loss=None)
-    # Minimums are in weight units, and stored as scales are; a scale may be 0, and stays it.
-    return replace(weight, scales=_in(dtype, scales), zeros=_in(dtype, zeros * delta.exp()), loss=None)
+    # Minimums are in weight units and stored in the precision of scales; a scale of 0 stays 0.
+    return replace(weight, scales=_rounded_to(dtype, scales), zeros=_rounded_to(dtype, zeros * delta.exp()), loss=None)
 
 
-def _in(dtype: str, x: Tensor) -> Tensor:
-    """Numbers of either sign as `dtype` holds them."""
+def _rounded_to(dtype: str, x: Tensor) -> Tensor:
+    """Round numbers of either sign to `dtype` and back, clamped to its range."""
     most = torch.finfo(getattr(torch, dtype)).max
     return x.clamp(-most, most).to(getattr(torch, dtype)).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Passes over the calibration set: which windows each step sees, and what losses the first and last pass had."""
+"""Passes over the calibration set: the windows of each step, and the mean losses of the first and last pass."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def shuffled(rows: int, per_step: int, steps: int, seed: int) -> Iterator[Int[Tensor, "per_step"]]:
-    """Rows of each step: every one once, in random order, before any comes again."""
+    """Yield the row indices of each step: every row comes once, in random order, before any is repeated."""
     generator = torch.Generator().manual_seed(seed)
     left = torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
@@ -19,6 +19,6 @@ def shuffled(rows: int, per_step: int, steps: int, seed: int) -> Iterator[Int[Te
 
 
 def first_and_last(losses: Sequence[float], per_pass: int) -> tuple[float, float]:
-    """Mean losses of the first and of the last pass."""
+    """Mean loss of the first pass and of the last pass, `per_pass` steps each."""
     first, last = losses[:per_pass], losses[-per_pass:]
     return sum(first) / len(first), sum(last) / len(last)

@@ -1,4 +1,4 @@
-"""Learned rounding, block by block: SignRound (Cheng et al., arXiv 2309.05516), started from codes that are good.
+"""Learned rounding, block by block: SignRound (Cheng et al., arXiv 2309.05516), started from the solver's codes.
 
 Every weight has a latent u in code units, u = w / s + z at first, and rounds to ⌊u⌉; scales learn too, s exp(δ):
 
@@ -25,24 +25,24 @@ from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.models.attention import differentiable_attention
 from gptq_awq.models.linear import matrix
 from gptq_awq.tuning.base import Example
-from gptq_awq.tuning.linear import Groups, check_scales, rescaled, scale_rates
+from gptq_awq.tuning.linear import ColumnGroups, check_scales, rescaled, scale_rates
 from gptq_awq.tuning.passes import first_and_last, shuffled
 from gptq_awq.tuning.vectors import Vectors
 
 
 @dataclass(frozen=True)
 class LearnedRounding:
-    """Rounding and scales learned per block.
+    """Learned rounding: a block's codes and scales, learned by gradients of its output error.
 
     Attributes:
         epochs: passes over the calibration set.
-        tokens_per_step: in whole windows, at least one.
+        tokens_per_step: tokens per optimizer step, in whole windows, at least one.
         rounding_lr: largest change of a latent in one step, in code units; it falls to 0 linearly.
         scale_lr: how far one step of a scale moves the last code at most, in codes: see `Distill`.
         vector_lr: largest change of a norm's or bias's entry in one step.
-        margin: how far from an edge of its code's cell a latent starts at least, in code units, below 0.5.
-        optimizer: "sign" (SignRound's) or "adam".
-        seed: of the order of windows.
+        margin: least distance between a latent's start and the edges of its code's cell, in code units, below 0.5.
+        optimizer: "sign" (SignSGD, as in SignRound) or "adam".
+        seed: seed of the order of windows.
 
     Raises:
         UserError: a value out of range.
@@ -70,7 +70,7 @@ class LearnedRounding:
             raise UserError(f"method.tuning.rounding.tokens_per_step={self.tokens_per_step}: give at least 1")
 
     def check(self, grid: Grid) -> None:
-        """Raise UserError for a grid that isn't made of uniform integer codes with free scales."""
+        """Raise UserError for a grid other than uniform integer codes with scales that can be tuned."""
         if grid.arithmetic.kind != "affine":
             raise UserError(f"method.tuning.rounding: learns codes of uniform grids only, not of grid={grid.label}")
         check_scales(grid, "method.tuning.rounding")
@@ -83,12 +83,17 @@ class LearnedRounding:
         originals: Mapping[str, Float[Tensor, "out in"]],
         examples: Sequence[Example],
     ) -> tuple[dict[str, QuantizedWeight], dict[str, Any]]:
-        """Learn one block's codes and scales, in place.
+        """Learn one block's codes and scales, and with `vector_lr` its norms and biases, in place.
+
+        Returns:
+            The tuned weights, and for the ledger the steps, the relative output error of the first and of the last
+            pass, and the share of codes that changed.
 
         Raises:
-            UserError: a grid that isn't made of uniform integer codes; padded calibration.
+            UserError: calibration data with padding.
         """
-        if any(e.mask is not None for e in examples):  # its calls hold masks of whole batches, not of windows
+        # Windows are drawn from different batches, but a call holds the attention mask of a whole batch.
+        if any(e.mask is not None for e in examples):
             raise UserError("method.tuning.rounding: learns from unpadded windows only; choose data.packing=windows")
         windows = [(x, y, e) for e in examples for x, y in zip(e.inputs, e.targets, strict=True)]
         per_step = max(1, self.tokens_per_step // examples[0].inputs.shape[1])
@@ -111,7 +116,7 @@ def _details(losses: list[float], per_step: int, windows: int) -> dict[str, Any]
 
 
 class _Rounded(Function):
-    """X Ŵᵀ; see the module's equations."""
+    """Autograd function X Ŵᵀ, with the straight-through gradient in u and the gradient in δ (module docstring)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, latent: Tensor, delta: Tensor, layer: "RoundedLinear") -> Tensor:
@@ -125,13 +130,13 @@ class _Rounded(Function):
         x, W, delta = ctx.saved_tensors
         (g,), layer = grads, ctx.layer
         G = (g.flatten(0, -2).T @ x.flatten(0, -2)).float()
-        of_delta = layer.groups.sums(G * W)
-        of_latent = layer.groups.times(G, layer.scales * delta.exp())
-        return g @ W if ctx.needs_input_grad[0] else None, of_latent, of_delta, None
+        grad_delta = layer.groups.sums(G * W)
+        grad_latent = layer.groups.times(G, layer.scales * delta.exp())
+        return g @ W if ctx.needs_input_grad[0] else None, grad_latent, grad_delta, None
 
 
 class RoundedLinear(nn.Module):
-    """Stands in for a linear while its rounding is learned.
+    """Replacement of a linear while its rounding is learned.
 
     Attributes:
         latent: u, (out, in) float32.
@@ -141,7 +146,8 @@ class RoundedLinear(nn.Module):
     def __init__(self, linear: nn.Module, weight: QuantizedWeight, original: Tensor, margin: float) -> None:
         super().__init__()
         self.bias: nn.Parameter | None = linear.bias  # pyright: ignore[reportAttributeAccessIssue]
-        self.groups, self.scales, self.max_code = Groups(weight), weight.scales.float(), weight.grid.arithmetic.max_code
+        self.groups, self.scales = ColumnGroups(weight), weight.scales.float()
+        self.max_code = weight.grid.arithmetic.max_code
         self._zeros = self.groups.times(torch.ones_like(original), weight.zeros.float())
         codes, room = weight.codes.float(), 0.5 - max(margin, 1e-3)
         u = self.groups.times(original, 1 / self.scales) + self._zeros
@@ -149,21 +155,21 @@ class RoundedLinear(nn.Module):
         self.delta = nn.Parameter(torch.zeros_like(self.scales))
 
     def codes(self, latent: Tensor) -> Tensor:
-        """⌊u⌉, clipped."""
+        """Codes ⌊u⌉ of the latents, clipped to the grid's range."""
         return latent.round().clamp_(0, self.max_code)
 
     def weight(self, latent: Tensor, delta: Tensor) -> Tensor:
-        """Ŵ."""
+        """Dequantized weight Ŵ of these latents u and log-scale steps δ."""
         return self.groups.times(self.codes(latent).sub_(self._zeros), self.scales * delta.exp())
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """The linear's output, rounded as it is now."""
+        """Output of the linear with its codes and scales as learned so far."""
         out = _Rounded.apply(x, self.latent, self.delta, self)
         return out if self.bias is None else out + self.bias
 
 
 class _StudentBlock:
-    """A copy of a block in compute dtype, whose roundings learn in float32."""
+    """A copy of a block in compute dtype, whose latents, scales and vectors learn in float32."""
 
     def __init__(
         self,
@@ -184,7 +190,7 @@ class _StudentBlock:
         self._vectors = Vectors(self._block, block)
 
     def optimizer(self, rounding: float, scale: float, vector: float, kind: str) -> torch.optim.Optimizer:
-        """Over latents, scales and vectors; `largest` is each one's largest step."""
+        """Build the optimizer of latents, scales and vectors; each parameter group's `largest` is its largest step."""
         groups = [
             {"params": [linear.latent for linear in self._linears.values()], "largest": rounding},
             *scale_rates(self._linears, self._weights, scale),
@@ -195,7 +201,7 @@ class _StudentBlock:
         return torch.optim.Adam([g for g in groups if g["largest"]], lr=0.0, betas=(0.9, 0.95), eps=1e-15)
 
     def learn(self, chosen: list[tuple[Tensor, Tensor, Example]]) -> float:
-        """The relative error of some windows' outputs; gradients are added up in the parameters."""
+        """Compute the relative output error of some windows, and add its numerator's gradients to the parameters'."""
         x, y = torch.stack([c[0] for c in chosen]), torch.stack([c[1] for c in chosen]).float()
         with differentiable_attention(x.dtype):
             out = chosen[0][2].call.run(self._block, x).float()
@@ -204,15 +210,15 @@ class _StudentBlock:
         return float(loss.detach() / y.square().mean())
 
     def step(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
-        """Go that fraction of the largest step, and forget the gradients."""
+        """Take one optimizer step at `rate` times the largest steps, and clear the gradients."""
         self._vectors.step(optimizer, rate)
         with torch.no_grad():
-            for linear in self._linears.values():  # beyond the last code nothing changes: don't let them stray
+            for linear in self._linears.values():  # codes are clipped beyond this range: keep latents from straying
                 linear.latent.clamp_(-0.5, linear.max_code + 0.5)
 
     @torch.no_grad()
     def write(self, block: nn.Module) -> tuple[dict[str, QuantizedWeight], float]:
-        """What was learned, put into the block; the weights, and the share of codes that changed."""
+        """Write what was learned into the block; returns the weights and the share of codes that changed."""
         tuned, changed, total = {}, 0, 0
         for name, linear in self._linears.items():
             codes = linear.codes(linear.latent).to(torch.uint8)
@@ -224,7 +230,7 @@ class _StudentBlock:
 
 
 class _SignSGD(torch.optim.Optimizer):
-    """Every parameter goes by ±lr a step."""
+    """SignSGD: each step moves every parameter by lr against the sign of its gradient."""
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, {"lr": 0.0})

@@ -1,4 +1,4 @@
-"""What end-to-end tuning learns from: the full-precision model's predictions, without the full-precision model."""
+"""Teacher of end-to-end tuning: the full-precision model's predictions, kept without its blocks."""
 
 import copy
 
@@ -13,12 +13,12 @@ from gptq_awq.runtime.profiling import phase
 
 
 class Teacher:
-    """The full-precision model's predictions on the calibration tokens: last hidden states, and the head alone.
+    """The full-precision model's predictions on the calibration tokens, kept as last hidden states and the head.
 
     Args:
-        model: the full-precision model, not changed yet.
-        tokens: calibration data.
-        dtype: of the forward and of what is kept.
+        model: full-precision model, before transforms or quantization change it.
+        tokens: calibration tokens.
+        dtype: precision of the forward passes, the hidden states and the head.
     """
 
     def __init__(self, model: nn.Module, tokens: TokenSet, dtype: torch.dtype) -> None:
@@ -39,12 +39,12 @@ class Teacher:
         self._model = full
 
     def logits(self, hidden: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocab"]:
-        """Of full-precision hidden states."""
+        """Logits of the full-precision model, given its hidden states."""
         return logits(self._model, self._decoder, self._template, hidden[None])[0]
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The part that ends in hidden states. Raises UserError where there is none."""
+    """Decoder of a model, which ends in hidden states. Raises UserError where the model has none of its own."""
     decoder = model.get_decoder()  # pyright: ignore[reportCallIssue]
     if decoder is None or decoder is model:
         raise UserError(f"method.tuning: {type(model).__name__} is not made of a decoder and a head")
@@ -52,7 +52,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 
 def inputs_of(tokens: TokenSet, rows: slice | Tensor, device: torch.device) -> dict[str, Tensor]:
-    """Some windows, as a model takes them."""
+    """Model inputs of some windows: token ids and, where there is padding, the attention mask."""
     inputs = {"input_ids": tokens.ids[rows].to(device)}
     if tokens.mask is not None:
         inputs["attention_mask"] = tokens.mask[rows].to(device, torch.long)

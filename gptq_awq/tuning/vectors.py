@@ -1,4 +1,4 @@
-"""Norms and biases that learn beside the weights: in float32, shown to a copy in compute dtype."""
+"""Norms and biases that learn in float32, while forwards run on a copy of the model in compute dtype."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class Vectors:
-    """The vectors of a module, and of a copy of it in lower precision that forwards run on.
+    """A module's one-dimensional parameters as float32 masters, and those of the copy that forwards run on.
 
     Attributes:
-        masters: name → what learns, float32.
+        masters: name → float32 tensor that learns.
     """
 
     def __init__(self, copied: nn.Module, module: nn.Module) -> None:
@@ -21,7 +21,7 @@ class Vectors:
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
-        """One step of everything that `optimizer` holds, at that fraction of each group's `largest` rate."""
+        """Step `optimizer` at `rate` times each group's `largest` learning rate, and update the copy's vectors."""
         for name, vector in self._shown.items():
             self.masters[name].grad = None if vector.grad is None else vector.grad.float()
             vector.grad = None
@@ -34,7 +34,7 @@ class Vectors:
 
     @torch.no_grad()
     def write(self, module: nn.Module) -> None:
-        """Put what was learned into the module."""
+        """Write the learned vectors into the module."""
         own: Mapping[str, Any] = dict(module.named_parameters())
         for name, master in self.masters.items():
             own[name].copy_(master)
