@@ -1,1 +1,1 @@
-"""Bits for each linear under a budget: what rounding costs, and the cheapest choice that fits."""
+"""Bit allocation under a budget: sensitivities of linears to rounding, and the cheapest choice of bits that fits."""

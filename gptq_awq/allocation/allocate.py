@@ -1,4 +1,4 @@
-"""Allocate bits: sensitivities (kept in the cache, whatever the budget), then the cheapest choice that fits it."""
+"""Allocate bits to linears: sensitivities, cached independently of the budget, then the cheapest choice within it."""
 
 import hashlib
 import json
@@ -32,17 +32,17 @@ from gptq_awq.storage.checksummed import ChecksummedFile, once
 
 FILE_NAME = "allocation.json"
 SCHEMA = 1
-"""Raised whenever the meaning of sensitivities changes."""
+"""Version of cached sensitivities, raised whenever their meaning changes."""
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Bits and group size by linear, and what they are predicted to cost.
+    """Bits and group size of every linear, and the predicted cost of rounding to them.
 
     Attributes:
-        grid: the resolved choice of grids.
-        costs: of every linear at every width.
-        bits_per_weight: stored, scales and zeros included, of all linears.
+        grid: the grid with every linear's bits and group size filled in.
+        costs: costs of every linear at every width.
+        bits_per_weight: mean stored bits per weight over all linears, scales and zeros included.
         predicted: sum of the costs; with sensitivity=fisher or kl, the predicted KL in nats per token.
     """
 
@@ -53,17 +53,17 @@ class Allocation:
 
     @property
     def chosen(self) -> Mapping[str, Width]:
-        """By a linear's name."""
+        """Chosen bits and group size by a linear's full name."""
         return self.grid.allocated
 
     def summary(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Summary of the allocation for the manifest (JSON values)."""
         histogram = {self._name(width): list(self.chosen.values()).count(width) for width in self.grid.widths}
         facts = {"sensitivity": self.grid.sensitivity, "linears_by_bits": histogram}
         return facts | {"bits_per_weight": self.bits_per_weight, "predicted": self.predicted}
 
     def write(self, folder: Path) -> None:
-        """Write `folder/allocation.json`. Raises OSError."""
+        """Write the allocation and every linear's costs to `folder/allocation.json`. Raises OSError."""
         widths = self.grid.widths
         names = [self._name(width) for width in widths]
         linears = {}
@@ -79,14 +79,14 @@ class Allocation:
             scratch.write_text(json.dumps(self.summary() | {"linears": linears}, indent=1) + "\n")
 
     def _name(self, width: Width) -> str:
-        """A width's; the group size is told where there are several."""
+        """Name of a width in reports: its bits, and its group size where the grid has several."""
         bits, group_size = width
         return f"{bits}g{group_size}" if self.grid.group_sizes else str(bits)
 
 
 @dataclass(frozen=True)
-class Question:
-    """What sensitivities depend on: arguments of `allocate`."""
+class SensitivityAnalysis:
+    """Sensitivities of a model's linears, and all that they depend on: the arguments of `allocate`."""
 
     model: PreTrainedModel
     tokens: TokenSet
@@ -95,8 +95,8 @@ class Question:
     settings: Settings
     seed: int
 
-    def answer(self, cache: Path | None, model_sha256: str, track: Track) -> list[Cost]:
-        """Sensitivities from the cache, or computed and kept there."""
+    def costs(self, cache: Path | None, model_sha256: str, track: Track) -> list[Cost]:
+        """Costs of every linear at every width, read from the cache or computed and stored there."""
 
         def compute() -> ChecksummedFile:
             return ChecksummedFile({}, {"costs": [asdict(cost) for cost in self._computed(track)]})
@@ -134,27 +134,28 @@ def allocate(
     cache: Path | None = None,
     track: Track = no_track,
 ) -> Allocation:
-    """The bits of every linear in the model's blocks; the model is not changed.
+    """Choose the bits of every linear in the model's blocks under the grid's budget; the model is not changed.
 
     Args:
-        model: full precision.
-        tokens: calibration data.
-        method: its solver rounds where grid.rounding=solver; its transforms are not looked at.
-        grid: budget and choices.
-        settings: how calibration computes.
-        seed: draws what fisher needs.
-        model_sha256: stands for the weights in the cache's keys.
-        cache: where sensitivities and moments are kept; None keeps none.
+        model: full-precision model.
+        tokens: calibration tokens.
+        method: its solver does the rounding where grid.rounding=solver; its transforms are ignored.
+        grid: budget and choices of bits.
+        settings: precision, batching and placement of calibration.
+        seed: seed of the labels that sensitivity=fisher draws.
+        model_sha256: hash of the weights, for the cache key.
+        cache: folder in which sensitivities are cached; None caches nothing.
         track: reports progress.
 
     Raises:
-        UserError: a budget below the least choice; H that won't factor.
+        UserError: the budget is below the smallest choice, or the Hessian of an input does not factor.
     """
-    costs = Question(model, tokens, method.solver, grid, settings, seed).answer(cache, model_sha256, track)
+    analysis = SensitivityAnalysis(model, tokens, method.solver, grid, settings, seed)
+    costs = analysis.costs(cache, model_sha256, track)
     natural = getattr(method.solver, "natural_groups", True)
     sizes = {cost.name: [stored_bits(model, cost.name, grid.grid(w), natural) for w in grid.widths] for cost in costs}
     weights = {name: matrix(model.get_submodule(name)).numel() for name in sizes}
-    chosen = allocated_widths(grid, costs, sizes, _budget(model, grid, weights, natural))
+    chosen = allocated_widths(grid, costs, sizes, _budget_in_bits(model, grid, weights, natural))
     at = {name: grid.widths.index(width) for name, width in chosen.items()}
     stored = sum(sizes[name][k] for name, k in at.items())
     predicted = sum(_finite(cost)[at[cost.name]] for cost in costs)
@@ -164,10 +165,10 @@ def allocate(
 def allocated_widths(
     grid: AllocatedGrid, costs: Sequence[Cost], sizes: Mapping[str, Sequence[int]], budget: int
 ) -> dict[str, Width]:
-    """Width by linear: least sum of costs with the sum of sizes (in bits) within the budget.
+    """Width of every linear with the least sum of costs, the sum of sizes (in bits) being within the budget.
 
     Raises:
-        UserError: a budget below the least choice; no width that fits all that are tied.
+        UserError: the budget is below the smallest choice, or no width fits all linears that share their bits.
     """
     groups: dict[str, list[Cost]] = {}
     for cost in costs:
@@ -175,35 +176,41 @@ def allocated_widths(
         groups.setdefault(tied, []).append(cost)
     together = np.array([np.sum([_finite(cost) for cost in group], 0) for group in groups.values()])
     if not np.isfinite(together).any(1).all():
-        raise UserError(f"grid.group_sizes={list(grid.group_sizes or [])}: none divides all widths that grid.tie ties")
+        raise UserError(
+            f"grid.group_sizes={list(grid.group_sizes or [])}: none divides the columns of all linears that "
+            f"share their bits (grid.tie={grid.tie})"
+        )
     size = np.array([np.sum([sizes[cost.name] for cost in group], 0) for group in groups.values()], dtype=np.int64)
     least = int(size.min(1, where=np.isfinite(together), initial=size.max()).sum())
     if least > budget:
         given = ("budget_bits", "budget_bytes", "budget_uniform")
         option = next(name for name in given if getattr(grid, name) is not None)
         raise UserError(
-            f"grid.{option}={getattr(grid, option)}: the least of grid.choices takes {least / max(budget, 1):.2f} "
-            "times as much with its scales; raise the budget or group_size"
+            f"grid.{option}={getattr(grid, option)}: the smallest of grid.choices takes {least / max(budget, 1):.2f} "
+            "times as much, scales included; raise the budget or group_size"
         )
     picked = cheapest(together, size, budget)
     return {cost.name: grid.widths[k] for group, k in zip(groups.values(), picked, strict=True) for cost in group}
 
 
 def _finite(cost: Cost) -> list[float]:
-    """Its costs, infinite where a width does not fit."""
+    """Costs of a linear by width, infinite where the width does not fit."""
     return [np.inf if c is None else c for c in cost.costs]
 
 
 def stored_bits(model: nn.Module, name: str, grid: IntGrid, natural: bool = True) -> int:
-    """Bits that a checkpoint stores of one linear: what its results row will count."""
+    """Bits that a checkpoint stores for one linear, as its row in the results counts them.
+
+    Without `natural` order of groups, each column's group takes 32 bits more.
+    """
     rows, columns = matrix(model.get_submodule(name)).shape
     groups = 1 if grid.group_size == -1 else -(-columns // grid.group_size)
     order = 0 if natural or groups == 1 else 32 * columns
     return round(rows * (columns * grid.bits + groups * grid.overhead_bits)) + order
 
 
-def _budget(model: nn.Module, grid: AllocatedGrid, weights: Mapping[str, int], natural: bool) -> int:
-    """In bits, whichever way it is given; `weights` are numbers of them by linear."""
+def _budget_in_bits(model: nn.Module, grid: AllocatedGrid, weights: Mapping[str, int], natural: bool) -> int:
+    """Budget in bits, from whichever option gives it; `weights` is the number of weights by linear."""
     if grid.budget_uniform is not None:
         uniform = grid.grid((grid.budget_uniform, grid.group_size))
         return sum(stored_bits(model, name, uniform, natural) for name in weights)

@@ -1,4 +1,4 @@
-"""The multiple-choice knapsack: one choice per item, least cost, total size within a budget.
+"""Multiple-choice knapsack: one choice per item at the least total cost, with the total size within a budget.
 
     min Σ_i Σ_k c_ik x_ik    Σ_k x_ik = 1,   Σ_i Σ_k s_ik x_ik ≤ budget,   x binary
 
@@ -19,15 +19,15 @@ SECONDS = 60
 def cheapest(
     costs: Float[np.ndarray, "items choices"], sizes: Int[np.ndarray, "items choices"], budget: int
 ) -> Int[np.ndarray, "items"]:
-    """The choice of each item.
+    """Index of each item's choice in the cheapest combination within the budget.
 
     Args:
-        costs: at least 0; infinite where an item doesn't have that choice, and it has one.
+        costs: nonnegative; infinite where an item lacks that choice; every item has at least one.
         sizes: whole numbers.
-        budget: for the sum of sizes.
+        budget: largest sum of sizes.
 
     Raises:
-        ValueError: even the smallest sizes don't fit.
+        ValueError: the smallest sizes exceed the budget, or the solver finds no combination within it in time.
     """
     possible = np.isfinite(costs)
     least = sizes.min(1, where=possible, initial=sizes.max())
@@ -35,7 +35,7 @@ def cheapest(
     if room < 0:
         raise ValueError(f"the smallest choices take {least.sum()}, the budget is {budget}")
     items, choices = costs.shape
-    extra = np.where(possible, sizes - least[:, None], 0)  # smaller numbers are solved more exactly
+    extra = np.where(possible, sizes - least[:, None], 0)  # HiGHS is more exact on smaller numbers
     costs = np.where(possible, costs, 0.0)
     unit = gcd(*extra.ravel().tolist()) or 1
     scale = costs.max() or 1.0
@@ -54,5 +54,5 @@ def cheapest(
         raise ValueError(f"no allocation found: {solved.message}")
     chosen = solved.x.reshape(items, choices).argmax(1)
     if extra[np.arange(items), chosen].sum() > room:
-        raise ValueError("the allocation found exceeds the budget: HiGHS's tolerance")
+        raise ValueError("the allocation found exceeds the budget, within the tolerance of HiGHS")
     return chosen

@@ -1,4 +1,4 @@
-"""What it costs the model to round one linear to b bits, all else being in full precision.
+"""Sensitivities: the cost to the model of rounding one linear to b bits, all other weights in full precision.
 
 With Δ = Ŵ - W of an actual rounding, H = mean x xᵀ of the full-precision inputs, e_r = (Δ H Δᵀ)_rr the mean squared
 error of output r:
@@ -9,7 +9,7 @@ fisher   ½ Σ_r E[g_r²] e_r, nats per token: the second-order KL from the full
          K-FAC's factor, arXiv 1503.05671). One backward pass.
 kl       the measured KL with that linear alone at the width in the middle of the choices, carried to the other widths
          in proportion to Σ_r e_r. One forward per linear.
-error    Σ_r e_r / tr(WHWᵀ): relative, blind to what the rest of the model makes of it.
+error    Σ_r e_r / tr(WHWᵀ): the linear's relative output error, whatever its effect on the rest of the model.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,12 +37,12 @@ from gptq_awq.solvers.base import Solver
 
 @dataclass(frozen=True)
 class Cost:
-    """One linear's.
+    """Costs of rounding one linear to each of the grid's widths.
 
     Attributes:
-        name: in the model.
-        site: name, in the model, of the linears that read its input.
-        costs: by width, None where its groups don't fit; what unit they have is the measure's business.
+        name: full name of the linear in the model.
+        site: full name of its site, the linears that read the same input.
+        costs: cost by width, in the unit of the measure; None where the width's groups don't divide the columns.
     """
 
     name: str
@@ -51,12 +51,14 @@ class Cost:
 
 
 class Measure:
-    """Costs of roundings, by one of the three measures.
+    """Costs of rounding a linear, by one of the three measures of the module's docstring.
 
     Args:
         kind: fisher, kl or error.
-        tokens: that gradients or losses are measured on.
-        seed: draws fisher's y.
+        model: full-precision model.
+        tokens: calibration tokens that gradients (fisher) or losses (kl) are computed on.
+        seed: seed of the labels y that fisher draws.
+        track: reports progress.
     """
 
     def __init__(self, kind: str, model: PreTrainedModel, tokens: TokenSet, seed: int, track: Track) -> None:
@@ -65,11 +67,13 @@ class Measure:
         self._full: TokenScores | None = None
         if kind == "kl":
             if tokens.mask is not None:
-                raise UserError("grid.sensitivity=kl needs data.packing=windows; fisher takes documents too")
+                raise UserError(
+                    "grid.sensitivity=kl needs data.packing=windows; grid.sensitivity=fisher takes documents too"
+                )
             self._full = token_losses(model, tokens, track)
 
     def __call__(self, name: str, rounded: Sequence[Float[Tensor, "out in"]], moments: Moments) -> tuple[float, ...]:
-        """The cost of each of a linear's roundings."""
+        """Cost of each candidate rounding of one linear, given the moments of its full-precision input."""
         weight = matrix(self._model.get_submodule(name))
         W = weight.float()
         errors = [_row_errors(r - W, moments.hessian) for r in rounded]
@@ -81,11 +85,11 @@ class Measure:
             signal = float(_row_errors(W, moments.hessian).sum())
             return tuple(e / signal if signal else 0.0 for e in sums)
         middle = len(rounded) // 2
-        kl = self._measured(weight, rounded[middle], self._full)
+        kl = self._measured_kl(weight, rounded[middle], self._full)
         return tuple(kl * e / sums[middle] if sums[middle] else 0.0 for e in sums)
 
-    def _measured(self, weight: Tensor, rounded: Tensor, full: TokenScores) -> float:
-        """KL from full precision with one weight rounded."""
+    def _measured_kl(self, weight: Tensor, rounded: Tensor, full: TokenScores) -> float:
+        """Mean KL from the full-precision model once one weight is rounded."""
         own = weight.clone()
         try:
             weight.copy_(rounded)
@@ -102,10 +106,10 @@ def measured_costs(
     measure: Measure,
     track: Track = no_track,
 ) -> Iterator[Cost]:
-    """The cost of every linear at every width that fits, each rounded by `solver` on full-precision inputs.
+    """Yield each linear's cost at every width that fits it, rounded by `solver` on full-precision inputs.
 
     Raises:
-        UserError: H that won't factor.
+        UserError: the Hessian of an input does not factor.
     """
     prefix, blocks = find_blocks(model)
     needs_cross = getattr(solver, "needs_cross", False)
@@ -129,13 +133,16 @@ def measured_costs(
 def output_fisher(
     model: PreTrainedModel, tokens: TokenSet, seed: int = 0, track: Track = no_track
 ) -> dict[str, Float[Tensor, "out"]]:
-    """E[g_r²] of every linear in the model's blocks, see the module's docstring; the mean over real tokens."""
+    """Mean over real tokens of the squared output gradients, E[g_r²], for every linear in the model's blocks.
+
+    Linears that no token reaches (of experts) are left out.
+    """
     prefix, blocks = find_blocks(model)
     names = [f"{prefix}.{name}" for name, module in blocks.named_modules() if is_linear(module)]
     sums: dict[str, Tensor] = {}
     draw = torch.Generator().manual_seed(seed)
     weighed = [model.get_submodule(name).register_forward_hook(_summing(sums, name)) for name in names]
-    entering: list[Tensor] = []  # gradients are asked for by these alone: parameters need none
+    entering: list[Tensor] = []  # the only leaves that gradients are computed for
 
     def begin(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
         entering[:] = [output.detach().requires_grad_()]
@@ -160,7 +167,7 @@ def _backward(model: PreTrainedModel, ids: Tensor, draw: torch.Generator, enteri
 
 
 def _summing(sums: dict[str, Tensor], name: str):
-    """A forward hook that adds up the squared gradients by a linear's output."""
+    """Build a forward hook that sums the squared gradients in a linear's output over tokens."""
 
     def add(gradient: Tensor) -> None:
         squares = gradient.float().square().flatten(0, -2).sum(0)
@@ -189,5 +196,5 @@ def _row_errors(delta: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"])
 
 
 def first_windows(tokens: TokenSet, windows: int) -> TokenSet:
-    """The first rows of a token set."""
+    """Restrict a token set to its first `windows` rows."""
     return replace(tokens, ids=tokens.ids[:windows], mask=None if tokens.mask is None else tokens.mask[:windows])
