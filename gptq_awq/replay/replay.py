@@ -1,6 +1,6 @@
 """Repeat a stored run and report whether it gives the same codes and metrics.
 
-    python -m gptq_awq.replay RUN_DIR [--scores] [--device cpu]
+    python -m gptq_awq.replay RUN_DIR [--scores] [--device cpu] [--trust]
 
 Quantizes with the stored config and compares the hash of every layer's codes with the stored ledger, block by block. It
 stops at the first layer that differs and names it, and lists changes of code, packages, machine and data. With
@@ -18,19 +18,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.evaluate import full_precision, score
 from gptq_awq.experiment.context import RunContext, load, self_calibrated
 from gptq_awq.experiment.fingerprint import environment
+from gptq_awq.experiment.options import check_options
 from gptq_awq.experiment.plan import Plan, preflight
+from gptq_awq.experiment.renamed import current_targets
 from gptq_awq.experiment.summary import LEDGER
 from gptq_awq.models.activations import quantized_activations
 from gptq_awq.quantization.quantize import quantize
 from gptq_awq.quantization.targets import changes_output
 from gptq_awq.results import FILE_NAME, Result
+from gptq_awq.runtime.configs import CONFIGS
+from gptq_awq.runtime.options import targets_in
 from gptq_awq.runtime.progress import Track, rich_track
 
 
@@ -67,7 +73,7 @@ class Replay:
     circumstances: tuple[str, ...]
 
 
-def replay(run_dir: Path, track: Track, scores: bool = False, device: str | None = None) -> Replay:
+def replay(run_dir: Path, track: Track, scores: bool = False, device: str | None = None, trust: bool = False) -> Replay:
     """Quantize again with the config stored in `run_dir`, and compare codes (and metrics) with the stored ones.
 
     Args:
@@ -75,17 +81,23 @@ def replay(run_dir: Path, track: Track, scores: bool = False, device: str | None
         track: progress reporter.
         scores: whether to evaluate the quantized model and compare its metrics.
         device: device to run on; None: the stored run's.
+        trust: whether the folder may name code of others: classes outside of this package's configs, remote code of
+            a model's folder.
 
     Raises:
-        UserError: no finished run in the folder, or a model or data that can no longer be loaded.
+        UserError: no finished run in the folder; a config that names code of others without `trust`; a model or data
+            that can no longer be loaded.
     """
     stored, config = _stored(run_dir)
+    if not trust:
+        _check_own(run_dir, config)
     ledger = [json.loads(line) for line in (run_dir / LEDGER).read_text().splitlines()]
     if any("codes_sha256" not in row for row in ledger):
         raise UserError(f"{run_dir}: its ledger holds no hashes of codes, it was written by an older version")
     with tempfile.TemporaryDirectory() as scratch:
         config.out, config.resume = scratch, False
         config.device = device or config.device
+        check_options(config)
         plan = replace(preflight(config), config=stored.config)
     context = self_calibrated(plan, load(plan), track)
     circumstances = tuple(_circumstances(stored.manifest, context))
@@ -112,14 +124,35 @@ def replay(run_dir: Path, track: Track, scores: bool = False, device: str | None
 
 
 def _stored(run_dir: Path) -> tuple[Result, DictConfig]:
+    """The row and config of a finished run, with today's names of classes. Raises UserError where there is none."""
     try:
         stored = Result.read(run_dir / FILE_NAME)
-        config = OmegaConf.load(run_dir / "config.yaml")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run_dir}: holds no finished run ({error})") from error
+        config = OmegaConf.create(current_targets(yaml.safe_load((run_dir / "config.yaml").read_text())))
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{run_dir}: holds no finished run ({' '.join(str(error).split())})") from error
     if stored.status != "done" or not isinstance(config, DictConfig):
         raise UserError(f"{run_dir}: holds no finished run, its status is {stored.status}")
+    if missing := [name for name in ("model", "method", "grid", "data", "eval", "seed") if name not in config]:
+        raise UserError(f"{run_dir}/config.yaml: is no config of a run, it has no {missing[0]}")
     return stored, config
+
+
+def _check_own(run_dir: Path, config: DictConfig) -> None:
+    """Refuse a config that would run code which this package's own configs don't name.
+
+    Raises:
+        UserError: naming the class, or the option.
+    """
+    container = OmegaConf.to_container(config)
+    own = {target for path in CONFIGS.rglob("*.yaml") for target in targets_in(yaml.safe_load(path.read_text()))}
+    for target in targets_in(container):
+        if target not in own:
+            raise UserError(
+                f"{run_dir}: its config names {target}, which is not a class of gptq_awq's configs; if you "
+                "trust the folder, add --trust"
+            )
+    if OmegaConf.select(config, "model.trust_remote_code"):
+        raise UserError(f"{run_dir}: its config says model.trust_remote_code=true; if you trust the model, add --trust")
 
 
 def _first_other_layer(
@@ -180,10 +213,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path, help="the folder of a finished run")
     parser.add_argument("--scores", action="store_true", help="score the model too, and compare every metric")
     parser.add_argument("--device", help="another device than the stored run's")
+    parser.add_argument(
+        "--trust", action="store_true", help="allow code of others that its config names"
+    )
     options = parser.parse_args(argv)
     try:
         with rich_track(Console(stderr=True)) as track:
-            done = replay(options.run_dir, track, options.scores, options.device)
+            done = replay(options.run_dir, track, options.scores, options.device, options.trust)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
