@@ -74,8 +74,9 @@ def shared(linears: Sequence[RowSlice], ranks: Ranks) -> list[RowSlice]:
     whole, split = [], []
     for group in _groups(linears, lambda linear: linear.input):
         (whole if not group[0].independent or (several and group[0].site.expert is not None) else split).append(group)
-    taken = [whole[i] for i in ranks.share([_cost(group) for group in whole])]
-    return [row_slice for group in (*taken, *(_split_rows(group, ranks) for group in split)) for row_slice in group]
+    own = [whole[i] for i in ranks.share([_cost(group) for group in whole])]
+    own += [_split_rows(group, ranks) for group in split]
+    return [row_slice for group in own for row_slice in group]
 
 
 def _cost(stack: Sequence[RowSlice]) -> float:

@@ -98,7 +98,7 @@ def quantize(
     unfuse(model)
     if method.needs_cross and experts_in(model):
         raise no_pairing(f"method={method.name}")
-    loop = _BlockLoop(model, tokens, method, grid, settings, track, record, progress, experts)
+    loop = _BlockLoop(model, tokens, method, grid, settings, track, cache=record, journal=progress, experts=experts)
     if not method.model_tunings:
         yield from loop.run()
         return
