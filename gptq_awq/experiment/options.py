@@ -7,6 +7,7 @@ from annotated_types import Ge
 from omegaconf import DictConfig, OmegaConf
 
 from gptq_awq.errors import UserError
+from gptq_awq.runtime.declarations import declared_by
 from gptq_awq.runtime.options import (
     Bits,
     ComputeDtype,
@@ -16,7 +17,6 @@ from gptq_awq.runtime.options import (
     PositiveInt,
     Seed,
     check_config,
-    declared_by,
 )
 
 Auto = bool | Literal["auto"]

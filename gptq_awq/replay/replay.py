@@ -36,7 +36,7 @@ from gptq_awq.quantization.quantize import quantize
 from gptq_awq.quantization.targets import changes_output
 from gptq_awq.results import FILE_NAME, Result
 from gptq_awq.runtime.configs import CONFIGS
-from gptq_awq.runtime.options import targets_in
+from gptq_awq.runtime.declarations import targets_in
 from gptq_awq.runtime.progress import Track, rich_track
 
 
@@ -213,9 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path, help="the folder of a finished run")
     parser.add_argument("--scores", action="store_true", help="score the model too, and compare every metric")
     parser.add_argument("--device", help="another device than the stored run's")
-    parser.add_argument(
-        "--trust", action="store_true", help="allow code of others that its config names"
-    )
+    parser.add_argument("--trust", action="store_true", help="allow code of others that its config names")
     options = parser.parse_args(argv)
     try:
         with rich_track(Console(stderr=True)) as track:

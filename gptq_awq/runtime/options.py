@@ -6,19 +6,14 @@ mistake is found before that file, and torch with it, is imported; `checked_data
 where the class is constructed from Python.
 """
 
-import ast
-import builtins
 import collections.abc
 import dataclasses
 import difflib
-import pathlib
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import annotated_types
@@ -28,6 +23,7 @@ from pydantic.errors import PydanticUserError
 from typing_extensions import dataclass_transform
 
 from gptq_awq.errors import UserError
+from gptq_awq.runtime.declarations import Declared, declared_by, targets_in
 
 PositiveInt = Annotated[int, Ge(1)]
 PositiveFloat = Annotated[float, Gt(0)]
@@ -41,28 +37,12 @@ Search = Literal["minmax", "mse", "hessian"]
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 Seed = Annotated[int, Interval(ge=0, lt=2**63)]
+NamesBeside = Annotated[str | Sequence[str], "beside"]
+"""Names of the nodes beside the option, such as the formats that `export.formats` chooses among."""
 
-PACKAGE = Path(__file__).resolve().parent.parent
 _LOOSE = ConfigDict(coerce_numbers_to_str=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 _SPELLED = {True: "on", False: "off"}  # YAML 1.1 reads a bare on or off as a boolean
-_KNOWN = ("typing", "collections.abc", "pathlib", "annotated_types", __name__)
-_OPAQUE = {"object", "ABC", "Protocol", "Generic", "Callback"}
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Declared:
-    """Options that a `_target_` declares.
-
-    Attributes:
-        types: name → annotation; Any where it isn't one that values of a config are checked by.
-        required: names that have no default.
-        open: further names are taken, too (`**kwargs`).
-    """
-
-    types: Mapping[str, Any]
-    required: frozenset[str]
-    open: bool
 
 
 def check_config(config: Any, declared: Declared, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -78,35 +58,33 @@ def check_config(config: Any, declared: Declared, prefix: str = "") -> Iterator[
         option = f"{prefix}{key}"
         if str(key).startswith("_"):
             continue
-        if key not in declared.types and not declared.open:
+        is_node = isinstance(value, Mapping) and any(True for _ in targets_in(value))
+        if key not in declared.types and not (declared.more == "anything" or (declared.more == "nodes" and is_node)):
             raise UserError(f"{option}: there is no such option{nearest(key, declared.types, prefix)}")
-        if isinstance(value, Mapping) and any(True for _ in targets_in(value)):
+        if is_node:
             yield from _check_node(value, option)
             continue
-        known = checked(value, declared.types.get(key, Any), option)
+        annotation = declared.types.get(key, Any)
+        if annotation is NamesBeside:
+            annotation = _names_of_nodes(config)
+        known = checked(value, annotation, option)
         if not _same(known, value):
             yield option, known
+
+
+def _names_of_nodes(config: Mapping[str, Any]) -> Any:
+    names = tuple(key for key, value in config.items() if isinstance(value, Mapping) and "_target_" in value)
+    return Literal[names] | list[Literal[names]] if names else Any
 
 
 def _check_node(node: Mapping[str, Any], option: str) -> Iterator[tuple[str, Any]]:
     target = node.get("_target_")
     if isinstance(target, str):
-        yield from check_config(node, declared_by(target) or Declared({}, frozenset(), True), f"{option}.")
+        yield from check_config(node, declared_by(target) or Declared({}, frozenset(), "anything"), f"{option}.")
         return
     for key, value in node.items():
         if isinstance(value, Mapping):
             yield from _check_node(value, f"{option}.{key}")
-
-
-def targets_in(node: Any) -> Iterator[str]:
-    """Every `_target_` in a resolved config, at any depth."""
-    if isinstance(node, Mapping):
-        target = node.get("_target_")
-        yield from [target] if isinstance(target, str) else []
-        node = list(node.values())
-    if isinstance(node, (list, tuple)):
-        for item in node:
-            yield from targets_in(item)
 
 
 def nearest(name: Any, known: Mapping[str, Any] | typing.Iterable[str], prefix: str = "") -> str:
@@ -185,7 +163,8 @@ def _choices(annotation: Any) -> list[str]:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return [each for each in arguments if isinstance(each, str)]
-    return [name for each in arguments for name in _choices(each)] if origin in (Union, types.UnionType) else []
+    nested = origin in (Union, types.UnionType, list)
+    return list(dict.fromkeys(name for each in arguments for name in _choices(each))) if nested else []
 
 
 @cache
@@ -211,127 +190,6 @@ def _no_boolean(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("a boolean is no number")
     return value
-
-
-# -------------------------------------------------------------------- declarations, read without importing anything
-
-
-@cache
-def declared_by(target: str) -> Declared | None:
-    """Options of the class or function that a dotted name stands for; None where its source can't tell."""
-    module, _, name = target.rpartition(".")
-    source = source_of(module) if module else None
-    if source is None:
-        return None
-    tree = _parsed(source)
-    found = next((n for n in tree.body if getattr(n, "name", None) == name), None)
-    if isinstance(found, ast.ClassDef):
-        return _of_class(found, tree)
-    return _of_function(found, tree) if isinstance(found, ast.FunctionDef) else None
-
-
-def source_of(module: str) -> Path | None:
-    """A module's source file; None where it has none, or there is no such module. Nothing of it is imported."""
-    package, _, rest = module.partition(".")
-    if package == PACKAGE.name:  # not by find_spec, which would import what is above it
-        path = PACKAGE.joinpath(*rest.split("."))
-        return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
-    try:
-        spec = find_spec(module)
-    except (ImportError, ValueError, AttributeError):
-        return None
-    return Path(spec.origin) if spec is not None and spec.origin and spec.origin.endswith(".py") else None
-
-
-@cache
-def _parsed(path: Path) -> ast.Module:
-    try:
-        return ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError, OSError):
-        return ast.Module([], [])
-
-
-def _of_class(found: ast.ClassDef, tree: ast.Module) -> Declared | None:
-    init = next((n for n in found.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
-    if init is not None:
-        return _of_function(init, tree, skip=1)
-    fields: dict[str, Any] = {}
-    required: set[str] = set()
-    for base in found.bases:
-        inherited = _of_base(base, tree)
-        if inherited is None:
-            return None
-        fields |= inherited.types
-        required |= inherited.required
-    names = _namespace(tree)
-    for node in found.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            annotation = ast.unparse(node.annotation)
-            if annotation.startswith("ClassVar") or "init=False" in (ast.unparse(node.value) if node.value else ""):
-                continue
-            fields[node.target.id] = _evaluated(node.annotation, names)
-            required = required | {node.target.id} if node.value is None else required - {node.target.id}
-    return Declared(fields, frozenset(required), open=False)
-
-
-def _of_base(base: ast.expr, tree: ast.Module) -> Declared | None:
-    name = ast.unparse(base).partition("[")[0]
-    if name in _OPAQUE:
-        return Declared({}, frozenset(), open=False)
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and any((a.asname or a.name) == name for a in node.names):
-            original = next(a.name for a in node.names if (a.asname or a.name) == name)
-            return declared_by(f"{node.module}.{original}")
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            return _of_class(node, tree)
-    return None
-
-
-def _of_function(found: ast.FunctionDef, tree: ast.Module, skip: int = 0) -> Declared:
-    names, args = _namespace(tree), found.args
-    positional = [*args.posonlyargs, *args.args]
-    defaults = [None] * (len(positional) - len(args.defaults)) + list(args.defaults)
-    pairs = [*zip(positional, defaults, strict=True), *zip(args.kwonlyargs, args.kw_defaults, strict=True)][skip:]
-    fields = {a.arg: Any if a.annotation is None else _evaluated(a.annotation, names) for a, _ in pairs}
-    return Declared(fields, frozenset(a.arg for a, default in pairs if default is None), open=args.kwarg is not None)
-
-
-def _evaluated(annotation: ast.expr, names: dict[str, Any]) -> Any:
-    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
-        try:
-            annotation = ast.parse(annotation.value, mode="eval").body
-        except SyntaxError:
-            return Any
-    try:
-        return eval(compile(ast.Expression(annotation), "<annotation>", "eval"), dict(names))
-    except Exception:  # an annotation of other packages' types: not one that values of a config are checked by
-        return Any
-
-
-def _namespace(tree: ast.Module) -> dict[str, Any]:
-    """The names that annotations of options may use: builtins, typing's, `Annotated` types of this module."""
-    names: dict[str, Any] = {"__builtins__": {}}
-    names |= {each: getattr(builtins, each) for each in ("bool", "int", "float", "str", "list", "tuple", "dict")}
-    modules = {"typing": typing, "collections.abc": collections.abc, "pathlib": pathlib, __name__: _this()}
-    modules["annotated_types"] = annotated_types
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.module in _KNOWN:
-            for alias in node.names:
-                names[alias.asname or alias.name] = getattr(modules[node.module], alias.name, Any)
-        elif isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            value = _evaluated(node.value, names) if isinstance(node.value, (ast.Subscript, ast.BinOp)) else Any
-            if value is not Any:
-                names[node.targets[0].id] = value
-    return names
-
-
-def _this() -> types.ModuleType:
-    import sys
-
-    return sys.modules[__name__]
-
-
-# ----------------------------------------------------------------------------------- the same, for classes in Python
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
