@@ -102,7 +102,7 @@ class Head:
         hidden = hidden.to(self.model.device)[None]
         if words is not None and len(range(self.vocab)[words]) < self.vocab:
             output = {name: value[words] for name, value in (output or dict(self.output.named_parameters())).items()}
-        size = (hidden.shape[1], *([] if words is None else [words.stop - words.start]))
+        size = (hidden.shape[1],) if words is None else (hidden.shape[1], words.stop - words.start)
         lower = lowered_head(self.compute_dtype, self.model.device)
         with self.with_output(output), phase("score/head", *size), lower:
             return logits(self.model, self.decoder, self.template, hidden)[0].float()

@@ -73,10 +73,10 @@ class Evaluation:
     """
 
     perplexity: Perplexity | None = None
-    texts: Sequence[str] = ()
+    texts: Sequence[str] | str = ()
     corpora: Mapping[str, Corpus] = field(default_factory=dict)
     metric: Mapping[str, TokenMetric] = field(default_factory=lambda: {metric.name: metric for metric in STANDARD})
-    metrics: Sequence[str] | None = None
+    metrics: Sequence[str] | str | None = None
     tasks: tuple[str | Mapping[str, Any], ...] = ()
     limit: int | None = None
     num_fewshot: int | None = None

@@ -81,5 +81,5 @@ def test_a_run_scores_every_text(cli, tiny, two, tmp_path):
 def test_a_corpus_that_cannot_be_fetched_is_named(cli, tiny, tmp_path):
     options = [option for option in tiny if not option.startswith("eval.perplexity.path")]
     done = cli("method=rtn", "bits=3", *options, "eval.texts=[c4]", f"out={tmp_path / 'out'}")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "eval.texts=wikitext2 or eval.texts=FILE" in done.stderr

@@ -84,7 +84,7 @@ class TokenMetric(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class MeanMetric(TokenMetric):
-    """Mean of one value per token, with a 95% block-bootstrap interval and paired tests between runs."""
+    """Mean of one value per token, with a 95% block-bootstrap interval; scores.npz holds its block sums."""
 
     @abstractmethod
     def per_token(self, tokens: PairedTokens) -> Tensor:
