@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.errors import HydraException
@@ -15,6 +16,7 @@ from gptq_awq.experiment.messages import one_line
 from gptq_awq.experiment.options import check_options
 from gptq_awq.experiment.sweeps.plugins import check_plugins
 from gptq_awq.runtime.configs import CONFIGS
+from gptq_awq.runtime.runlog import remove_empty_folder
 
 
 def main() -> None:
@@ -26,6 +28,7 @@ def main() -> None:
         sys.stdout.write(help_text(_config_dir(arguments)))
         return
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come out of `task` instead of being printed by Hydra
+    sys.argv += _folder_of_hydra(arguments)
     try:
         check_plugins(arguments)
         task()
@@ -57,6 +60,7 @@ def _failed(cfg: DictConfig, error: UserError, stored: bool) -> float | tuple[fl
     from hydra.types import RunMode
 
     if HydraConfig.get().mode != RunMode.MULTIRUN:
+        remove_empty_folder(Path(HydraConfig.get().runtime.output_dir))
         _refuse(str(error))
     from gptq_awq.experiment.sweeps.sweep import no_objective, store_failure
     from gptq_awq.numerics.distributed import RankLostError
@@ -69,9 +73,16 @@ def _failed(cfg: DictConfig, error: UserError, stored: bool) -> float | tuple[fl
     return no_objective(cfg.objective)
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str) -> NoReturn:
     sys.stderr.write(f"error: {message}\n")
     sys.exit(2)
+
+
+def _folder_of_hydra(arguments: Sequence[str]) -> list[str]:
+    """Let Hydra's own folder be `out` where it is given: the working directory may be one that can't be written to."""
+    if {"-m", "--multirun"} & set(arguments) or any(a.startswith("hydra.run.dir=") for a in arguments):
+        return []
+    return [f"hydra.run.dir={a.partition('=')[2]}" for a in arguments if a.startswith("out=")][-1:]
 
 
 def _config_dir(arguments: Sequence[str]) -> Path | None:

@@ -6,14 +6,13 @@ import json
 import platform
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from gptq_awq.runtime.declarations import PACKAGE, source_of, targets_in
+
 PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "numba", "numpy", "tokenizers", "safetensors")
-PACKAGE = Path(__file__).resolve().parent.parent
 NOT_COMPUTED = (
     *("out", "tracking", "resume", "profile", "objective", "ranks_timeout_minutes", "cache_gb"),
     *("activations", "memory_budget", "stream", "forecast"),
@@ -36,11 +35,11 @@ def code_sha256(config: Mapping[str, Any] | None = None) -> str:
     `_target_`s name, the user's own included (their own imports are not followed). So a new solver, or a better
     table, leaves finished runs of other methods what they are.
     """
-    wanted = ["gptq_awq.experiment.run", *(target.rpartition(".")[0] for target in _targets(config or {}))]
+    wanted = ["gptq_awq.experiment.run", *(target.rpartition(".")[0] for target in targets_in(config or {}))]
     sources: dict[str, bytes] = {}
     while wanted:
         module = wanted.pop()
-        path = _source(module)
+        path = source_of(module)
         if module in sources or path is None or reports_only(module):
             continue
         sources[module] = path.read_bytes()
@@ -95,17 +94,6 @@ def environment() -> dict[str, Any]:
     return {"packages": package_versions(), "machine": machine}
 
 
-def _targets(node: Any) -> Iterator[str]:
-    """Every `_target_` in a resolved config."""
-    if isinstance(node, Mapping):
-        target = node.get("_target_")
-        yield from [target] if isinstance(target, str) else []
-        node = list(node.values())
-    if isinstance(node, list):
-        for item in node:
-            yield from _targets(item)
-
-
 def _imported(source: bytes) -> Iterator[str]:
     """The modules of this package that a source file imports, also inside of functions."""
     for node in ast.walk(ast.parse(source)):
@@ -113,19 +101,6 @@ def _imported(source: bytes) -> Iterator[str]:
         if isinstance(node, ast.ImportFrom):
             names = [node.module or "", *(f"{node.module}.{name}" for name in names)]
         yield from (name for name in names if name.partition(".")[0] == "gptq_awq")
-
-
-def _source(module: str) -> Path | None:
-    """A module's file; None where it has none, or is none."""
-    package, _, rest = module.partition(".")
-    if package == PACKAGE.name:  # not by find_spec, which would import what is above it
-        path = PACKAGE.joinpath(*rest.split("."))
-        return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
-    try:
-        spec = find_spec(module)
-    except (ImportError, ValueError):
-        return None
-    return Path(spec.origin) if spec is not None and spec.origin and spec.origin.endswith(".py") else None
 
 
 def _json_sha256(value: Any) -> str:

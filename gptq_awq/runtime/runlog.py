@@ -51,11 +51,15 @@ def logging_to(out: Path, console: Console, rank: int = 0) -> Iterator[None]:
 
 def remove_unused_hydra_folder(out: Path) -> None:
     """Delete the folder that Hydra made for this run, which stays empty where `out` is another one."""
-    if not HydraConfig.initialized():
-        return
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    if folder.resolve() != out.resolve():
-        with suppress(OSError):
-            folder.rmdir()
-            folder.parent.rmdir()
-            folder.parent.parent.rmdir()
+    if HydraConfig.initialized():
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        if folder.resolve() != out.resolve():
+            remove_empty_folder(folder)
+
+
+def remove_empty_folder(folder: Path) -> None:
+    """Delete a folder that Hydra made, and the two above it (outputs/DATE/TIME), as far as they are empty."""
+    with suppress(OSError):
+        folder.rmdir()
+        folder.parent.rmdir()
+        folder.parent.parent.rmdir()
