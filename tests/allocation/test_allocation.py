@@ -148,8 +148,12 @@ def test_the_model_is_what_it_was():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_fisher_predicts_the_kl_of_a_small_change():
-    """Of the last block's down projection, whose error meets nothing but a norm and the head."""
+def test_fisher_predicts_the_kl_of_small_changes():
+    """Of the last block's down projection, whose error meets nothing but a norm and the head.
+
+    The diagonal leaves out products of different outputs' errors: of one random change they make up 2.5% of the KL
+    (standard deviation), either way; of the sum over 8 changes 0.9%. 4% is four of these.
+    """
     model, data = tiny_model("llama"), tokens(16)
     name = "model.layers.1.mlp.down_proj"
     fisher = output_fisher(model, data)[name]
@@ -160,14 +164,15 @@ def test_fisher_predicts_the_kl_of_a_small_change():
         hook = linear.register_forward_pre_hook(lambda _m, args: inputs.append(args[0].flatten(0, 1)))
         model(data.ids)
         hook.remove()
-        delta = (
-            0.02 * linear.weight.std() * torch.randn(linear.weight.shape, generator=torch.Generator().manual_seed(0))
-        )
-        predicted = 0.5 * float((fisher * (inputs[0] @ delta.T).square().mean(0)).sum())
-        linear.weight.add_(delta)
-        log_q = model(data.ids).logits.log_softmax(-1)
-    kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    assert predicted == pytest.approx(kl, rel=0.3)
+        weight, predicted, kl = linear.weight.clone(), 0.0, 0.0
+        for seed in range(8):
+            noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+            delta = 0.02 * weight.std() * noise
+            predicted += 0.5 * float((fisher * (inputs[0] @ delta.T).square().mean(0)).sum())
+            linear.weight.copy_(weight + delta)
+            log_q = model(data.ids).logits.log_softmax(-1)
+            kl += float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    assert predicted == pytest.approx(kl, rel=0.04)
 
 
 @pytest.mark.parametrize(
