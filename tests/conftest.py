@@ -17,18 +17,7 @@ import helpers.auto_dtype  # noqa: E402, F401  (forces what compute_dtype=auto m
 import pytest  # noqa: E402
 from helpers.forked import call_run, import_everything  # noqa: E402
 from helpers.paths import ROOT  # noqa: E402
-from helpers.skips import is_expected  # noqa: E402
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
-    """In CI, a skip that nobody expects is a failure: else a missing package would quietly switch tests off."""
-    report = yield
-    if os.environ.get("GPTQ_AWQ_CI") and report.skipped and not hasattr(report, "wasxfail"):
-        reason = str(report.longrepr[2])
-        if not is_expected(reason):
-            report.outcome, report.longrepr = "failed", f"{item.nodeid}: CI does not expect a skip: {reason}"
-    return report
+from helpers.skips import pytest_runtest_makereport  # noqa: E402, F401  (a hook)
 
 
 @pytest.fixture(scope="session")
