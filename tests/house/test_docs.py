@@ -1,48 +1,171 @@
-"""The worked example in docs/add_a_method.md, run as it stands there."""
+"""Documentation holds what it says: worked examples run as they stand, links lead somewhere, names and paths exist."""
 
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 
+import pytest
 from helpers.paths import ROOT
+from safetensors.torch import load_file, save_file
 
 from gptq_awq import results
 
+DOCS = ROOT / "docs"
+HISTORY = ("log.md", "CHANGELOG.md")
+"""Pages that speak of the past, when files had other names."""
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), ROOT / "benchmarks" / "README.md"])
 
-def code_blocks(language):
-    text = (ROOT / "docs" / "add_a_method.md").read_text()
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+def page_id(path):
+    return str(path.relative_to(ROOT))
 
 
-def test_the_worked_example_runs_as_written(tmp_path, tiny_folder, tiny_text):
-    (tmp_path / "configs" / "method").mkdir(parents=True)
-    (tmp_path / "diffusion.py").write_text(code_blocks("python")[0])
-    (tmp_path / "configs" / "method" / "diffusion.yaml").write_text(code_blocks("yaml")[0])
-    arguments = [
-        *("--config-dir", str(tmp_path / "configs"), "method=diffusion", "bits=4", "group_size=16"),
-        *("model=local", f"model.path={tiny_folder}", f"eval.perplexity.path={tiny_text}"),
-        *("eval.perplexity.seqlen=32", "eval.perplexity.windows=8", f"out={tmp_path / 'out'}"),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "GPTQ_AWQ_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *arguments],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    row = results.load(tmp_path / "out").iloc[0]
-    assert row["method"] == "diffusion"
+class Example:
+    """A page's files, written below a folder as the page's command calls it, and that command."""
+
+    def __init__(self, page, folder):
+        self.text, self.folder = (DOCS / page).read_text(), folder
+        self.command = next(block for block in self.blocks("bash") if block.startswith("PYTHONPATH="))
+        self.home = folder / re.match(r"PYTHONPATH=(\S+)", self.command)[1]
+        for name, content in re.findall(r"`(\S+\.(?:py|yaml))`:\n\n```\w+\n(.*?)```", self.text, flags=re.DOTALL):
+            path = self.home / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+
+    def blocks(self, language):
+        return re.findall(rf"```{language}\n(.*?)```", self.text, flags=re.DOTALL)
+
+    def run(self, *arguments):
+        """The page's command, with further options that make it small."""
+        variable, python, script, *given = shlex.split(self.command.replace("\\\n", " "))
+        assert (python, script) == ("python", "run.py")
+        environment = os.environ | {"GPTQ_AWQ_CACHE": str(self.folder / "cache"), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "run.py"), *given, *arguments],
+            env=environment | dict([variable.split("=", 1)]),
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done
+
+
+@pytest.fixture
+def small(tiny_folder, tiny_text):
+    """Options that make a run small: a random model and a short text."""
+    return {
+        "model": ["model=local", f"model.path={tiny_folder}"],
+        "data": ["data=local", f"data.path={tiny_text}"],
+        "calibration": ["group_size=16", "data.samples=8", "data.seqlen=32"],
+        "windows": ["eval.perplexity.seqlen=32", "eval.perplexity.windows=8"],
+        "text": [f"eval.perplexity.path={tiny_text}"],
+    }
+
+
+def options(small, *without):
+    return [option for name, group in small.items() if name not in without for option in group]
+
+
+def test_a_method_outside_of_the_repository(tmp_path, small):
+    Example("add_a_method.md", tmp_path).run(*options(small), f"out={tmp_path / 'out'}")
+    assert results.load(tmp_path / "out").iloc[0]["method"] == "diffusion"
     assert results.read_ledger(tmp_path / "out" / "ledger.jsonl")["solver"].eq("diffusion").all()
 
 
-def test_the_index_of_methods_has_every_page_and_its_links_lead_somewhere():
-    folder = ROOT / "docs" / "methods"
-    linked = set(re.findall(r"\]\(([^)#]+)", (folder / "README.md").read_text()))
-    assert linked >= {path.name for path in folder.glob("*.md")} - {"README.md"}
-    for page in folder.glob("*.md"):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-            assert (folder / target).exists(), f"{page.name} links to {target}"
+def test_a_grid_outside_of_the_repository(tmp_path, small):
+    Example("add_a_grid.md", tmp_path).run(*options(small), f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    rows = results.load(tmp_path / "sweep")
+    assert sorted(rows["grid"]) == sorted(["apot3", "apot5", "apot7"] * 2)
+    kl = {(row["method"], row["grid"]): row["metrics"]["tiny/kl"] for _, row in rows.iterrows()}
+    for method in ("rtn", "gptq"):
+        assert kl[method, "apot3"] > kl[method, "apot5"] > kl[method, "apot7"] > 0
+    bits = dict(zip(rows["grid"], rows["bits_per_weight"], strict=True))
+    assert bits == {"apot3": 3 + 1, "apot5": 5 + 1, "apot7": 7 + 1}  # a float16 scale per 16 weights
+
+
+def test_a_dataset_outside_of_the_repository(tmp_path, small):
+    example = Example("add_a_dataset.md", tmp_path)
+    shutil.copytree(DOCS / "methods", tmp_path / "notes")
+    (tmp_path / "manuals").mkdir()
+    shutil.copy(DOCS / "footguns.md", tmp_path / "manuals")
+    example.run(*options(small, "data", "text"), f"out={tmp_path / 'out'}")
+    row = results.load(tmp_path / "out").iloc[0]
+    assert {"manuals/ppl@32", "manuals/kl"} <= row["metrics"].keys()
+    assert row["config"]["data"]["path"] == "notes"
+
+
+def test_an_exporter_outside_of_the_repository(tmp_path, small):
+    example = Example("add_an_exporter.md", tmp_path)
+    example.run(*options(small), "out=OUT")
+    (command,) = (shlex.split(block) for block in example.blocks("bash") if "read_npz" in block)
+    done = subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "14 layers are those that were scored\n"
+
+
+def test_models_outside_of_the_repository(tmp_path, small, tiny_folder):
+    example = Example("add_a_model.md", tmp_path)
+    for name in ("first", "second"):
+        shutil.copytree(tiny_folder, tmp_path / "checkpoints" / name)
+    second = tmp_path / "checkpoints" / "second" / "model.safetensors"
+    save_file({name: 1.1 * weight for name, weight in load_file(second).items()}, second, {"format": "pt"})
+    example.run(*options(small, "model"), f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    rows = results.load(tmp_path / "sweep").set_index("model")["metrics"]
+    assert rows["mine"]["tiny/ppl@32/baseline"] != rows["soup"]["tiny/ppl@32/baseline"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", text):
+        path = page.parent / target if target else page
+        assert path.exists(), f"{page.name} links to {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in HISTORY], ids=page_id)
+def test_paths_and_modules_exist(page):
+    """Also in code blocks; what a page makes itself (a worked example) is excused by the word that goes before it."""
+    text = page.read_text()
+    for path in re.findall(r"(?<![\w/.-])((?:gptq_awq|configs|tests|docs|scripts|benchmarks|notebooks)/[\w/.-]*\w)", text):
+        made = f"`{path}`:\n" in text or page.name.startswith("add_a")
+        assert made or any((base / path).exists() for base in (ROOT, page.parent)), f"{page.name} names {path}"
+    for module in re.findall(r"\bgptq_awq(?:\.\w+)+", text):
+        parts = module.split(".")
+        found = any(_is_module(parts[:depth]) for depth in range(2, len(parts) + 1))
+        assert found or page.name.startswith("add_a"), f"{page.name} names {module}"
+
+
+def _is_module(parts):
+    path = ROOT.joinpath(*parts)
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def test_every_page_is_in_the_index():
+    for folder, index in ((DOCS, "index.md"), (DOCS / "methods", "README.md")):
+        linked = set(re.findall(r"\]\(([^)#]+)", (folder / index).read_text()))
+        assert linked >= {path.name for path in folder.glob("*.md")} - {index}
+
+
+def test_the_glossary_is_alphabetical():
+    terms = re.findall(r"^\*\*(.*?)\*\*", (DOCS / "glossary.md").read_text(), flags=re.MULTILINE)
+    assert terms == sorted(terms, key=str.casefold)
+    assert len(terms) > 40
+
+
+def test_the_layout_names_every_module_and_no_other():
+    (tree,) = re.findall(r"## Layout\n\n```\n(.*?)```", (DOCS / "design.md").read_text(), flags=re.DOTALL)
+    sources = [path for path in (ROOT / "gptq_awq").rglob("*.py") if not path.name.startswith("__")]
+    modules = {path.name for path in sources if "programs" not in path.parts}
+    named = set(re.findall(r"\b\w+\.py\b", tree))
+    assert named >= modules, f"not in docs/design.md: {sorted(modules - named)}"
+    assert named <= modules | {"run.py", "__main__.py"}, f"no longer there: {sorted(named - modules)}"
+    packages = {path.parent.name for path in (ROOT / "gptq_awq").rglob("__init__.py")}
+    assert set(re.findall(r"\b(\w+)/", tree)) >= packages - {"programs"}
