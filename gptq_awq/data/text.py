@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gptq_awq.errors import UserError
 
@@ -35,10 +36,15 @@ class Text:
 
 
 def make_text(name: str, documents: Iterable[str], source: str, joiner: str = "\n\n") -> Text:
-    """Make a `Text` of these documents, with its hash."""
-    documents = tuple(documents)
+    """Make a `Text` of these documents, with its hash; halves of surrogate pairs, which utf-8 has not, are U+FFFD."""
+    documents = tuple(map(without_surrogates, documents))
     digest = hashlib.sha256(joiner.join(documents).encode()).hexdigest()
     return Text(name, documents, source, digest, joiner)
+
+
+def without_surrogates(text: str) -> str:
+    """The text with U+FFFD for every lone half of a surrogate pair, as in JSON cut off within an emoji."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def wikitext_articles(raw: str) -> list[str]:
@@ -62,14 +68,28 @@ def read_plain(path: Path, field: str, option: str) -> list[str]:  # noqa: ARG00
 
 def read_jsonl(path: Path, field: str, option: str) -> list[str]:
     """Read a JSON lines file: a document per line, in `field`. Raises UserError naming `option`."""
-    rows = []
-    for line in read_plain(path, field, option)[0].split("\n"):
+    documents = []
+    text = read_plain(path, field, option)[0].removeprefix("\ufeff")  # a mark that some editors put before utf-8
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
-            rows.append(json.loads(line) if line.strip() else None)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{option}.path={path}: line {len(rows) + 1} is not JSON ({error})") from error
-    values = [row.get(field) if isinstance(row, dict) else None for row in rows if row is not None]
-    return _all_text(values, path, field, option)
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError, too
+            raise UserError(f"{option}.path={path}: line {number} is not JSON ({error})") from error
+        value = row.get(field) if isinstance(row, dict) else None
+        if not isinstance(value, str):
+            raise _no_text(row, path, f"line {number}", field, option)
+        documents.append(value)
+    return documents
+
+
+def _no_text(row: Any, path: Path, place: str, field: str, option: str) -> UserError:
+    """The error of a row that has no string in `field`, with the fields that it does have."""
+    if not isinstance(row, dict):
+        return UserError(f'{option}.path={path}: {place} is not an object such as {{"{field}": "a text"}}')
+    held = "is not in" if field not in row else "is null in" if row[field] is None else "is no string in"
+    return UserError(f"{option}.field={field}: {held} {place} of {path}, whose fields are {', '.join(row) or 'none'}")
 
 
 def read_parquet(path: Path, field: str, option: str) -> list[str]:
@@ -79,18 +99,16 @@ def read_parquet(path: Path, field: str, option: str) -> list[str]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.lib.ArrowInvalid as error:
-        raise UserError(f"{option}.path={path}: is not a parquet file ({error})") from error
-    if field not in file.schema_arrow.names:
-        raise UserError(f"{option}.field={field}: {path} has the fields {', '.join(file.schema_arrow.names)}")
-    return _all_text(file.read([field])[field].to_pylist(), path, field, option)
-
-
-def _all_text(values: list, path: Path, field: str, option: str) -> list[str]:
-    """Return the values if all are strings; otherwise raise UserError naming `option`."""
+        names = file.schema_arrow.names
+        if field not in names:
+            raise UserError(f"{option}.field={field}: {path} has the fields {', '.join(names)}")
+        values = file.read([field])[field].to_pylist()
+    except (pyarrow.lib.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{option}.path={path}: is not a parquet file that can be read ({reason})") from error
     for number, value in enumerate(values, start=1):
         if not isinstance(value, str):
-            raise UserError(f"{option}.field={field}: row {number} of {path} has no text there")
+            raise _no_text(dict.fromkeys(names) | {field: value}, path, f"row {number}", field, option)
     return values
 
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from gptq_awq.data.text import Text
+from gptq_awq.data.text import Text, without_surrogates
 from gptq_awq.errors import UserError
 from gptq_awq.storage.assets import cache_dir
 from gptq_awq.storage.checksummed import ChecksummedFile, once
@@ -74,7 +74,7 @@ def calibration_tokens(
     check_choice(packing, ("windows", "documents"), f"{option}.packing")
     if chat_template:
         _check_chat(tokenizer, packing, add_bos, option)
-        text = replace(text, documents=tuple(_as_chat(document, tokenizer) for document in text.documents))
+        text = replace(text, documents=tuple(_as_chat(document, tokenizer, option) for document in text.documents))
     if add_bos and tokenizer.bos_token_id is None:
         raise UserError(f"{option}.add_bos=true: this model's tokenizer has no BOS token")
     bos = [tokenizer.bos_token_id] if add_bos else []
@@ -116,6 +116,33 @@ def make_token_set(
     if mask is not None:
         digest.update(mask.numpy().tobytes())
     return TokenSet(name, ids, mask, source, digest.hexdigest())
+
+
+def within_vocabulary(tokens: TokenSet, size: int, tokenizer: Tokenizer, option: str = "data") -> TokenSet:
+    """The tokens as a model with an embedding of `size` rows can read them: padding beyond it becomes id 0.
+
+    Raises:
+        UserError: naming `option`, where a token that is not padding has no row.
+    """
+    beyond = (tokens.ids < 0) | (tokens.ids >= size)
+    real = beyond if tokens.mask is None else beyond & tokens.mask
+    if real.any():
+        first = int(tokens.ids[real][0])
+        raise UserError(
+            f"{option}: the token {_token(first, tokenizer)} of {tokens.name} is none of the model's {size}: its "
+            f"embedding was not resized to this tokenizer, or the tokenizer is another model's"
+        )
+    if not beyond.any():
+        return tokens
+    return make_token_set(tokens.name, tokens.ids.masked_fill(beyond, 0), tokens.mask, tokens.source)
+
+
+def _token(index: int, tokenizer: Tokenizer) -> str:
+    """A token's text and id, for error messages."""
+    try:
+        return f"{tokenizer.convert_ids_to_tokens(index)!r} ({index})"
+    except Exception:  # of a tokenizer that doesn't know it either
+        return str(index)
 
 
 def _random_windows(
@@ -188,9 +215,22 @@ def _check_chat(tokenizer: Tokenizer, packing: str, add_bos: bool, option: str) 
         raise UserError(f"{option}.add_bos=true: a chat template brings its own BOS, drop one of the two")
 
 
-def _as_chat(document: str, tokenizer: Tokenizer) -> str:
-    """A document as the user's turn of a chat, by the tokenizer's chat template."""
-    return tokenizer.apply_chat_template([{"role": "user", "content": document}], tokenize=False)
+def _as_chat(document: str, tokenizer: Tokenizer, option: str) -> str:
+    """A document as the user's turn of a chat, by the tokenizer's chat template.
+
+    Raises:
+        UserError: with the template's own words, where it refuses a user's turn alone or doesn't parse.
+    """
+    try:
+        return without_surrogates(
+            tokenizer.apply_chat_template([{"role": "user", "content": document}], tokenize=False)
+        )
+    except Exception as error:  # templates are programs: they may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{option}.chat_template=true: the tokenizer's chat template makes no chat of a user's turn ({reason}); "
+            f"leave it out"
+        ) from error
 
 
 def check_choice(value: str, choices: tuple[str, ...], option: str) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gptq_awq.data.corpora import HubText, LocalText, WikiText2
 from gptq_awq.data.text import make_text, wikitext_articles
-from gptq_awq.data.tokens import calibration_tokens, evaluation_windows, make_token_set
+from gptq_awq.data.tokens import calibration_tokens, evaluation_windows, make_token_set, within_vocabulary
 from gptq_awq.errors import UserError
 from gptq_awq.storage import assets
 from gptq_awq.storage.assets import ASSETS
@@ -89,6 +89,39 @@ def test_a_chat_template_wraps_each_document(chatty):
     assert tokens.mask is not None
     rows = {chatty.decode(ids[mask]) for ids, mask in zip(tokens.ids, tokens.mask, strict=True)}
     assert rows == {f"<user>{document}</>" for document in DOCUMENTS.documents}
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('a system message must come first') }}", "a system message must come first"),
+        ("{% for m in messages %}{{ m['content'] }}", "endfor"),
+        ("{{ messages[1]['content'] }}", "messages|list|index|element"),
+        ("{{ none_such.content }}", "none_such"),
+        ("{{ 1 // 0 }}", "zero"),
+    ],
+)
+def test_a_chat_template_that_raises_is_quoted_beside_its_option(chatty, template, words):
+    chatty.chat_template = template
+    with pytest.raises(UserError, match=rf"^d\.chat_template=true: .*({words})") as error:
+        calibration_tokens(DOCUMENTS, chatty, 2, 8, 0, packing="documents", chat_template=True, option="d")
+    assert "\n" not in str(error.value)
+
+
+def test_padding_beyond_the_embedding_becomes_a_token_that_there_is(tokenizer):
+    ids, mask = torch.tensor([[5, 6, 300], [7, 300, 300]]), torch.tensor([[True, True, False], [True, False, False]])
+    tokens = within_vocabulary(make_token_set("n", ids, mask, "s"), 300, tokenizer)
+    assert tokens.ids.tolist() == [[5, 6, 0], [7, 0, 0]]
+    assert tokens.sha256 == make_token_set("n", tokens.ids, mask, "s").sha256
+    fits = make_token_set("n", ids, mask, "s")
+    assert within_vocabulary(fits, 301, tokenizer) is fits
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([[True, True, True], [True, False, False]])])
+def test_a_real_token_beyond_the_embedding_is_named(tokenizer, mask):
+    tokens = make_token_set("essays", torch.tensor([[5, 6, 70], [7, 300, 300]]), mask, "s")
+    with pytest.raises(UserError, match=r"^d: the token .*\(70\) of essays is none of the model's 70:"):
+        within_vocabulary(tokens, 70, tokenizer, "d")
 
 
 @pytest.mark.parametrize(
@@ -241,10 +274,10 @@ def test_rows_are_documents(files, name):
         ({"path": "bad.txt"}, r"data\.path=.*utf-8"),
         ({"path": "bad.jsonl"}, r"data\.path=.*line 2 is not JSON"),
         ({"path": "bad.parquet"}, r"data\.path=.*not a parquet file"),
-        ({"path": "a.jsonl", "field": "content"}, r"data\.field=content: row 1"),
-        ({"path": "a.jsonl", "field": "n"}, r"data\.field=n: row 1"),
+        ({"path": "a.jsonl", "field": "content"}, r"data\.field=content: is not in line 1 of .* fields are text, n"),
+        ({"path": "a.jsonl", "field": "n"}, r"data\.field=n: is no string in line 1"),
         ({"path": "a.parquet", "field": "content"}, r"data\.field=content: .*fields text, n"),
-        ({"path": "a.parquet", "field": "n"}, r"data\.field=n: row 1"),
+        ({"path": "a.parquet", "field": "n"}, r"data\.field=n: is no string in row 1"),
     ],
 )
 def test_a_file_that_cannot_be_read_names_its_option_in_one_line(files, fields, message):
@@ -252,6 +285,53 @@ def test_a_file_that_cannot_be_read_names_its_option_in_one_line(files, fields, 
         fields = fields | {"path": str(files / fields["path"])}
     with pytest.raises(UserError, match=message) as error:
         LocalText(**fields).text()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            '{"text": null, "id": 7}',
+            r"data\.field=text: is null in line 23 of .*rows\.jsonl, whose fields are text, id",
+        ),
+        ('{"body": "x"}', r"data\.field=text: is not in line 23 of .*, whose fields are body"),
+        ("{}", r"line 23 of .*, whose fields are none"),
+        ('["text"]', r"data\.path=.*: line 23 is not an object"),
+        ("{", r"line 23 is not JSON"),
+        ("[" * 100_000, r"line 23 is not JSON"),
+        ("9" * 5_000, r"line 23 is not JSON"),
+    ],
+)
+def test_a_row_without_text_is_named_by_its_line_in_the_file(tmp_path, row, message):
+    blank_between = "\n\n".join(['{"text": "good"}'] * 11)
+    (tmp_path / "rows.jsonl").write_text(f"{blank_between}\n\n{row}\n")
+    with pytest.raises(UserError, match=message) as error:
+        LocalText(path=str(tmp_path / "rows.jsonl")).text()
+    assert "\n" not in str(error.value)
+
+
+def test_halves_of_a_surrogate_pair_are_replacement_characters(tmp_path):
+    rows = [r'{"text": "half \ud83d"}', r'{"text": "\ude00 other"}', r'{"text": "whole \ud83d\ude00"}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    text = LocalText(path=str(tmp_path / "rows.jsonl"), joiner="").text()
+    assert text.documents == ("half \ufffd", "\ufffd other", "whole \U0001f600")  # joined, no pair arises of two halves
+    assert text == make_text("rows", text.documents, text.source, "")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "first"}\r\n{"text": "second"}\r\n')
+    assert LocalText(path=str(tmp_path / "rows.jsonl")).text().documents == ("first", "second")
+
+
+def test_a_parquet_file_with_a_damaged_page_is_named(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pandas.DataFrame({"text": [f"row {i}" for i in range(1000)]}).to_parquet(path)
+    damaged = bytearray(path.read_bytes())
+    damaged[4:200] = bytes(196)
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"data\.path=.*is not a parquet file that can be read") as error:
+        LocalText(path=str(path)).text()
     assert "\n" not in str(error.value)
 
 
