@@ -8,14 +8,18 @@ import subprocess
 import sys
 
 import pytest
-from helpers.paths import ROOT
+from helpers.paths import CONFIGS, ROOT
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors.torch import load_file, save_file
 
 from gptq_awq import results
+from gptq_awq.experiment.options import check_options
 
 DOCS = ROOT / "docs"
 HISTORY = ("log.md", "CHANGELOG.md")
 """Pages that speak of the past, when files had other names."""
+IN_REPOSITORY = r"(?<![\w/.-])((?:gptq_awq|configs|tests|docs|scripts|benchmarks|notebooks)/[\w/.-]*\w)"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), ROOT / "benchmarks" / "README.md"])
 
 
@@ -134,7 +138,7 @@ def test_links_lead_somewhere(page):
 def test_paths_and_modules_exist(page):
     """Also in code blocks; what a page makes itself (a worked example) is excused by the word that goes before it."""
     text = page.read_text()
-    for path in re.findall(r"(?<![\w/.-])((?:gptq_awq|configs|tests|docs|scripts|benchmarks|notebooks)/[\w/.-]*\w)", text):
+    for path in re.findall(IN_REPOSITORY, text):
         made = f"`{path}`:\n" in text or page.name.startswith("add_a")
         assert made or any((base / path).exists() for base in (ROOT, page.parent)), f"{page.name} names {path}"
     for module in re.findall(r"\bgptq_awq(?:\.\w+)+", text):
@@ -146,6 +150,33 @@ def test_paths_and_modules_exist(page):
 def _is_module(parts):
     path = ROOT.joinpath(*parts)
     return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def commands(page):
+    """Overrides of each `python run.py …` in a page's bash blocks, but for those that leave something out."""
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            found = re.search(r"(?<!\S)(?:run\.py|gptq-awq) (.*)", line.partition(" # ")[0])
+            if found and "…" not in line and "PYTHONPATH" not in line and "--help" not in line:
+                yield [word for word in shlex.split(found[1]) if word not in ("-m", "--cfg", "job")]
+
+
+COMMANDS = [(page_id(page), each) for page in PAGES if page.name not in HISTORY for each in commands(page)]
+
+
+@pytest.mark.parametrize(("page", "given"), COMMANDS, ids=[f"{page}: {' '.join(each)}" for page, each in COMMANDS])
+def test_commands_have_options_that_exist(page, given):
+    """Each composes, with the first value of every sweep, and its options are those that classes declare."""
+    parsed = [each for each in OverridesParser.create().parse_overrides(given) if "hydra" not in each.key_or_group]
+    first = [
+        f"{each.get_key_element()}={next(each.sweep_string_iterator())}"
+        if each.is_discrete_sweep()
+        else each.input_line
+        for each in parsed
+        if not each.is_interval_sweep() and "tag(" not in each.input_line
+    ]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        check_options(compose("config", overrides=[*first, "out=somewhere"]))
 
 
 def test_every_page_is_in_the_index():
