@@ -5,6 +5,7 @@ their input (the one-token choices of a multiple-choice question) once, and repo
 """
 
 import json
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -19,6 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from gptq_awq.data.text import without_surrogates
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.head import Head
 from gptq_awq.runtime.progress import Track, no_track
@@ -49,6 +51,8 @@ class LanguageModel(TemplateLM):
         self._batch_size = batch_size
         self._track = track
         self._device = model.device
+        self._vocabulary: int = model.get_input_embeddings().weight.shape[0]
+        self._put_behind = special_tokens_behind(tokenizer)
         self.max_length: int = (
             getattr(model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_CONTEXT
         )
@@ -68,23 +72,46 @@ class LanguageModel(TemplateLM):
         return found
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids of `string`, by default with the tokenizer's special tokens unless it begins with BOS."""
+        """Token ids of `string`, by default after the tokenizer's special tokens unless it begins with BOS.
+
+        Special tokens that the tokenizer puts behind a text, such as EOS, are left out: the text goes on.
+        """
+        string = without_surrogates(string)
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        return ids[: len(ids) - self._put_behind] if add_special_tokens and self._put_behind else ids
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of context and continuation, encoded as one text and cut where the context ends.
+
+        A continuation that one token spans together with the context's end is encoded alone, as lm-eval's fix has it.
+        """
+        context_ids, continuation_ids = super()._encode_pair(context, continuation)
+        if not continuation_ids:
+            continuation_ids = self.tok_encode(continuation, add_special_tokens=False)
+        return context_ids or [self.prefix_token_id], continuation_ids  # of spaces alone nothing is left as context
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Log probability of each continuation given its context, in nats, and whether greedy decoding produces it."""
+        """Log probability of each continuation given its context, in nats, and whether greedy decoding produces it.
+
+        Raises:
+            UserError: quoting a continuation that has no tokens.
+        """
+        for context, continuation in (request.args for request in requests):
+            if not context and not self.tok_encode(continuation, add_special_tokens=False):
+                raise _nothing_to_score(context, continuation)
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:  # noqa: ARG002
         """Log probability of each text in nats, over windows as long as the context that score each token once."""
         owners, windows = [], []
         for owner, request in enumerate(requests):
-            rolling = get_rolling_token_windows(
-                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
-            )
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            if tokens[:1] == [self.prefix_token_id]:  # written in the text itself: context, as BOS always is
+                tokens = tokens[1:]
+            rolling = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
             for window in map(make_disjoint_window, rolling):
                 owners.append(owner)
                 windows.append((None, *window))
@@ -100,6 +127,7 @@ class LanguageModel(TemplateLM):
         for index, request in enumerate(requests):
             context, options = request.arguments
             by_options[json.dumps(options, sort_keys=True)].append((index, self.tok_encode(context)))
+        self._check_ids(prompt for prompts in by_options.values() for _, prompt in prompts)
         batches = []
         for options, prompts in by_options.items():
             prompts.sort(key=lambda prompt: -len(prompt[1]))
@@ -113,8 +141,11 @@ class LanguageModel(TemplateLM):
     def _loglikelihood_tokens(self, requests: Sequence[Encoded], **_: Any) -> list[tuple[float, bool]]:
         """Log probability of each continuation and whether it is the greedy one; equal inputs are run once."""
         by_input: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for index, (_request, context, continuation) in enumerate(requests):
-            if not 0 < len(continuation) <= self.max_length:
+        self._check_ids(ids for _, context, continuation in requests for ids in (context, continuation))
+        for index, (request, context, continuation) in enumerate(requests):
+            if not continuation:
+                raise _nothing_to_score(*request)
+            if len(continuation) > self.max_length:
                 raise UserError(
                     f"eval.tasks: a continuation of {len(continuation)} tokens cannot be scored "
                     f"in the model's context of {self.max_length}"
@@ -189,8 +220,19 @@ class LanguageModel(TemplateLM):
 
     @property
     def _pad_token_id(self) -> int:
-        """Token id that fills shorter rows: padding, else EOS, else 0."""
-        return self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
+        """Token id that fills shorter rows: padding, else EOS, else 0; 0 where the model has no such token."""
+        pad = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
+        return pad if pad < self._vocabulary else 0
+
+    def _check_ids(self, encoded: Iterable[Sequence[int]]) -> None:
+        """Raise UserError before any forward if a token has no row in the model's embedding."""
+        largest = max((max(ids, default=0) for ids in encoded), default=0)
+        if largest >= self._vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise UserError(
+                f"eval.tasks: the token {token!r} ({largest}) is none of the model's {self._vocabulary}: its embedding "
+                "was not resized to this tokenizer, or the tokenizer is another model's"
+            )
 
     def _padded(
         self, rows: Sequence[Sequence[int]], side: str
@@ -203,6 +245,25 @@ class LanguageModel(TemplateLM):
             span = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
             ids[i, span], mask[i, span] = torch.tensor(row), 1
         return ids.to(self._device), mask.to(self._device)
+
+
+def special_tokens_behind(tokenizer: Any) -> int:
+    """Number of special tokens that a tokenizer puts behind a text, such as EOS."""
+    for text in ("a", "A", "1", "."):  # a small vocabulary may lack some of them
+        plain, whole = tokenizer.encode(text, add_special_tokens=False), tokenizer.encode(text, add_special_tokens=True)
+        added = len(whole) - len(plain)
+        if plain and added > 0:
+            return next((added - i for i in range(added + 1) if whole[i : i + len(plain)] == plain), 0)
+    return 0
+
+
+def _nothing_to_score(context: str | None, continuation: str) -> UserError:
+    """The error of a continuation without tokens."""
+    after = f" after {textwrap.shorten(context, 60, placeholder=' …')!r}" if context else ""
+    return UserError(
+        f"eval.tasks: the continuation {continuation!r}{after} has no tokens, so there is nothing to score: "
+        "leave that item out of the task"
+    )
 
 
 class _AnyStop(StoppingCriteria):
