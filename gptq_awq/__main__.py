@@ -6,6 +6,8 @@ The main job's options are Hydra's; a first word that is one of `SUBCOMMANDS` is
 import sys
 from importlib import import_module
 
+from gptq_awq.runtime.stopping import end, stoppable
+
 SUBCOMMANDS = {
     "report": "gptq_awq.report.command",
     "replay": "gptq_awq.replay.replay",
@@ -17,7 +19,15 @@ SUBCOMMANDS = {
 
 
 def main() -> None:
-    """Run the subcommand that the first argument names, or else the main job."""
+    """Run the subcommand that the first argument names, or else the main job; a signal ends either in one line."""
+    try:
+        with stoppable():
+            _main()
+    except KeyboardInterrupt as stop:
+        end(stop, "nothing was left half done; type the same command again")
+
+
+def _main() -> None:
     first, *rest = sys.argv[1:] or [""]
     if first == "--version":
         from gptq_awq import __version__

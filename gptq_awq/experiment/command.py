@@ -17,6 +17,7 @@ from gptq_awq.experiment.options import check_options
 from gptq_awq.experiment.sweeps.plugins import check_plugins
 from gptq_awq.runtime.configs import CONFIGS
 from gptq_awq.runtime.runlog import remove_empty_folder
+from gptq_awq.runtime.stopping import end
 
 
 def main() -> None:
@@ -52,6 +53,8 @@ def task(cfg: DictConfig) -> float | tuple[float, ...]:
         return objective(run(cfg), cfg.objective)
     except UserError as error:
         return _failed(cfg, error, stored=True)
+    except KeyboardInterrupt as stop:
+        end(stop, f"what is finished is kept for {cfg.out}; type the same command again to go on")
 
 
 def _failed(cfg: DictConfig, error: UserError, stored: bool) -> float | tuple[float, ...]:

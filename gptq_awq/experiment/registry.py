@@ -1,7 +1,8 @@
 """Runs, known by what they compute: found again when they are finished, one process at a time while they are not.
 
-`manifest.run` is a run's content hash (manifest.run_sha256). The cache remembers under it where the finished run lies,
-so that a sweep started again, in whatever folder, skips what is done.
+`manifest.run` is a run's content hash (fingerprint.run_sha256). The cache remembers under it where the finished run
+lies, so that a sweep started again, in whatever folder, skips what is done. A finished run's row carries hashes of all
+of its files (folder.py): one that lost or changed a file is no finished run, and is computed anew.
 """
 
 import hashlib
@@ -15,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptq_awq.experiment.fingerprint import environment
+from gptq_awq.experiment.folder import CHECKPOINTS, FILES, UNFINISHED, damage, records
 from gptq_awq.results import FILE_NAME, Result
+from gptq_awq.runtime.runlog import LOG
 from gptq_awq.storage.assets import cache_dir
-from gptq_awq.storage.atomic import locked, replacing
+from gptq_awq.storage.atomic import locked, locked_folder, remove_all, replacing
 from gptq_awq.storage.journal import Journal
 
 log = logging.getLogger(__name__)
-FILES = ("config.yaml", "ledger.jsonl", "allocation.json", "scores.npz", "checkpoints", FILE_NAME)
-"""What a finished run is made of; the row comes last, so that it never stands without the rest."""
 
 
 @dataclass(frozen=True)
@@ -52,20 +53,31 @@ class Run:
         self.journal.clear()
         shutil.rmtree(self.scratch, ignore_errors=True)
 
-    def finished(self) -> Path | None:
-        """A folder that holds this very run, finished and complete; its own folder first."""
-        for folder in (self.out, self._remembered()):
-            if folder is not None and self._holds(folder):
-                return folder
+    def finished(self, say: Callable[[str], None] = log.info) -> Path | None:
+        """A folder that holds this very run, finished and complete; its own folder first.
+
+        `say` hears of a folder that holds it no longer as it was stored.
+        """
+        for folder in dict.fromkeys((self.out.resolve(), self._remembered())):
+            if folder is not None and self._holds(folder, say):
+                return self.out if folder == self.out.resolve() else folder
         return None
 
     def adopt(self, folder: Path) -> Result:
         """Take the files of a finished run over into this one's folder: hard links, or copies. Raises OSError."""
+        (self.out / UNFINISHED).unlink(missing_ok=True)
+        result = Result.read(folder / FILE_NAME)
         if folder.resolve() != self.out.resolve():
-            for name in FILES:
+            formats = [f"{CHECKPOINTS}/{name}" for name in result.manifest.get("checkpoints", {})]
+            for name in (*FILES[:-1], *formats):
                 if (folder / name).exists():
                     _take_over(folder / name, self.out / name)
-        return Result.read(self.out / FILE_NAME)
+                else:
+                    (self.out / name).unlink(missing_ok=True)  # of an earlier run
+            if (folder / LOG).is_file() and not (self.out / LOG).exists():
+                shutil.copyfile(folder / LOG, self.out / LOG)  # not linked, as this one goes on
+            _take_over(folder / FILE_NAME, self.out / FILE_NAME)
+        return result
 
     def remember(self) -> None:
         """For later runs: this one is finished, and lies in its folder."""
@@ -76,15 +88,19 @@ class Run:
         except OSError as error:
             log.warning("later runs won't know that this one is finished: %s", error)
 
+    def settle(self) -> None:
+        """Do what a kill may have kept a finished run from: have it remembered, and its progress forgotten."""
+        known = self._remembered()
+        if known is None or not (known / FILE_NAME).is_file():
+            self.remember()
+        if self.journal.folder.exists() or self.scratch.exists():
+            self.forget_progress()
+
     @contextmanager
     def alone(self, waiting: Callable[[str], None]) -> Iterator[None]:
-        """Within: no other process computes this run, or any run in this folder; `waiting` says what is waited for."""
-        locks = cache_dir() / "locks"
-        folder = hashlib.sha256(str(self.out.resolve()).encode()).hexdigest()
-        with (
-            locked(locks / f"out-{folder}", lambda: waiting(f"another run is writing to {self.out}")),
-            locked(locks / f"run-{self.sha256}", lambda: waiting("another process is computing this very run")),
-        ):
+        """Within: no other process computes this run; `waiting` says what is waited for."""
+        lock = cache_dir() / "locks" / f"run-{self.sha256}"
+        with locked(lock, lambda: waiting("another process is computing this very run")):
             yield
 
     @property
@@ -97,22 +113,46 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def _holds(self, folder: Path) -> bool:
+    def _holds(self, folder: Path, say: Callable[[str], None]) -> bool:
         try:
             row = Result.read(folder / FILE_NAME)
+            if row.status != "done" or row.manifest.get("run") != self.sha256:
+                return False
+            stored = records(row)
         except (OSError, ValueError):
             return False
-        checkpoints = row.manifest.get("checkpoints", {}).values()
-        parts = [folder / "ledger.jsonl", *(folder / checkpoint["path"] for checkpoint in checkpoints)]
-        same = row.status == "done" and row.manifest.get("run") == self.sha256
-        return same and all(part.exists() for part in parts)
+        changed = damage(folder, row, stored)
+        if changed is not None:
+            say(f"{folder}: {changed} is not what the run stored there; the run is computed anew")
+        return changed is None
+
+
+@contextmanager
+def alone_in(out: Path, waiting: Callable[[str], None] | None) -> Iterator[None]:
+    """Within: no other run touches this folder, which is made; of other machines, as far as the cache is shared.
+
+    `waiting` says what is waited for; None: don't wait.
+
+    Raises:
+        BlockingIOError: another run is at work there, and `waiting` is None.
+        OSError: the folder can't be made.
+    """
+
+    def waits() -> None:
+        if waiting is None:
+            raise BlockingIOError(f"another run is writing to {out}")
+        waiting(f"another run is writing to {out}")
+
+    name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()
+    with locked(cache_dir() / "locks" / f"out-{name}", waits), locked_folder(out, waits):
+        yield
 
 
 def _take_over(source: Path, target: Path) -> None:
     """A file or folder under another name: linked where the file system can (files here are replaced, not changed)."""
-    if target.is_dir():
-        shutil.rmtree(target)
     if source.is_dir():
+        remove_all([target])
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(source, target, copy_function=_link)
     else:
         with replacing(target) as scratch:

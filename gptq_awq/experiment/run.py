@@ -6,34 +6,40 @@ and model when they are loaded, memory by a forecast. A mistake is a `UserError`
 
 import json
 import logging
-import tempfile
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.markdown import Markdown
 
 from gptq_awq.allocation.allocate import Allocation, allocate
 from gptq_awq.cache.cache import prune
-from gptq_awq.errors import UserError
 from gptq_awq.evaluation.evaluate import full_precision, score
-from gptq_awq.evaluation.scores import Scores
+from gptq_awq.experiment import lookup
 from gptq_awq.experiment.context import RunContext, load, record_of, self_calibrated
+from gptq_awq.experiment.folder import LEDGER, UNFINISHED, clear_leftovers
 from gptq_awq.experiment.forecasting.forecast import announce, compare
 from gptq_awq.experiment.plan import Plan, preflight
-from gptq_awq.experiment.registry import FILES
-from gptq_awq.experiment.summary import LEDGER, results_row, run_manifest
-from gptq_awq.experiment.sweeps.sweep import failed, job_number, store_failure, sweep_folder
+from gptq_awq.experiment.registry import Run, alone_in
+from gptq_awq.experiment.store import store, writing
+from gptq_awq.experiment.summary import results_row, run_manifest
+from gptq_awq.experiment.sweeps.sweep import (
+    check_objective,
+    failed,
+    job_number,
+    objective,
+    store_failure,
+    sweep_folder,
+)
 from gptq_awq.experiment.sweeps.tracking import Tracker, run_name
 from gptq_awq.export.base import Source
 from gptq_awq.export.verify import Probe
-from gptq_awq.export.write import Exported, write_card
+from gptq_awq.export.write import Exported
 from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.models.activations import quantized_activations
@@ -49,11 +55,10 @@ from gptq_awq.results import FAILURE, FILE_NAME, Ledger, Result
 from gptq_awq.runtime import memory
 from gptq_awq.runtime.profiling import REPORT, Recorder, phase
 from gptq_awq.runtime.progress import Track, no_track, rich_track
-from gptq_awq.runtime.runlog import Clock, logging_to, remove_unused_hydra_folder
+from gptq_awq.runtime.runlog import Clock, RunLog, remove_unused_hydra_folder
 from gptq_awq.storage.assets import cache_dir
 
 log = logging.getLogger(__name__)
-UNFINISHED = "ledger.partial.jsonl"
 PROBE_WINDOWS, PROBE_SEQLEN = 2, 256
 
 
@@ -76,18 +81,17 @@ def _run(cfg: DictConfig, ranks: Ranks) -> Result:
     console = Console(stderr=True, quiet=not ranks.first)
     try:
         plan = preflight(cfg, ranks)
+        check_objective(cfg.get("objective"), plan.evaluation)
         remove_unused_hydra_folder(plan.out)
         recorder = Recorder(plan.profile and ranks.first)
-        with logging_to(plan.out, console, ranks.rank), rich_track(console) as track, recorder:
-            result = execute(plan, track, console, recorder)
+        with RunLog(console) as run_log, rich_track(console) as track, recorder:
+            result = execute(plan, run_log, track, console, recorder)
     except Exception as error:
-        log.debug("stopped: %s", error)
-        if ranks.first:
-            _leave_failure(cfg, error)
+        if ranks.first and sweep_folder() is not None:
+            store_failure(cfg, error)
         raise
     if not ranks.first:
         return result
-    (plan.out / FAILURE).unlink(missing_ok=True)
     if plan.profile:
         Console().print(Markdown((plan.out / REPORT).read_text()))
     Console().print(final_table(result))
@@ -95,15 +99,7 @@ def _run(cfg: DictConfig, ranks: Ranks) -> Result:
     return result
 
 
-def _leave_failure(cfg: DictConfig, error: Exception) -> None:
-    """A kill leaves the ledger of what was done; an error leaves nothing, and what an earlier run left stays."""
-    with suppress(OSError):
-        (Path(cfg.out) / UNFINISHED).unlink()
-    if sweep_folder() is not None:
-        store_failure(cfg, error)
-
-
-def execute(plan: Plan, track: Track, console: Console, recorder: Recorder) -> Result:
+def execute(plan: Plan, run_log: RunLog, track: Track, console: Console, recorder: Recorder) -> Result:
     """Everything slow. The console hears what a run waits for, or why there is nothing to do."""
 
     def say(line: str) -> None:
@@ -112,45 +108,103 @@ def execute(plan: Plan, track: Track, console: Console, recorder: Recorder) -> R
 
     clock, ranks = Clock(), plan.settings.ranks
     memory.reset_peak(plan.device)
+    key = lookup.key_of(plan) if ranks.first else None
+    if (result := ranks.from_first(lambda: _known(plan, lookup.known(key, plan.out), run_log, say))) is not None:
+        return result
     with clock.phase("load"), phase("load"):
         context = load(plan)
-
-    def earlier() -> Result | None:
-        folder = context.run.finished() if plan.resume and not plan.profile else None
-        if folder is None:
-            return None
-        say(f"done already, taken from {folder} (resume=false computes it anew)")
-        with _writing(plan.out):
-            result = context.run.adopt(folder)
-        _track_finished(plan, context, result)
-        return result
-
-    def computed() -> Result:
-        result = compute(plan, context, clock, track)
-        context.run.forget_progress()
-        context.run.remember()
-        return result
-
-    if (result := ranks.from_first(earlier)) is not None:
-        return result
-    with context.run.alone(lambda what: say(f"{what}: waiting for it")) if ranks.first else nullcontext():
-        if (result := ranks.from_first(earlier)) is not None:  # while we waited
+    check_objective(plan.config.get("objective"), plan.evaluation, context.windows, context.tasks)
+    lookup.remember(key, context.run)
+    with _alone(plan, context.run, say) if ranks.first else nullcontext():
+        if (result := ranks.from_first(lambda: _earlier(plan, context.run, run_log, say))) is not None:
             return result
-        if not ranks.first:
-            _assist(plan, context)
-        result = ranks.from_first(computed)
-    if not ranks.first:
-        return result
-    prune(plan.cache_bytes)
-    if plan.profile:
-        with _writing(plan.out):
-            recorder.write(plan.out, context.run.sha256, plan.device)
+        with _logged(plan, run_log):
+            if not ranks.first:
+                _assist(plan, context)
+            result = ranks.from_first(lambda: _computed(plan, context, clock, track))
+        if ranks.first:
+            prune(plan.cache_bytes)
+            if plan.profile:
+                with writing(plan.out):
+                    recorder.write(plan.out, context.run.sha256, plan.device)
+    return result
+
+
+@contextmanager
+def _alone(plan: Plan, run: Run, say: Callable[[str], None]) -> Iterator[None]:
+    """Within, no other process is in this run's folder or computes it; what kills left there is cleared."""
+
+    def wait(what: str) -> None:
+        say(f"{what}: waiting for it")
+
+    with ExitStack() as held:
+        with writing(plan.out):
+            held.enter_context(alone_in(plan.out, wait))
+            clear_leftovers(plan.out)
+        held.enter_context(run.alone(wait))
+        yield
+
+
+@contextmanager
+def _logged(plan: Plan, run_log: RunLog) -> Iterator[None]:
+    """Within: a run is computed. A kill leaves the ledger of what was done; an error leaves the reason in the log."""
+    rank = plan.settings.ranks.rank
+    with writing(plan.out):
+        run_log.open(plan.out, rank)
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        log.info("%s", str(stop) or "stopped")
+        raise
+    except Exception as error:
+        log.debug("stopped: %s", error)
+        if rank == 0:
+            with suppress(OSError):
+                (plan.out / UNFINISHED).unlink()
+        raise
+
+
+def _reuses(plan: Plan) -> bool:
+    """Whether a run that is finished already need not be computed."""
+    return plan.resume and not plan.profile
+
+
+def _known(plan: Plan, run: Run | None, run_log: RunLog, say: Callable[[str], None]) -> Result | None:
+    """The row of a finished run that was found without loading anything; None where it must be loaded."""
+    if run is None or not _reuses(plan) or run.finished() is None:
+        return None
+    with _alone(plan, run, say):
+        return _earlier(plan, run, run_log, say)
+
+
+def _earlier(plan: Plan, run: Run, run_log: RunLog, say: Callable[[str], None]) -> Result | None:
+    """The row of this very run, where it is finished already: its files are taken over, the log of its computing too."""
+    folder = run.finished(say) if _reuses(plan) else None
+    if folder is None:
+        return None
+    objective(Result.read(folder / FILE_NAME), plan.config.get("objective"))  # refused before it is taken over
+    say(f"done already, taken from {folder} (resume=false computes it anew)")
+    with writing(plan.out):
+        result = run.adopt(folder)
+        run_log.open(plan.out)
+        (plan.out / FAILURE).unlink(missing_ok=True)
+    run.settle()
+    _track_finished(plan, run, result)
+    return result
+
+
+def _computed(plan: Plan, context: RunContext, clock: Clock, track: Track) -> Result:
+    """Compute the run; only when later runs can find it is its progress deleted."""
+    result = compute(plan, context, clock, track)
+    (plan.out / FAILURE).unlink(missing_ok=True)
+    context.run.remember()
+    context.run.forget_progress()
     return result
 
 
 def compute(plan: Plan, context: RunContext, clock: Clock, track: Track) -> Result:
     """Baseline, quantize, export, evaluate, store; followed by a tracker, also into a failure."""
-    tracker = _tracker(plan, context)
+    tracker = _tracker(plan, context.loaded.name, context.run)
     try:
         result = _compute(plan, context, tracker, clock, track)
     except Exception as error:
@@ -190,12 +244,7 @@ def _compute(plan: Plan, context: RunContext, tracker: Tracker, clock: Clock, tr
         manifest |= {"allocation": allocation.summary()}
     result = results_row(plan, context, quantized.footprint, scored.metrics, clock, manifest, expected)
     compare(result)
-    with _writing(plan.out):
-        _store(plan, result, scored.scores, allocation)
-    for checkpoint in checkpoints:
-        row = json.loads((plan.out / FILE_NAME).read_text())
-        write_card(checkpoint.path, row, [checkpoint.verified])
-    return result
+    return store(plan, result, scored.scores, allocation, checkpoints)
 
 
 def _allocated(plan: Plan, context: RunContext, clock: Clock, track: Track) -> tuple[Plan, Allocation | None]:
@@ -221,37 +270,20 @@ def _changes_output(plan: Plan, context: RunContext) -> bool:
     )
 
 
-def _store(plan: Plan, result: Result, scores: Scores, allocation: Allocation | None) -> None:
-    """Write everything aside, then give it its name: a full disk leaves an earlier run's results whole."""
-    with tempfile.TemporaryDirectory(dir=plan.out, prefix=".storing-") as folder:
-        aside = Path(folder)
-        result.write(aside)
-        scores.write(aside)
-        if allocation is not None:
-            allocation.write(aside)
-        (aside / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(dict(plan.config))))
-        (plan.out / UNFINISHED).replace(aside / LEDGER)
-        for name in FILES:
-            if (aside / name).exists():
-                (aside / name).replace(plan.out / name)
-
-
-def _tracker(plan: Plan, context: RunContext) -> Tracker:
+def _tracker(plan: Plan, model: str, run: Run) -> Tracker:
     """Follow this run, as part of the sweep that asks for it."""
     folder, grid = sweep_folder(), plan.grid
     on_grid: dict[str, Any] = {"grid": grid.label, "bits": grid.bits, "group_size": grid.group_size}
     on_grid["sym"] = getattr(grid, "sym", None)
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
-    name = run_name(
-        *(context.loaded.name, plan.method.name), **(on_grid if plan.method.solver else {}), overrides=overrides
-    )
+    name = run_name(*(model, plan.method.name), **(on_grid if plan.method.solver else {}), overrides=overrides)
     group = None if folder is None else "/".join(folder.parts[-2:])
-    return plan.tracking.start(plan.config, name, group, context.run.sha256)
+    return plan.tracking.start(plan.config, name, group, run.sha256)
 
 
-def _track_finished(plan: Plan, context: RunContext, result: Result) -> None:
+def _track_finished(plan: Plan, run: Run, result: Result) -> None:
     """A run that is taken over belongs to this sweep's group too."""
-    tracker = _tracker(plan, context)
+    tracker = _tracker(plan, result.model, run)
     tracker.ledger([json.loads(line) for line in (plan.out / LEDGER).read_text().splitlines()])
     tracker.finish(result)
 
@@ -267,7 +299,7 @@ class Quantized:
 
 def _quantize(plan: Plan, context: RunContext, tracker: Tracker, track: Track) -> Quantized:
     """Quantize the model in place, block by block; each block's rows are on disk before the next begins."""
-    with _writing(plan.out):
+    with writing(plan.out):
         ledger = Ledger.create(plan.out / UNFINISHED)
     footprint, restored, from_disk = Footprint(), 0, offloaded(context.loaded.model)
     codes = Codes(context.run.journal, context.grids, from_disk, wanted=bool(plan.exports.formats))
@@ -275,7 +307,7 @@ def _quantize(plan: Plan, context: RunContext, tracker: Tracker, track: Track) -
         for block in steps:
             footprint.add(block.weights)
             codes.add(block)
-            with _writing(plan.out):
+            with writing(plan.out):
                 ledger.append(block.rows)
             tracker.ledger(block.rows)
             restored += block.restored
@@ -309,15 +341,6 @@ def _agreed(plan: Plan) -> Plan:
     plan = replace(plan, grid=plan.settings.ranks.from_first(lambda: plan.grid))
     plan.settings.ranks.gather(None)
     return plan
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """Within: what the system says of a full or read-only disk is the user's to fix. Raises UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"out={out}: cannot be written ({error.strerror or error})") from error
 
 
 def _export(plan: Plan, context: RunContext, weights: Mapping[str, QuantizedWeight], track: Track) -> list[Exported]:

@@ -6,15 +6,15 @@ from typing import Any
 from gptq_awq.evaluation.evaluate import Baseline
 from gptq_awq.experiment.context import RunContext
 from gptq_awq.experiment.fingerprint import config_sha256, environment
+from gptq_awq.experiment.folder import LEDGER
 from gptq_awq.experiment.forecasting.forecast import Forecast
 from gptq_awq.experiment.plan import Plan
 from gptq_awq.export.write import Exported
 from gptq_awq.quantization.footprint import PLAIN_BITS, Footprint
 from gptq_awq.results import Result
 from gptq_awq.runtime import memory
+from gptq_awq.runtime.provenance import provenance
 from gptq_awq.runtime.runlog import Clock
-
-LEDGER = "ledger.jsonl"
 
 
 def results_row(
@@ -79,6 +79,7 @@ def run_manifest(
         "kv": plan.kv.label,
         "seed": plan.seed,
         "ranks": plan.settings.ranks.size,
+        "provenance": provenance(),
     } | environment()
 
 

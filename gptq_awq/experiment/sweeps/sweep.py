@@ -1,17 +1,28 @@
 """A run as part of a sweep: its folder, the row it leaves when it fails, and what a search minimizes."""
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
+from gptq_awq.evaluation.metrics.choice import chosen, metrics_of
+from gptq_awq.evaluation.protocol import Evaluation
+from gptq_awq.experiment.registry import alone_in
 from gptq_awq.results import FAILURE, FILE_NAME, Result
+
+if TYPE_CHECKING:
+    from gptq_awq.evaluation.harness import Tasks
+
+OF_ROW = ("bits_per_weight", "size_bytes")
+"""Numbers of a results row, beside its metrics, that a search may minimize."""
 
 
 def sweep_folder() -> Path | None:
@@ -37,6 +48,48 @@ def objective(result: Result, name: str | Sequence[str | None] | None) -> float 
     if not (name is None or isinstance(name, str)):
         return tuple(_objective(result, one) for one in name)
     return _objective(result, name)
+
+
+def check_objective(
+    name: str | Sequence[str | None] | None,
+    evaluation: Evaluation,
+    windows: Sequence[TokenSet] | None = None,
+    tasks: "Tasks | None" = None,
+) -> None:
+    """Refuse an objective that no run with this evaluation has, before anything is computed.
+
+    Args:
+        name: the option.
+        evaluation: what a run is scored on.
+        windows: the texts, once they are loaded: metrics go by their names; None: not yet.
+        tasks: lm-eval's tasks, once they are loaded.
+
+    Raises:
+        UserError: naming the option and what there is.
+    """
+    known = list(_known_numbers(evaluation, windows, tasks))
+    for one in [name] if name is None or isinstance(name, str) else name:
+        fits = one is None or one in OF_ROW or any(re.fullmatch(pattern, one) for _, pattern in known)
+        if not fits or str(one).endswith("ci95"):
+            raise UserError(f"objective={one}: choose one of {', '.join([*OF_ROW, *(shown for shown, _ in known)])}")
+
+
+def _known_numbers(
+    evaluation: Evaluation, windows: Sequence[TokenSet] | None, tasks: "Tasks | None"
+) -> Iterator[tuple[str, str]]:
+    """Numbers that a run will have: how to show them to people, and a pattern that fits their names."""
+    if windows is None and evaluation.perplexity is not None:
+        for metric in chosen(evaluation.metrics, evaluation.metric):
+            yield f"TEXT/{metric.name}", rf".+/{re.escape(metric.name)}([@/].+)?"
+    for text in windows or ():
+        for metric in metrics_of(text):
+            shown = f"{text.name}/{metric.key(text)}"
+            yield shown, rf"{re.escape(shown)}(/.+)?"
+    if tasks is not None:
+        for task in (*tasks.loaded["tasks"], *tasks.loaded.get("groups", ())):
+            yield f"lm_eval/{task}/METRIC", rf"lm_eval/{re.escape(task)}/.+"
+    elif windows is None and evaluation.tasks:
+        yield "lm_eval/TASK/METRIC", "lm_eval/.+/.+"
 
 
 def no_objective(name: str | Sequence[str | None] | None) -> float | tuple[float, ...]:
@@ -80,12 +133,14 @@ def failed(config: Mapping[str, Any], error: Exception) -> Result:
 
 
 def store_failure(cfg: DictConfig, error: Exception) -> None:
-    """Store a row that says why a run of a sweep has no results; the results of an earlier one stay."""
+    """Store a row that says why a run of a sweep has no results; the results of an earlier one stay.
+
+    Nothing is stored where another run is at work in the folder.
+    """
     out, name = Path(cfg.out), FILE_NAME
-    with suppress(OSError, ValueError):
-        if Result.read(out / FILE_NAME).status == "done":
-            name = FAILURE
     config: Any = OmegaConf.to_container(cfg, resolve=True)
-    with suppress(OSError):
-        out.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError), alone_in(out, None):
+        with suppress(OSError, ValueError):
+            if Result.read(out / FILE_NAME).status == "done":
+                name = FAILURE
         failed(config, error).write(out, name)
