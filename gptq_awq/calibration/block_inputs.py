@@ -1,13 +1,14 @@
 """Inputs of each block during calibration: activations from the block before, or cached full-precision observations."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
-from gptq_awq.calibration.activations import Activations, open_activations
+from gptq_awq.calibration.activations import Activations, embed_again, open_activations
 from gptq_awq.calibration.expert_policy import ExpertPolicy
 from gptq_awq.calibration.observation import (
     Observation,
@@ -18,19 +19,19 @@ from gptq_awq.calibration.observation import (
     read_observation,
 )
 from gptq_awq.data.tokens import TokenSet
-from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import find_blocks, heads_of
 from gptq_awq.models.linear import Site, is_linear, matrix, widest
 from gptq_awq.models.offload import offloaded
 from gptq_awq.numerics.distributed import ONE, Ranks
 from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.runtime import memory
+from gptq_awq.runtime.options import ComputeDtype, PositiveInt, checked_dataclass
 from gptq_awq.runtime.progress import Track, no_track
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class Settings:
     """How calibration computes: precision, batching and memory; the objective does not depend on it.
 
@@ -48,16 +49,12 @@ class Settings:
         UserError: `activations` is none of the three words.
     """
 
-    compute_dtype: str = "auto"
-    tokens_per_batch: int = 2048
-    activations: str = "auto"
+    compute_dtype: ComputeDtype = "auto"
+    tokens_per_batch: PositiveInt = 2048
+    activations: Literal["auto", "keep", "recompute"] = "auto"
     memory_budget: int | None = None
     scratch: Path | None = None
     ranks: Ranks = ONE
-
-    def __post_init__(self) -> None:
-        if self.activations not in ("auto", "keep", "recompute"):
-            raise UserError(f"activations={self.activations}: choose auto, keep or recompute")
 
     def free_bytes(self, device: torch.device) -> int:
         """Bytes that this rank may still allocate on `device`: within its budget, or its share of the free memory."""
@@ -69,7 +66,7 @@ class Inputs:
     """The inputs of a model's blocks during calibration, asked for from the first block to the last.
 
     Args:
-        model: a causal LM.
+        model: a causal LM, all of it in full precision: who rounds its embedding calls `embedding_rounded` then.
         blocks: its transformer blocks.
         tokens: calibration windows.
         settings: how calibration computes; `keeps_activations` is what its `activations` came to.
@@ -100,6 +97,7 @@ class Inputs:
     ) -> None:
         self.dtype = resolve_compute_dtype(settings.compute_dtype, next(model.parameters()).device)
         self.experts, self._advance = experts, not error_propagation
+        self._opened = model, blocks, tokens, settings.tokens_per_batch
         self.keeps_activations = keeps_activations(model, tokens, settings, error_propagation, full)
         if error_propagation and not self.keeps_activations:
             log.info("activations are recomputed at every site, to save memory; activations=keep holds them instead")
@@ -128,6 +126,12 @@ class Inputs:
             self._calls = open_activations(model, blocks, first, settings.tokens_per_batch, self.dtype).batches[0].calls
         else:
             self._cache, self._observer = None, observer(absorbers)
+
+    def embedding_rounded(self) -> None:
+        """Let the quantized model's activations start from its embedding as it is now; full precision's do not."""
+        if self._advance or self._observer is None:
+            return
+        embed_again(self._observer.activations, *self._opened)
 
     @property
     def activations(self) -> Activations | None:

@@ -15,9 +15,10 @@ what was done.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -28,10 +29,11 @@ from gptq_awq.models.blocks import hooks
 from gptq_awq.models.experts import Experts
 from gptq_awq.models.linear import Site, is_linear
 from gptq_awq.numerics.distributed import ONE, Ranks
+from gptq_awq.runtime.options import checked_dataclass
 from gptq_awq.runtime.profiling import phase
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class ExpertPolicy:
     """The policy for experts that fewer than `min_tokens` calibration tokens reach.
 
@@ -43,14 +45,8 @@ class ExpertPolicy:
         UserError: an unknown policy; a `min_tokens` that is no whole number from 0 on.
     """
 
-    policy: str = "route"
-    min_tokens: int = 128
-
-    def __post_init__(self) -> None:
-        if self.policy not in ("route", "shared", "rtn", "keep"):
-            raise UserError(f"experts.policy={self.policy}: choose route, shared, rtn or keep")
-        if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int) or self.min_tokens < 0:
-            raise UserError(f"experts.min_tokens={self.min_tokens}: give a whole number from 0 on")
+    policy: Literal["route", "shared", "rtn", "keep"] = "route"
+    min_tokens: Annotated[int, Ge(0)] = 128
 
 
 def no_pairing(who: str) -> UserError:

@@ -13,7 +13,7 @@ drawn, so that windows are full.
 import copy
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,10 +25,11 @@ from gptq_awq.data.tokens import TokenSet, make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import head_size, key_value_heads, text_config
 from gptq_awq.models.offload import offloaded
+from gptq_awq.runtime.options import PositiveFloat, PositiveInt, Seed, checked_dataclass
 from gptq_awq.runtime.progress import Track, no_track
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class SelfCalibration:
     """Settings of self-calibration: windows sampled from the model, as long as those of the calibration text.
 
@@ -43,18 +44,11 @@ class SelfCalibration:
         UserError: a value out of range.
     """
 
-    windows: int = 96
-    prompt: int = 32
-    temperature: float = 1.0
-    batch_size: int = 32
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for option in ("windows", "prompt", "batch_size"):
-            if getattr(self, option) < 1:
-                raise UserError(f"method.self_calibration.{option}={getattr(self, option)}: give at least 1")
-        if self.temperature <= 0:
-            raise UserError(f"method.self_calibration.temperature={self.temperature}: give a number above 0")
+    windows: PositiveInt = 96
+    prompt: PositiveInt = 32
+    temperature: PositiveFloat = 1.0
+    batch_size: PositiveInt = 32
+    seed: Seed = 0
 
     def check(self, model: Any, tokens: TokenSet) -> None:
         """Raise UserError where the model cannot generate text, or the calibration windows are too short or padded."""

@@ -8,10 +8,12 @@ dataset.
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from gptq_awq.data.text import READERS, Text, joined_as_gptq, make_text, read_jsonl, wikitext_articles
-from gptq_awq.data.tokens import Tokenizer, TokenSet, calibration_tokens, check_choice, check_positive
+from gptq_awq.data.tokens import Tokenizer, TokenSet, calibration_tokens, check_choice
 from gptq_awq.errors import UserError
+from gptq_awq.runtime.options import InputPath, PositiveInt
 from gptq_awq.storage.assets import ASSETS, HubRows, fetch, hub_asset
 
 
@@ -27,9 +29,9 @@ class Corpus(ABC):
         add_bos: whether to begin each row with the BOS token.
     """
 
-    samples: int = 32
-    seqlen: int = 512
-    packing: str = "windows"
+    samples: PositiveInt = 32
+    seqlen: PositiveInt = 512
+    packing: Literal["windows", "documents"] = "windows"
     chat_template: bool = False
     add_bos: bool = False
 
@@ -62,13 +64,11 @@ class WikiText2(Corpus):
             code: a different text with a different perplexity, hence a name of its own.
     """
 
-    split: str = "test"
-    join: str = "raw"
+    split: Literal["train", "valid", "test"] = "test"
+    join: Literal["raw", "gptq"] = "raw"
 
     def text(self, option: str = "data") -> Text:
         """Load the split; `Text.name` is "wikitext2", with "-gptq" or "-SPLIT" added where not the default."""
-        check_choice(self.split, ("train", "valid", "test"), f"{option}.split")
-        check_choice(self.join, ("raw", "gptq"), f"{option}.join")
         served = fetch(ASSETS[f"wikitext2-{self.split}"], hint=f"{_own_file(option)} needs no network")
         name = "wikitext2" + ("-gptq" if self.join == "gptq" else "")
         name += "" if self.split == "test" else f"-{self.split}"
@@ -101,7 +101,7 @@ class HubText(Corpus):
     files: dict[str, str] | None = None
     revision: str = "main"
     field: str = "text"
-    documents: int = 4000
+    documents: PositiveInt = 4000
     joiner: str = "\n\n"
 
     def text(self, option: str = "data") -> Text:
@@ -120,7 +120,7 @@ class HubText(Corpus):
             file=files.get(self.split),
             revision=self.revision,
             field=self.field,
-            limit=check_positive(self.documents, f"{option}.documents"),
+            limit=self.documents,
         )
         name = f"{self.name}-{self.split}"
         bundled = "data=wikitext2" if option == "data" else f"data@{option}=wikitext2"
@@ -132,7 +132,7 @@ class HubText(Corpus):
 class LocalText(Corpus):
     """A local file of text: .txt (one document) or .jsonl/.parquet (a document per row, in `field`)."""
 
-    path: str | None = None
+    path: InputPath | None = None
     field: str = "text"
     joiner: str = "\n\n"
 

@@ -4,7 +4,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge
 
 from gptq_awq.data.corpora import Corpus, LocalText
 from gptq_awq.data.text import READERS, Text
@@ -12,12 +14,10 @@ from gptq_awq.data.tokens import TokenSet, evaluation_windows
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.metrics.base import TokenMetric
 from gptq_awq.evaluation.metrics.choice import STANDARD, EvaluationText, chosen
+from gptq_awq.runtime.options import ComputeDtype, InputPath, PositiveInt
 
 if TYPE_CHECKING:
     from gptq_awq.evaluation.harness import Tasks
-
-
-COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,10 @@ class Perplexity:
     """
 
     text: Corpus
-    path: str | None = None
+    path: InputPath | None = None
     field: str = "text"
-    seqlen: int = 2048
-    windows: int | None = 8
+    seqlen: PositiveInt = 2048
+    windows: PositiveInt | None = 8
 
     def tokens(self, tokenizer: Any, option: str = "eval.perplexity") -> TokenSet:
         """Token ids of the windows of `path` or `text`. Raises UserError naming `option`."""
@@ -78,15 +78,13 @@ class Evaluation:
     metric: Mapping[str, TokenMetric] = field(default_factory=lambda: {metric.name: metric for metric in STANDARD})
     metrics: Sequence[str] | str | None = None
     tasks: tuple[str | Mapping[str, Any], ...] = ()
-    limit: int | None = None
-    num_fewshot: int | None = None
-    include_path: str | None = None
-    batch_size: int = 8
-    compute_dtype: str = "float32"
+    limit: PositiveInt | None = None
+    num_fewshot: Annotated[int, Ge(0)] | None = None
+    include_path: InputPath | None = None
+    batch_size: PositiveInt = 8
+    compute_dtype: ComputeDtype = "float32"
 
     def __post_init__(self) -> None:
-        if self.compute_dtype not in COMPUTE_DTYPES:
-            raise UserError(f"eval.compute_dtype={self.compute_dtype}: choose one of {', '.join(COMPUTE_DTYPES)}")
         chosen(self.metrics, self.metric)
         if self.texts and self.perplexity is not None and self.perplexity.path is not None:
             raise UserError("eval.texts and eval.perplexity.path: set one of them; eval.texts takes files too")

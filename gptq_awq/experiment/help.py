@@ -40,6 +40,7 @@ Often changed (key=value)
   data.path=FILE  data.samples=32  data.seqlen=512  data.packing=windows|documents
   eval.perplexity.path=FILE  eval.perplexity.seqlen=2048  eval.perplexity.windows=8
   eval.compute_dtype=float32     of evaluation's forwards: auto, bfloat16 are faster, with a noise floor
+  eval.texts=[wikitext2,c4,FILE]  eval.metrics=[ppl,kl]     several texts, some metrics only
   eval.tasks=[lambada_openai]  eval.limit=200  eval.num_fewshot=0  eval.include_path=FOLDER
   method.solver.act_order=true  method.solver.damping=0.01  method.transforms.awq.objective=linear|module
   experts.policy=route|shared|rtn|keep  experts.min_tokens=128    of mixtures: experts that few tokens reach
@@ -68,7 +69,8 @@ def help_text(config_dir: Path | None = None) -> str:
 
 def _group(name: str, config_dir: Path | None) -> str:
     folders = [folder / name for folder in (CONFIGS, config_dir) if folder is not None]
-    choices = sorted({path.relative_to(f).with_suffix("").as_posix() for f in folders for path in f.rglob("*.yaml")})
+    pattern = "**/*.yaml" if name == "experiment" else "*.yaml"  # elsewhere folders inside are groups of their own
+    choices = sorted({path.relative_to(f).with_suffix("").as_posix() for f in folders for path in f.glob(pattern)})
     lines, line = [], f"  {name}:"
     for choice in choices:
         if len(line) + 1 + len(choice) > 118:

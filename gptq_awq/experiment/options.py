@@ -10,7 +10,9 @@ from gptq_awq.errors import UserError
 from gptq_awq.runtime.declarations import declared_by
 from gptq_awq.runtime.options import (
     Bits,
+    ByteSize,
     ComputeDtype,
+    Device,
     GroupSize,
     NonNegative,
     PositiveFloat,
@@ -42,11 +44,11 @@ class RunOptions:
     head: Literal["rtn", "solve"] | None = None
     untie_head: bool = False
     seed: Seed = 0
-    device: str = "auto"
+    device: Device = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     compute_dtype: ComputeDtype = "auto"
     tokens_per_batch: PositiveInt = 2048
-    memory_budget: PositiveFloat | str | None = None
+    memory_budget: PositiveFloat | ByteSize | None = None
     stream: Auto = "auto"
     forecast: Auto = "auto"
     activations: Literal["auto", "keep", "recompute"] = "auto"

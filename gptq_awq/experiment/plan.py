@@ -16,6 +16,7 @@ from gptq_awq.calibration.expert_policy import ExpertPolicy
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.protocol import Evaluation
 from gptq_awq.experiment.fingerprint import config_sha256
+from gptq_awq.experiment.options import check_options
 from gptq_awq.experiment.sweeps.tracking import Tracking
 from gptq_awq.export.write import Exports
 from gptq_awq.grids.base import GridChoice
@@ -73,6 +74,7 @@ def preflight(cfg: DictConfig, ranks: Ranks = ONE) -> Plan:
     Raises:
         UserError: naming the option.
     """
+    check_options(cfg)
     torch.manual_seed(cfg.seed)
     device = ranks.device(resolve_device(cfg.device))
     try:
@@ -83,12 +85,12 @@ def preflight(cfg: DictConfig, ranks: Ranks = ONE) -> Plan:
             act=_build(cfg.act) if "act" in cfg else Unrounded(),  # a replayed run may be older than the option
             kv=_build(cfg.kv) if "kv" in cfg else Unrounded(),
             settings=Settings(
-                *(cfg.compute_dtype, _positive(cfg, "tokens_per_batch"), cfg.get("activations", "auto")),
+                *(cfg.compute_dtype, cfg.tokens_per_batch, cfg.get("activations", "auto")),
                 memory_budget=_memory_budget(cfg),
                 ranks=ranks,
             ),
-            stream=_by_size(cfg, "stream", False),
-            forecast=_by_size(cfg, "forecast", False),
+            stream=_by_size(cfg.get("stream", False)),
+            forecast=_by_size(cfg.get("forecast", False)),
             experts=ExpertPolicy(**cfg.get("experts", {})),
             model=_build(cfg.model),
             data=_build(cfg.data),
@@ -98,9 +100,9 @@ def preflight(cfg: DictConfig, ranks: Ranks = ONE) -> Plan:
             device=device,
             dtype=cfg.dtype,
             seed=cfg.seed,
-            resume=_boolean(cfg, "resume"),
-            profile="profile" in cfg and _boolean(cfg, "profile"),
-            cache_bytes=_gigabytes(cfg, "cache_gb"),
+            resume=cfg.resume,
+            profile=cfg.get("profile", False),
+            cache_bytes=int(cfg.cache_gb * 1e9),
             out=Path(cfg.out),
         )
     except OmegaConfBaseException as error:
@@ -145,7 +147,7 @@ def _check_meant(plan: Plan) -> None:
 
 def _method(cfg: DictConfig) -> Method:
     """The preset, and what is to become of the output head; a replayed run may be older than that option."""
-    untie_head = "untie_head" in cfg and _boolean(cfg, "untie_head")
+    untie_head = cfg.get("untie_head", False)
     return replace(_build(cfg.method), head=cfg.get("head"), untie_head=untie_head)
 
 
@@ -162,43 +164,15 @@ def _build(node: Any) -> Any:
         raise UserError(str(error).splitlines()[0]) from error
 
 
-def _by_size(cfg: DictConfig, key: str, missing: bool) -> bool | None:
-    """Yes, no, or None: by the model's size."""
-    value = cfg.get(key, missing)  # a replayed run may be older than the option
-    if value not in ("auto", True, False):
-        raise UserError(f"{key}={value}: choose auto, true or false")
-    return None if value == "auto" else value
-
-
 def _memory_budget(cfg: DictConfig) -> int | None:
-    """In bytes; None: all that is free."""
+    """Bytes that this process may take; None: all that is free. Raises UserError for too little."""
     value = cfg.get("memory_budget")
     if value is None:
         return None
-    try:
-        budget = memory.parse_bytes(str(value))
-    except ValueError as error:
-        raise UserError(f"memory_budget={value}: give bytes, such as 4e9, 4GB or 4GiB") from error
-    if budget < 10**9:
+    if (budget := memory.parse_bytes(str(value))) < 10**9:
         raise UserError(f"memory_budget={value}: this process takes half a GB by itself; give 1GB or more")
     return budget
 
 
-def _positive(cfg: DictConfig, key: str) -> int:
-    value = cfg[key]
-    if not isinstance(value, int) or value < 1:
-        raise UserError(f"{key}={value}: give a whole number, at least 1")
-    return value
-
-
-def _boolean(cfg: DictConfig, key: str) -> bool:
-    if not isinstance(cfg[key], bool):
-        raise UserError(f"{key}={cfg[key]}: choose true or false")
-    return cfg[key]
-
-
-def _gigabytes(cfg: DictConfig, key: str) -> int:
-    value = cfg[key]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-        raise UserError(f"{key}={value}: give a number of gigabytes, such as 20")
-    return int(value * 1e9)
+def _by_size(value: Any) -> bool | None:
+    return None if value == "auto" else value

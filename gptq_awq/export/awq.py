@@ -10,7 +10,6 @@ The nibbles of a word, lowest first, hold the channels 0 2 4 6 1 3 5 7, as AWQ's
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,14 @@ from gptq_awq.export.packing import (
 )
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
+from gptq_awq.runtime.options import ByteSize, Dtype, checked_dataclass
 
 BITS = 4
 CHANNEL_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 NIBBLE_OF_CHANNEL = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class AWQFormat:
     """Export to an AWQ folder; symmetric grids are stored with zero point 8 everywhere.
 
@@ -52,8 +52,8 @@ class AWQFormat:
         shard: maximum size of a safetensors file.
     """
 
-    dtype: str = "float16"
-    shard: str = "4GB"
+    dtype: Dtype = "float16"
+    shard: ByteSize = "4GB"
     name: str = "awq"
 
     def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:

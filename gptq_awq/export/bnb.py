@@ -20,10 +20,9 @@
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, UInt8
@@ -38,6 +37,7 @@ from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.table import LEVELS, NESTED_GROUPS, TableGrid, dynamic_levels
 from gptq_awq.models.linear import is_linear
+from gptq_awq.runtime.options import ByteSize, Dtype, checked_dataclass
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Block sizes that bitsandbytes 0.50 supports; earlier versions lack 32."""
@@ -45,7 +45,7 @@ INT8 = "int8"
 _STATE = "weight.quant_state.bitsandbytes__"
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class BnbFormat:
     """Export to a transformers folder with bitsandbytes weights: NF4, FP4 or INT8.
 
@@ -60,16 +60,11 @@ class BnbFormat:
         UserError: an unknown dtype or compute_dtype.
     """
 
-    dtype: str = "float16"
-    compute_dtype: str = "auto"
+    dtype: Dtype = "float16"
+    compute_dtype: Dtype | Literal["auto"] = "auto"
     llm_int8_threshold: float = 6.0
-    shard: str = "4GB"
+    shard: ByteSize = "4GB"
     name: str = "bnb"
-
-    def __post_init__(self) -> None:
-        torch_dtype(self.dtype, "export.bnb.dtype")
-        if self.compute_dtype != "auto":
-            torch_dtype(self.compute_dtype, "export.bnb.compute_dtype")
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -16,7 +16,6 @@ The library packs 3, 5, 6 and 7 bits without gaps since 0.18; before, it left th
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +41,7 @@ from gptq_awq.export.packing import (
 )
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
+from gptq_awq.runtime.options import ByteSize, Dtype, checked_dataclass
 
 FORMATS = {"pack": "pack-quantized", "int8": "int-quantized"}
 DENSE_SINCE = (0, 18)
@@ -49,7 +49,7 @@ ALL = "Linear"
 """Config target that matches every linear, by its class name."""
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class CompressedTensorsFormat:
     """Export to a compressed-tensors folder, weight-only (W2A16 to W8A16).
 
@@ -63,14 +63,10 @@ class CompressedTensorsFormat:
         UserError: an unknown layout.
     """
 
-    dtype: str = "float16"
+    dtype: Dtype = "float16"
     layout: Literal["pack", "int8"] = "pack"
-    shard: str = "4GB"
+    shard: ByteSize = "4GB"
     name: str = "compressed_tensors"
-
-    def __post_init__(self) -> None:
-        if self.layout not in FORMATS:
-            raise UserError(f"export.compressed_tensors.layout={self.layout}: choose pack or int8")
 
     def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:
         """Raise UserError for grids, bits, column orders or architectures that the format can't store."""

@@ -6,11 +6,10 @@ Each grid has at most one block type that stores it bit for bit; grids without o
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,11 +29,12 @@ from gptq_awq.grids.signed import SignedGrid
 from gptq_awq.grids.table import TableGrid
 from gptq_awq.grids.ternary import TernaryGrid
 from gptq_awq.models.offload import offloaded
+from gptq_awq.runtime.options import checked_dataclass
 
 FITS = "choose grid=q4_0, q8_0, q4_k_m or a related one in configs/grid, or sym=true group_size=32 with bits 4, 5 or 8"
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class GGUFFormat:
     """Export to a folder with `model.gguf`, an Ollama Modelfile and config.json.
 
@@ -43,15 +43,13 @@ class GGUFFormat:
         pre: llama.cpp's name of the pre-tokenizer; None recognizes it by its content.
     """
 
-    plain_dtype: str = "F16"
+    plain_dtype: Literal["F16", "BF16", "F32"] = "F16"
     pre: str | None = None
     name: str = "gguf"
 
     def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:
         """Raise UserError for an architecture, a grid or a width that llama.cpp doesn't support."""
         check_architecture(config)
-        if self.plain_dtype not in ("F16", "BF16", "F32"):
-            raise UserError(f"export.gguf.plain_dtype={self.plain_dtype}: choose F16, BF16 or F32")
         for linear in linears:
             kind = ggml_type(linear.grid)
             if kind is None:

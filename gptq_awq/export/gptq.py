@@ -13,7 +13,6 @@ names the convention; engines that don't know v2 would read every zero point one
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +26,13 @@ from gptq_awq.export.folder import FolderTensors, read_config, write_folder
 from gptq_awq.export.packing import PRODUCER, WORD, exactly, one_int_grid, pack_words, require_multiple, unpack_words
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
+from gptq_awq.runtime.options import ByteSize, Dtype, checked_dataclass
 
 BITS = (2, 3, 4, 8)
 CHECKPOINT_FORMAT = {"v1": "gptq", "v2": "gptq_v2"}
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class GPTQFormat:
     """Export to a GPTQ folder, 2, 3, 4 or 8 bits.
 
@@ -46,14 +46,10 @@ class GPTQFormat:
         UserError: an unknown zero_point.
     """
 
-    dtype: str = "float16"
+    dtype: Dtype = "float16"
     zero_point: Literal["auto", "v1", "v2"] = "auto"
-    shard: str = "4GB"
+    shard: ByteSize = "4GB"
     name: str = "gptq"
-
-    def __post_init__(self) -> None:
-        if self.zero_point not in ("auto", *CHECKPOINT_FORMAT):
-            raise UserError(f"export.gptq.zero_point={self.zero_point}: choose auto, v1 or v2")
 
     def version(self, grid: IntGrid) -> str:
         """Zero-point convention for a grid: v1 (z - 1) or v2 (z)."""

@@ -6,7 +6,6 @@ compares with the rounded weights.
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,12 +22,13 @@ from gptq_awq.models.auto_class import auto_class
 from gptq_awq.models.experts import unfuse
 from gptq_awq.models.offload import each_tensor
 from gptq_awq.models.offloaded_model import open_offloaded
+from gptq_awq.runtime.options import ByteSize, Dtype, checked_dataclass
 
 QUANTIZED = "gptq_awq_quantized"
 """Key of config.json that lists the modules whose weights were quantized before they were dequantized."""
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class HFFormat:
     """Export to a transformers folder of dequantized weights.
 
@@ -40,12 +40,9 @@ class HFFormat:
         UserError: an unknown dtype.
     """
 
-    dtype: str = "bfloat16"
-    shard: str = "4GB"
+    dtype: Dtype = "bfloat16"
+    shard: ByteSize = "4GB"
     name: str = "hf"
-
-    def __post_init__(self) -> None:
-        torch_dtype(self.dtype, "export.hf.dtype")
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -13,10 +13,9 @@ float32 for any z, as s has 11 significant bits and z at most 8. Then s c + b eq
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.signed import SignedGrid
 from gptq_awq.grids.ternary import TernaryGrid
+from gptq_awq.runtime.options import ByteSize, Dtype, checked_dataclass
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
@@ -46,7 +46,7 @@ NAMES: Mapping[str, tuple[str, str]] = {
 """Model type → prefix of tensor names in transformers, and the prefix that mlx-lm expects instead."""
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class MLXFormat:
     """Export to a folder that mlx-lm loads, in MLX's affine format.
 
@@ -59,13 +59,9 @@ class MLXFormat:
         UserError: an unknown dtype.
     """
 
-    dtype: str = "auto"
-    shard: str = "4GB"
+    dtype: Dtype | Literal["auto"] = "auto"
+    shard: ByteSize = "4GB"
     name: str = "mlx"
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("auto", *DTYPES):
-            raise UserError(f"export.mlx.dtype={self.dtype}: choose auto, {', '.join(DTYPES)}")
 
     def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:
         """Raise UserError for grids, bits, groups, widths, models or a dtype that the format can't store exactly."""

@@ -19,6 +19,7 @@ from gptq_awq.export.lint import lint
 from gptq_awq.export.verify import Probe, VerificationRecord, verify
 from gptq_awq.models.auto_class import also_sees
 from gptq_awq.models.experts import experts_in
+from gptq_awq.runtime.options import NamesBeside
 from gptq_awq.runtime.progress import Track
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class Exports:
             format_.write(source, scratch)
             seconds = time.perf_counter() - started
             VerificationRecord.of(format_, source, scratch, probe, facts).write(scratch)
-            verified = str(verify(scratch)) if self.decode else "not decoded again (export.decode=false)"
+            verified = str(verify(scratch, format_)) if self.decode else "not decoded again (export.decode=false)"
             write_card(scratch, None, [verified])
             _replace(scratch, parent / format_.name)
         except OSError as error:
@@ -120,7 +121,7 @@ class Exports:
         return Exported(format_.name, path, size, round(seconds, 3), verified)
 
 
-def make_exports(formats: Sequence[str] = (), decode: bool = True, **available: Format) -> Exports:
+def make_exports(formats: NamesBeside = (), decode: bool = True, **available: Format) -> Exports:
     """Build the exports that configs/export/checkpoints.yaml describes. Raises UserError for an unknown format."""
     formats = [formats] if isinstance(formats, str) else formats
     for name in formats:

@@ -4,7 +4,7 @@ MLX's affine format (any bits, groups of 32, 64 or 128) and llama.cpp's Q4_1 and
 integer zero point needs fewer bits; a minimum fits ranges that don't hold zero.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor
 from gptq_awq.grids.arithmetic import Arithmetic
 from gptq_awq.grids.base import Fitted, Grid, extremes
 from gptq_awq.grids.hqq import half_quadratic
-from gptq_awq.grids.integer import check_sizes, scale_bits
-from gptq_awq.grids.search import check_search, search_ranges, shrinks
+from gptq_awq.grids.integer import scale_bits
+from gptq_awq.grids.search import search_ranges, shrinks
+from gptq_awq.runtime.options import Bits, Dtype, GroupSize, Search, checked_dataclass
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class AffineGrid(Grid):
     """Uniform grid of 2 to 8 bits, with a floating-point scale and minimum per group.
 
@@ -32,15 +33,10 @@ class AffineGrid(Grid):
         UserError: bits, group_size or search that the grid does not have.
     """
 
-    bits: int = 4
-    group_size: int = 32
-    search: Literal["minmax", "mse", "hessian", "hqq"] = "minmax"
-    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
-
-    def __post_init__(self) -> None:
-        check_sizes(self.bits, self.group_size)
-        if self.search != "hqq":
-            check_search(self.search)
+    bits: Bits = 4
+    group_size: GroupSize = 32
+    search: Search | Literal["hqq"] = "minmax"
+    scale_dtype: Dtype = "float16"
 
     @property
     def arithmetic(self) -> Arithmetic:

@@ -5,19 +5,20 @@ quantization, the bits of each linear.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from itertools import product
 from typing import Any, Literal
 
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, Place
 from gptq_awq.grids.integer import IntGrid
+from gptq_awq.runtime.options import Bits, Dtype, GroupSize, PositiveFloat, PositiveInt, Search, checked_dataclass
 
 Width = tuple[int, int]
 """Bits and group size."""
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class AllocatedGrid:
     """A mix of `IntGrid`s whose bits fit a budget at the least predicted cost.
 
@@ -41,19 +42,19 @@ class AllocatedGrid:
         UserError: not exactly one budget, bits that no integer grid has, or an unknown value of an option.
     """
 
-    budget_bits: float | None = 4.0
-    budget_bytes: int | None = None
-    budget_uniform: int | None = None
-    choices: Sequence[int] = (2, 3, 4, 5, 6, 8)
+    budget_bits: PositiveFloat | None = 4.0
+    budget_bytes: PositiveInt | None = None
+    budget_uniform: Bits | None = None
+    choices: Sequence[Bits] = (2, 3, 4, 5, 6, 8)
     tie: Literal["linear", "site", "model"] = "linear"
     sensitivity: Literal["fisher", "error", "kl"] = "fisher"
     rounding: Literal["solver", "rtn"] = "solver"
-    windows: int = 8
-    group_size: int = 64
-    group_sizes: Sequence[int] | None = None
+    windows: PositiveInt = 8
+    group_size: GroupSize = 64
+    group_sizes: Sequence[PositiveInt] | None = None
     sym: bool = False
-    search: str = "minmax"
-    scale_dtype: str = "float16"
+    search: Search = "minmax"
+    scale_dtype: Dtype = "float16"
     allocated: Mapping[str, Width] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -65,12 +66,6 @@ class AllocatedGrid:
             raise UserError("grid.choices=[]: give some bits to choose among, such as [2,3,4,6]")
         if self.group_sizes is not None and not self.group_sizes:
             raise UserError("grid.group_sizes=[]: give some to choose among, such as [32,64,128], or null")
-        sensitivities, ties = ("fisher", "error", "kl"), ("linear", "site", "model")
-        for option, known in {"tie": ties, "sensitivity": sensitivities, "rounding": ("solver", "rtn")}.items():
-            if getattr(self, option) not in known:
-                raise UserError(f"grid.{option}={getattr(self, option)}: choose one of {', '.join(known)}")
-        if self.windows < 1:
-            raise UserError(f"grid.windows={self.windows}: give at least 1")
         uniform = [] if self.budget_uniform is None else [(self.budget_uniform, self.group_size)]
         for width in [*uniform, *self.widths]:
             self.grid(width)

@@ -153,6 +153,11 @@ class Grid(ABC):
         return self if place.block >= 0 or place.head else None
 
     @property
+    def stored_dtype(self) -> str:
+        """Dtype that scales are stored in, those of super-blocks where groups' scales are codes themselves."""
+        return getattr(self, "scale_dtype", "float32")
+
+    @property
     def span(self) -> int:
         """Number of columns fitted together, a multiple of `group_size` (a super-block); -1 means all of them."""
         return self.group_size

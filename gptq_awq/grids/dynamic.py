@@ -10,13 +10,14 @@ arXiv 2404.00456), one head's part of a cached key or value, or groups of either
 """
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
+from annotated_types import Interval
 from jaxtyping import Float
 from torch import Tensor
 
-from gptq_awq.errors import UserError
+from gptq_awq.runtime.options import GroupSize, checked_dataclass
 
 E4M3_MAX = 448.0
 TINY = torch.finfo(torch.float32).tiny
@@ -48,7 +49,7 @@ class Unrounded:
         return x
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class DynamicInt:
     """Integer format of activations, with a scale (and, asymmetric, a zero) per row.
 
@@ -62,17 +63,10 @@ class DynamicInt:
         UserError: a value out of range; the message names the option.
     """
 
-    bits: int = 8
+    bits: Annotated[int, Interval(ge=2, le=16)] = 8
     sym: bool = True
-    group_size: int = -1
-    clip: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 16:
-            raise UserError(f"act.bits or kv.bits={self.bits}: choose 2 to 16, or act=none, kv=none")
-        if not 0 < self.clip <= 1:
-            raise UserError(f"act.clip or kv.clip={self.clip}: give a ratio above 0 and up to 1")
-        _check_group_size(self.group_size)
+    group_size: GroupSize = -1
+    clip: Annotated[float, Interval(gt=0, le=1)] = 1.0
 
     @property
     def label(self) -> str:
@@ -101,7 +95,7 @@ class DynamicInt:
         return (x / scale).round_().add_(zero).clamp_(0, top).sub_(zero).mul_(scale)
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class DynamicFP8:
     """E4M3 format of activations: 4 exponent and 3 mantissa bits (arXiv 2209.05433), with a float32 scale per row.
 
@@ -112,10 +106,7 @@ class DynamicFP8:
         UserError: a group_size out of range; the message names the option.
     """
 
-    group_size: int = -1
-
-    def __post_init__(self) -> None:
-        _check_group_size(self.group_size)
+    group_size: GroupSize = -1
 
     @property
     def label(self) -> str:
@@ -138,11 +129,6 @@ def _rows(x: Float[Tensor, "*rows channels"], group_size: int) -> Float[Tensor, 
     if x.shape[-1] % group_size:
         raise ValueError(f"group_size={group_size}: does not divide {x.shape[-1]} channels")
     return x.unflatten(-1, (-1, group_size))
-
-
-def _check_group_size(group_size: int) -> None:
-    if group_size != -1 and group_size < 1:
-        raise UserError(f"act.group_size or kv.group_size={group_size}: give a number of channels, or -1 for all")
 
 
 def _group_label(group_size: int) -> str:

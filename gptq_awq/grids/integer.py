@@ -4,23 +4,23 @@ The range of a group is chosen by `search`: `minmax` takes the extremes of the g
 of shrunken ranges p·[min, max] (see search.py).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gptq_awq.errors import UserError
 from gptq_awq.grids.arithmetic import Arithmetic
 from gptq_awq.grids.base import Fitted, Grid, extremes
-from gptq_awq.grids.search import check_search, search_ranges, shrinks
+from gptq_awq.grids.search import search_ranges, shrinks
+from gptq_awq.runtime.options import Bits, Dtype, GroupSize, Search, checked_dataclass
 
 MSE_STEPS = 100, 0.79
 """Steps and largest shrink of the mse search, as in the GPTQ code: factors 1, .99, … .21."""
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class IntGrid(Grid):
     """Uniform integer grid INT2-8, symmetric or asymmetric, per channel (`group_size=-1`) or in groups of columns.
 
@@ -37,16 +37,12 @@ class IntGrid(Grid):
         UserError: bits, group_size or search that no integer grid has.
     """
 
-    bits: int = 4
-    group_size: int = 64
+    bits: Bits = 4
+    group_size: GroupSize = 64
     sym: bool = False
-    search: Literal["minmax", "mse", "hessian"] = "minmax"
-    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    search: Search = "minmax"
+    scale_dtype: Dtype = "float32"
     min_zero: Literal[0, 1] = 0
-
-    def __post_init__(self) -> None:
-        check_sizes(self.bits, self.group_size)
-        check_search(self.search)
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -92,14 +88,6 @@ class IntGrid(Grid):
         if self.sym:
             return scale, torch.full_like(scale, (max_code + 1) / 2)
         return scale, torch.round(-low / scale).clamp(self.min_zero, max_code)
-
-
-def check_sizes(bits: int, group_size: int) -> None:
-    """Raise UserError for bits or a group size that no integer grid has."""
-    if isinstance(bits, bool) or bits not in range(2, 9):
-        raise UserError(f"bits={bits}: an integer grid takes bits 2 to 8 (method=fp leaves weights alone)")
-    if isinstance(group_size, bool) or not (group_size == -1 or group_size >= 1):
-        raise UserError(f"group_size={group_size}: give a number of columns, or -1 for per-channel")
 
 
 def scale_bits(dtype: str) -> int:

@@ -18,8 +18,9 @@ from torch import Tensor
 from gptq_awq.errors import UserError
 from gptq_awq.grids.arithmetic import Arithmetic
 from gptq_awq.grids.base import Fitted, Grid, extremes, group_spans
-from gptq_awq.grids.search import check_search, search_ranges, shrinks
+from gptq_awq.grids.search import search_ranges, shrinks
 from gptq_awq.grids.signed import signed_scales
+from gptq_awq.runtime.options import Search, checked_dataclass
 
 BLOCK = 256
 
@@ -50,7 +51,7 @@ TYPES = {
 }
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class KGrid(Grid):
     """One of llama.cpp's k-quants as a grid.
 
@@ -62,13 +63,8 @@ class KGrid(Grid):
         UserError: an unknown type or search.
     """
 
-    type: str = "q4_k"
-    search: Literal["minmax", "mse", "hessian"] = "minmax"
-
-    def __post_init__(self) -> None:
-        if self.type not in TYPES:
-            raise UserError(f"grid.type={self.type}: choose one of {', '.join(TYPES)}")
-        check_search(self.search)
+    type: Literal["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"] = "q4_k"
+    search: Search = "minmax"
 
     @property
     def _type(self) -> KType:
@@ -103,6 +99,11 @@ class KGrid(Grid):
     def overhead_bits(self) -> float:
         """Stored bits per sub-block besides the codes: σ and μ, and its share of d and d'."""
         return (2 if self._type.minimum else 1) * (self._type.scale_bits + 16 * self.group_size / BLOCK)
+
+    @property
+    def stored_dtype(self) -> str:
+        """Dtype of a block's d and d': float16."""
+        return "float16"
 
     @property
     def needs_hessian(self) -> bool:

@@ -7,15 +7,15 @@ The rules are those of its quantizer (src/llama-quant.cpp, release 11434) for de
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Literal
 
-from gptq_awq.errors import UserError
 from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.base import Grid, Place
 from gptq_awq.grids.kquant import BLOCK, TYPES, KGrid
 from gptq_awq.grids.signed import SignedGrid
 from gptq_awq.grids.table import TableGrid
 from gptq_awq.grids.ternary import TernaryGrid
+from gptq_awq.runtime.options import Search, checked_dataclass
 
 ROLES = {
     "attn_v": r"v_proj|attention\.wv",
@@ -40,7 +40,16 @@ BASE = {name: name for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl"
 }
 
 
-@dataclass(frozen=True)
+# fmt: off
+FileType = Literal[
+    "iq4_nl", "q2_k", "q3_k_l", "q3_k_m", "q3_k_s", "q4_0", "q4_1", "q4_k_m", "q4_k_s",
+    "q5_0", "q5_1", "q5_k_m", "q5_k_s", "q6_k", "q8_0", "tq1_0", "tq2_0",
+]
+# fmt: on
+"""llama.cpp's file types that have a mix here."""
+
+
+@checked_dataclass
 class LlamaMix:
     """A llama.cpp file type as a choice of grids.
 
@@ -53,13 +62,11 @@ class LlamaMix:
         UserError: an unknown type.
     """
 
-    type: str = "q4_k_m"
-    search: str = "minmax"
+    type: FileType = "q4_k_m"
+    search: Search = "minmax"
     embeddings: bool = True
 
     def __post_init__(self) -> None:
-        if self.type not in BASE:
-            raise UserError(f"grid.type={self.type}: choose one of {', '.join(sorted(BASE))}")
         llama_grid(BASE[self.type], self.search)
 
     @property

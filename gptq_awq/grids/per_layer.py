@@ -6,20 +6,21 @@ Patterns take precedence over a block's number, and that over the kind, the last
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from fnmatch import fnmatchcase
 from typing import Any
 
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, Place
 from gptq_awq.grids.integer import IntGrid
+from gptq_awq.runtime.options import Bits, Dtype, GroupSize, Search, checked_dataclass
 
 Override = int | Mapping[str, Any]
 """Bits, or a map of any of `FIELDS`."""
 FIELDS = ("bits", "group_size", "sym", "search")
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class PerLayerGrid:
     """A mix of `IntGrid`s that differ in their bits.
 
@@ -36,18 +37,16 @@ class PerLayerGrid:
             or an unknown option.
     """
 
-    bits: int = 4
-    group_size: int = 64
+    bits: Bits = 4
+    group_size: GroupSize = 64
     sym: bool = False
-    search: str = "minmax"
-    scale_dtype: str = "float16"
-    modules: Mapping[str, int] = field(default_factory=dict)
-    blocks: Mapping[str | int, int] = field(default_factory=dict)
+    search: Search = "minmax"
+    scale_dtype: Dtype = "float16"
+    modules: Mapping[str, Bits] = field(default_factory=dict)
+    blocks: Mapping[str | int, Bits] = field(default_factory=dict)
     overrides: Mapping[str, Override] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for bits in (self.bits, *self.modules.values(), *self.blocks.values()):
-            self._grid(bits)
         self._numbered()
         for pattern, override in self.overrides.items():
             matches(pattern, "")

@@ -9,19 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gptq_awq.errors import UserError
 from gptq_awq.grids.arithmetic import KINDS, Arithmetic, in_numbers
 from gptq_awq.kernels import gpu
 from gptq_awq.kernels.columns import best_range
 
 MSE_NORM = 2.4
 STEPS, MAX_SHRINK = 20, 0.5
-
-
-def check_search(search: str, cheapest: str = "minmax") -> None:
-    """Raise UserError for an unknown range search; `cheapest` is the grid's fit without one."""
-    if search not in (cheapest, "mse", "hessian"):
-        raise UserError(f"grid.search={search}: choose {cheapest}, mse or hessian")
 
 
 def shrinks(like: Tensor, steps: int = STEPS, most: float = MAX_SHRINK) -> Float[Tensor, "steps"]:

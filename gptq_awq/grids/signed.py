@@ -4,8 +4,7 @@ Codes reach one step further down than up. The sign of s turns the longer side t
 thus met exactly; an unsigned scale cannot do that.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -13,11 +12,11 @@ from torch import Tensor
 
 from gptq_awq.grids.arithmetic import Arithmetic
 from gptq_awq.grids.base import Fitted, Grid
-from gptq_awq.grids.integer import check_sizes
-from gptq_awq.grids.search import check_search, search_ranges, shrinks
+from gptq_awq.grids.search import search_ranges, shrinks
+from gptq_awq.runtime.options import Bits, GroupSize, Search, checked_dataclass
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class SignedGrid(Grid):
     """Symmetric integer grid with a float16 scale of either sign per group.
 
@@ -30,13 +29,9 @@ class SignedGrid(Grid):
         UserError: bits, group_size or search that the grid does not have.
     """
 
-    bits: int = 4
-    group_size: int = 32
-    search: Literal["minmax", "mse", "hessian"] = "minmax"
-
-    def __post_init__(self) -> None:
-        check_sizes(self.bits, self.group_size)
-        check_search(self.search)
+    bits: Bits = 4
+    group_size: GroupSize = 32
+    search: Search = "minmax"
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -47,6 +42,11 @@ class SignedGrid(Grid):
     def overhead_bits(self) -> float:
         """Stored bits of a group's float16 scale."""
         return 16
+
+    @property
+    def stored_dtype(self) -> str:
+        """Dtype that scales are stored in: float16."""
+        return "float16"
 
     @property
     def needs_hessian(self) -> bool:

@@ -6,7 +6,7 @@ exponent (Dettmers, arXiv 1511.04561), with a float32 scale per 256 groups.
 """
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor
 from gptq_awq.errors import UserError
 from gptq_awq.grids.arithmetic import Arithmetic
 from gptq_awq.grids.base import Fitted, Grid, group_spans
-from gptq_awq.grids.integer import check_sizes
-from gptq_awq.grids.search import check_search, search_ranges, shrinks
+from gptq_awq.grids.search import search_ranges, shrinks
+from gptq_awq.runtime.options import Bits, GroupSize, Search, checked_dataclass
 
 # Quantiles of N(0, 1), eight above zero and seven below, scaled to ±1 (QLoRA, app. E).
 NF4 = (
@@ -35,7 +35,7 @@ LEVELS = {"nf4": NF4, "fp4": FP4, "iq4_nl": tuple(map(float, IQ4_NL))}
 NESTED_GROUPS = 256
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class TableGrid(Grid):
     """Grid of sixteen tabulated levels, scaled so that the outermost one meets the group's largest weight.
 
@@ -50,17 +50,13 @@ class TableGrid(Grid):
         UserError: an unknown table or search, an invalid group_size, or double_quant with iq4_nl.
     """
 
-    table: str = "nf4"
-    group_size: int = 64
-    search: Literal["minmax", "mse", "hessian"] = "minmax"
+    table: Literal["nf4", "fp4", "iq4_nl"] = "nf4"
+    group_size: GroupSize = 64
+    search: Search = "minmax"
     double_quant: bool = False
-    bits: int = 4
+    bits: Bits = 4
 
     def __post_init__(self) -> None:
-        if self.table not in LEVELS:
-            raise UserError(f"grid.table={self.table}: choose one of {', '.join(LEVELS)}")
-        check_sizes(self.bits, self.group_size)
-        check_search(self.search)
         if self.double_quant and self._signed:
             raise UserError("grid.double_quant=true: iq4_nl has no room for it, nf4 and fp4 do")
 
@@ -90,6 +86,11 @@ class TableGrid(Grid):
         if self.double_quant:
             return 8 + 32 / NESTED_GROUPS
         return 16 if self._signed else 32
+
+    @property
+    def stored_dtype(self) -> str:
+        """Dtype that scales are stored in: float16 for iq4_nl, float32 for the others."""
+        return "float16" if self._signed else "float32"
 
     @property
     def _signed(self) -> bool:

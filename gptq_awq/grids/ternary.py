@@ -4,7 +4,7 @@ BitNet trains with one s per matrix; rounding after training needs more: llama.c
 per 256 columns. `search` tries fractions and multiples of mean |w|.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from gptq_awq.grids.arithmetic import Arithmetic
 from gptq_awq.grids.base import Fitted, Grid
-from gptq_awq.grids.integer import check_sizes, stored
-from gptq_awq.grids.search import check_search, search_ranges
+from gptq_awq.grids.integer import stored
+from gptq_awq.grids.search import search_ranges
+from gptq_awq.runtime.options import Dtype, GroupSize, checked_dataclass
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class TernaryGrid(Grid):
     """Ternary grid: levels -s, 0 and s, with one scale per group.
 
@@ -31,14 +32,10 @@ class TernaryGrid(Grid):
         UserError: an invalid group_size or an unknown search.
     """
 
-    group_size: int = 256
+    group_size: GroupSize = 256
     search: Literal["absmean", "mse", "hessian"] = "absmean"
-    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    scale_dtype: Dtype = "float16"
     bits: float = 1.625
-
-    def __post_init__(self) -> None:
-        check_sizes(2, self.group_size)
-        check_search(self.search, "absmean")
 
     @property
     def arithmetic(self) -> Arithmetic:

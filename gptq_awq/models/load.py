@@ -6,13 +6,11 @@ the result is a plain transformers model in evaluation mode, with a hash of its 
 """
 
 import fnmatch
-import hashlib
 import logging
-import re
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,13 @@ from transformers.utils import logging as transformers_logging
 from gptq_awq.errors import UserError
 from gptq_awq.models.auto_class import also_sees, auto_class
 from gptq_awq.models.checkpoint import folder_numbers
-from gptq_awq.models.offloaded_model import open_offloaded
-from gptq_awq.storage.assets import ASSETS, cache_dir, fetch, file_sha256, hub_reachable, scratch_folder
+from gptq_awq.models.content import folder_sha256, known_sha256
+from gptq_awq.models.embeddings import correct_tie
+from gptq_awq.models.load_report import ADAPTER_CONFIG, LoadReport, examine, tokens_beyond
+from gptq_awq.models.offloaded_model import offload, skeleton
+from gptq_awq.runtime.memory import return_large
+from gptq_awq.runtime.options import InputPath
+from gptq_awq.storage.assets import ASSETS, cache_dir, fetch, hub_reachable, scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +45,8 @@ class LoadedModel:
         tokenizer: the tokenizer that comes with it.
         name: short name of the model.
         source: origin of the weights: a path, an address, or a hub id and commit.
-        sha256: hash of the GGUF file, or of a folder's weight files and config.json (see `folder_sha256`).
+        sha256: hash of the GGUF file, or of a folder's weight files and config.json (see `models.content`).
+        report: what the files hold beyond the model, and where it ends.
     """
 
     model: PreTrainedModel
@@ -50,6 +54,7 @@ class LoadedModel:
     name: str
     source: str
     sha256: str
+    report: LoadReport = field(default_factory=LoadReport)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +68,17 @@ class AssetModel:
         """Fetch the asset if it is not in the cache, and load it. Raises UserError."""
         served = fetch(ASSETS[self.asset], hint="model=local model.path=DIR needs no network")
         folder = dequantized(served.path, served.sha256, f"model={self.name}")
-        model, tokenizer = load_folder(folder, dtype, device, f"model={self.name}", room=room)
-        return LoadedModel(model, tokenizer, self.name, served.source, served.sha256)
+        loaded = load_reported(folder, dtype, device, f"model={self.name}", room=room)
+        return LoadedModel(
+            loaded.model, loaded.tokenizer, self.name, served.source, served.sha256, loaded.report
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalModel:
     """A transformers folder or a .gguf file; `name` defaults to the last part of the path."""
 
-    path: str | None = None
+    path: InputPath | None = None
     name: str | None = None
     trust_remote_code: bool = False
 
@@ -83,14 +90,15 @@ class LocalModel:
         if not path.exists():
             raise UserError(f"{option}: there is no such folder or file")
         if path.suffix == ".gguf" and path.is_file():
-            sha256 = file_sha256(path)
+            sha256 = known_sha256(path)
             folder = dequantized(path, sha256, option)
         elif (path / "config.json").is_file():
-            sha256, folder = folder_sha256(path), path
+            sha256, folder = folder_sha256(path, self.trust_remote_code), path
         else:
             raise UserError(f"{option}: is neither a .gguf file nor a folder with a config.json")
-        model, tokenizer = load_folder(folder, dtype, device, option, self.trust_remote_code, room)
-        return LoadedModel(model, tokenizer, self.name or path.resolve().stem, str(path), sha256)
+        loaded = load_reported(folder, dtype, device, option, self.trust_remote_code, room)
+        name = self.name or (path.resolve().name if path.is_dir() else path.stem)
+        return LoadedModel(loaded.model, loaded.tokenizer, name, str(path), sha256, loaded.report)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,51 +117,101 @@ class HubModel:
         _check(dtype, device)  # before a long download
         folder = hub_snapshot(self.id, self.revision)
         option = f"model.id={self.id}"
-        model, tokenizer = load_folder(folder, dtype, device, option, self.trust_remote_code, room)
+        loaded = load_reported(folder, dtype, device, option, self.trust_remote_code, room)
         name = self.name or self.id.split("/")[-1]
-        return LoadedModel(model, tokenizer, name, f"hub {self.id}@{folder.name}", folder_sha256(folder))
+        sha256 = folder_sha256(folder, self.trust_remote_code)
+        source = f"hub {self.id}@{folder.name}"
+        return LoadedModel(loaded.model, loaded.tokenizer, name, source, sha256, loaded.report)
+
+
+@dataclass(frozen=True)
+class LoadedFolder:
+    """Model and tokenizer of a transformers folder, and what its files hold beyond them."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    report: LoadReport
 
 
 def load_folder(
     folder: Path, dtype: str, device: str, option: str, trust_remote_code: bool = False, room: int | None = None
 ) -> tuple[PreTrainedModel, Any]:
+    """Load model and tokenizer of a transformers folder (see `load_reported`)."""
+    loaded = load_reported(folder, dtype, device, option, trust_remote_code, room)
+    return loaded.model, loaded.tokenizer
+
+
+def load_reported(
+    folder: Path, dtype: str, device: str, option: str, trust_remote_code: bool = False, room: int | None = None
+) -> LoadedFolder:
     """Load model and tokenizer of a transformers folder: a causal LM, or a multimodal model that contains one.
 
     A model of more than `room` bytes is offloaded (see `open_offloaded`); None: it is loaded whole, whatever its size.
-    Raises UserError naming `option` where the folder does not hold all weights, finite and not yet quantized,
-    or naming dtype or device where those cannot be used.
+    Raises UserError naming `option` where the folder does not hold all weights, finite and not yet quantized, and no
+    others (see `load_report`), or naming dtype or device where those cannot be used.
     """
     _check(dtype, device)
     with _quietly(), _naming(option):
         code = {"trust_remote_code": trust_remote_code, "local_files_only": True}
         config = AutoConfig.from_pretrained(folder, **code)
-        if getattr(config, "quantization_config", None) is not None:
-            raise UserError(f"{option}: is quantized already; name the full-precision model")
+        _check_unquantized(config, option)
         if also_sees(config):
             log.info("%s: a %s; its language model alone is quantized and scored", option, config.model_type)
         tokenizer = AutoTokenizer.from_pretrained(folder, **code)
-        if room is not None and folder_numbers(folder) * DTYPES[dtype].itemsize > room:
-            return _offloaded(folder, config, dtype, device, option, trust_remote_code), tokenizer
+        if room is not None and folder_numbers(folder, option) * DTYPES[dtype].itemsize > room:
+            model, report = _offloaded(folder, config, dtype, device, option, trust_remote_code)
+        else:
+            model, report = _in_memory(folder, config, dtype, option, code)
+            model = model.to(device).eval().requires_grad_(False)
+        untied = correct_tie(model)
+        report = replace(report, untied=untied, tokens_beyond=tokens_beyond(tokenizer, report.vocabulary))
+    for sentence in report.warnings():
+        log.warning("%s: %s", option, sentence)
+    return LoadedFolder(model, tokenizer, report)
+
+
+def _check_unquantized(config: Any, option: str) -> None:
+    for part in (config, config.get_text_config()):
+        for name in ("quantization_config", "compression_config"):
+            if getattr(part, name, None) is not None:
+                raise UserError(f"{option}: is quantized already; name the full-precision model")
+
+
+def _in_memory(
+    folder: Path, config: Any, dtype: str, option: str, code: dict[str, Any]
+) -> tuple[PreTrainedModel, LoadReport]:
+    """A folder's whole model in memory."""
+    try:
         loaded: Any = auto_class(config).from_pretrained(
             folder, config=config, dtype=DTYPES[dtype], output_loading_info=True, **code
         )
+    except Exception:
+        remote = {"trust_remote_code": True} if code["trust_remote_code"] else {}
+        examine(folder, skeleton(folder, config, DTYPES[dtype], **remote), option)  # which may know a better reason
+        raise
     model, info = loaded
     _check_causal(model, option)
+    if getattr(model, "peft_config", None):
+        raise UserError(f"{option}: has an adapter beside its weights; merge it, or move its {ADAPTER_CONFIG} away")
+    report = examine(folder, model, option)
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{option}: holds no weights for {missing[0]} ({len(missing)} missing)")
     _check_finite(model, option)
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    return model, report
 
 
 def _offloaded(
     folder: Path, config: Any, dtype: str, device: str, option: str, trust_remote_code: bool
-) -> PreTrainedModel:
-    """The model of a folder with its blocks left on disk."""
+) -> tuple[PreTrainedModel, LoadReport]:
+    """A folder's model with its blocks left on disk."""
     code = {"trust_remote_code": trust_remote_code} if trust_remote_code else {}
-    model = open_offloaded(folder, config, DTYPES[dtype], torch.device(device), option, **code)
+    return_large()
+    model = skeleton(folder, config, DTYPES[dtype], **code)
     _check_causal(model, option)
+    report = examine(folder, model, option)
+    model = offload(model, folder, DTYPES[dtype], torch.device(device), option)
     log.info("%s is offloaded: its blocks stay in %s and are read when they are computed", option, folder)
-    return model
+    return model, report
 
 
 def dequantized(gguf: Path, sha256: str, option: str) -> Path:
@@ -208,21 +266,6 @@ def hub_snapshot(model_id: str, revision: str = "main") -> Path:
             raise UserError(
                 f"{option}: the Hugging Face hub does not answer, nor is it in its local cache. {_OFFLINE}"
             ) from error
-
-
-def folder_sha256(folder: Path) -> str:
-    """Hash of the weight files and config.json of a transformers folder.
-
-    It is the sha256 of sha256sum's output on these files, in the order of their names. The hub's cache names large
-    files by their sha256, which then is not computed again.
-    """
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *weights]):
-        blob = path.resolve()
-        known = blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name)
-        digest.update(f"{blob.name if known else file_sha256(path)}  {path.name}\n".encode())
-    return digest.hexdigest()
 
 
 def _check(dtype: str, device: str) -> None:

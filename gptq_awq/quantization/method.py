@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -13,13 +14,14 @@ from gptq_awq.calibration.self_calibration import SelfCalibration
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid
 from gptq_awq.numerics.linalg import NotPositiveDefiniteError
+from gptq_awq.runtime.options import checked_dataclass
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.solvers.base import Rowwise, Solution, Solver
 from gptq_awq.transforms.base import ModelTransform, Transform
 from gptq_awq.tuning.base import BlockTuning, ModelTuning
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class Method:
     """A quantization method: transforms, a solver and tuning, applied block by block, and options of calibration.
 
@@ -45,19 +47,15 @@ class Method:
     solver: Solver | None
     transforms: Mapping[str, Transform | ModelTransform] = field(default_factory=dict)
     error_propagation: bool = True
-    cast: str | None = None
+    cast: Literal["bfloat16", "float16"] | None = None
     tuning: Mapping[str, BlockTuning | ModelTuning] = field(default_factory=dict)
     self_calibration: SelfCalibration | None = None
-    head: str | None = None
+    head: Literal["rtn", "solve"] | None = None
     untie_head: bool = False
 
     def __post_init__(self) -> None:
-        if self.head not in (None, "rtn", "solve"):
-            raise UserError(f"head={self.head}: choose null, rtn or solve")
         if self.untie_head and self.head is None:
             raise UserError("untie_head=true: only a head that is quantized needs it; choose head=solve or head=rtn")
-        if self.cast not in (None, "bfloat16", "float16"):
-            raise UserError(f"method.cast={self.cast}: choose bfloat16, float16 or null")
         if self.needs_full and not self.error_propagation:
             raise UserError(
                 f"method.error_propagation=false: method={self.name} corrects what the layers before have lost, "

@@ -27,7 +27,6 @@ from gptq_awq.errors import UserError
 from gptq_awq.evaluation.evaluate import full_precision, score
 from gptq_awq.experiment.context import RunContext, load, self_calibrated
 from gptq_awq.experiment.fingerprint import environment
-from gptq_awq.experiment.options import check_options
 from gptq_awq.experiment.plan import Plan, preflight
 from gptq_awq.experiment.renamed import current_targets
 from gptq_awq.experiment.summary import LEDGER
@@ -97,7 +96,6 @@ def replay(run_dir: Path, track: Track, scores: bool = False, device: str | None
     with tempfile.TemporaryDirectory() as scratch:
         config.out, config.resume = scratch, False
         config.device = device or config.device
-        check_options(config)
         plan = replace(preflight(config), config=stored.config)
     context = self_calibrated(plan, load(plan), track)
     circumstances = tuple(_circumstances(stored.manifest, context))

@@ -14,12 +14,12 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import annotated_types
 from annotated_types import Ge, Gt, Interval, Le, Lt
-from pydantic import BeforeValidator, ConfigDict, TypeAdapter
-from pydantic.errors import PydanticUserError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, StringConstraints, TypeAdapter
 from typing_extensions import dataclass_transform
 
 from gptq_awq.errors import UserError
@@ -34,10 +34,15 @@ GroupSize = Annotated[int, Ge(1)] | Literal[-1]
 """Columns that share a scale; -1: all of a row's."""
 Search = Literal["minmax", "mse", "hessian"]
 """How the range of a group is chosen."""
-ScaleDtype = Literal["float32", "float16", "bfloat16"]
-ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+_BYTES = r"^\s*[0-9.]+(e[0-9]+)?\s*[kKmMgGtT]?i?[bB]?\s*$"
+ByteSize = Annotated[str, StringConstraints(pattern=_BYTES), "a number of bytes, such as 4GB"]
+ComputeDtype = Literal["auto"] | Dtype
+_DEVICES = r"^(auto|cpu|cuda(:[0-9]+)?|mps|xpu(:[0-9]+)?)$"
+Device = Annotated[str, StringConstraints(pattern=_DEVICES), "auto, cpu, cuda, cuda:1 or the like"]
 Seed = Annotated[int, Interval(ge=0, lt=2**63)]
-NamesBeside = Annotated[str | Sequence[str], "beside"]
+InputPath = Annotated[str, AfterValidator(lambda path: _existing(path)), "a file or folder that is there"]
+NamesBeside = Annotated[str | Sequence[str], "names of what is beside"]
 """Names of the nodes beside the option, such as the formats that `export.formats` chooses among."""
 
 _LOOSE = ConfigDict(coerce_numbers_to_str=True, arbitrary_types_allowed=True, allow_inf_nan=False)
@@ -95,17 +100,32 @@ def nearest(name: Any, known: Mapping[str, Any] | typing.Iterable[str], prefix: 
 
 def checked(value: Any, annotation: Any, option: str) -> Any:
     """The value as its annotation's type. Raises UserError naming `option` and what it takes."""
-    if annotation is Any or (isinstance(value, str) and value == "???"):
+    if not _is_data(annotation):
         return value
     if isinstance(value, bool) and "on" in _choices(annotation):
         value = _SPELLED[value]
     try:
         return _adapter(annotation).validate_python(value)
-    except PydanticUserError:  # an annotation that isn't one of data
-        return value
     except ValueError:
         wanted = described(annotation)
         raise UserError(f"{option}={_shown(value)}: give {wanted}{_near_choice(value, annotation)}") from None
+
+
+def _existing(path: str) -> str:
+    if not Path(path).expanduser().exists():
+        raise ValueError(path)
+    return path
+
+
+def _is_data(annotation: Any) -> bool:
+    """Whether an annotation is one of values that a config can hold, and so can be checked."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal or annotation in (bool, int, float, str, None, type(None)):
+        return True
+    if origin is Annotated:
+        return _is_data(arguments[0])
+    containers = (Union, types.UnionType, list, tuple, dict, collections.abc.Sequence, collections.abc.Mapping)
+    return origin in containers and all(each in (..., Any) or _is_data(each) for each in arguments)
 
 
 def _near_choice(value: Any, annotation: Any) -> str:
@@ -130,8 +150,11 @@ def described(annotation: Any) -> str:
     """In words, the values that an annotation takes: "a whole number from 2 to 8", "one of none, rtn"."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return described(arguments[0]) + _bounds(arguments[1:])
+        said = next((each for each in arguments[1:] if isinstance(each, str)), None)
+        return said or described(arguments[0]) + _bounds(arguments[1:])
     if origin in (Union, types.UnionType):
+        if len(arguments) == 2 and get_args(arguments[1])[:1] == arguments[:1]:
+            return f"{described(arguments[0])}, or a list of these"
         parts = [described(each) for each in arguments if each is not type(None)]
         return " or ".join([*parts, *(["null"] if type(None) in arguments else [])])
     if origin is Literal:
@@ -139,8 +162,10 @@ def described(annotation: Any) -> str:
         return f"one of {names}" if len(arguments) > 1 else names
     if origin in (list, tuple, collections.abc.Sequence):
         return f"a list, each {described(arguments[0])}" if arguments else "a list"
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
-    return words.get(annotation, "a map" if origin in (dict, collections.abc.Mapping) else "a fitting value")
+    if origin in (dict, collections.abc.Mapping):
+        return f"a map of {described(arguments[1])}" if arguments[1] is not Any else "a map"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", None: "null"}
+    return words.get(annotation, "a fitting value")
 
 
 def _bounds(metadata: tuple[Any, ...]) -> str:
@@ -182,7 +207,8 @@ def _without_booleans(annotation: Any) -> Any:
     if origin in (Union, types.UnionType):
         return Union[tuple(map(_without_booleans, arguments))]  # noqa: UP007 (of a tuple)
     if origin in (list, tuple, dict, collections.abc.Sequence, collections.abc.Mapping):
-        return origin[tuple(each if each is ... else _without_booleans(each) for each in arguments)]
+        container: Any = origin
+        return container[tuple(each if each is ... else _without_booleans(each) for each in arguments)]
     return annotation
 
 
@@ -196,21 +222,17 @@ def _no_boolean(value: Any) -> Any:
 def checked_dataclass(cls: type[T]) -> type[T]:
     """A frozen dataclass whose fields are checked by their annotations when an instance is made.
 
-    Raises (from the constructor):
-        UserError: "GPTQ.damping=-1: give a number, at least 0".
+    The constructor raises UserError: "GPTQ.damping=-1: give a number, at least 0".
     """
-    own: Callable[[Any], None] | None = getattr(cls, "__post_init__", None)
+    own: Callable[[Any], None] | None = cls.__dict__.get("__post_init__")
 
     def __post_init__(self: Any) -> None:  # noqa: N807
-        if type(self) is made or own is None or not hasattr(own, "_checks"):
-            _check_fields(self)
+        _check_fields(self)
         if own is not None:
             own(self)
 
-    __post_init__._checks = True  # type: ignore[attr-defined]
     cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
-    made = dataclass(frozen=True)(cls)
-    return made
+    return dataclass(frozen=True)(cls)
 
 
 def _check_fields(instance: Any) -> None:

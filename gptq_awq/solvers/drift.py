@@ -3,18 +3,16 @@
 Drift is the difference between a linear's input X in the full-precision model and X̃ in the quantized one.
 """
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gptq_awq.errors import UserError
 from gptq_awq.numerics.linalg import reordered
+from gptq_awq.runtime.options import Fraction, checked_dataclass
 from gptq_awq.solvers.gptq import GPTQ
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class DriftCorrected(GPTQ):
     """GPTQ with its options and `strength`, the fraction of the drift to correct.
 
@@ -25,13 +23,8 @@ class DriftCorrected(GPTQ):
         UserError: a strength outside of 0 to 1, or an option that GPTQ refuses.
     """
 
-    strength: float = 1.0
+    strength: Fraction = 1.0
     needs_cross: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.strength <= 1:
-            raise UserError(f"method.solver.strength={self.strength}: give a fraction from 0 (as gptq) to 1")
 
 
 def to_rounding_order(square: Float[Tensor, "in in"], order: Int[Tensor, "in"] | None) -> Float[Tensor, "in in"]:

@@ -13,24 +13,25 @@ the last lazy update left them: the original code's choice, so that results equa
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from gptq_awq.calibration.moments import Factor, Moments, factor_together
-from gptq_awq.errors import UserError
 from gptq_awq.grids.arithmetic import KINDS, Params, in_numbers
 from gptq_awq.grids.base import Fitted, Grid, QuantizedWeight, concat_stores, fit_all, group_of_columns, row_parts
 from gptq_awq.kernels import gpu
 from gptq_awq.kernels.columns import sweep_columns
 from gptq_awq.numerics.linalg import NotPositiveDefiniteError, reordered
+from gptq_awq.runtime.options import NonNegative, PositiveInt, checked_dataclass
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.solvers.base import Solution
 from gptq_awq.solvers.rtn import RTN
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class GPTQ:
     """GPTQ: round columns in sequence, with Hessian-based error feedback onto the columns not yet rounded.
 
@@ -46,20 +47,12 @@ class GPTQ:
 
     act_order: bool = False
     static_groups: bool = False
-    damping: float = 0.01
-    block_size: int = 128
-    fallback: str = "none"
+    damping: NonNegative = 0.01
+    block_size: PositiveInt = 128
+    fallback: Literal["none", "rtn"] = "none"
     name: str = "gptq"
     needs_hessian: bool = True
     needs_cross: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.damping >= 0:
-            raise UserError(f"method.solver.damping={self.damping}: give a fraction of the mean diagonal, such as 0.01")
-        if self.block_size < 1:
-            raise UserError(f"method.solver.block_size={self.block_size}: give a number of columns, such as 128")
-        if self.fallback not in ("none", "rtn"):
-            raise UserError(f"method.solver.fallback={self.fallback}: choose none or rtn")
 
     def __init_subclass__(cls) -> None:
         """Disable `solve_together` in a subclass that overrides `solve` only: its weights are solved one at a time."""
@@ -137,9 +130,10 @@ class GPTQ:
         """Stack the weights that share one H: the weight to start from, its groups, and columns in rounding order."""
         U, order, _ = factor
         W = weights[0].clone() if len(weights) == 1 else torch.cat(weights)
-        # Columns whose input is always zero do not affect the output.
-        W.masked_fill_(moments.dead(), 0)
         W = self.target(W, moments, U, order)
+        # Columns whose input is always zero do not affect the output. Drift may give them one in full precision, whose
+        # share of the output the target has moved to the other columns by now.
+        W.masked_fill_(moments.dead(), 0)
         # Static groups are fitted now, in natural order; others when the sweep reaches them.
         hessian = moments.hessian if grid.needs_hessian else None
         group_of_column = group_of_columns(W.shape[1], grid.group_size)

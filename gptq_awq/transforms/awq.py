@@ -15,7 +15,6 @@ The paper's weight clipping is a range search of the grid: `grid.search=hessian`
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -23,13 +22,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gptq_awq.calibration.moments import Moments
-from gptq_awq.errors import UserError
 from gptq_awq.grids.arithmetic import in_numbers
 from gptq_awq.grids.base import Grid, fit_all, group_spans, nearest
 from gptq_awq.kernels import rank_k
 from gptq_awq.kernels.quadratic import Quadratic
 from gptq_awq.models.linear import Site, matrix
 from gptq_awq.numerics.linalg import quadratic
+from gptq_awq.runtime.options import PositiveInt, checked_dataclass
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.transforms.base import ModuleInputs, Scaling, absorb_scaling
 
@@ -38,7 +37,7 @@ Loss = Callable[[Tensor], float]
 """Scales (in,) → the output error of rounding with those scales."""
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class AWQ:
     """AWQ: activation-aware scaling of each site's input channels.
 
@@ -48,18 +47,10 @@ class AWQ:
         objective: loss of the search, "linear" or "module"; see the module's docstring.
     """
 
-    ratio_steps: int = 20
+    ratio_steps: PositiveInt = 20
     duo: Literal["on", "off", "both"] = "on"
     objective: Literal["linear", "module"] = "linear"
     name: str = "awq"
-
-    def __post_init__(self) -> None:
-        if self.ratio_steps < 1:
-            raise UserError(f"method.transforms.awq.ratio_steps={self.ratio_steps}: give at least 1")
-        if str(self.duo) not in ("on", "off", "both"):
-            raise UserError(f"method.transforms.awq.duo={self.duo}: choose on, off or both")
-        if self.objective not in ("linear", "module"):
-            raise UserError(f"method.transforms.awq.objective={self.objective}: choose linear or module")
 
     @torch.no_grad()
     def apply(

@@ -31,6 +31,7 @@ from gptq_awq.models.experts import experts_in
 from gptq_awq.models.linear import Site, is_linear, matrix
 from gptq_awq.models.topology import VERIFY_TOLERANCE, observe_sites, relative_error
 from gptq_awq.numerics.hadamard import largest_order, times_hadamard
+from gptq_awq.runtime.options import Seed, checked_dataclass
 from gptq_awq.runtime.profiling import phase
 
 LOGITS_TOLERANCE = {torch.float32: 1e-3}
@@ -62,7 +63,7 @@ class Rotation:
         return y - 2 * (y @ w)[..., None] * w / length if length > 0 else y
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class QuaRot:
     """QuaRot: rotate the residual stream and the value heads of a whole model, before the block loop.
 
@@ -71,7 +72,7 @@ class QuaRot:
         heads: whether the value heads are rotated too.
     """
 
-    seed: int = 0
+    seed: Seed = 0
     heads: bool = True
     name: str = "quarot"
 

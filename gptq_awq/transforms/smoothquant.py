@@ -10,7 +10,6 @@ meant for quantized activations. Where only weights are rounded, AWQ is the bett
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,17 +17,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gptq_awq.calibration.moments import Moments
-from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid
 from gptq_awq.models.linear import Site, is_linear, matrix
 from gptq_awq.models.topology import absorb
+from gptq_awq.runtime.options import Fraction, checked_dataclass
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.transforms.base import ModuleInputs, Scaling
 
 MIN_SCALE = 1e-5
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class SmoothQuant:
     """SmoothQuant: scale each site's channels by the magnitudes of its activations and weights.
 
@@ -40,15 +39,9 @@ class SmoothQuant:
         UserError: α outside of 0 to 1, or an unknown value of `sites`.
     """
 
-    alpha: float = 0.5
+    alpha: Fraction = 0.5
     sites: Literal["norms", "all"] = "norms"
     name: str = "smoothquant"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise UserError(f"method.transforms.smoothquant.alpha={self.alpha}: give a number from 0 to 1")
-        if self.sites not in ("norms", "all"):
-            raise UserError(f"method.transforms.smoothquant.sites={self.sites}: choose norms or all")
 
     @phase("search")
     @torch.no_grad()

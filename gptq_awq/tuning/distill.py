@@ -12,7 +12,6 @@ why it generalises from a few thousand tokens, where learning the codes this way
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.models.attention import differentiable_attention
 from gptq_awq.models.decoder_head import logits
 from gptq_awq.models.linear import matrix
+from gptq_awq.runtime.options import Fraction, NonNegative, PositiveInt, Seed, checked_dataclass
 from gptq_awq.runtime.progress import Track
 from gptq_awq.tuning.linear import check_scales, rescaled, scale_rates, tuned_linears
 from gptq_awq.tuning.passes import first_and_last, shuffled
@@ -37,7 +37,7 @@ CHUNK_TOKENS = 128
 BETAS = 0.9, 0.95
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class Distill:
     """Distill: scales, norms and biases tuned end to end against the full-precision model's predictions.
 
@@ -54,20 +54,13 @@ class Distill:
         UserError: a value out of range.
     """
 
-    epochs: float = 2.0
-    tokens_per_step: int = 512
-    scale_lr: float = 0.04
-    vector_lr: float = 1e-3
-    warmup: float = 0.1
-    seed: int = 0
+    epochs: NonNegative = 2.0
+    tokens_per_step: PositiveInt = 512
+    scale_lr: NonNegative = 0.04
+    vector_lr: NonNegative = 1e-3
+    warmup: Fraction = 0.1
+    seed: Seed = 0
     name: str = "distill"
-
-    def __post_init__(self) -> None:
-        for option in ("epochs", "scale_lr", "vector_lr", "warmup"):
-            if getattr(self, option) < 0:
-                raise UserError(f"method.tuning.distill.{option}={getattr(self, option)}: give a number from 0 on")
-        if self.tokens_per_step < 1:
-            raise UserError(f"method.tuning.distill.tokens_per_step={self.tokens_per_step}: give at least 1")
 
     def check(self, grid: Grid) -> None:
         """Raise UserError for a grid whose scales cannot be tuned."""

@@ -12,10 +12,11 @@ GPTQ.
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Interval
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -24,13 +25,14 @@ from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.models.attention import differentiable_attention
 from gptq_awq.models.linear import matrix
+from gptq_awq.runtime.options import NonNegative, PositiveInt, Seed, checked_dataclass
 from gptq_awq.tuning.base import Example
 from gptq_awq.tuning.linear import ColumnGroups, check_scales, rescaled, scale_rates
 from gptq_awq.tuning.passes import first_and_last, shuffled
 from gptq_awq.tuning.vectors import Vectors
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class LearnedRounding:
     """Learned rounding: a block's codes and scales, learned by gradients of its output error.
 
@@ -48,26 +50,15 @@ class LearnedRounding:
         UserError: a value out of range.
     """
 
-    epochs: float = 4.0
-    tokens_per_step: int = 1024
-    rounding_lr: float = 0.01
-    scale_lr: float = 0.016
-    vector_lr: float = 0.0
-    margin: float = 0.1
+    epochs: NonNegative = 4.0
+    tokens_per_step: PositiveInt = 1024
+    rounding_lr: NonNegative = 0.01
+    scale_lr: NonNegative = 0.016
+    vector_lr: NonNegative = 0.0
+    margin: Annotated[float, Interval(ge=0, lt=0.5)] = 0.1
     optimizer: Literal["sign", "adam"] = "adam"
-    seed: int = 0
+    seed: Seed = 0
     name: str = "rounding"
-
-    def __post_init__(self) -> None:
-        for option in ("epochs", "rounding_lr", "scale_lr", "vector_lr"):
-            if getattr(self, option) < 0:
-                raise UserError(f"method.tuning.rounding.{option}={getattr(self, option)}: give a number from 0 on")
-        if not 0 <= self.margin < 0.5:
-            raise UserError(f"method.tuning.rounding.margin={self.margin}: give a number from 0 to below 0.5")
-        if self.optimizer not in ("sign", "adam"):
-            raise UserError(f"method.tuning.rounding.optimizer={self.optimizer}: choose sign or adam")
-        if self.tokens_per_step < 1:
-            raise UserError(f"method.tuning.rounding.tokens_per_step={self.tokens_per_step}: give at least 1")
 
     def check(self, grid: Grid) -> None:
         """Raise UserError for a grid other than uniform integer codes with scales that can be tuned."""

@@ -21,14 +21,14 @@ import secrets
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
-from gptq_awq.errors import UserError
 from gptq_awq.results import Result, flat_row
+from gptq_awq.runtime.options import checked_dataclass
 
 log = logging.getLogger(__name__)
 
-MODES = (None, "online", "offline", "disabled")
+
 ID_LENGTH = 16
 # Seconds to wait for a server that doesn't answer: when the run starts, when a key must be asked for, when it ends.
 LIMITS = {"init_timeout": 30.0, "login_timeout": 60.0, "finish_timeout": 60.0}
@@ -93,7 +93,7 @@ class NoTracking:
         """Nothing."""
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class WandbTracking:
     """Weights & Biases. None leaves an option to wandb and its environment variables.
 
@@ -104,13 +104,9 @@ class WandbTracking:
     project: str = "gptq_awq"
     entity: str | None = None
     group: str | None = None
-    mode: str | None = None
+    mode: Literal["online", "offline", "disabled"] | None = None
     tags: tuple[str, ...] = ()
     dir: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise UserError(f"tracking.mode={self.mode}: choose online, offline or disabled")
 
     def start(
         self, config: Mapping[str, Any], name: str, group: str | None = None, run_id: str | None = None
