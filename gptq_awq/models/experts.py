@@ -24,12 +24,12 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from gptq_awq.errors import UserError
-from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call, find_blocks
+from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call, find_blocks, update_error
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.offload import residence, resident
 
 TOLERANCE = 1e-2
-"""Largest relative change of a block's output in 16 bits: only the rounding of products may differ."""
+"""Largest relative change of what a block adds to a token in 16 bits: only the rounding of products may differ."""
 PRODUCTS = {
     functional.linear,
     torch.matmul,
@@ -276,7 +276,7 @@ def _unfuse_all(model: nn.Module, prefix: str, blocks: nn.ModuleList, pending: S
             expected = calls[index].run(block, hidden)
             seen = observe_layout(block, hidden, calls[index])
             unfuse_block(block, seen)
-            _check_same(calls[index].run(block, hidden), expected, f"{prefix}.{index}")
+            _check_same(calls[index].run(block, hidden), expected, hidden, f"{prefix}.{index}")
         known |= {kind: seen.get(name) for name, kind in kinds.items()}
 
 
@@ -327,9 +327,9 @@ def _kind(block: nn.Module, name: str) -> Kind:
     return type(block.get_submodule(path)), attribute
 
 
-def _check_same(now: Tensor, before: Tensor, where: str) -> None:
-    """Raise UserError where a block's output changed by more than the rounding of products."""
-    error = float((now - before).float().norm() / before.float().norm().clamp(min=1e-30))
-    limit = 1e-5 if before.dtype == torch.float32 else TOLERANCE
+def _check_same(now: Tensor, before: Tensor, hidden: Tensor, where: str) -> None:
+    """Raise UserError where what a block adds to any token changed by more than the rounding of products."""
+    error = update_error(now, before, hidden)
+    limit = 1e-4 if before.dtype == torch.float32 else TOLERANCE
     if not error <= limit:
         raise UserError(f"model: {where} computes something else with its experts as linears (by {error:.1e})")

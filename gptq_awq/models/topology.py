@@ -8,8 +8,8 @@ copy of the block:
 2. trace    put known positive noise at the proposal's output and multiply channel r by a factor that spells
             r in base `LEVELS`. Where each column of the site's input is multiplied by one of these factors,
             the factors spell which channel feeds the column;
-3. verify   divide the channels by random s, multiply the site's columns by s: the block's output must not
-            change. This also rejects channels with another reader (a residual, another site).
+3. verify   divide the channels by random s, multiply the site's columns by s: what the block adds to each
+            token must not change. This also rejects channels with another reader (a residual, another site).
 
 Of experts, only the first that the probe reaches is examined; the others get the same absorbers (expert_sites.py).
 
@@ -25,14 +25,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gptq_awq.models.blocks import Call, hooks
+from gptq_awq.models.blocks import Call, hooks, update_error
 from gptq_awq.models.expert_sites import Seen, alike, completed
 from gptq_awq.models.expert_sites import like as like_that
 from gptq_awq.models.linear import Absorber, Site, channels, is_linear, matrix
 
 LEVELS = 64  # distinct factors in one trace: 2.2% apart, far above rounding errors
 TRACE_TOLERANCE = 3e-3  # relative error of a traced column, and distance of its factor from the nearest level
-VERIFY_TOLERANCE = 1e-4  # relative change of the block's output
+VERIFY_TOLERANCE = 1e-4  # relative change of what the block adds to any token
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _site_input(probe: _Probe, site: Site, handle) -> Float[Tensor, "tokens in"]
 
 
 def _verify(probe: _Probe, site: Site, absorber: Absorber) -> bool:
-    """Whether absorbing random scales leaves the block's output unchanged."""
+    """Whether absorbing random scales leaves what the block adds to each token unchanged."""
     s = absorber.tie(torch.rand(site.width, generator=torch.Generator().manual_seed(1)) * 1.5 + 0.5)
     s = s.to(probe.hidden.device)
     touched = [absorber.producer, *site.linears]
@@ -227,7 +227,7 @@ def _verify(probe: _Probe, site: Site, absorber: Absorber) -> bool:
     expected = probe.run()
     try:
         absorb(probe.block, site, absorber, s)
-        return relative_error(probe.run(), expected) < VERIFY_TOLERANCE
+        return update_error(probe.run(), expected, probe.hidden) < VERIFY_TOLERANCE
     finally:
         for name, state in before.items():
             probe.block.get_submodule(name).load_state_dict(state)

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+import transformers as T  # noqa: N812
 from helpers.tiny_models import CONFIGS, tiny_model, tiny_tokens
 from torch import nn
 
-from gptq_awq.models.blocks import BlockCalls, find_blocks
+from gptq_awq.models.blocks import BlockCalls, Call, find_blocks
+from gptq_awq.models.experts import unfuse
 from gptq_awq.models.linear import is_linear
 from gptq_awq.models.topology import absorb, observe_sites, relative_error
 
@@ -133,22 +135,56 @@ def test_gemma_norms_are_seen_to_multiply_by_one_plus_their_weight():
     assert all(a.unit_offset for a in absorbers)
 
 
-def test_a_channel_that_someone_else_reads_is_not_absorbed():
-    class Leaky(nn.Module):
-        """An MLP whose norm also feeds the output directly."""
+class Leaky(nn.Module):
+    """An MLP whose norm also feeds the output directly; `gain` of the residual."""
 
-        def __init__(self):
-            super().__init__()
-            self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+    def __init__(self, residual=0.0):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.residual = residual
 
-        def forward(self, x):
-            y = self.norm(x)
-            return y + self.down(torch.relu(self.up(y)))
+    def forward(self, x):
+        y = self.norm(x)
+        return self.residual * x + y + self.down(torch.relu(self.up(y)))
 
+
+# (gain of the residual, size of the first token, size of the others)
+LOUD = {"no residual": (0.0, 1, 1), "one massive token": (1.0, 1e6, 1), "a large residual": (1.0, 1e4, 1e4)}
+
+
+@pytest.mark.parametrize("loud", LOUD)
+def test_a_channel_that_someone_else_reads_is_not_absorbed(loud):
     torch.manual_seed(0)
-    from gptq_awq.models.blocks import Call
-
-    up, down = observe_sites(Leaky(), torch.randn(1, 8, 16), Call(), absorbers=True)
+    residual, first, others = LOUD[loud]
+    hidden = others * torch.randn(1, 8, 16)
+    hidden[:, 0] *= first / others
+    up, down = observe_sites(Leaky(residual), hidden, Call(), absorbers=True)
     assert up.absorber is None
     assert down.absorber is not None
     assert down.absorber.producer == "up"
+
+
+def test_a_router_that_reads_a_norm_keeps_its_scales_out_of_it_beside_a_massive_activation():
+    torch.manual_seed(0)
+    config = T.Qwen2MoeConfig(
+        **{"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_experts": 8},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+        shared_expert_intermediate_size=64,
+    )
+    model = T.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.mul_(5) if parameter.dim() > 1 else parameter.add_(0.3 * torch.randn_like(parameter))
+    model.get_input_embeddings().weight[1] = 1e5
+    unfuse(model)
+    _, blocks = find_blocks(model)
+    ids = tiny_tokens(1, 16)
+    ids[:, 0] = 1
+    hidden, calls = BlockCalls(model, blocks).record(ids)
+    found = {site.name: site.absorber for site in observe_sites(blocks[0], hidden, calls[0], absorbers=True)}
+    assert found["mlp.shared_expert.gate_proj+up_proj"] is None
+    right = {
+        "self_attn.q_proj+k_proj+v_proj": "input_layernorm",
+        "self_attn.o_proj": "self_attn.v_proj",
+        "mlp.shared_expert.down_proj": "mlp.shared_expert.up_proj",
+    }
+    assert {name: found[name].producer for name in right} == right
