@@ -14,12 +14,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import orjson
 
 from gptq_awq.errors import UserError
 from gptq_awq.storage.atomic import replacing
+from gptq_awq.storage.bounded import ROW_BYTES, read_bytes
 
 if TYPE_CHECKING:  # 65 MB and half a second, which a run that only writes its row need not spend
     import pandas as pd
@@ -204,8 +206,7 @@ def _find(root: Path | str) -> Iterator[str]:
 
 
 def _read_row(path: Path | str) -> dict[str, Any]:
-    with open(path, "rb") as file:  # noqa: PTH123
-        row = orjson.loads(file.read())
+    row = orjson.loads(read_bytes(path, ROW_BYTES))
     if not isinstance(row, dict):
         raise ValueError("not a results row")
     missing = [key for key in KEYS if key not in row and key not in OPTIONAL]
@@ -213,8 +214,72 @@ def _read_row(path: Path | str) -> dict[str, Any]:
         raise ValueError(f"not a results row: no {missing[0]!r}")
     if not all(isinstance(row[key], dict) for key in ("metrics", "seconds", "manifest", "config")):
         raise ValueError("not a results row: metrics, seconds, manifest and config must be maps")
+    if _depth_over(row, _DEEPEST):
+        raise ValueError(f"not a results row: nested more than {_DEEPEST} deep")
     row["metrics"] = {name: _with_floats(value) for name, value in row["metrics"].items()}
+    if (wrong := wrong_field(row)) is not None:
+        raise ValueError(f"not a results row: {wrong}")
     return {key: row[key] for key in KEYS if key in row}
+
+
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("method", "model", "status"), (str,)),
+    **dict.fromkeys(("ledger", "error", "grid", "act", "kv"), (str, NoneType)),
+    **dict.fromkeys(("bits", "bits_per_weight", "group_size", "size_bytes"), (int, float, NoneType)),
+    **dict.fromkeys(("baseline_size_bytes", "peak_memory_bytes"), (int, float, NoneType)),
+    **{"sym": (bool, NoneType), "forecast": (dict, NoneType)},
+}
+_DEEPEST = 50
+"""Largest depth of maps and lists in a row; those of a run have some six."""
+
+
+def wrong_field(row: Mapping[str, Any]) -> str | None:
+    """Name the first field of a row whose type is not the contract's, and say what it must be; None if all are."""
+    for key, kinds in _TYPES.items():
+        if type(row.get(key)) not in kinds and key in row:  # not isinstance: a boolean is no number here
+            return f"{key} must be {' or '.join(kind.__name__.replace('NoneType', 'null') for kind in kinds)}"
+    if row["status"] not in ("done", "failed"):
+        return "status must be done or failed"
+    return _wrong_number(row) or _wrong_in_manifest(row["manifest"])
+
+
+def _wrong_number(row: Mapping[str, Any]) -> str | None:
+    for name, value in row["metrics"].items():
+        if name in KEYS or name == "path" or name.startswith("seconds/"):
+            return f"metrics: {name!r} is the name of another column"
+        limits = value if isinstance(value, list) else [value]
+        if name.endswith("ci95") and value is not None and len(limits) != 2:
+            return f"metrics: {name!r} must be a pair of numbers"
+        if value is not None and not all(type(limit) in (int, float) for limit in limits):
+            return f"metrics: {name!r} must be a number"
+    for phase, value in row["seconds"].items():
+        if type(value) not in (int, float):
+            return f"seconds: {phase!r} must be a number"
+    return None
+
+
+def _wrong_in_manifest(manifest: Mapping[str, Any]) -> str | None:
+    for key in ("model", "tokens", "sources", "packages", "machine", "checkpoints"):
+        if not isinstance(manifest.get(key), (dict, NoneType)):
+            return f"manifest.{key} must be a map"
+    if not isinstance(manifest.get("run"), (str, NoneType)):
+        return "manifest.run must be text"
+    if not isinstance((manifest.get("model") or {}).get("sha256"), (str, NoneType)):
+        return "manifest.model.sha256 must be text"
+    for key in ("tokens", "sources"):
+        of_eval = (manifest.get(key) or {}).get("eval")
+        if not isinstance(of_eval, (dict, NoneType)):
+            return f"manifest.{key}.eval must be a map"
+        if not all(isinstance(value, (str, NoneType)) for value in (of_eval or {}).values()):
+            return f"manifest.{key}.eval must map to text"
+    return None
+
+
+def _depth_over(value: Any, most: int) -> bool:
+    """Whether maps and lists are nested more than `most` deep."""
+    if not isinstance(value, (dict, list)):
+        return False
+    return most == 0 or any(_depth_over(x, most - 1) for x in (value.values() if isinstance(value, dict) else value))
 
 
 def _with_floats(value: Any) -> Any:

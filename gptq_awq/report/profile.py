@@ -1,5 +1,6 @@
 """Error profiles of runs: the quantization errors in their ledgers, averaged per block and site."""
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,10 +11,16 @@ import orjson
 
 from gptq_awq.report.rows import Row
 from gptq_awq.results import NON_FINITE
+from gptq_awq.storage.bounded import LEDGER_BYTES, read_bytes
+
+log = logging.getLogger(__name__)
 
 ERRORS = {"output": "error_after", "weights": "weight_error"}
 LARGEST = 130_000
 """Largest count of numbers in all profiles together; further runs get no profile, so that the page stays small."""
+
+MOST_BLOCKS = 10_000
+"""Largest count of blocks that a profile has room for; a row of a later block is left out."""
 
 Profile = Mapping[str, Mapping[str, Sequence[float | None]]]
 
@@ -55,14 +62,36 @@ def _profile(rows: Iterable[tuple[str, dict[str, Any]]], key: str) -> dict[str, 
 
 
 def _rows(run: Row) -> list[dict[str, Any]]:
-    """Read the ledger's rows that name their block and site; an unreadable ledger has no rows."""
-    needed = ("name", "block", "site", *ERRORS.values())
+    """Read the ledger's rows that name their block and site; a ledger that can't be read has none.
+
+    The row may be a stranger's: its ledger is read inside of the run's own folder only, and up to a size.
+    """
+    folder = Path(run["path"])
     try:
-        lines = (Path(run["path"]) / (run["ledger"] or "ledger.jsonl")).read_bytes().splitlines()
-        rows = [{key: row[key] for key in needed if key in row} for row in map(orjson.loads, lines)]
-    except (OSError, ValueError, TypeError):
+        path = (folder / (run["ledger"] or "ledger.jsonl")).resolve()
+        if not path.is_relative_to(folder.resolve()):
+            raise ValueError("it lies outside of the run's folder")
+        lines = read_bytes(path, LEDGER_BYTES).splitlines()
+        return [row for row in map(_known, map(orjson.loads, lines)) if row is not None]
+    except FileNotFoundError:
         return []
-    return [row for row in rows if {"name", "block", "site"} <= row.keys()]
+    except (OSError, ValueError) as error:
+        log.warning("no profile of %s: its ledger cannot be read (%s)", folder, error)
+        return []
+
+
+def _known(row: Any) -> dict[str, Any] | None:
+    """What a profile needs of a ledger's row; None where that is not there."""
+    if not isinstance(row, dict) or type(row.get("block")) is not int or not 0 <= row["block"] < MOST_BLOCKS:
+        return None
+    if not isinstance(row.get("name"), str) or not isinstance(row.get("site"), str):
+        return None
+    errors = {key: row[key] for key in ERRORS.values() if key in row and _is_error(row[key])}
+    return {"name": row["name"], "block": row["block"], "site": row["site"]} | errors
+
+
+def _is_error(value: Any) -> bool:
+    return value is None or type(value) in (int, float) or (isinstance(value, str) and value in NON_FINITE)
 
 
 def _mean(values: list[float] | None) -> float | None:

@@ -2,10 +2,11 @@
 
 import csv
 import io
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from gptq_awq.report import escape
+from gptq_awq.report.escape import after_tex_break, one_line, spreadsheet, tex
 from gptq_awq.report.rows import measured
 from gptq_awq.report.settings import flat
 from gptq_awq.report.table import Cell, Table
@@ -17,35 +18,32 @@ PREAMBLE = r"""% Needs \usepackage{booktabs,graphicx}. \input it, or run pdflate
 \documentclass{article}\usepackage{booktabs,graphicx}\usepackage[margin=15mm,landscape]{geometry}
 \begin{document}\def\finish{\end{document}}\fi
 """
-TEX = {
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
-    **{"Δ": r"$\Delta$", "±": r"$\pm$", "≈": r"$\approx$", "×": r"$\times$", "−": "$-$", "<": "$<$", ">": "$>$"},
-}
 
 
 def markdown(tables: Iterable[Table], warnings: Sequence[str] = ()) -> str:
     """Render warnings, then one Markdown table per model with its notes."""
-    parts = [f"**Warning:** {warning}" for warning in warnings]
+    parts = [f"**Warning:** {escape.markdown(warning)}" for warning in warnings]
     for table in tables:
-        parts += [f"### {table.model}", _markdown_table(table), "  \n".join(table.notes)]
+        notes = "  \n".join(map(escape.markdown, table.notes))
+        parts += [f"### {escape.markdown(table.model)}", _markdown_table(table), notes]
     return "\n\n".join(part for part in parts if part)
 
 
 def _markdown_table(table: Table) -> str:
-    lines = [[name for name, _ in table.columns], [":---"] + ["---:"] * (len(table.columns) - 1)]
+    lines = [[escape.markdown(name) for name, _ in table.columns], [":---"] + ["---:"] * (len(table.columns) - 1)]
     lines += [[_markdown_cell(cell) for cell in row] for row in table.cells]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _markdown_cell(cell: Cell) -> str:
-    text = f"**{cell.text}**" if cell.best else cell.text
+    text = escape.markdown(cell.text)
+    text = f"**{text}**" if cell.best else text
     return text + (" ≈" if cell.ties else "") + (f" {NOT_DISTINGUISHABLE}" if cell.same else "")
 
 
 def latex(tables: Iterable[Table], warnings: Sequence[str] = ()) -> str:
     """Render one booktabs `table` environment per model, without times; † marks "not distinguishable"."""
-    comments = "".join(f"% Warning: {warning}\n" for warning in warnings)
+    comments = "".join(f"% Warning: {one_line(warning)}\n" for warning in warnings)
     return PREAMBLE + comments + "\n".join(map(_latex_table, tables)) + "\\finish\n"
 
 
@@ -56,7 +54,7 @@ def _latex_table(table: Table) -> str:
         if before is not None and run["bits"] != before:
             rows.append(r"\addlinespace")
         before = run["bits"]
-        rows.append(" & ".join(_latex_cell(row[index]) for index in shown) + r" \\")
+        rows.append(after_tex_break(" & ".join(_latex_cell(row[index]) for index in shown) + r" \\"))
     marks = [r"$\dagger$: not distinguishable from full precision."] if _has_same(table) else []
     notes = " ".join([*map(tex, table.notes), *marks])
     aligned = "".join("r" if _numeric(table, index) else "l" for index in shown)
@@ -66,7 +64,7 @@ def _latex_table(table: Table) -> str:
             rf"\caption{{{tex(table.model)}. {notes}}}",
             rf"\resizebox{{\ifdim\width>\linewidth\linewidth\else\width\fi}}{{!}}{{\begin{{tabular}}{{{aligned}}}",
             r"\toprule",
-            " & ".join(_latex_heading(table.columns[index][0]) for index in shown) + r" \\",
+            after_tex_break(" & ".join(_latex_heading(table.columns[index][0]) for index in shown) + r" \\"),
             r"\midrule",
             *rows,
             r"\bottomrule",
@@ -83,7 +81,7 @@ def _latex_heading(name: str) -> str:
     if not text or name == "bits/weight":
         return tex(name)
     delta = "Δ " if text.startswith("Δ ") else ""
-    return rf"\shortstack[r]{{{tex(text.removeprefix('Δ '))}\\{tex(delta + metric)}}}"
+    return rf"\shortstack[r]{{{tex(text.removeprefix('Δ '))}\\{after_tex_break(tex(delta + metric))}}}"
 
 
 def _has_same(table: Table) -> bool:
@@ -100,20 +98,14 @@ def _latex_cell(cell: Cell) -> str:
     return text + (r"\,$\approx$" if cell.ties else "") + (r"\,$^\dagger$" if cell.same else "")
 
 
-def tex(text: str) -> str:
-    """Escape `text` for TeX: its special characters, a hyphen before a number as minus, unknown non-ASCII as "?"."""
-    escaped = "".join(TEX.get(character, character) for character in text)
-    escaped = re.sub(r"(?<!\w)-(?=\d|inf)", "$-$", escaped)
-    return "".join(character if character.isascii() else "?" for character in escaped)
-
-
 def tidy(tables: Iterable[Table], verdicts: Verdicts) -> str:
     """Render CSV: one row per run, unrounded numbers, p-values beside their metrics (`NAME/p`, `NAME/p_best_holm`)."""
     rows = [_tidy_row(run, verdicts) for table in tables for run in table.runs]
     file = io.StringIO()
-    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.writer(file, lineterminator="\n")
+    lines = [keys, *([row.get(key) for key in keys] for row in rows)]
+    writer.writerows([spreadsheet(cell) for cell in line] for line in lines)
     return file.getvalue()
 
 

@@ -22,14 +22,22 @@ LISTED = 20
 
 
 def records(df: "pd.DataFrame") -> list[Row]:
-    """Convert a table of `results.load` to dicts of the rows' keys and `path`, None (not NaN) for missing values."""
+    """Convert a table of `results.load` to dicts of the rows' keys and `path`, None (not NaN) for missing values.
+
+    Metrics that are lists are left out, but for confidence intervals.
+    """
     plain = df[[*KEYS, "path"]].astype(object)
-    return [dict(zip(plain.columns, row, strict=True)) for row in plain.where(plain.notna(), None).to_numpy()]
+    rows = [dict(zip(plain.columns, row, strict=True)) for row in plain.where(plain.notna(), None).to_numpy()]
+    return [row | {"metrics": {n: v for n, v in row["metrics"].items() if _is_shown(n, v)}} for row in rows]
+
+
+def _is_shown(name: str, value: Any) -> bool:
+    return not isinstance(value, list) or name.endswith("ci95")
 
 
 def measured(metrics: Mapping[str, Any]) -> list[str]:
     """Names of the measured metrics, without the values derived from them (NAME/baseline, NAME/delta, …)."""
-    return [name for name in metrics if name.rpartition("/")[0] not in metrics]
+    return [name for name in metrics if name.rpartition("/")[0] not in metrics and not name.endswith("ci95")]
 
 
 def by_model(runs: Iterable[Row]) -> dict[str, list[Row]]:
@@ -79,7 +87,7 @@ def check_protocols(runs: Iterable[Row]) -> None:
         for name in measured(run["metrics"]):
             by_text[name.rpartition("/")[0]] += [name] if is_perplexity(name) else []
         for text, perplexities in by_text.items():
-            tokens = run["manifest"].get("tokens", {}).get("eval", {}).get(text, "unknown")
+            tokens = ((run["manifest"].get("tokens") or {}).get("eval") or {}).get(text) or "unknown"
             ways[text][" and ".join(sorted(perplexities)) or text, tokens].append(run["path"])
     for text, found in ways.items():
         if len(found) > 1:

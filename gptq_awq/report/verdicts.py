@@ -152,7 +152,9 @@ def _against_full_precision(arrays: Mapping[str, Arrays], known: Iterable[str]) 
     for path, found in arrays.items():
         for key in sorted(known):
             first, second = found.get(f"{key}/baseline"), found.get(key)
-            if first is not None and second is not None and not np.array_equal(first, second):
+            if first is None or second is None or first.shape != second.shape:
+                continue
+            if not np.array_equal(first, second):
                 tests.append(_Test(path, key, first, second, _weights(found, key)))
     return tests
 
@@ -175,8 +177,9 @@ def _against_best(leaders: Leaders, arrays: Mapping[str, Arrays]) -> list[_Test]
 
 def _weights(arrays: Arrays, key: str) -> Float[np.ndarray, "values"]:
     """Weights of a series in the bootstrap: tokens per block; 1 for each item of an lm-eval task."""
-    tokens = arrays.get(f"{key.rpartition('/')[0]}/tokens")
-    return tokens if tokens is not None and not key.startswith("lm_eval/") else np.ones(len(arrays[key]))
+    tokens, count = arrays.get(f"{key.rpartition('/')[0]}/tokens"), len(arrays[key])
+    known = tokens is not None and len(tokens) == count and not key.startswith("lm_eval/")
+    return tokens if known and np.isfinite(tokens).all() and (tokens > 0).all() else np.ones(count)
 
 
 def _adjusted(tests: Sequence[_Test]) -> dict[tuple[str, str], tuple[float, float]]:

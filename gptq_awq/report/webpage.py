@@ -4,6 +4,7 @@ The page is `page/page.html` with its styles and scripts inserted, and the data 
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -30,9 +31,8 @@ def page(tables: Sequence[Table], verdicts: Verdicts, warnings: Sequence[str] = 
         "DATA": _json(_data(tables, verdicts, warnings)),
     }
     html = (source / "page.html").read_text("utf-8")
-    for name, part in parts.items():  # the data comes last, so that no placeholder is replaced inside of it
-        html = html.replace(f"@{name}@", part, 1)
-    return html
+    # In one pass, so that nothing is replaced inside of what was inserted: a model may be called @DATA@.
+    return re.sub("|".join(f"@{name}@" for name in parts), lambda found: parts[found[0].strip("@")], html)
 
 
 def _data(tables: Sequence[Table], verdicts: Verdicts, warnings: Sequence[str]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
 
 
 def test_non_finite_metrics_are_strict_json_and_come_back_as_floats(tmp_path: Path) -> None:
-    metrics = {"a": math.inf, "b": -math.inf, "c": math.nan, "d": [0.5, math.inf], "e": np.float32("inf")}
+    metrics = {"a": math.inf, "b": -math.inf, "c": math.nan, "d_ci95": [0.5, math.inf], "e": np.float32("inf")}
     path = replace(RESULT, metrics=metrics).write(tmp_path)
 
     def refuse(token: str) -> None:
@@ -58,7 +58,7 @@ def test_non_finite_metrics_are_strict_json_and_come_back_as_floats(tmp_path: Pa
 
     json.loads(path.read_text(), parse_constant=refuse)
     row = load(tmp_path).iloc[0]
-    assert (row["a"], row["b"], row["d"], row["e"]) == (math.inf, -math.inf, [0.5, math.inf], math.inf)
+    assert (row["a"], row["b"], row["d_ci95"], row["e"]) == (math.inf, -math.inf, [0.5, math.inf], math.inf)
     assert math.isnan(row["c"])
 
 
