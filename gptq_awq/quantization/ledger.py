@@ -1,5 +1,6 @@
 """The ledger, one row per linear: the method requested, the algorithm that ran, and the error it left."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
 from typing import Any
@@ -9,13 +10,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gptq_awq.calibration.moments import Moments
-from gptq_awq.grids.base import nearest, row_parts
+from gptq_awq.grids.base import QuantizedWeight, nearest, row_parts
+from gptq_awq.grids.scale_range import scales_out_of_range
 from gptq_awq.models.linear import Site
 from gptq_awq.numerics.linalg import quadratic
 from gptq_awq.quantization.method import Method
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.solvers.base import Solution
 from gptq_awq.transforms.base import Scaling
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,9 @@ class LinearReport:
             dequantized: the solution's rows, dequantized.
             solution: the solver's solution for these rows.
         """
-        sums = Errors(_squares(weight), _squares(dequantized, weight))
+        dead = self.moments.dead() if self.moments and self.moments.tokens else None
+        unheld = scales_out_of_range(solution.quantized, weight, dead)
+        sums = Errors(_squares(weight), _squares(dequantized, weight), scales_out_of_range=unheld)
         if self.moments is None or not self.moments.tokens:
             return sums
         hessian = self.moments.hessian
@@ -85,6 +91,7 @@ class LinearReport:
             "groups": solution.quantized.scales.shape[1],
             "last_group": last_group,
             "ragged": last_group != size,
+            "scales_out_of_range": errors.scales_out_of_range,
             "damping": solution.damping,
             "tokens": _tokens(moments),
             "loss": solution.quantized.loss,
@@ -94,6 +101,9 @@ class LinearReport:
         }
         if moments is not None and moments.routed is not None:
             row |= {"expert": self.site.expert, "experts": moments.policy, "calibrated_on": moments.tokens}
+        if errors.scales_out_of_range:
+            row["scales"] = note = _scale_note(solution.quantized, errors.scales_out_of_range)
+            log.warning("%s: %s", self.name, note)
         if self.site.analogous and any(scaling.scales is not None for scaling in self.scalings.values()):
             row["absorber"] = "verified on another expert"
         if moments is not None and moments.tokens:
@@ -112,6 +122,7 @@ class Errors:
         signal: tr(W H Wᵀ), of the output per token.
         before: output error per token, were the weight rounded to nearest.
         after: tr((Ŵ - W) H (Ŵ - W)ᵀ), output error per token.
+        scales_out_of_range: number of scales that the dtype they are stored in can't hold.
     """
 
     weight: float
@@ -119,10 +130,18 @@ class Errors:
     signal: float = 0.0
     before: float = 0.0
     after: float = 0.0
+    scales_out_of_range: int = 0
 
     def __add__(self, other: "Errors") -> "Errors":
         """The sums over the rows of both."""
         return Errors(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+
+
+def _scale_note(quantized: QuantizedWeight, count: int) -> str:
+    """Sentence on scales that were clamped or coarsely rounded, with the option that would hold them."""
+    grid, all_ = quantized.grid, quantized.store.get("d", quantized.scales).numel()
+    held = "grid.scale_dtype=float32" if hasattr(grid, "scale_dtype") else "grid=int grid.scale_dtype=float32"
+    return f"{count} of {all_} scales were clamped: {grid.stored_dtype} cannot hold them; {held} can"
 
 
 def _squares(a: Float[Tensor, "out in"], b: Float[Tensor, "out in"] | None = None) -> float:

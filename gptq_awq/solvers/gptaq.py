@@ -46,11 +46,20 @@ class GPTAQ(DriftCorrected):
     ) -> Float[Tensor, "out in"]:
         """Weight that the sweep starts from: W + strength · W P; columns whose input is always zero stay as they are.
 
+        Such a column is not rounded, so nothing of its residual is due before its turn: all others share it, as least
+        squares would have it, and its row of P has no mask.
+
         Raises:
             ValueError: the moments lack `cross`.
         """
-        half = moments.once(
-            ("gptaq", self.damping, self.act_order), lambda: (to_rounding_order(moments.drift(), order) @ U.T).triu_(1)
-        )
+        dead = moments.dead() if order is None else moments.dead()[order]
+
+        def masked() -> Float[Tensor, "in in"]:
+            half = to_rounding_order(moments.drift(), order) @ U.T
+            unmasked = half[dead]
+            half.triu_(1)[dead] = unmasked
+            return half
+
+        half = moments.once(("gptaq", self.damping, self.act_order), masked)
         shift = (columns_to_rounding_order(W, order) @ half) @ U
         return torch.where(moments.dead(), W, W + self.strength * columns_to_natural_order(shift, order))

@@ -188,7 +188,7 @@ def test_rows_are_independent_and_linears_of_a_site_share_nothing_else(solver):
 @pytest.mark.parametrize("dead", [(0, 9), (5, 9)])
 def test_dead_columns_become_zero_and_the_others_are_those_of_a_weight_without_them(solver, dead):
     W, X, Xq = problem()
-    Xq[list(dead)] = 0
+    X[list(dead)] = Xq[list(dead)] = 0
     grid, stats = IntGrid(3, -1), moments(X, Xq)
     ours = solver(static_groups=True, damping=DAMPING)
     found = ours.solve(W.float(), stats, grid).quantized
@@ -199,6 +199,26 @@ def test_dead_columns_become_zero_and_the_others_are_those_of_a_weight_without_t
     theirs = naive(W, X, Xq, rounding(starting(ours, W, stats), grid))
     assert ((found.dequantize() - theirs).abs() < 1e-4).double().mean() > 0.98
     assert error(W, found.dequantize(), X, Xq) == pytest.approx(error(W, theirs, X, Xq), rel=0.01)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("dead", [(5,), (0, 9, 63)])
+@pytest.mark.parametrize(("solver", "drift", "times"), [(Qronos, 0.4, 1.12), (GPTAQ, 0.0, 1.02)])
+def test_inputs_that_died_in_the_quantized_model_are_made_up_for_as_least_squares_does(
+    solver, drift, times, dead, act_order
+):
+    """GPTAQ where nothing else has drifted; Qronos pays for its first column, which eq. 6 rounds off the solution."""
+    W, X, Xq = problem(drift)
+    Xq = Xq.clone()
+    Xq[list(dead)] = 0
+    alive = [i for i in range(len(Xq)) if i not in dead]
+    ours = solver(static_groups=True, act_order=act_order, damping=1e-6)
+    fine = ours.solve(W.float(), moments(X, Xq), IntGrid(8, 8)).quantized.dequantize()
+    best = torch.zeros_like(W)
+    best[:, alive] = torch.linalg.lstsq(Xq[alive].T, X.T @ W.T).solution.T
+    least = error(W, best, X, Xq)
+    assert (fine[:, list(dead)] == 0).all()
+    assert least < error(W, fine, X, Xq) < times * least
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
