@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gptq_awq.allocation.knapsack import cheapest
+from gptq_awq.allocation.knapsack import PROVEN, combination
 from gptq_awq.allocation.sensitivity import Cost, Measure, first_windows, measured_costs
 from gptq_awq.calibration.block_inputs import Inputs, Settings
 from gptq_awq.calibration.observation import observations_sha256
@@ -30,6 +31,8 @@ from gptq_awq.solvers.rtn import RTN
 from gptq_awq.storage.atomic import replacing
 from gptq_awq.storage.checksummed import ChecksummedFile, once
 
+log = logging.getLogger(__name__)
+
 FILE_NAME = "allocation.json"
 SCHEMA = 1
 """Version of cached sensitivities, raised whenever their meaning changes."""
@@ -44,12 +47,14 @@ class Allocation:
         costs: costs of every linear at every width.
         bits_per_weight: mean stored bits per weight over all linears, scales and zeros included.
         predicted: sum of the costs; with sensitivity=fisher or kl, the predicted KL in nats per token.
+        gap: part of `predicted` that the cheapest choice within the budget may save at most.
     """
 
     grid: AllocatedGrid
     costs: Sequence[Cost]
     bits_per_weight: float
     predicted: float
+    gap: float = 0.0
 
     @property
     def chosen(self) -> Mapping[str, Width]:
@@ -60,7 +65,8 @@ class Allocation:
         """Summary of the allocation for the manifest (JSON values)."""
         histogram = {self._name(width): list(self.chosen.values()).count(width) for width in self.grid.widths}
         facts = {"sensitivity": self.grid.sensitivity, "linears_by_bits": histogram}
-        return facts | {"bits_per_weight": self.bits_per_weight, "predicted": self.predicted}
+        facts |= {"bits_per_weight": self.bits_per_weight, "predicted": self.predicted}
+        return facts | {"gap": self.gap, "optimal": self.gap <= PROVEN}
 
     def write(self, folder: Path) -> None:
         """Write the allocation and every linear's costs to `folder/allocation.json`. Raises OSError."""
@@ -155,17 +161,26 @@ def allocate(
     natural = getattr(method.solver, "natural_groups", True)
     sizes = {cost.name: [stored_bits(model, cost.name, grid.grid(w), natural) for w in grid.widths] for cost in costs}
     weights = {name: matrix(model.get_submodule(name)).numel() for name in sizes}
-    chosen = allocated_widths(grid, costs, sizes, _budget_in_bits(model, grid, weights, natural))
+    chosen, gap = allocated_widths(grid, costs, sizes, _budget_in_bits(model, grid, weights, natural))
     at = {name: grid.widths.index(width) for name, width in chosen.items()}
     stored = sum(sizes[name][k] for name, k in at.items())
     predicted = sum(_finite(cost)[at[cost.name]] for cost in costs)
-    return Allocation(grid.resolved(chosen), costs, stored / sum(weights.values()), predicted)
+    if gap > PROVEN:
+        log.warning(
+            "grid=allocated: no proof in time that these bits are the cheapest within the budget; at the most %.2g%% "
+            "of the predicted cost is left to save (manifest.allocation.gap)",
+            100 * gap,
+        )
+    return Allocation(grid.resolved(chosen), costs, stored / sum(weights.values()), predicted, gap)
 
 
 def allocated_widths(
     grid: AllocatedGrid, costs: Sequence[Cost], sizes: Mapping[str, Sequence[int]], budget: int
-) -> dict[str, Width]:
+) -> tuple[dict[str, Width], float]:
     """Width of every linear with the least sum of costs, the sum of sizes (in bits) being within the budget.
+
+    Beside it the gap: the part of the costs that another choice may save at most, 0 up to rounding where the solver
+    finishes.
 
     Raises:
         UserError: the budget is below the smallest choice, or no width fits all linears that share their bits.
@@ -189,8 +204,9 @@ def allocated_widths(
             f"grid.{option}={getattr(grid, option)}: the smallest of grid.choices takes {least / max(budget, 1):.2f} "
             "times as much, scales included; raise the budget or group_size"
         )
-    picked = cheapest(together, size, budget)
-    return {cost.name: grid.widths[k] for group, k in zip(groups.values(), picked, strict=True) for cost in group}
+    found = combination(together, size, budget)
+    picked = zip(groups.values(), found.chosen, strict=True)
+    return {cost.name: grid.widths[k] for group, k in picked for cost in group}, found.gap
 
 
 def _finite(cost: Cost) -> list[float]:

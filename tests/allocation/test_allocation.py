@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import statistics
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from helpers.tiny_models import tiny_model, tiny_tokens
 
 from gptq_awq import quantize_model
+from gptq_awq.allocation import knapsack
 from gptq_awq.allocation.allocate import FILE_NAME, allocate
-from gptq_awq.allocation.knapsack import cheapest
+from gptq_awq.allocation.knapsack import PROVEN, cheapest, combination
 from gptq_awq.allocation.sensitivity import output_fisher
 from gptq_awq.calibration.block_inputs import Settings
 from gptq_awq.data.tokens import make_token_set
@@ -53,6 +55,63 @@ def test_the_knapsack_equals_brute_force(seed):
     assert not missing[range(5), chosen].any()
     assert sizes[range(5), chosen].sum() <= budget
     assert costs[range(5), chosen].sum() == pytest.approx(least, rel=1e-5)
+
+
+def large_problem(seed=0, items=200, choices=12):
+    """Costs and sizes of linears of many shapes that lose a factor of four per bit, and a budget in between."""
+    draw = np.random.default_rng(seed)
+    bits, columns = np.linspace(2, 8, choices), draw.integers(1, 30, size=(items, 1)) * 4096
+    costs = draw.gamma(0.3, size=(items, 1)) * 4.0**-bits * draw.uniform(0.7, 1.3, size=(items, choices))
+    sizes = (columns * bits).astype(np.int64)
+    return costs, sizes, int(sizes.sum(0)[choices // 3] * 1.003)
+
+
+@pytest.mark.parametrize("seconds", [1e-9, 0.02, 0.1])
+def test_a_knapsack_that_runs_out_of_time_stays_within_the_gap_that_it_states(monkeypatch, seconds):
+    costs, sizes, budget = large_problem()
+    items = range(len(costs))
+    best = combination(costs, sizes, budget)
+    assert best.gap <= PROVEN
+    least = costs[items, best.chosen].sum()
+    monkeypatch.setattr(knapsack, "SECONDS", seconds)
+    found = combination(costs, sizes, budget)
+    cost = costs[items, found.chosen].sum()
+    assert sizes[items, found.chosen].sum() <= budget
+    assert least * (1 - PROVEN) <= cost <= 1.001 * least
+    assert cost * (1 - found.gap) <= least * (1 + 1e-9)
+    assert found.gap < 0.01
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_costs_that_no_one_chooses_change_no_choice(scale):
+    """HiGHS' tolerances are absolute: beside one cost of 1e9, all combinations look alike to it."""
+    costs, sizes, budget = large_problem(items=60)
+    items = range(len(costs))
+    costs[:, 0] = np.inf
+    missing = combination(costs, sizes, budget)
+    costs[:, 0] = 1e9
+    huge = combination(costs * scale, sizes, budget)
+    assert max(missing.gap, huge.gap) <= PROVEN
+    assert costs[items, huge.chosen].sum() == pytest.approx(costs[items, missing.chosen].sum(), rel=1e-5)
+
+
+def test_a_cost_that_is_no_number_is_refused():
+    for wrong in (np.nan, -1.0):
+        with pytest.raises(ValueError, match="cost"):
+            cheapest(np.array([[wrong, 1.0]]), np.array([[1, 2]]), 2)
+
+
+def test_an_allocation_without_proof_says_so(monkeypatch, caplog, tmp_path):
+    options = {"sensitivity": "error", "budget_bits": 3.9, "choices": [2, 3, 4, 5, 6, 7, 8]}
+    found = allocation(tmp_path, **options)
+    assert (found.summary()["gap"] <= PROVEN, found.summary()["optimal"]) == (True, True)
+    monkeypatch.setattr(knapsack, "SECONDS", 1e-9)
+    with caplog.at_level(logging.WARNING):
+        hurried = allocation(tmp_path, **options)
+    assert hurried.summary()["gap"] > PROVEN
+    assert not hurried.summary()["optimal"]
+    assert "manifest.allocation.gap" in caplog.text
+    assert hurried.predicted * (1 - hurried.gap) <= found.predicted * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("sensitivity", ["fisher", "error", "kl"])
