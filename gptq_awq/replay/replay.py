@@ -10,17 +10,17 @@ code is 0 for identical, 1 for different, 2 for a run that can't be replayed.
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from gptq_awq.errors import UserError
@@ -37,6 +37,9 @@ from gptq_awq.results import FILE_NAME, Result
 from gptq_awq.runtime.configs import CONFIGS
 from gptq_awq.runtime.declarations import targets_in
 from gptq_awq.runtime.progress import Track, rich_track
+from gptq_awq.storage.bounded import CONFIG_BYTES, LEDGER_BYTES, read_bytes, read_yaml
+
+CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,9 @@ def replay(run_dir: Path, track: Track, scores: bool = False, device: str | None
         UserError: no finished run in the folder; a config that names code of others without `trust`; a model or data
             that can no longer be loaded.
     """
-    stored, config = _stored(run_dir)
-    if not trust:
-        _check_own(run_dir, config)
-    ledger = [json.loads(line) for line in (run_dir / LEDGER).read_text().splitlines()]
-    if any("codes_sha256" not in row for row in ledger):
-        raise UserError(f"{run_dir}: its ledger holds no hashes of codes, it was written by an older version")
-    with tempfile.TemporaryDirectory() as scratch:
+    stored, config = _stored(run_dir, trust)
+    ledger = _ledger(run_dir)
+    with tempfile.TemporaryDirectory() as scratch, _naming(run_dir):
         config.out, config.resume = scratch, False
         config.device = device or config.device
         plan = replace(preflight(config), config=stored.config)
@@ -121,36 +120,88 @@ def replay(run_dir: Path, track: Track, scores: bool = False, device: str | None
     return Replay(len(ledger), difference, circumstances)
 
 
-def _stored(run_dir: Path) -> tuple[Result, DictConfig]:
+def _stored(run_dir: Path, trust: bool) -> tuple[Result, DictConfig]:
     """The row and config of a finished run, with today's names of classes. Raises UserError where there is none."""
     try:
         stored = Result.read(run_dir / FILE_NAME)
-        config = OmegaConf.create(current_targets(yaml.safe_load((run_dir / "config.yaml").read_text())))
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        content = current_targets(read_yaml(run_dir / CONFIG, CONFIG_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{run_dir}: holds no finished run ({' '.join(str(error).split())})") from error
-    if stored.status != "done" or not isinstance(config, DictConfig):
+    if stored.status != "done":
         raise UserError(f"{run_dir}: holds no finished run, its status is {stored.status}")
-    if missing := [name for name in ("model", "method", "grid", "data", "eval", "seed") if name not in config]:
-        raise UserError(f"{run_dir}/config.yaml: is no config of a run, it has no {missing[0]}")
-    return stored, config
+    if not isinstance(content, dict):
+        raise UserError(f"{run_dir}/{CONFIG}: is no config of a run, it is no map")
+    if missing := [name for name in ("model", "method", "grid", "data", "eval", "seed") if name not in content]:
+        raise UserError(f"{run_dir}/{CONFIG}: is no config of a run, it has no {missing[0]}")
+    if not trust and (strange := named_code(content)) is not None:
+        raise UserError(f"{run_dir}: its config {strange}; if you trust the folder, add --trust")
+    with _naming(run_dir):
+        return stored, OmegaConf.create(content)
 
 
-def _check_own(run_dir: Path, config: DictConfig) -> None:
-    """Refuse a config that would run code which this package's own configs don't name.
+@contextmanager
+def _naming(run_dir: Path) -> Iterator[None]:
+    """Context manager that turns any exception on a config that is no run's into a UserError naming its file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        what = " ".join(str(error).split())[:200]
+        raise UserError(f"{run_dir}/{CONFIG}: is no config of a run ({type(error).__name__}: {what})") from error
 
-    Raises:
-        UserError: naming the class, or the option.
+
+def named_code(config: Mapping[str, Any]) -> str | None:
+    """Say what a config names that would run code of others, or read this process's environment; None for nothing.
+
+    Only classes that this package's own configs name are its own. Tasks of lm-eval are code where they aren't in its
+    list of names: their yaml has Python functions and templates.
     """
-    container = OmegaConf.to_container(config)
-    own = {target for path in CONFIGS.rglob("*.yaml") for target in targets_in(yaml.safe_load(path.read_text()))}
-    for target in targets_in(container):
-        if target not in own:
+    files = CONFIGS.rglob("*.yaml")
+    own = {t for path in files for t in targets_in(yaml.safe_load(path.read_text())) if t.startswith("gptq_awq.")}
+    for key, value in _items(config):
+        if key == "_target_" and (not isinstance(value, str) or value not in own):
+            return f"names {value!r:.100}, which is not a class of gptq_awq's configs"
+        if key == "trust_remote_code" and value not in (None, False):
+            return "says trust_remote_code=true, which runs code of the model's folder"
+        if key == "include_path" and value is not None:
+            return "names eval.include_path, a folder of tasks, which may run code"
+        if key == "tasks" and not _are_names(value):
+            return "has an lm-eval task of its own, which may run code"
+        if isinstance(value, str) and "${" in value:
+            return f"has the unresolved value {value!r:.100}"
+    return None
+
+
+def _are_names(tasks: Any) -> bool:
+    """Whether tasks are names of lm-eval's list: neither files nor configs."""
+    names = tasks if isinstance(tasks, list) else [] if tasks is None else [tasks]
+    return all(isinstance(name, str) and re.fullmatch(r"[\w.+-]+", name) and not Path(name).exists() for name in names)
+
+
+def _items(node: Any) -> Iterator[tuple[Any, Any]]:
+    """Every key and value of nested maps and lists; the key of a list's item is None."""
+    pairs = node.items() if isinstance(node, Mapping) else ((None, item) for item in node)
+    for key, value in pairs:
+        yield key, value
+        if isinstance(value, (Mapping, list)):
+            yield from _items(value)
+
+
+def _ledger(run_dir: Path) -> list[dict[str, Any]]:
+    """Rows of a stored ledger. Raises UserError where a row has no name or no hash of its codes."""
+    try:
+        rows = [json.loads(line) for line in read_bytes(run_dir / LEDGER, LEDGER_BYTES).splitlines()]
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{run_dir}/{LEDGER}: cannot be read ({' '.join(str(error).split())})") from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+            raise UserError(f"{run_dir}/{LEDGER}: line {number} names no layer")
+        if not isinstance(row.get("codes_sha256"), str):
             raise UserError(
-                f"{run_dir}: its config names {target}, which is not a class of gptq_awq's configs; if you "
-                "trust the folder, add --trust"
+                f"{run_dir}: its ledger holds no hashes of codes (line {number}), it was written by an older version"
             )
-    if OmegaConf.select(config, "model.trust_remote_code"):
-        raise UserError(f"{run_dir}: its config says model.trust_remote_code=true; if you trust the model, add --trust")
+    return rows
 
 
 def _first_other_layer(
@@ -187,15 +238,19 @@ def _circumstances(manifest: Mapping[str, Any], context: RunContext) -> Iterator
     }
     then = {
         "code": manifest.get("code"),
-        "model": manifest.get("model", {}).get("sha256"),
-        "calibration tokens": manifest.get("tokens", {}).get("calibration"),
+        "model": (manifest.get("model") or {}).get("sha256"),
+        "calibration tokens": (manifest.get("tokens") or {}).get("calibration"),
     }
     for kind, values in environment().items():
         now |= {f"{kind} {name}": value for name, value in values.items()}
-        then |= {f"{kind} {name}": value for name, value in manifest.get(kind, {}).items()}
+        then |= {f"{kind} {name}": value for name, value in _map(manifest.get(kind)).items()}
     for name in then:
         if then[name] != now.get(name):
             yield f"{name}: then {_short(then[name])}, now {_short(now.get(name))}"
+
+
+def _map(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _short(value: Any) -> str:
