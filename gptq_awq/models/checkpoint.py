@@ -6,16 +6,16 @@ applied to the tensors of one block at a time.
 """
 
 import copy
-import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,6 +23,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from gptq_awq.errors import UserError
+from gptq_awq.models.tensor_files import stored_tensors
+from gptq_awq.storage.headers import safetensors_places
 
 
 @dataclass
@@ -40,45 +42,89 @@ class _Recipe:
     sources: list[tuple[str, str]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Placed:
+    """A tensor of the files, and its place in the model.
+
+    Attributes:
+        source: name in the files.
+        target: name in the model, which may have no such place.
+        pattern: that of `converter` which the name matched; None where the tensor is only renamed.
+        converter: transformers' conversion; None where the tensor is only renamed.
+    """
+
+    source: str
+    target: str
+    pattern: str | None
+    converter: WeightConverter | None
+
+
+def placed(model: PreTrainedModel, sources: Iterable[str]) -> Iterator[Placed]:
+    """Places in the model of tensors of the files, by transformers' rules of renaming and conversion."""
+    rules, names = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    for source in sorted(sources, key=_natural):
+        target, pattern = rename_source_key(source, renamings, converters, model.base_model_prefix, names)
+        if target not in names and source in names:
+            target, pattern = source, None
+        converter = next((c for c in converters if pattern in c.source_patterns), None) if pattern else None
+        yield Placed(source, target, pattern, converter)
+
+
 class Checkpoint:
     """A folder's safetensors files, read as tensors of `model`, which may itself be on the meta device.
 
     Raises:
-        UserError: naming `option`, where the folder has no safetensors files.
+        UserError: naming `option`, where the folder has no safetensors files, or a tensor of another shape.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, option: str) -> None:
         self._model = model
-        self._files = _files_of_tensors(folder)
-        if not self._files:
+        self._stored = stored_tensors(folder, option)
+        if not self._stored or any(tensor.file.suffix != ".safetensors" for tensor in self._stored.values()):
             raise UserError(
                 f"{option}: has no safetensors files, which alone can be offloaded; leave memory_budget out"
             )
         self._recipes: dict[str, _Recipe] = {}
-        rules = get_model_conversion_mapping(model)
         names = model.state_dict()
-        for source in sorted(self._files, key=_natural):
-            self._add(source, rules, names)
+        for place in placed(model, self._stored):
+            if place.target in names:  # others have no place, such as an output head where only the decoder is loaded
+                self._add(place)
+        self._check_shapes(names, option)
 
-    def _add(self, source: str, rules: list[Any], names: dict[str, Any]) -> None:
-        """Add the files' tensor `source` to the recipe of the model's tensors that it is needed for, if any."""
-        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        prefix = self._model.base_model_prefix
-        target, pattern = rename_source_key(source, renamings, converters, prefix, names)
-        if target not in names and source in names:
-            target, pattern = source, None
-        if target not in names:
-            return  # not in the model, such as an output head where only the decoder is loaded
-        recipe = self._recipes.get(target)
+    def _add(self, place: Placed) -> None:
+        """Add a tensor of the files to the recipe of the model's tensors that it is needed for."""
+        recipe = self._recipes.get(place.target)
         if recipe is None:
-            converter = next((c for c in converters if pattern in c.source_patterns), None) if pattern else None
-            made = [target]
-            if converter is not None:
-                made += [target.replace(converter.target_patterns[0], p) for p in converter.target_patterns[1:]]
-            recipe = _Recipe(made, converter)
+            made = [place.target]
+            if place.converter is not None:
+                patterns = place.converter.target_patterns
+                made += [place.target.replace(patterns[0], p) for p in patterns[1:]]
+            recipe = _Recipe(made, place.converter)
             self._recipes |= dict.fromkeys(made, recipe)
-        recipe.sources.append((source, pattern or source))
+        recipe.sources.append((place.source, place.pattern or place.source))
+
+    def _check_shapes(self, names: Mapping[str, Tensor], option: str) -> None:
+        """Raise UserError if the headers say that a tensor has another shape than its place in the model."""
+
+        def header(source: str) -> Tensor:
+            return torch.empty(self._stored[source].shape, device="meta")
+
+        for recipe in {id(recipe): recipe for recipe in self._recipes.values()}.values():
+            try:
+                made = self._make(recipe.targets[0], header)
+            except Exception as error:  # of transformers' conversion: too few or too many tensors
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(
+                    f"{option}: {recipe.targets[0]} cannot be made of its files' tensors ({reason})"
+                ) from error
+            for name, tensor in made.items():
+                if name in names and tensor.shape != names[name].shape:
+                    raise UserError(
+                        f"{option}: {name} is of shape {tuple(tensor.shape)} in the files and of "
+                        f"{tuple(names[name].shape)} by config.json"
+                    )
 
     def __contains__(self, name: str) -> bool:
         return name in self._recipes
@@ -90,7 +136,7 @@ class Checkpoint:
             handles: dict[Path, Any] = {}
 
             def tensor(source: str) -> Tensor:
-                path = self._files[source]
+                path = self._stored[source].file
                 if path not in handles:
                     # Not mapped: pages of a mapped file would count as this process' memory.
                     handles[path] = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
@@ -132,39 +178,15 @@ class Checkpoint:
         """File, first byte and end of every tensor in the files that the named ones are made of."""
         recipes = {id(recipe): recipe for recipe in (self._recipes[name] for name in names)}
         sources = [source for recipe in recipes.values() for source, _ in recipe.sources]
-        headers = {path: _header(path) for path in {self._files[source] for source in sources}}
-        return [(self._files[source], *headers[self._files[source]][source]) for source in sources]
+        files = {source: self._stored[source].file for source in sources}
+        headers = {path: safetensors_places(path) for path in set(files.values())}
+        return [(path, *headers[path][source]) for source, path in files.items()]
 
 
-def _files_of_tensors(folder: Path) -> dict[str, Path]:
-    """Map each tensor name in a folder's safetensors files to the file that holds it."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    found: dict[str, Path] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found |= dict.fromkeys(file.keys(), path)
-    return found
-
-
-def folder_numbers(folder: Path) -> int:
+def folder_numbers(folder: Path, option: str = "model.path") -> int:
     """Number of parameters in a folder's safetensors files; 0 where it has none."""
-    count = 0
-    for path in set(_files_of_tensors(folder).values()):
-        with safe_open(path, framework="pt") as file:
-            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return count
-
-
-def _header(path: Path) -> dict[str, tuple[int, int]]:
-    """Map each tensor of a safetensors file to its first byte and its end (format: 8 bytes of length, JSON, data)."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(length))
-    start = 8 + length
-    offsets = {name: entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__"}
-    return {name: (start + first, start + last) for name, (first, last) in offsets.items()}
+    stored = stored_tensors(folder, option).values()
+    return sum(math.prod(tensor.shape) for tensor in stored if tensor.file.suffix == ".safetensors")
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:

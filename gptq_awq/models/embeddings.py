@@ -90,6 +90,24 @@ def is_tied(model: Any) -> bool:
     return head is not None and head.weight is embedding.weight
 
 
+def correct_tie(model: Any) -> str | None:
+    """Make the config say what the model is: a head that it ties to the embedding and that has its own weight is not.
+
+    Returns:
+        Name of such a head's weight; None where config and model agree.
+    """
+    head = model.get_output_embeddings()
+    if head is None or is_tied(model):
+        return None
+    name = next((f"{name}.weight" for name, module in model.named_modules() if module is head), "")
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    if name not in {*tied, *tied.values()}:
+        return None
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    return name
+
+
 def untie(model: Any) -> None:
     """Give a head that is tied to the embedding its own copy of the weight; the model's function stays the same."""
     if is_tied(model):

@@ -22,6 +22,18 @@ SMALL = 2**20
 """Parameters below which a module outside of the blocks, such as the final norm, is kept in memory."""
 
 
+def skeleton(folder: Path, config: Any, dtype: torch.dtype, **code: Any) -> PreTrainedModel:
+    """The causal language model of a transformers folder with its parameters on the meta device."""
+    with init_empty_weights(include_buffers=False):
+        model = auto_class(config).from_config(config, dtype=dtype, **code)
+    model.tie_weights()
+    if model.can_generate():
+        there = (folder / "generation_config.json").is_file()
+        source = {} if there else {"config_file_name": "config.json", "_from_model_config": True}
+        model.generation_config = GenerationConfig.from_pretrained(folder, **source)
+    return model
+
+
 def open_offloaded(
     folder: Path, config: Any, dtype: torch.dtype, device: torch.device, option: str, **code: Any
 ) -> PreTrainedModel:
@@ -31,14 +43,19 @@ def open_offloaded(
         UserError: naming `option`, where the folder lacks a tensor, or has none in safetensors files.
     """
     return_large()
-    with init_empty_weights(include_buffers=False):
-        model = auto_class(config).from_config(config, dtype=dtype, **code)
-    model.tie_weights()
-    if model.can_generate():
-        there = (folder / "generation_config.json").is_file()
-        source = {} if there else {"config_file_name": "config.json", "_from_model_config": True}
-        model.generation_config = GenerationConfig.from_pretrained(folder, **source)
+    return offload(skeleton(folder, config, dtype, **code), folder, dtype, device, option)
+
+
+def offload(
+    model: PreTrainedModel, folder: Path, dtype: torch.dtype, device: torch.device, option: str
+) -> PreTrainedModel:
+    """Connect a `skeleton` with the folder's files, and read its small modules.
+
+    Raises:
+        UserError: naming `option`, where the folder lacks a tensor, or has none in safetensors files.
+    """
     checkpoint = Checkpoint(folder, model, option)
+    _untie_by_files(model, checkpoint, dtype)
     _make_parameters_nan(model, dtype, device)
     model.eval()
     names = _names_in(checkpoint, model, option)
@@ -77,22 +94,32 @@ def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[st
     return lambda name: any(re.search(pattern, name) for pattern in patterns)
 
 
+def _untie_by_files(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Give parameters that the config ties weights of their own where the files hold different ones, as in memory."""
+    first: dict[int, str] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if name not in checkpoint:
+            continue
+        other = first.setdefault(id(parameter), name)
+        if other == name:
+            continue
+        one, two = (tensor.to(dtype) for tensor in dict(checkpoint.read([other, name])).values())
+        if not torch.equal(one, two):
+            module, _, own = name.rpartition(".")
+            setattr(model.get_submodule(module), own, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+            model.all_tied_weights_keys.pop(name, None)
+
+
 def _names_in(checkpoint: Checkpoint, model: PreTrainedModel, option: str) -> dict[int, str]:
     """Map the id of every parameter to its name in the checkpoint, which holds a tied one under one of its names.
 
     Raises:
-        UserError: the checkpoint lacks a parameter, or holds a tied one under two names with different values.
+        UserError: the checkpoint lacks a parameter.
     """
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name not in checkpoint:
-            continue
-        first = names.setdefault(id(parameter), name)
-        if first != name and not torch.equal(*dict(checkpoint.read([first, name])).values()):
-            raise UserError(
-                f"{option}: config.json ties {first} and {name}, and the files hold different tensors; "
-                "set tie_word_embeddings there to what is meant"
-            )
+        if name in checkpoint:
+            names.setdefault(id(parameter), name)
     missing = [name for name, p in model.named_parameters() if id(p) not in names]
     if missing:
         raise UserError(f"{option}: holds no weights for {missing[0]} ({len(missing)} missing)")
