@@ -23,6 +23,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from gptq_awq.cache.leftovers import clear_leftovers, leftovers
 from gptq_awq.errors import UserError
 from gptq_awq.storage.assets import cache_dir
 
@@ -117,6 +118,9 @@ def _listed() -> Table:
         used = max((entry.used for entry in found), default=0)
         day = time.strftime("%Y-%m-%d %H:%M", time.localtime(used)) if found else ""
         table.add_row(kind, str(len(found)), f"{sum(e.size_bytes for e in found) / 1e6:.1f} MB", day, meaning)
+    found = [_entry("", path) for path in leftovers()]
+    size = f"{sum(entry.size_bytes for entry in found) / 1e6:.1f} MB"
+    table.add_row("", str(len(found)), size, "", "leftovers of killed processes; the next run or clear deletes them")
     return table
 
 
@@ -134,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             Console(width=None if sys.stdout.isatty() else 120).print(_listed())
         else:
             dropped = clear(options.kinds or _default().split(), options.older)
+            clear_leftovers()
             sys.stdout.write(f"deleted {len(dropped)} entries, {sum(e.size_bytes for e in dropped) / 1e6:.1f} MB\n")
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptq_awq.experiment.fingerprint import environment
-from gptq_awq.experiment.folder import CHECKPOINTS, FILES, UNFINISHED, damage, records
+from gptq_awq.experiment.folder import CHECKPOINTS, FILES, UNFINISHED, clear_earlier, damage, records
 from gptq_awq.results import FILE_NAME, Result
 from gptq_awq.runtime.runlog import LOG
 from gptq_awq.storage.assets import cache_dir
@@ -68,12 +68,12 @@ class Run:
         (self.out / UNFINISHED).unlink(missing_ok=True)
         result = Result.read(folder / FILE_NAME)
         if folder.resolve() != self.out.resolve():
-            formats = [f"{CHECKPOINTS}/{name}" for name in result.manifest.get("checkpoints", {})]
-            for name in (*FILES[:-1], *formats):
-                if (folder / name).exists():
-                    _take_over(folder / name, self.out / name)
-                else:
-                    (self.out / name).unlink(missing_ok=True)  # of an earlier run
+            formats = list(result.manifest.get("checkpoints", {}))
+            names = [*FILES[:-1], *(f"{CHECKPOINTS}/{name}" for name in formats)]
+            names = [name for name in names if (folder / name).exists()]
+            clear_earlier(self.out, formats, names)
+            for name in names:
+                _take_over(folder / name, self.out / name)
             if (folder / LOG).is_file() and not (self.out / LOG).exists():
                 shutil.copyfile(folder / LOG, self.out / LOG)  # not linked, as this one goes on
             _take_over(folder / FILE_NAME, self.out / FILE_NAME)

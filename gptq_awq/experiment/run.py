@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from gptq_awq.allocation.allocate import Allocation, allocate
+from gptq_awq.cache import leftovers
 from gptq_awq.cache.cache import prune
 from gptq_awq.evaluation.evaluate import full_precision, score
 from gptq_awq.experiment import lookup
@@ -26,7 +27,7 @@ from gptq_awq.experiment.folder import LEDGER, UNFINISHED, clear_leftovers
 from gptq_awq.experiment.forecasting.forecast import announce, compare
 from gptq_awq.experiment.plan import Plan, preflight
 from gptq_awq.experiment.registry import Run, alone_in
-from gptq_awq.experiment.store import store, writing
+from gptq_awq.experiment.store import store, told, writing
 from gptq_awq.experiment.summary import results_row, run_manifest
 from gptq_awq.experiment.sweeps.sweep import (
     check_objective,
@@ -87,9 +88,12 @@ def _run(cfg: DictConfig, ranks: Ranks) -> Result:
         with RunLog(console) as run_log, rich_track(console) as track, recorder:
             result = execute(plan, run_log, track, console, recorder)
     except Exception as error:
+        known = told(error)
         if ranks.first and sweep_folder() is not None:
-            store_failure(cfg, error)
-        raise
+            store_failure(cfg, known)
+        if known is error:
+            raise
+        raise known from error
     if not ranks.first:
         return result
     if plan.profile:
@@ -141,6 +145,7 @@ def _alone(plan: Plan, run: Run, say: Callable[[str], None]) -> Iterator[None]:
         with writing(plan.out):
             held.enter_context(alone_in(plan.out, wait))
             clear_leftovers(plan.out)
+            leftovers.clear_leftovers()
         held.enter_context(run.alone(wait))
         yield
 
@@ -178,11 +183,11 @@ def _known(plan: Plan, run: Run | None, run_log: RunLog, say: Callable[[str], No
 
 
 def _earlier(plan: Plan, run: Run, run_log: RunLog, say: Callable[[str], None]) -> Result | None:
-    """The row of this very run, where it is finished already: its files are taken over, the log of its computing too."""
+    """The row of this very run, where it is finished already: its files and its log are taken over."""
     folder = run.finished(say) if _reuses(plan) else None
     if folder is None:
         return None
-    objective(Result.read(folder / FILE_NAME), plan.config.get("objective"))  # refused before it is taken over
+    objective(Result.read(folder / FILE_NAME), plan.config.get("objective"))  # refused before
     say(f"done already, taken from {folder} (resume=false computes it anew)")
     with writing(plan.out):
         result = run.adopt(folder)

@@ -1,5 +1,6 @@
 """Storing a finished run: everything is written aside, recorded by hashes, and then renamed, the row last."""
 
+import errno
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,8 @@ from gptq_awq.results import FILE_NAME, Result
 from gptq_awq.storage.atomic import owner
 from gptq_awq.storage.records import records_of
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
@@ -26,6 +29,14 @@ def writing(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"out={out}: cannot be written ({error.strerror or error})") from error
+
+
+def told(error: Exception) -> Exception:
+    """Make an error of a full or read-only disk, wherever it was met, a `UserError`; any other one is returned."""
+    if not isinstance(error, OSError) or error.errno not in NO_ROOM:
+        return error
+    where = f" ({error.filename})" if error.filename else ""
+    return UserError(f"the disk can't be written{where}: {error.strerror}; make room, and type the same command again")
 
 
 def store(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gptq_awq.errors import UserError
@@ -111,8 +112,9 @@ class Exports:
             verified = str(verify(scratch, format_)) if self.decode else "not decoded again (export.decode=false)"
             write_card(scratch, None, [verified])
             _replace(scratch, parent / format_.name)
-        except OSError as error:
-            raise UserError(f"out: {parent} cannot be written ({error.strerror or error})") from error
+        except (OSError, SafetensorError) as error:  # the latter where the disk is full
+            why = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+            raise UserError(f"out: {parent} cannot be written ({why:.200})") from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         path = parent / format_.name

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -29,6 +30,8 @@ from gptq_awq.models.offloaded_model import offload, skeleton
 from gptq_awq.runtime.memory import return_large
 from gptq_awq.runtime.options import InputPath
 from gptq_awq.storage.assets import ASSETS, cache_dir, fetch, hub_reachable, scratch_folder
+from gptq_awq.storage.atomic import discard
+from gptq_awq.storage.records import broken_seal, seal
 
 log = logging.getLogger(__name__)
 
@@ -217,11 +220,16 @@ def _offloaded(
 def dequantized(gguf: Path, sha256: str, option: str) -> Path:
     """Dequantize a GGUF file into a float32 transformers folder in the cache, with its tokenizer; return the folder.
 
-    The folder is made once for each `sha256` of a file. Raises UserError naming `option` where the file can't be read.
+    The folder is made once for each `sha256` of a file, and again where its files have changed since. Raises UserError
+    naming `option` where the file can't be read, or the folder not be written.
     """
     folder = cache_dir() / "models" / f"{gguf.stem}-{sha256[:16]}"
     if folder.is_dir():  # it was made by a rename, so it is complete
-        return folder
+        changed = broken_seal(folder)
+        if changed is None:
+            return folder
+        log.warning("%s: %s is not what was written there: dequantizing %s again", folder, changed, gguf.name)
+        discard(folder)
     log.info("dequantizing %s into %s, once", gguf.name, folder)
     with _quietly(), redirect_stderr(StringIO()), scratch_folder(folder.parent) as scratch:
         with _naming(option):
@@ -231,7 +239,11 @@ def dequantized(gguf: Path, sha256: str, option: str) -> Path:
         # Newer transformers call the model quantized, though its weights are float32, and won't save it.
         vars(model).pop("hf_quantizer", None)
         vars(model.config).pop("quantization_config", None)
-        model.save_pretrained(scratch / "model")
+        try:
+            model.save_pretrained(scratch / "model")
+            seal(scratch / "model")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{option}: cannot be kept in the cache, {folder.parent}: {_one_line(error)}") from error
         try:
             (scratch / "model").rename(folder)
         except OSError:

@@ -31,6 +31,7 @@ from typing import Literal, Protocol, runtime_checkable
 import platformdirs
 
 from gptq_awq.errors import UserError
+from gptq_awq.storage.atomic import owner
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +214,7 @@ def scratch_folder(beside: Path) -> Iterator[Path]:
     """
     try:
         beside.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=beside, prefix=".partial-", ignore_cleanup_errors=True)
+        folder = tempfile.TemporaryDirectory(dir=beside, prefix=f".partial-{owner()}-", ignore_cleanup_errors=True)
     except OSError as error:
         raise UserError(
             f"cannot write to {beside} ({error.strerror}): set GPTQ_AWQ_CACHE to another cache folder"

@@ -69,6 +69,14 @@ def remove_all(paths: Iterable[Path]) -> list[Path]:
     return gone
 
 
+def discard(folder: Path) -> None:
+    """Take a folder out of the way at once, then delete it; who reads its files goes on reading them."""
+    aside = folder.with_name(f".{folder.name}.{owner()}.tmp")
+    with suppress(OSError):
+        folder.rename(aside)
+    remove_all([aside])
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Replace `path` atomically by the scratch file beside it that is yielded and must be written.

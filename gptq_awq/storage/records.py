@@ -1,12 +1,18 @@
 """Records of files: their sha256, and size and time, by which a change is mostly noticed without reading them."""
 
 import hashlib
+import json
 import os
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+SEAL = ".files.json"
+"""File in a sealed folder that holds the records of the others."""
+INTERVAL = 7 * 86400.0
+"""Seconds after which the files of a sealed folder are read again, whatever their sizes and times say."""
 SMALL = 1 << 20
 """Largest size in bytes of a file that is read whenever it is compared with its record."""
 
@@ -74,3 +80,26 @@ def records_of(folder: Path, names: Iterable[str] = ("",)) -> dict[str, FileReco
 def misfit(folder: Path, records: Mapping[str, FileRecord], read: bool = False) -> str | None:
     """Name of the first file of a folder that isn't what its record says; None where all are."""
     return next((name for name, record in records.items() if not record.fits(folder / name, read)), None)
+
+
+def seal(folder: Path) -> None:
+    """Keep the records of all files of a folder, which is complete, inside of it. Raises OSError."""
+    known = {name: record.json() for name, record in records_of(folder).items() if name != SEAL}
+    (folder / SEAL).write_text(json.dumps(known, indent=1) + "\n")
+
+
+def broken_seal(folder: Path) -> str | None:
+    """Name of a file of a sealed folder that isn't what it was (the seal's own, where there is none); None: all are.
+
+    Files are read where their size or time has changed, and all of them when that was last done `INTERVAL` ago.
+    """
+    path = folder / SEAL
+    try:
+        known = {name: FileRecord.read(value) for name, value in json.loads(path.read_text()).items()}
+        due = time.time() - path.stat().st_mtime > INTERVAL
+        changed = misfit(folder, known, read=due)
+        if due and changed is None:
+            path.touch()
+    except (OSError, ValueError, AttributeError):
+        return SEAL
+    return changed

@@ -20,7 +20,9 @@ def test_a_run_stores_its_row_ledger_config_and_log(cli, tiny, tmp_path, method)
     metrics = row["metrics"]
     assert set(metrics) >= {f"tiny/ppl@32{part}" for part in ("", "/baseline", "/delta", "/delta_ci95")}
     assert set(metrics) >= {"tiny/kl", "tiny/top1_agreement", "tiny/dnll"}
-    assert set(row["seconds"]) == {"load", "baseline", "quantize", "evaluate", "total"}
+    assert set(row["seconds"]) == {"load", "baseline", "quantize", "evaluate", "compile", "total"}
+    assert set(row["manifest"]["provenance"]) == {"date", "command", "git", "host", "version"}
+    assert f"method={method}" in row["manifest"]["provenance"]["command"]
     assert row["peak_memory_bytes"] > 0
     assert set(row["manifest"]["tokens"]) == {"calibration", "eval"}
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["bits"] == 3
@@ -47,6 +49,8 @@ def test_one_seed_gives_one_result_and_another_seed_another(cli, tiny, tmp_path)
         assert done.returncode == 0, done.stderr
         rows.append(json.loads((tmp_path / name / "results.json").read_text()))
     assert rows[0]["metrics"] == rows[1]["metrics"]
+    for row in rows:  # of when and where, and of folders; no hash has it
+        del row["manifest"]["provenance"], row["manifest"]["files"]
     assert rows[0]["manifest"] == rows[1]["manifest"]
     assert rows[0]["manifest"]["tokens"]["calibration"] != rows[2]["manifest"]["tokens"]["calibration"]
     assert rows[0]["metrics"] != rows[2]["metrics"]
