@@ -17,6 +17,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.evaluation.head import Head
 from gptq_awq.evaluation.states import states_of
 from gptq_awq.evaluation.tiles import predictions
+from gptq_awq.models.context_length import context_length
 from gptq_awq.models.offload import resident
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.runtime.progress import Track, no_track
@@ -87,7 +88,7 @@ def checked_windows(model: PreTrainedModel, tokens: TokenSet) -> Int[Tensor, "wi
     count, length = tokens.ids.shape
     if count == 0 or length < 2:
         raise UserError(f"eval.perplexity.seqlen={length}: there is nothing to score in {count} windows")
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(model)
     if limit is not None and length > limit:
         raise UserError(f"eval.perplexity.seqlen={length} is longer than the model's context of {limit} tokens")
     return tokens.ids.long()

@@ -13,6 +13,8 @@ from gptq_awq.calibration.activations import batches_of
 from gptq_awq.calibration.observation import ObservationCache, observations_sha256
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.experiment.fingerprint import code_sha256, package_sha256, run_sha256
+from gptq_awq.evaluation.perplexity import checked_windows
+from gptq_awq.experiment.fitting import fitted_corpus, readable
 from gptq_awq.experiment.forecasting.memory_model import MemoryModel
 from gptq_awq.experiment.plan import Plan
 from gptq_awq.experiment.registry import Run
@@ -82,10 +84,15 @@ def load(plan: Plan) -> RunContext:
     if plan.method.model_transforms:  # which give a tied head weights of its own: formats and grids shall see it so
         untie(loaded.model)
     free_head(loaded.model, plan.method)
-    windows = plan.evaluation.token_sets(loaded.tokenizer)
+    windows = tuple(readable(w, loaded, "eval.perplexity") for w in plan.evaluation.token_sets(loaded.tokenizer))
+    for window in windows:
+        checked_windows(loaded.model, window)
     tasks = plan.evaluation.load_tasks(plan.seed)
     calibrates = needs_calibration(plan.method, plan.grid)
-    tokens = plan.data.tokens(loaded.tokenizer, seed=plan.seed) if calibrates else None
+    tokens = None
+    if calibrates:
+        corpus, loaded = fitted_corpus(plan.data, loaded)
+        tokens = readable(corpus.tokens(loaded.tokenizer, seed=plan.seed), loaded, "data")
     own = plan.method.self_calibration
     if own is not None and tokens is not None:
         own.check(loaded.model, tokens)

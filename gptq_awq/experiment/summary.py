@@ -67,6 +67,7 @@ def run_manifest(
             "calibration": None if tokens is None else tokens.source,
             "eval": _evaluation_sources(baseline),
         },
+        "loading": loaded.report.row(),
         "checkpoints": {
             c.format: {"path": str(c.path.relative_to(plan.out)), "size_bytes": c.size_bytes, "seconds": c.seconds}
             for c in checkpoints
