@@ -95,6 +95,8 @@ class AWQFormat:
             scales = tensors[f"{name}.scales"].float()
             codes, zeros = (channels(tensors[f"{name}.{part}"]) for part in ("qweight", "qzeros"))
             size = len(codes) if group_size == -1 else group_size
+            if size * len(scales) != len(codes):
+                raise ValueError(f"{name}: {len(scales)} groups of {size} columns are not its {len(codes)}")
             scale, zero = (values.repeat_interleave(size, 0) for values in (scales, zeros.float()))
             yield Decoded(name, codes.T.contiguous(), (scale * (codes.float() - zero)).T)
 

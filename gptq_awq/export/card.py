@@ -8,7 +8,9 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 import gptq_awq
+from gptq_awq.export.public import names_only
 from gptq_awq.report import measured
+from gptq_awq.report.escape import markdown, one_line
 
 
 @dataclass(frozen=True)
@@ -83,22 +85,22 @@ def model_card(
 
     Args:
         row: results row as in results.json; None before scoring.
-        format_name: a key of USAGE.
+        format_name: name of the format; without instructions to load it where USAGE has none.
         notes: sentences on how the checkpoint was verified and on its limitations.
         facts: the run's provenance: `model` and `calibration` (source, sha256), `method`, `grid`, `code`.
     """
-    row, facts, usage = row or {}, facts or {}, USAGE[format_name]
+    row, facts, usage = names_only(row or {}), names_only(facts or {}), USAGE.get(format_name)
+    library = usage.library if usage else None
     parts = [
-        f"---\n{_front_matter(row, format_name, usage).to_yaml()}\n---",
-        f"# {_title(row, facts)}, {format_name}",
+        f"---\n{_front_matter(row, format_name, library).to_yaml()}\n---",
+        f"# {markdown(_title(row, facts))}, {format_name}",
         _provenance(row, facts),
         "## Results",
         _results(row, format_name) if row.get("metrics") else "Not scored.",
-        "## Loading",
-        f"    pip install {usage.install}",
-        f"```python\n{usage.code}\n```",
     ]
-    caveats = [*notes, *([usage.caveat] if usage.caveat else [])]
+    if usage:
+        parts += ["## Loading", f"    pip install {usage.install}", f"```python\n{usage.code}\n```"]
+    caveats = [*(markdown(note) for note in notes), *([usage.caveat] if usage and usage.caveat else [])]
     if caveats:
         parts += ["## Notes", "\n".join(f"- {note}" for note in caveats)]
     if row:
@@ -106,13 +108,13 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(row: Mapping[str, Any], format_name: str, usage: Usage) -> ModelCardData:
+def _front_matter(row: Mapping[str, Any], format_name: str, library: str | None) -> ModelCardData:
     method = row.get("method")
     tags = ["gptq_awq", "quantized", format_name.replace("_", "-"), *([method] if method else [])]
     base = ((row.get("config") or {}).get("model") or {}).get("id") or row.get("model")
-    relation = {"base_model": base, "base_model_relation": "quantized"} if base else {}
+    relation = {"base_model": one_line(base), "base_model_relation": "quantized"} if base else {}
     return ModelCardData(
-        library_name=usage.library, pipeline_tag="text-generation", tags=list(dict.fromkeys(tags)), **relation
+        library_name=library, pipeline_tag="text-generation", tags=list(dict.fromkeys(tags)), **relation
     )
 
 
@@ -131,18 +133,18 @@ def _provenance(row: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     known = {
         "made from": _with_hash(model),
         "method": row.get("method") or facts.get("method"),
-        "grid": f"`{facts['grid']}`" if facts.get("grid") else row.get("grid"),
+        "grid": facts.get("grid") or row.get("grid"),
         "bits per weight": _number(row.get("bits_per_weight")) and f"{_number(row['bits_per_weight'])}, all included",
         "scales shared by": group,
         "calibration": _with_hash(tokens) or ("none" if "calibration" in facts else None),
         "made by": f"gptq_awq {gptq_awq.__version__}, code {str(facts.get('code', 'unknown'))[:12]}",
     }
-    lines = [f"| {what} | {_cell(value)} |" for what, value in known.items() if value]
+    lines = [f"| {what} | {markdown(value)} |" for what, value in known.items() if value]
     return "\n".join(["| | |", "| :--- | :--- |", *lines])
 
 
 def _with_hash(thing: Mapping[str, Any]) -> str | None:
-    return f"{thing.get('source')} (sha256 `{str(thing.get('sha256'))[:12]}`)" if thing else None
+    return f"{thing.get('source')} (sha256 {str(thing.get('sha256'))[:12]})" if thing else None
 
 
 def _results(row: Mapping[str, Any], format_name: str) -> str:
@@ -152,7 +154,7 @@ def _results(row: Mapping[str, Any], format_name: str) -> str:
     for name in measured(metrics):
         full, value = _number(metrics.get(f"{name}/baseline")), _number(metrics[name])
         value += _interval(metrics.get(f"{name}/ci95"))
-        lines.append(f"| {_cell(name)} | {full} | {value} | {_difference(metrics, name)} |")
+        lines.append(f"| {markdown(name)} | {full} | {value} | {_difference(metrics, name)} |")
     size = ((row.get("manifest") or {}).get("checkpoints") or {}).get(format_name, {}).get("size_bytes")
     if size and row.get("baseline_size_bytes"):
         full = row["baseline_size_bytes"]
@@ -173,9 +175,5 @@ def _interval(limits: Sequence[float] | None, sign: str = "") -> str:
 def _number(value: float | str | None, sign: str = "") -> str:
     """Format a number to four significant digits; None gives "", strings that JSON uses for infinities pass through."""
     if value is None or isinstance(value, str):
-        return value or ""
+        return markdown(value or "")
     return f"{value:{sign}.4g}"
-
-
-def _cell(text: str) -> str:
-    return str(text).replace("|", r"\|").replace("\n", " ")

@@ -106,7 +106,16 @@ class CompressedTensorsFormat:
         for key in [key for key in tensors if key.endswith(".weight_scale")]:
             name = key.removesuffix(".weight_scale")
             parts = {part: tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in tensors}
+            _check_shape(name, parts)
             yield Decoded(name, *read(parts, by_target.get(name) or by_target[ALL]))
+
+
+def _check_shape(name: str, parts: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where a linear's stored shape is not that of its packed codes: readers allocate by it."""
+    if "weight_packed" in parts:
+        (rows, columns), packed = parts["weight_shape"].tolist(), parts["weight_packed"]
+        if rows != len(packed) or not 1 <= columns <= packed.shape[1] * 32:
+            raise ValueError(f"{name}: its weight_shape {rows} x {columns} is not that of its codes")
 
 
 PARTS = ("weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point")

@@ -15,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Source
+from gptq_awq.export.public import names_only
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.experts import experts_in, fused_tensors
 from gptq_awq.models.offload import each_tensor
@@ -156,6 +157,7 @@ def write_config(
     config = source.model.config.to_dict()
     for part in (config, *(value for value in config.values() if isinstance(value, dict) and "dtype" in value)):
         part["dtype"] = str(dtype).removeprefix("torch.")
+    config = names_only(config)  # such as _name_or_path, the folder that the model came from
     config.pop("quantization_config", None)
     if quantization_config is not None:
         config["quantization_config"] = dict(quantization_config)

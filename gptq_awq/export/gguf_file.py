@@ -33,6 +33,7 @@ from gptq_awq.export.gguf_architecture import (
     rows,
 )
 from gptq_awq.export.gguf_tokenizer import Vocabulary, modelfile, vocabulary
+from gptq_awq.models.gguf_claims import checked_gguf
 from gptq_awq.models.offload import Residence, homes
 
 __all__ = ["StoredTensor", "check_architecture", "modelfile", "read_gguf", "rows", "vocabulary", "write_gguf"]
@@ -267,9 +268,16 @@ def read_gguf(path: Path) -> Iterator[StoredTensor]:
     """Read the tensors of a GGUF file, decoded by the gguf library.
 
     Tensors that are no module's parameter (`rope_freqs`) are skipped. Raises UserError for an architecture that is
-    not in ARCHITECTURES.
+    not in ARCHITECTURES, and for a file that claims what it doesn't hold.
     """
-    reader = GGUFReader(path)
+    checked_gguf(path, str(path))
+    try:
+        yield from _read_tensors(GGUFReader(path), path)
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:  # of what keys or rows lack
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())})") from error
+
+
+def _read_tensors(reader: GGUFReader, path: Path) -> Iterator[StoredTensor]:
     arch, config = _architecture(reader, path)
     modules = dict(arch.modules(config.num_hidden_layers))
     for tensor in reader.tensors:

@@ -286,15 +286,17 @@ def modelfile(gguf_name: str, tokenizer: Any) -> str:
     """Render an Ollama Modelfile for a GGUF file in the same folder.
 
     It has a TEMPLATE where that is certain: without a chat template (the prompt unchanged), or with one that renders
-    conversations as ChatML. Otherwise Ollama reads the chat template in the GGUF file itself.
+    conversations as ChatML. Otherwise Ollama reads the chat template in the GGUF file itself; also where the default
+    system message has three quotes, which a Modelfile can't hold: they end the message, and commands may follow.
     """
     lines = [f"FROM ./{gguf_name}"]
     stops = [tokenizer.eos_token] if tokenizer.eos_token else []
+    system = _default_system(tokenizer)
     if not getattr(tokenizer, "chat_template", None):
         lines.append('TEMPLATE """{{ .Prompt }}"""')
-    elif _is_chatml(tokenizer):
+    elif _is_chatml(tokenizer) and '"""' not in (system or ""):
         lines.append(f'TEMPLATE """{_CHATML}"""')
-        if system := _default_system(tokenizer):
+        if system:
             lines.append(f'SYSTEM """{system}"""')
         stops = [*dict.fromkeys([*stops, "<|im_end|>"])]
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]

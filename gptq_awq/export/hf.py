@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
-from gptq_awq.export.folder import read_config, write_folder
+from gptq_awq.export.folder import FolderTensors, read_config, write_folder
 from gptq_awq.models.auto_class import auto_class
 from gptq_awq.models.experts import unfuse
 from gptq_awq.models.offload import each_tensor
@@ -81,7 +81,7 @@ class HFFormat:
 
     def decode(self, folder: Path) -> Iterator[Decoded]:
         """Read every weight that was quantized, in the folder's dtype and without codes."""
-        config, quantized = AutoConfig.from_pretrained(folder), read_config(folder)[QUANTIZED]
+        config, quantized = _config(folder), read_config(folder)[QUANTIZED]
         model = open_offloaded(
             folder, config, torch_dtype(self.dtype, "export.hf.dtype"), torch.device("cpu"), str(folder)
         )
@@ -92,4 +92,14 @@ class HFFormat:
 
 
 def _read(folder: Path) -> PreTrainedModel:
-    return auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype="auto")
+    made = _config(folder)
+    return auto_class(made).from_pretrained(folder, config=made, dtype="auto", trust_remote_code=False)
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    """Read config.json, and run no code of the folder. Raises ValueError for more layers than there are tensors."""
+    made = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    layers = getattr(made.get_text_config(), "num_hidden_layers", None) or 0
+    if layers > len(FolderTensors(folder)):
+        raise ValueError(f"config.json claims {layers} layers")
+    return made

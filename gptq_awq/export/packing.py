@@ -41,7 +41,12 @@ def pack_words(codes: UInt8[Tensor, "rows n"], bits: int) -> Int32[Tensor, "rows
 
 
 def unpack_words(words: Int32[Tensor, "rows words"], bits: int, n: int) -> UInt8[Tensor, "rows n"]:
-    """Unpack the first n codes of each row, bit by bit (the inverse of `pack_words`)."""
+    """Unpack the first n codes of each row, bit by bit (the inverse of `pack_words`).
+
+    Raises ValueError where the words don't hold so many codes.
+    """
+    if not (1 <= bits <= 8 and 0 <= n * bits <= words.shape[1] * WORD):
+        raise ValueError(f"rows of {words.shape[1]} words do not hold {n} codes of {bits} bits")
     octets = np.ascontiguousarray(words.numpy(), dtype="<i4").view(np.uint8)
     stream = np.unpackbits(octets, axis=1, count=n * bits, bitorder="little").reshape(len(words), n, bits)
     codes = np.zeros((len(words), n), dtype=np.uint8)

@@ -8,13 +8,14 @@ it in an inference engine and compares next-token distributions.
 
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_class
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
@@ -23,11 +24,17 @@ from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, Format, Source
 from gptq_awq.export.engines import Comparison, answer, compare
 from gptq_awq.export.folder import FolderTensors, read_config
+from gptq_awq.export.formats import make_format
+from gptq_awq.export.public import names_only
 from gptq_awq.models.auto_class import auto_class
 from gptq_awq.storage.assets import file_sha256
+from gptq_awq.storage.bounded import RECORD_BYTES, read_json
 
+log = logging.getLogger(__name__)
 RECORD = "verification.json"
 CARD = "README.md"
+WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.bin")
+"""Patterns of files whose tensors a reader may take for the checkpoint's."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,8 @@ class VerificationRecord:
 
     Attributes:
         format: name of the format.
-        target, options: import path and fields of the format class that wrote the checkpoint.
+        target: import path of the format class that wrote the checkpoint, for people; it is never imported.
+        options: fields of that class.
         weights: module name → sha256 of `codes` (absent where the format keeps none) and of `weight`.
         files: file name → sha256.
         tokens, nll, tokens_source: fields of the `Probe`.
@@ -99,8 +107,8 @@ class VerificationRecord:
             files={path.name: file_sha256(path) for path in files},
             tokens=probe.tokens.tolist(),
             nll=[[round(x, 6) for x in row] for row in probe.nll.tolist()],
-            tokens_source=probe.source,
-            facts=facts,
+            tokens_source=names_only(probe.source),
+            facts=names_only(facts),
         )
 
     def write(self, folder: Path) -> None:
@@ -112,17 +120,56 @@ class VerificationRecord:
         """Read verification.json from `folder`. Raises UserError if it is missing or not readable by this version."""
         path = folder / RECORD
         try:
-            return cls(**json.loads(path.read_text()))
-        except FileNotFoundError as error:
+            content = read_json(path, RECORD_BYTES)
+            if not isinstance(content, dict):
+                raise TypeError("it is no map")
+            record = cls(**content)
+            record._check()
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(f"{folder}: holds no {RECORD}; name a folder that export.formats wrote") from error
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path}: cannot be read ({error})") from error
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+        return record
+
+    def _check(self) -> None:
+        """Raise TypeError or ValueError for a field that isn't what `of` writes."""
+        if not all(isinstance(text, str) for text in (self.format, self.target, self.tokens_source)):
+            raise TypeError("format, target and tokens_source must be text")
+        if not all(isinstance(table, dict) for table in (self.options, self.weights, self.files, self.facts)):
+            raise TypeError("options, weights, files and facts must be maps")
+        for name, hashes in self.weights.items():
+            codes, weight = (hashes.get(key, "") for key in ("codes", "weight")) if isinstance(hashes, dict) else (0, 0)
+            if not isinstance(codes, str) or not isinstance(weight, str) or not weight:
+                raise TypeError(f"weights: {name!r:.100} must have the hash of its weight")
+        for name, sha256 in self.files.items():
+            if Path(name).name != name or name in ("", "..") or "\\" in name or "\0" in name:
+                raise ValueError(f"files: {name!r:.100} is no file of this folder")
+            if not isinstance(sha256, str):
+                raise TypeError(f"files: {name!r:.100} must have a hash")
+        if not isinstance(self.notes, list) or not all(isinstance(note, str) for note in self.notes):
+            raise TypeError("notes must be a list of sentences")
+        _check_rows("tokens", self.tokens, int)
+        _check_rows("nll", self.nll, (int, float))
+        if any(not 0 <= token < 2**31 for row in self.tokens for token in row):
+            raise ValueError("tokens must be ids")
 
     def make_format(self) -> Format:
-        """Rebuild the format object that wrote the checkpoint. Raises UserError for a class outside this package."""
-        if not self.target.startswith("gptq_awq.export."):
-            raise UserError(f"{RECORD}: unknown format {self.target}")
-        return get_class(self.target)(**self.options)
+        """Rebuild the format that wrote the checkpoint. Raises UserError for one that is not in the table of formats.
+
+        The record may be a stranger's: what it names as `target` is not imported.
+        """
+        try:
+            return make_format(self.format, self.options)
+        except UserError as error:
+            raise UserError(f"{RECORD}: {error}") from error
+
+
+def _check_rows(name: str, rows: Any, kind: Any) -> None:
+    """Raise TypeError unless `rows` is a list of lists of as many numbers each."""
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        raise TypeError(f"{name} must be a list of windows")
+    if len({len(row) for row in rows}) > 1 or any(type(x) is bool or not isinstance(x, kind) for r in rows for x in r):
+        raise TypeError(f"{name} must be windows of as many numbers each")
 
 
 @dataclass(frozen=True)
@@ -149,29 +196,61 @@ class Verified:
         )
 
 
-def verify(folder: Path) -> Verified:
+def verify(folder: Path, format_: Format | None = None) -> Verified:
     """Decode a checkpoint and compare it with the hashes of the weights that were in memory when it was written.
 
+    Args:
+        folder: folder of the checkpoint.
+        format_: format to decode it with; None: the one of this package that its record names.
+
     Raises:
-        UserError: an altered or missing file; a layer that is missing, unexpected or decodes to other values.
+        UserError: an altered or missing file; one that can't be decoded; a layer that is missing, unexpected or decodes
+            to other values.
     """
     record = VerificationRecord.read(folder)
-    for name, sha256 in record.files.items():
+    _check_files(folder, record.files)
+    format_, left = format_ or record.make_format(), dict(record.weights)
+    with decoding(folder):
+        for decoded in format_.decode(folder):
+            expected = left.pop(decoded.name, None)
+            if expected is None:
+                raise UserError(
+                    f"{folder}: {decoded.name} is quantized in the checkpoint, but was not in the scored model"
+                )
+            _check_equal(decoded, expected, folder)
+    if left:
+        raise UserError(f"{folder}: {next(iter(left))} is missing from the checkpoint ({len(left)} layers missing)")
+    with_codes = any("codes" in hashes for hashes in record.weights.values())
+    return Verified(len(record.weights), len(record.files), format_.decoder(), with_codes)
+
+
+def _check_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Raise UserError for a file that is missing or altered, and for weights in a file that was not written."""
+    for name, sha256 in files.items():
         path = folder / name
         if not path.is_file():
             raise UserError(f"{folder}: {name} is missing")
         if file_sha256(path) != sha256:
             raise UserError(f"{folder}: {name} is not the file that was written (sha256 differs)")
-    format_, left = record.make_format(), dict(record.weights)
-    for decoded in format_.decode(folder):
-        expected = left.pop(decoded.name, None)
-        if expected is None:
-            raise UserError(f"{folder}: {decoded.name} is quantized in the checkpoint, but was not in the scored model")
-        _check_equal(decoded, expected, folder)
-    if left:
-        raise UserError(f"{folder}: {next(iter(left))} is missing from the checkpoint ({len(left)} layers missing)")
-    with_codes = any("codes" in hashes for hashes in record.weights.values())
-    return Verified(len(record.weights), len(record.files), format_.decoder(), with_codes)
+    for path in sorted(path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
+        if path.name not in files:
+            raise UserError(f"{folder}: {path.name} was not written with the checkpoint; move it elsewhere")
+
+
+@contextmanager
+def decoding(folder: Path) -> Iterator[None]:
+    """Context manager that turns any exception of a decoder on a broken checkpoint into a UserError naming the folder.
+
+    Files of strangers may break their format anywhere; formats' libraries raise whatever they meet.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        log.debug("decoding failed", exc_info=True)
+        what = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: cannot be decoded ({type(error).__name__}: {what})") from error
 
 
 def _check_equal(decoded: Decoded, expected: Mapping[str, str], folder: Path) -> None:
@@ -200,21 +279,40 @@ def compare_engine(folder: Path, engine: str) -> Comparison:
 def reference_model(folder: Path) -> PreTrainedModel:
     """Build a float32 transformers model from a checkpoint's decoded weights. Raises UserError if some are missing."""
     format_ = VerificationRecord.read(folder).make_format()
+    with decoding(folder):
+        return _reference_model(folder, format_)
+
+
+def _reference_model(folder: Path, format_: Format) -> PreTrainedModel:
     config = read_config(folder)
-    for key in ("quantization_config", "quantization"):
+    for key in ("quantization_config", "quantization", "auto_map"):  # auto_map: code of the folder, which is not run
         config.pop(key, None)
     made = AutoConfig.for_model(**config)
-    model = auto_class(made).from_config(made, dtype=torch.float32).eval()
     read = getattr(format_, "plain", FolderTensors)
+    plain = {name: tensor.float() for name, tensor in read(folder).items()}
+    decoded = {f"{decoded.name}.weight": decoded.weight for decoded in format_.decode(folder)}
+    if (getattr(made.get_text_config(), "num_hidden_layers", None) or 0) > len(plain | decoded):
+        raise UserError(f"{folder}: config.json describes more layers than there are tensors")
+    with torch.device("meta"):
+        model = auto_class(made).from_config(made, dtype=torch.float32)
+    _check_size(model, sum(tensor.numel() for tensor in (plain | decoded).values()), folder)
+    model = auto_class(made).from_config(made, dtype=torch.float32).eval()
     own = {name: parameter for name, parameter in model.state_dict().items()}
-    state = {name: t.float() for name, t in read(folder).items() if name in own and t.shape == own[name].shape}
-    state |= {f"{decoded.name}.weight": decoded.weight for decoded in format_.decode(folder)}
+    state = {name: t for name, t in plain.items() if name in own and t.shape == own[name].shape}
+    state |= decoded
     missing, _ = model.load_state_dict(state, strict=False)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     if lost := [name for name in missing if name not in tied]:
         raise UserError(f"{folder}: holds no {lost[0]}")
     model.tie_weights()
     return model
+
+
+def _check_size(model: PreTrainedModel, numbers: int, folder: Path) -> None:
+    """Raise UserError where config.json describes a model of more parameters than the files hold."""
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    if wanted > numbers:
+        raise UserError(f"{folder}: config.json describes {wanted:,} parameters, and the files hold {numbers:,}")
 
 
 def token_losses(logits: Float[Tensor, "tokens vocab"], tokens: Int[Tensor, "tokens"]) -> Float[Tensor, "tokens-1"]:

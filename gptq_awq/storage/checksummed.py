@@ -68,10 +68,14 @@ class ChecksummedFile:
             DamagedError: the content is not what was written.
         """
         try:
+            if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+                raise DamagedError("it is no regular file")
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             content = cls(tensors, json.loads(metadata["facts"]))
+            if not isinstance(content.facts, dict):
+                raise DamagedError("its facts are no map")
             if metadata["sha256"] != content.sha256():
                 raise DamagedError("checksum mismatch")
         except (FileNotFoundError, DamagedError):

@@ -50,11 +50,15 @@ class Journal:
     def block(self, index: int) -> ChecksummedFile:
         """Read tensors and facts of one finished block. Raises FileNotFoundError, DamagedError."""
         content = self._read(self._block(index))
+        if not isinstance(content.facts.get("content"), dict):
+            raise DamagedError("it is no block of a journal")
         return ChecksummedFile(content.tensors, content.facts["content"])
 
     def batch(self, index: int, batch: int) -> list[Tensor]:
         """Read the outputs of block `index` for one batch. Raises FileNotFoundError, DamagedError."""
         tensors = self._read(self._batch(index, batch)).tensors
+        if tensors.keys() != {f"{i}" for i in range(len(tensors))}:
+            raise DamagedError("it is no batch of a journal")
         return [tensors[f"{i}"] for i in range(len(tensors))]
 
     def drop_activations(self) -> None:
@@ -80,4 +84,6 @@ class Journal:
         content = ChecksummedFile.read(path)
         if content.facts.get("key") != self.key:
             raise DamagedError("it belongs to another computation, or to another machine or number of threads")
+        with suppress(OSError):  # the cache deletes what was not used for longest
+            path.touch()
         return content

@@ -90,7 +90,7 @@ def test_a_missing_file_is_found(source, tmp_path):
 def test_a_crash_while_writing_leaves_the_earlier_checkpoint(source, tmp_path, monkeypatch):
     (done,) = export(source, tmp_path, HFFormat(dtype="float32"))
     before = {path.name: path.read_bytes() for path in done.path.iterdir()}
-    monkeypatch.setattr(write_module, "verify", lambda folder: 1 / 0)
+    monkeypatch.setattr(write_module, "verify", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export(source, tmp_path, HFFormat(dtype="bfloat16"))
     assert {path.name: path.read_bytes() for path in done.path.iterdir()} == before
@@ -154,7 +154,7 @@ REFUSED = {
     "[mlx] group_size=24": "32",
     "[bnb] bits=4": "nf4",
     "[gptq] grid=nf4": "grid",
-    "[nonsense] bits=4": "choose among",
+    "[nonsense] bits=4": "give one of gptq, awq",
     "[hf] bits=3 grid=q8_0": "leave bits out",
 }
 
