@@ -6,18 +6,17 @@ dataset.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from gptq_awq.data.text import READERS, Text, joined_as_gptq, make_text, read_jsonl, wikitext_articles
 from gptq_awq.data.tokens import Tokenizer, TokenSet, calibration_tokens, check_choice
 from gptq_awq.errors import UserError
-from gptq_awq.runtime.options import InputPath, PositiveInt
+from gptq_awq.runtime.options import InputPath, PositiveInt, checked_keywords
 from gptq_awq.storage.assets import ASSETS, HubRows, fetch, hub_asset
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_keywords
 class Corpus(ABC):
     """A source of text, with the options by which calibration draws token ids from it.
 
@@ -54,7 +53,7 @@ class Corpus(ABC):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_keywords
 class WikiText2(Corpus):
     """WikiText-2 raw (arXiv 1609.07843); its documents are the articles.
 
@@ -78,7 +77,7 @@ class WikiText2(Corpus):
         return make_text(name, map(joined_as_gptq, articles), served.source, joiner="\n\n")
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_keywords
 class HubText(Corpus):
     """The first `documents` rows of a dataset on the Hugging Face hub, downloaded once and kept in the cache.
 
@@ -128,7 +127,7 @@ class HubText(Corpus):
         return make_text(name, read_jsonl(served.path, self.field, option), served.source, self.joiner)
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_keywords
 class LocalText(Corpus):
     """A local file of text: .txt (one document) or .jsonl/.parquet (a document per row, in `field`)."""
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,13 +14,13 @@ from gptq_awq.data.tokens import TokenSet, evaluation_windows
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.metrics.base import TokenMetric
 from gptq_awq.evaluation.metrics.choice import STANDARD, EvaluationText, chosen
-from gptq_awq.runtime.options import ComputeDtype, InputPath, PositiveInt
+from gptq_awq.runtime.options import ComputeDtype, InputPath, PositiveInt, checked_keywords
 
 if TYPE_CHECKING:
     from gptq_awq.evaluation.harness import Tasks
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_keywords
 class Perplexity:
     """Windows of a text, on which perplexity and the other token metrics are measured.
 
@@ -51,7 +51,7 @@ class Perplexity:
         return evaluation_windows(text, tokenizer, self.seqlen, self.windows, option)
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_keywords
 class Evaluation:
     """Texts, metrics and tasks that a model is scored on.
 

@@ -111,19 +111,22 @@ def read_scores(path: str) -> Arrays:
         return {}
 
 
-def series(name: str) -> str | None:
-    """Name of the array whose mean, or a function of it, is the metric `name`; None where there is none."""
+def series(name: str) -> str:
+    """Name of the array whose mean, or a function of it, is the metric `name`, if the run stored one."""
     text, _, metric = name.rpartition("/")
     if name.startswith("lm_eval/"):
         return name
     if is_perplexity(name) or metric == "dnll":
         return f"{text}/nll"
-    return {"kl": f"{text}/kl", "top1_agreement": f"{text}/agree"}.get(metric)
+    return f"{text}/agree" if metric == "top1_agreement" else name  # further means are stored by their own names
 
 
-def higher_is_better(name: str) -> bool:
-    """Whether larger values of a metric are better, judged by its name."""
+def higher_is_better(name: str, run: Row | None = None) -> bool:
+    """Whether larger values of a metric are better: as the run's config declares it, else judged by its name."""
     metric = name.rpartition("/")[2].partition(",")[0]
+    declared = (((run or {}).get("config") or {}).get("eval") or {}).get("metric") or {}
+    if not name.startswith("lm_eval/") and "higher_is_better" in (own := declared.get(metric.partition("@")[0], {})):
+        return own["higher_is_better"]
     return not any(metric == word or word in metric.split("_") for word in LOWER_IS_BETTER) and not (
         is_perplexity(name) or metric == "dnll"
     )
@@ -141,7 +144,7 @@ def best_of_bits(runs: Iterable[Row]) -> Leaders:
     found = {}
     for (bits, name), group in groups.items():
         if len(group) > 1:
-            sign = -1 if higher_is_better(name) else 1
+            sign = -1 if higher_is_better(name, group[0]) else 1
             ranked = sorted(group, key=lambda run: (sign * run["metrics"][name], run["bits_per_weight"] or 0))
             found[bits, name] = ranked[0], ranked[1:]
     return found

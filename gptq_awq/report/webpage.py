@@ -37,7 +37,11 @@ def page(tables: Sequence[Table], verdicts: Verdicts, warnings: Sequence[str] = 
 
 def _data(tables: Sequence[Table], verdicts: Verdicts, warnings: Sequence[str]) -> dict[str, Any]:
     runs = [run for table in tables for run in table.runs]
-    names = list(dict.fromkeys(name for run in runs for name in measured(run["metrics"])))
+    higher: dict[str, bool] = {}
+    for run in runs:
+        for name in measured(run["metrics"]):
+            higher.setdefault(name, higher_is_better(name, run))
+    names = list(higher)
     layers = profiles(runs)
     labels = [label for table in tables for label in _labels(table)]
     first, shown = 0, []
@@ -50,7 +54,7 @@ def _data(tables: Sequence[Table], verdicts: Verdicts, warnings: Sequence[str]) 
     return {
         "warnings": list(warnings),
         "tables": shown,
-        "metrics": [{"name": name, "higher": higher_is_better(name)} for name in names],
+        "metrics": [{"name": name, "higher": higher[name]} for name in names],
         "runs": [
             _run(run, label, layer, verdicts, names) for run, label, layer in zip(runs, labels, layers, strict=True)
         ],

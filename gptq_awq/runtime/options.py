@@ -224,6 +224,16 @@ def checked_dataclass(cls: type[T]) -> type[T]:
 
     The constructor raises UserError: "GPTQ.damping=-1: give a number, at least 0".
     """
+    return _with_check(cls, kw_only=False)
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
+def checked_keywords(cls: type[T]) -> type[T]:
+    """A `checked_dataclass` whose fields are given by name only."""
+    return _with_check(cls, kw_only=True)
+
+
+def _with_check(cls: type[T], kw_only: bool) -> type[T]:
     own: Callable[[Any], None] | None = cls.__dict__.get("__post_init__")
 
     def __post_init__(self: Any) -> None:  # noqa: N807
@@ -232,7 +242,7 @@ def checked_dataclass(cls: type[T]) -> type[T]:
             own(self)
 
     cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
-    return dataclass(frozen=True)(cls)
+    return dataclass(frozen=True, kw_only=kw_only)(cls)
 
 
 def _check_fields(instance: Any) -> None:

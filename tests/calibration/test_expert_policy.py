@@ -99,7 +99,7 @@ def test_an_expert_with_few_tokens_keeps_them_where_that_is_the_policy():
 
 @pytest.mark.parametrize("options", [("some", 1), ("route", -1), ("route", "many")])
 def test_an_unknown_policy_is_said(options):
-    with pytest.raises(UserError, match=r"experts\.(policy|min_tokens)="):
+    with pytest.raises(UserError, match=r"ExpertPolicy\.(policy|min_tokens)="):
         ExpertPolicy(*options)
 
 

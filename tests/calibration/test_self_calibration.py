@@ -90,7 +90,7 @@ def test_what_writing_keeps_is_counted(name):
 
 
 def test_what_it_cannot_go_on_from_is_refused(model):
-    with pytest.raises(UserError, match=r"self_calibration\.windows=0"):
+    with pytest.raises(UserError, match=r"SelfCalibration\.windows=0"):
         SelfCalibration(windows=0)
     with pytest.raises(UserError, match="temperature=0"):
         SelfCalibration(temperature=0)

@@ -219,9 +219,9 @@ def test_articles_join_to_whatever_they_were_cut_from():
 
 
 def test_a_split_that_is_not_there_is_named():
-    with pytest.raises(UserError, match=r"data\.split=validation.*train, valid, test"):
+    with pytest.raises(UserError, match=r"WikiText2\.split=validation.*train, valid, test"):
         WikiText2(split="validation").text()
-    with pytest.raises(UserError, match=r"e\.join=x"):
+    with pytest.raises(UserError, match=r"WikiText2\.join=x"):
         WikiText2(join="x").text("e")
 
 

@@ -155,7 +155,7 @@ def test_precisions_have_baselines_and_floors_of_their_own(tmp_path, monkeypatch
 
 
 def test_an_unknown_precision_is_refused_by_its_name():
-    with pytest.raises(UserError, match=r"eval\.compute_dtype=int8: choose one of auto, float32"):
+    with pytest.raises(UserError, match=r"compute_dtype=int8: give auto or one of float32"):
         Evaluation(compute_dtype="int8")
 
 

@@ -118,9 +118,9 @@ def test_mixes_scattered_groups_and_unknown_dtypes_are_refused():
         BnbFormat().check([nf4, fp4], LLAMA)
     with pytest.raises(UserError, match="static_groups=true"):
         BnbFormat().check([LinearSpec("a", 64, 64, TableGrid("nf4", 64), natural_order=False)], LLAMA)
-    with pytest.raises(UserError, match=r"export\.bnb\.dtype=int8"):
+    with pytest.raises(UserError, match=r"BnbFormat\.dtype=int8"):
         BnbFormat("int8")
-    with pytest.raises(UserError, match=r"export\.bnb\.compute_dtype=tf32"):
+    with pytest.raises(UserError, match=r"BnbFormat\.compute_dtype=tf32"):
         BnbFormat(compute_dtype="tf32")
 
 

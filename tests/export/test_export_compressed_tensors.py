@@ -116,7 +116,7 @@ def test_what_has_no_room_is_refused_before_calibration(options, grid, natural_o
 
 
 def test_an_unknown_layout_is_refused():
-    with pytest.raises(UserError, match="choose pack or int8"):
+    with pytest.raises(UserError, match="give one of pack, int8"):
         CompressedTensorsFormat(layout="int4")  # pyright: ignore[reportArgumentType]
 
 

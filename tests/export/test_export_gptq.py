@@ -90,7 +90,7 @@ def test_what_fits_is_taken(bits, natural_order):
 
 
 def test_an_unknown_convention_is_refused():
-    with pytest.raises(UserError, match="choose auto, v1 or v2"):
+    with pytest.raises(UserError, match="give one of auto, v1, v2"):
         GPTQFormat(zero_point="v3")  # pyright: ignore[reportArgumentType]
 
 

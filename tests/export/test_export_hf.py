@@ -91,7 +91,7 @@ def test_rounding_is_named_where_there_is_some():
 
 
 def test_what_overflows_or_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"export\.hf\.dtype=int8"):
+    with pytest.raises(UserError, match=r"HFFormat\.dtype=int8"):
         HFFormat("int8")
     source = rounded_source(tiny_model("llama"), IntGrid(4, 32))
     next(iter(source.weights.values())).scales[0, 0] = 1e5

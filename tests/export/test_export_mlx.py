@@ -153,7 +153,7 @@ def test_scattered_groups_and_unknown_models_are_refused():
         MLXFormat().check([LinearSpec("layer", 64, 64, AffineGrid(4, 64), natural_order=False)], LLAMA)
     with pytest.raises(UserError, match="opt"):
         MLXFormat().check([fitting], SimpleNamespace(model_type="opt"))
-    with pytest.raises(UserError, match=r"export\.mlx\.dtype=int8"):
+    with pytest.raises(UserError, match=r"MLXFormat\.dtype=int8"):
         MLXFormat("int8")
 
 

@@ -77,7 +77,7 @@ def test_activations_are_kept_where_they_fit(monkeypatch, free, kept):
 
 
 def test_an_unknown_way_with_activations_is_said():
-    with pytest.raises(UserError, match="activations=forget: choose auto, keep or recompute"):
+    with pytest.raises(UserError, match="activations=forget: give one of auto, keep, recompute"):
         Settings(activations="forget")
 
 

@@ -224,9 +224,9 @@ def test_inputs_that_died_in_the_quantized_model_are_made_up_for_as_least_square
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_what_is_missing_or_wrong_is_said(solver):
     W, X, Xq = problem()
-    with pytest.raises(UserError, match=r"method.solver.strength=1.5"):
+    with pytest.raises(UserError, match=r"strength=1.5"):
         solver(strength=1.5)
-    with pytest.raises(UserError, match=r"method.solver.damping"):
+    with pytest.raises(UserError, match=r"damping=-1"):
         solver(damping=-1.0)
     with pytest.raises(ValueError, match="cross"):
         solver().solve(W.float(), replace(moments(X, Xq), cross=None), IntGrid(4, 16))

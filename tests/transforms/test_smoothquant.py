@@ -86,7 +86,7 @@ def test_it_composes_with_awq():
 
 
 def test_options_that_mean_nothing_are_refused():
-    with pytest.raises(UserError, match=r"smoothquant\.alpha=2"):
+    with pytest.raises(UserError, match=r"SmoothQuant\.alpha=2"):
         SmoothQuant(alpha=2)
-    with pytest.raises(UserError, match=r"smoothquant\.sites=some: choose norms or all"):
+    with pytest.raises(UserError, match=r"SmoothQuant\.sites=some: give one of norms, all"):
         SmoothQuant(sites="some")

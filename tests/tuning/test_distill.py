@@ -295,7 +295,7 @@ def test_a_run_on_such_a_format_is_refused():
 
 @pytest.mark.parametrize("option", ["epochs", "scale_lr", "vector_lr", "warmup"])
 def test_options_out_of_range_are_named(option):
-    with pytest.raises(UserError, match=rf"method.tuning.distill.{option}=-1"):
+    with pytest.raises(UserError, match=rf"Distill.{option}=-1"):
         Distill(**{option: -1.0})  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match="tokens_per_step=0"):
         Distill(tokens_per_step=0)

@@ -264,12 +264,12 @@ def test_formats_without_integer_zeros_and_free_scales_are_refused_by_name(grid)
         ({"vector_lr": -1}, "vector_lr=-1"),
         ({"margin": 0.5}, "margin=0.5"),
         ({"margin": -0.1}, "margin=-0.1"),
-        ({"optimizer": "sgd"}, "optimizer=sgd: choose sign or adam"),
+        ({"optimizer": "sgd"}, "optimizer=sgd: give one of sign, adam"),
         ({"tokens_per_step": 0}, "tokens_per_step=0"),
     ],
 )
 def test_options_out_of_range_are_named(options, message):
-    with pytest.raises(UserError, match=f"method.tuning.rounding.{message}"):
+    with pytest.raises(UserError, match=f"LearnedRounding.{message}"):
         LearnedRounding(**options)
 
 
