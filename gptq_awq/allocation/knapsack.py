@@ -82,7 +82,8 @@ def combination(
             best = found.chosen
         if bound >= cost(best) * (1 - GAP):
             break
-    return Combination(best, max(0.0, 1 - bound / cost(best)) if cost(best) else 0.0)
+    least = cost(best)
+    return Combination(best, max(0.0, float(1 - bound / least)) if least else 0.0)
 
 
 @dataclass(frozen=True)
