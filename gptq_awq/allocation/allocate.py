@@ -1,41 +1,31 @@
 """Allocate bits to linears: sensitivities, cached independently of the budget, then the cheapest choice within it."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from gptq_awq.allocation.knapsack import PROVEN, combination
-from gptq_awq.allocation.sensitivity import Cost, Measure, first_windows, measured_costs
-from gptq_awq.calibration.block_inputs import Inputs, Settings
-from gptq_awq.calibration.observation import observations_sha256
+from gptq_awq.allocation.sensitivity import Cost, SensitivityAnalysis
+from gptq_awq.calibration.block_inputs import Settings
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.grids.allocated import AllocatedGrid, Width
 from gptq_awq.grids.integer import IntGrid
-from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import matrix
-from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.quantization.method import Method
 from gptq_awq.runtime.progress import Track, no_track
-from gptq_awq.solvers.base import Solver
-from gptq_awq.solvers.rtn import RTN
 from gptq_awq.storage.atomic import replacing
-from gptq_awq.storage.checksummed import ChecksummedFile, once
 
 log = logging.getLogger(__name__)
 
 FILE_NAME = "allocation.json"
-SCHEMA = 1
-"""Version of cached sensitivities, raised whenever their meaning changes."""
 
 
 @dataclass(frozen=True)
@@ -90,45 +80,6 @@ class Allocation:
         return f"{bits}g{group_size}" if self.grid.group_sizes else str(bits)
 
 
-@dataclass(frozen=True)
-class SensitivityAnalysis:
-    """Sensitivities of a model's linears, and all that they depend on: the arguments of `allocate`."""
-
-    model: PreTrainedModel
-    tokens: TokenSet
-    solver: Solver | None
-    grid: AllocatedGrid
-    settings: Settings
-    seed: int
-
-    def costs(self, cache: Path | None, model_sha256: str, track: Track) -> list[Cost]:
-        """Costs of every linear at every width, read from the cache or computed and stored there."""
-
-        def compute() -> ChecksummedFile:
-            return ChecksummedFile({}, {"costs": [asdict(cost) for cost in self._computed(track)]})
-
-        content = compute() if cache is None else once(self._path(cache, model_sha256), "sensitivities", compute)
-        return [Cost(c["name"], c["site"], tuple(c["costs"])) for c in content.facts["costs"]]
-
-    def _path(self, cache: Path, model_sha256: str) -> Path:
-        model, settings = self.model, self.settings
-        dtype = resolve_compute_dtype(settings.compute_dtype, model.device)
-        observed = observations_sha256(model, model_sha256, self.tokens, dtype, settings.tokens_per_batch)
-        budget = {"budget_bits": None, "budget_bytes": 0, "budget_uniform": None}
-        grid = replace(self.grid, **budget, tie="linear", allocated={})
-        depends_on = [SCHEMA, observed, str(grid), str(self.solver), self.seed, torch.get_num_threads()]
-        key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
-        return cache / "sensitivities" / f"{key}.safetensors"
-
-    def _computed(self, track: Track) -> list[Cost]:
-        model, grid, tokens = self.model, self.grid, self.tokens
-        _, blocks = find_blocks(model)
-        measure = Measure(grid.sensitivity, model, first_windows(tokens, grid.windows), self.seed, track)
-        inputs = Inputs(model, blocks, tokens, self.settings, error_propagation=False, absorbers=False, track=track)
-        solver = RTN() if grid.rounding == "rtn" or self.solver is None else self.solver
-        return list(measured_costs(inputs, model, solver, grid, measure, track))
-
-
 def allocate(
     model: PreTrainedModel,
     tokens: TokenSet,
@@ -154,7 +105,8 @@ def allocate(
         track: reports progress.
 
     Raises:
-        UserError: the budget is below the smallest choice, or the Hessian of an input does not factor.
+        UserError: the budget is below the smallest choice, the Hessian of an input does not factor, a cost is not
+            finite, or a measure needs the whole model and it is offloaded.
     """
     analysis = SensitivityAnalysis(model, tokens, method.solver, grid, settings, seed)
     costs = analysis.costs(cache, model_sha256, track)

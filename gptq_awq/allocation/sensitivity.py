@@ -12,15 +12,17 @@ kl       the measured KL with that linear alone at the width in the middle of th
 error    Σ_r e_r / tr(WHWᵀ): the linear's relative output error, whatever its effect on the rest of the model.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gptq_awq.calibration.block_inputs import Inputs
+from gptq_awq.calibration.block_inputs import Inputs, Settings
 from gptq_awq.calibration.moments import Moments
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
@@ -30,9 +32,14 @@ from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.grids.base import Grid
 from gptq_awq.models.blocks import find_blocks, hooks
 from gptq_awq.models.linear import is_linear, matrix
+from gptq_awq.models.offload import offloaded, read_ahead, resident
+from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.numerics.linalg import NotPositiveDefiniteError
+from gptq_awq.runtime.fingerprint import observations_sha256, sensitivities_sha256
 from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.solvers.base import Solver
+from gptq_awq.solvers.rtn import RTN
+from gptq_awq.storage.checksummed import ChecksummedFile, once
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,77 @@ class Cost:
     name: str
     site: str
     costs: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class SensitivityAnalysis:
+    """Sensitivities of a model's linears, and all that they depend on: the arguments of `allocate`."""
+
+    model: PreTrainedModel
+    tokens: TokenSet
+    solver: Solver | None
+    grid: AllocatedGrid
+    settings: Settings
+    seed: int
+
+    def costs(self, cache: Path | None, model_sha256: str, track: Track) -> list[Cost]:
+        """Costs of every linear at every width, read from the cache or computed and stored there.
+
+        Raises:
+            UserError: the Hessian of an input does not factor; a cost is not finite, and then none is stored; see
+                `check_offloaded`.
+        """
+        check_offloaded(self.model, self.grid)
+
+        def compute() -> ChecksummedFile:
+            return ChecksummedFile({}, {"costs": [asdict(cost) for cost in self._computed(track)]})
+
+        def finite(content: ChecksummedFile) -> bool:
+            return all(c is None or math.isfinite(c) for cost in content.facts["costs"] for c in cost["costs"])
+
+        if cache is None:
+            content = compute()
+        else:
+            content = once(self._path(cache, model_sha256), "sensitivities", compute, finite)
+        return [Cost(c["name"], c["site"], tuple(c["costs"])) for c in content.facts["costs"]]
+
+    def _path(self, cache: Path, model_sha256: str) -> Path:
+        dtype = resolve_compute_dtype(self.settings.compute_dtype, self.model.device)
+        observed = observations_sha256(
+            self.model, model_sha256, self.tokens.sha256, dtype, self.settings.tokens_per_batch
+        )
+        key = sensitivities_sha256(observed, self.grid, self._rounds(), self.seed, torch.get_num_threads())
+        return cache / "sensitivities" / f"{key}.safetensors"
+
+    def _rounds(self) -> Solver:
+        """The solver that rounds weights to measure costs."""
+        return RTN() if self.grid.rounding == "rtn" or self.solver is None else self.solver
+
+    def _computed(self, track: Track) -> Iterator[Cost]:
+        model, grid, tokens = self.model, self.grid, self.tokens
+        _, blocks = find_blocks(model)
+        measure = Measure(grid.sensitivity, model, first_windows(tokens, grid.windows), self.seed, track)
+        inputs = Inputs(model, blocks, tokens, self.settings, error_propagation=False, absorbers=False, track=track)
+        for cost in measured_costs(inputs, model, self._rounds(), grid, measure, track):
+            if not all(c is None or math.isfinite(c) for c in cost.costs):
+                raise UserError(
+                    f"grid.sensitivity={grid.sensitivity}: rounding {cost.name} costs {cost.costs}, which is not "
+                    "finite; try dtype=float32 compute_dtype=float32, or check the model"
+                )
+            yield cost
+
+
+def check_offloaded(model: nn.Module, grid: AllocatedGrid) -> None:
+    """Refuse a measure that needs the whole model in memory, for a model that is offloaded block by block.
+
+    Raises:
+        UserError: naming the option.
+    """
+    if grid.sensitivity == "fisher" and offloaded(model):
+        raise UserError(
+            "grid.sensitivity=fisher: gradients go through the whole model, which is offloaded from disk; choose "
+            "grid.sensitivity=error, or stream=false and a memory_budget that the model fits into"
+        )
 
 
 class Measure:
@@ -115,7 +193,9 @@ def measured_costs(
     needs_cross = getattr(solver, "needs_cross", False)
     for index in track(range(len(blocks)), "sensitivities", len(blocks)):
         block = blocks[index]
-        with torch.no_grad():
+        if index + 1 < len(blocks):
+            read_ahead(blocks[index + 1])
+        with torch.no_grad(), resident(block):
             runner = inputs.runner(block) if inputs.activations is not None else block
             seen = inputs.observe(block, runner, index)
             for site, moments in zip(seen.sites, seen.moments, strict=True):

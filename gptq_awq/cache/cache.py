@@ -6,7 +6,8 @@
 The folder is `gptq_awq.storage.assets.cache_dir()`, or $GPTQ_AWQ_CACHE; runs, processes and nodes may share it.
 Every entry is named by the hash of what it depends on, written whole, and checked when read; so deleting one costs time
 and nothing else. After a run, the least recently used entries are deleted until `cache_gb` suffices (downloads, models
-and the progress of unfinished runs don't count, and are only deleted by `clear`).
+and the progress of unfinished runs don't count, and are only deleted by `clear`). Reading an entry is using it, and one
+that a live run goes on reading is never deleted.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from rich.table import Table
 from gptq_awq.cache.leftovers import clear_leftovers, leftovers
 from gptq_awq.errors import UserError
 from gptq_awq.storage.assets import cache_dir
+from gptq_awq.storage.pins import delete_unpinned
 
 log = logging.getLogger(__name__)
 SECONDS_PER_DAY = 86400
@@ -38,6 +40,7 @@ KINDS = {
     "runs": "locations of finished runs",
     "assets": "downloads: models and texts, checked by sha256",
     "models": "GGUF files as transformers folders",
+    "hashes": "sha256 of models' files, by path, size and times",
     "engines": "environments of inference engines",
 }
 DISPENSABLE = ("tokens", "baselines", "moments", "sensitivities")
@@ -54,8 +57,11 @@ class Entry:
     used: float
     """Time of the last read or write, in seconds since the epoch."""
 
-    def delete(self) -> None:
-        """Delete the entry; it is no error if another process already has."""
+    def delete(self) -> bool:
+        """Delete the entry, unless a live run reads it: whether it is gone, by this process or another."""
+        return delete_unpinned(self.path, self._delete)
+
+    def _delete(self) -> None:
         with suppress(OSError):
             if self.path.is_dir():
                 shutil.rmtree(self.path)
@@ -72,31 +78,35 @@ def entries(kinds: Iterable[str] = tuple(KINDS), folder: Path | None = None) -> 
 
 
 def prune(limit_bytes: float, folder: Path | None = None) -> list[Entry]:
-    """Delete the least recently used entries until the dispensable kinds take at most `limit_bytes`; returns them."""
+    """Delete the least recently used entries until the dispensable kinds take at most `limit_bytes`; returns them.
+
+    Entries that a live run reads stay, whatever they take.
+    """
     kept = sorted(entries(DISPENSABLE, folder), key=lambda entry: entry.used)
     excess, dropped = sum(entry.size_bytes for entry in kept) - limit_bytes, []
     for entry in kept:
         if excess <= 0:
             break
-        entry.delete()
-        excess -= entry.size_bytes
-        dropped.append(entry)
+        if entry.delete():
+            excess -= entry.size_bytes
+            dropped.append(entry)
     if dropped:
         log.info("cache_gb: dropped %d entries, %.2f GB", len(dropped), sum(e.size_bytes for e in dropped) / 1e9)
     return dropped
 
 
 def clear(kinds: Iterable[str], older_days: float = 0, folder: Path | None = None) -> list[Entry]:
-    """Delete the entries of `kinds` unused for `older_days`, and return them. Raises UserError for an unknown kind."""
+    """Delete the entries of `kinds` unused for `older_days`, but for those that a live run reads, and return them.
+
+    Raises:
+        UserError: there is no such kind.
+    """
     kinds = list(kinds)
     for kind in kinds:
         if kind not in KINDS:
             raise UserError(f"cache clear {kind}: choose among {', '.join(KINDS)}")
     before = time.time() - older_days * SECONDS_PER_DAY
-    dropped = [entry for entry in entries(kinds, folder) if entry.used <= before]
-    for entry in dropped:
-        entry.delete()
-    return dropped
+    return [entry for entry in entries(kinds, folder) if entry.used <= before and entry.delete()]
 
 
 def _entry(kind: str, path: Path) -> Entry:

@@ -43,7 +43,9 @@ class Moments:
         cross: C, (in, in) float32, rows x̃ and columns x; None where no full-precision forward ran.
         routed: number of real tokens that the router sent to this expert; None for an ordinary site.
         policy: the policy that was applied to an expert that few tokens reached; None: none was.
-        keep: reads or keeps factors of H across runs; the default keeps none.
+        keep: reads or keeps factors of H across runs, by H itself; the default keeps none.
+
+    Factors and shared values belong to this H: moments made by `dataclasses.replace` begin without any.
     """
 
     hessian: Float[Tensor, "in in"]
@@ -53,9 +55,9 @@ class Moments:
     cross: Float[Tensor, "in in"] | None = None
     routed: int | None = None
     policy: str | None = None
-    keep: "Keep" = field(default=lambda _key, compute: compute(), repr=False, compare=False)
-    _factors: dict = field(default_factory=dict, repr=False, compare=False)
-    _shared: dict = field(default_factory=dict, repr=False, compare=False)
+    keep: "Keep" = field(default=lambda _hessian, _key, compute: compute(), repr=False, compare=False)
+    _factors: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+    _shared: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def none(cls, routed: int, policy: str) -> "Moments":
@@ -114,7 +116,7 @@ class Moments:
         return self._factors[key]
 
     def _remember(self, key: tuple[float, bool], compute: Callable[[], "Factor"]) -> None:
-        factor = self.keep(key, compute)
+        factor = self.keep(self.hessian, key, compute)
         self._factors.clear()  # one factor at a time: they are as large as H
         self._factors[key] = factor
 
@@ -159,8 +161,8 @@ def factor_together(sites: Sequence[Moments], damping: float, act_order: bool) -
 
 Factor = tuple[Float[Tensor, "in in"], Int[Tensor, "in"] | None, float]
 """Upper factor U of the damped inverse Hessian, the column order it is in (None: natural), and the damping used."""
-Keep = Callable[[tuple[float, bool], Callable[[], Factor]], Factor]
-"""Maps (damping, act_order) and a function that computes that factor to the factor, kept from an earlier run or new."""
+Keep = Callable[[Tensor, tuple[float, bool], Callable[[], Factor]], Factor]
+"""Maps H, (damping, act_order) and a function that computes that factor to the factor, kept from earlier or new."""
 
 
 class MomentsSum:

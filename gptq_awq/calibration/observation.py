@@ -6,8 +6,6 @@ reads instead of calibrating.
 """
 
 import copy
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -25,13 +22,13 @@ from gptq_awq.calibration.activations import Activations, keep_block
 from gptq_awq.calibration.expert_policy import ExpertPolicy
 from gptq_awq.calibration.moments import Factor, Keep, Moments, pack_symmetric, unpack_symmetric
 from gptq_awq.calibration.sequential import observe_forward
-from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import Call
 from gptq_awq.models.linear import Absorber, Site
 from gptq_awq.models.offload import read_ahead, resident
 from gptq_awq.models.topology import observe_sites
 from gptq_awq.numerics.distributed import ONE, Ranks
+from gptq_awq.runtime.fingerprint import factor_sha256
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.runtime.progress import Track
 from gptq_awq.storage.atomic import locked
@@ -39,8 +36,6 @@ from gptq_awq.storage.checksummed import ChecksummedFile, DamagedError, lock_pat
 from gptq_awq.storage.journal import Journal
 
 log = logging.getLogger(__name__)
-SCHEMA = 3
-"""Version of the cache's content; raised whenever the meaning of what is kept changes."""
 
 
 @dataclass(frozen=True)
@@ -71,33 +66,6 @@ class ObservationCache:
 
     journal: Journal
     room: int
-
-
-def observations_sha256(
-    model: nn.Module, model_sha256: str, tokens: TokenSet, dtype: torch.dtype, tokens_per_batch: int
-) -> str:
-    """SHA-256 of everything that observations of the full-precision model depend on, the cache's key.
-
-    Args:
-        model: a causal LM.
-        model_sha256: hash of the model's weights.
-        tokens: calibration windows.
-        dtype: dtype that forwards compute in.
-        tokens_per_batch: calibration tokens per forward.
-    """
-    config: Any = model.config
-    depends_on = {
-        "schema": SCHEMA,
-        "model": model_sha256,
-        "tokens": tokens.sha256,
-        "tokens_per_batch": tokens_per_batch,
-        "dtypes": [str(next(model.parameters()).dtype), str(dtype)],
-        "device": next(model.parameters()).device.type,
-        "attention": config._attn_implementation,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
 
 
 def in_dtype(block: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -295,16 +263,19 @@ def _unpacked(content: ChecksummedFile, factors: list[Path], call: Call, device:
 
 
 def _keep(path: Path, device: torch.device) -> Keep:
-    """A function that keeps the factors of one site's Hessian in files that begin with `path`, beside its moments."""
+    """A function that keeps factors in files that begin with `path`, named by the very H that each is of.
 
-    def keep(key: tuple[float, bool], compute: Callable[[], Factor]) -> Factor:
+    A solver that changes H, and then factors it, has a file of its own for that.
+    """
+
+    def keep(hessian: Tensor, key: tuple[float, bool], compute: Callable[[], Factor]) -> Factor:
         def packed() -> ChecksummedFile:
             U, order, used = compute()
             tensors = {"factor": pack_symmetric(U), "order": torch.empty(0) if order is None else order}
             return ChecksummedFile(tensors, {"used": used, "width": len(U)})
 
         damping, act_order = key
-        name = f"{path.name}-{damping:g}{'-act_order' if act_order else ''}.safetensors"
+        name = f"{path.name}-{factor_sha256(hessian, damping, act_order)[:32]}.safetensors"
         kept = once(path.with_name(name), "factor of the Hessian", packed)
         U = unpack_symmetric(kept.tensors["factor"], kept.facts["width"]).triu().to(device)
         return U, kept.tensors["order"].to(device) if act_order else None, kept.facts["used"]

@@ -13,20 +13,18 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-import tokenizers
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from gptq_awq.data.text import Text, without_surrogates
 from gptq_awq.errors import UserError
+from gptq_awq.runtime.fingerprint import token_ids_sha256
 from gptq_awq.storage.assets import cache_dir
 from gptq_awq.storage.checksummed import ChecksummedFile, once
 
 LONG_TEXT = 200_000
 """Number of characters from which tokenizing takes longer than reading the ids from the cache."""
-TOKENS_SCHEMA = 1
-"""Version of the cached token files, incremented whenever their meaning changes."""
 Tokenizer = Any  # transformers' tokenizer classes share no useful static type
 
 
@@ -39,7 +37,7 @@ class TokenSet:
         ids: token ids, int64.
         mask: True on real tokens; None where nothing is padded.
         source: where the text came from.
-        sha256: hash of ids and mask, so that equal hashes mean equal inputs to the model.
+        sha256: hash of ids, their shape and mask, so that equal hashes mean equal inputs to the model.
     """
 
     name: str
@@ -111,10 +109,11 @@ def evaluation_windows(
 def make_token_set(
     name: str, ids: Int[Tensor, "n seqlen"], mask: Bool[Tensor, "n seqlen"] | None, source: str
 ) -> TokenSet:
-    """Make a `TokenSet` of these ids and mask, with its hash."""
-    digest = hashlib.sha256(ids.contiguous().numpy().tobytes())
+    """Make a `TokenSet` of these ids and mask, with its hash: windows of another length are other windows."""
+    digest = hashlib.sha256(f"{ids.dtype} {tuple(ids.shape)}".encode())
+    digest.update(ids.contiguous().numpy().tobytes())
     if mask is not None:
-        digest.update(mask.numpy().tobytes())
+        digest.update(mask.contiguous().numpy().tobytes())
     return TokenSet(name, ids, mask, source, digest.hexdigest())
 
 
@@ -186,13 +185,10 @@ def _pad(
 
 def _encode_long(text: str, tokenizer: Tokenizer) -> list[int]:
     """Token ids without special tokens; those of a long text are kept in the cache."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if len(text) < LONG_TEXT or backend is None:
+    if len(text) < LONG_TEXT or getattr(tokenizer, "backend_tokenizer", None) is None:
         return _encode(text, tokenizer)
-    digest = hashlib.sha256(f"{TOKENS_SCHEMA} {tokenizers.__version__} {backend.to_str()}".encode())
-    digest.update(hashlib.sha256(text.encode()).digest())
     kept = once(
-        cache_dir() / "tokens" / f"{digest.hexdigest()}.safetensors",
+        cache_dir() / "tokens" / f"{token_ids_sha256(text, tokenizer)}.safetensors",
         "tokens of a text",
         lambda: ChecksummedFile({"ids": torch.tensor(_encode(text, tokenizer), dtype=torch.int32)}),
     )

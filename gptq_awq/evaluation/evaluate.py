@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from gptq_awq.data.tokens import TokenSet
-from gptq_awq.evaluation.baseline import baseline_scores, floor_path, read_answers, write_answers
+from gptq_awq.evaluation.baseline import AnswersFile, baseline_scores, floor_path
 from gptq_awq.evaluation.divergence import divergence
 from gptq_awq.evaluation.floor import Floor, floors
 from gptq_awq.evaluation.head import Parameters
@@ -110,11 +110,12 @@ def full_precision(
         return Baseline(tuple(tokens), scores, output=output, compute_dtype=dtype, floors=noise)
     from gptq_awq.evaluation.harness import run_tasks
 
-    answers = {} if folder is None else read_answers(model, model_sha256, folder, dtype)
+    kept = None if folder is None else AnswersFile.of(model, model_sha256, tokenizer, folder, dtype)
+    answers = {} if kept is None else kept.read()
     known = len(answers)
     results = run_tasks(model, tokenizer, tasks, answers, track, dtype)
-    if folder is not None and len(answers) > known:
-        write_answers(model, model_sha256, folder, answers, dtype)
+    if kept is not None and len(answers) > known:
+        kept.add(answers)
     return Baseline(tuple(tokens), scores, tasks, results, output, dtype, noise)
 
 

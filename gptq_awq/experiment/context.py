@@ -3,22 +3,22 @@
 Whatever can be known to be wrong is found here, or when options are instantiated: before anything slow starts.
 """
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gptq_awq.allocation.sensitivity import check_offloaded
 from gptq_awq.calibration.activations import batches_of
-from gptq_awq.calibration.observation import ObservationCache, observations_sha256
+from gptq_awq.calibration.observation import ObservationCache
 from gptq_awq.data.tokens import TokenSet
-from gptq_awq.experiment.fingerprint import code_sha256, package_sha256, run_sha256
 from gptq_awq.evaluation.perplexity import checked_windows
 from gptq_awq.experiment.fitting import fitted_corpus, readable
 from gptq_awq.experiment.forecasting.memory_model import MemoryModel
 from gptq_awq.experiment.plan import Plan
 from gptq_awq.experiment.registry import Run
 from gptq_awq.export.base import linear_specs
+from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.grids.base import Grid
 from gptq_awq.models.activations import check_activations
 from gptq_awq.models.blocks import find_blocks
@@ -32,14 +32,22 @@ from gptq_awq.quantization.footprint import Footprint
 from gptq_awq.quantization.quantize import needs_calibration
 from gptq_awq.quantization.targets import assign_grids
 from gptq_awq.runtime import memory
+from gptq_awq.runtime.fingerprint import (
+    code_sha256,
+    encoding_sha256,
+    export_sha256,
+    generation_sha256,
+    observations_sha256,
+    package_sha256,
+    run_sha256,
+    written_sha256,
+)
 from gptq_awq.runtime.progress import Track
 from gptq_awq.storage.assets import cache_dir
 from gptq_awq.storage.checksummed import ChecksummedFile, once
 from gptq_awq.storage.journal import Journal
 
 log = logging.getLogger(__name__)
-WRITTEN_SCHEMA = 1
-"""Raised whenever the text that a model writes for itself would be another one."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,8 @@ def load(plan: Plan) -> RunContext:
     if plan.method.model_transforms:  # which give a tied head weights of its own: formats and grids shall see it so
         untie(loaded.model)
     free_head(loaded.model, plan.method)
+    if isinstance(plan.grid, AllocatedGrid) and plan.method.solver is not None:
+        check_offloaded(loaded.model, plan.grid)
     windows = tuple(readable(w, loaded, "eval.perplexity") for w in plan.evaluation.token_sets(loaded.tokenizer))
     for window in windows:
         checked_windows(loaded.model, window)
@@ -104,17 +114,30 @@ def load(plan: Plan) -> RunContext:
         )
     plan.exports.check(linear_specs(loaded.model, grids, natural), loaded.model, loaded.tokenizer)
     _check_memory(loaded, tokens, plan)
-    data = {
+    run_ = Run(run_sha256(plan.config, _content(plan, loaded, windows, tasks, tokens), code), plan.out)
+    return RunContext(loaded, windows, tasks, tokens, grids, package, run_, baseline_bytes)
+
+
+def _content(
+    plan: Plan, loaded: LoadedModel, windows: tuple[TokenSet, ...], tasks: Any, tokens: TokenSet | None
+) -> dict[str, Any]:
+    """All data that the run's numbers and checkpoints come from, by content.
+
+    The tokenizer has made the windows, which are hashed themselves; it counts where it does more than that.
+    """
+    answers, writes = tasks is not None, plan.method.self_calibration is not None
+    return {
         "model": loaded.sha256,
         "calibration": tokens and tokens.sha256,
         "eval": [t.sha256 for t in windows],
         "tasks": tasks and tasks.sha256(),
+        "encoding": encoding_sha256(loaded.tokenizer) if answers else None,
+        "generation": generation_sha256(loaded.model) if answers or writes else None,
+        "export": export_sha256(loaded.model, loaded.tokenizer) if plan.exports.formats else None,
         "device": plan.device.type,
         "compute_dtype": str(plan.compute_dtype),
         "eval_dtype": str(resolve_compute_dtype(plan.evaluation.compute_dtype, plan.device)),
     }
-    run_ = Run(run_sha256(plan.config, data, code), plan.out)
-    return RunContext(loaded, windows, tasks, tokens, grids, package, run_, baseline_bytes)
 
 
 def self_calibrated(plan: Plan, context: RunContext, track: Track) -> RunContext:
@@ -125,14 +148,13 @@ def self_calibrated(plan: Plan, context: RunContext, track: Track) -> RunContext
     own, given = plan.method.self_calibration, context.tokens
     if own is None or given is None:
         return context
-    made_of = WRITTEN_SCHEMA, context.loaded.sha256, given.sha256, own, plan.compute_dtype, plan.device.type
-    key = hashlib.sha256(repr(made_of).encode())
+    key = written_sha256(context.loaded.model, context.loaded.sha256, given.sha256, own, plan.compute_dtype)
 
     def write() -> ChecksummedFile:
         return ChecksummedFile({"ids": own.write(context.loaded.model, given, plan.compute_dtype, track)})
 
     kept = plan.settings.ranks.from_first(
-        lambda: once(cache_dir() / "tokens" / f"{key.hexdigest()}.safetensors", "model's own calibration text", write)
+        lambda: once(cache_dir() / "tokens" / f"{key}.safetensors", "model's own calibration text", write)
     )
     return replace(context, tokens=own.added(given, kept.tensors["ids"]))
 
@@ -141,10 +163,14 @@ def record_of(plan: Plan, context: RunContext) -> ObservationCache | None:
     """Where this run's full-precision calibration is kept for others; None where it has none."""
     if context.tokens is None or plan.method.error_propagation:
         return None
-    # Of the model as its transforms leave it.
-    observed = " ".join([context.loaded.sha256, *map(repr, plan.method.model_transforms), repr(plan.experts)])
     key = observations_sha256(
-        context.loaded.model, observed, context.tokens, plan.compute_dtype, plan.settings.tokens_per_batch
+        context.loaded.model,
+        context.loaded.sha256,
+        context.tokens.sha256,
+        plan.compute_dtype,
+        plan.settings.tokens_per_batch,
+        plan.method.model_transforms,
+        plan.experts,
     )
     return ObservationCache(Journal(cache_dir() / "moments" / key, key), plan.cache_bytes)
 

@@ -9,7 +9,7 @@ from helpers.tiny_models import tiny_model, tiny_tokens
 
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.evaluation import baseline as baseline_module
-from gptq_awq.evaluation.baseline import baseline_scores, read_answers, write_answers
+from gptq_awq.evaluation.baseline import AnswersFile, baseline_scores, floor_path
 from gptq_awq.evaluation.evaluate import full_precision, score
 
 
@@ -36,6 +36,16 @@ def test_a_baseline_is_computed_once(tmp_path, forbidden):
     first = baseline_scores(model, "weights", tokens, tmp_path)
     forbidden()
     assert same(baseline_scores(model, "weights", tokens, tmp_path), first)
+
+
+def test_windows_of_another_length_have_baselines_and_floors_of_their_own(tmp_path, caplog):
+    model, ids = tiny_model("llama"), tiny_tokens(4, 64)
+    sets = [make_token_set("text", ids.view(rows, -1), None, "random") for rows in (4, 8)]
+    plain = [baseline_scores(model, "weights", tokens, None) for tokens in sets]
+    for tokens, expected in [*zip(sets, plain, strict=True)] * 2:
+        assert same(baseline_scores(model, "weights", tokens, tmp_path), expected)
+    assert "damaged" not in caplog.text
+    assert len({floor_path(model, "weights", tokens, tmp_path, torch.bfloat16) for tokens in sets}) == 2
 
 
 def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
@@ -91,34 +101,34 @@ def test_a_damaged_baseline_is_never_used(tmp_path, damage, caplog, forbidden):
     assert files(tmp_path) == [path]
 
 
+def answers(folder, weights="weights"):
+    return AnswersFile.of(tiny_model("llama"), weights, None, folder)
+
+
 def test_answers_are_kept_and_added_to(tmp_path):
-    model = tiny_model("llama")
-    assert read_answers(model, "weights", tmp_path) == {}
-    write_answers(model, "weights", tmp_path, {"a": [-1.25, True]})
-    write_answers(model, "weights", tmp_path, {"b": -0.1})
-    assert read_answers(model, "weights", tmp_path) == {"a": [-1.25, True], "b": -0.1}
-    assert read_answers(model, "other", tmp_path) == {}
+    assert answers(tmp_path).read() == {}
+    answers(tmp_path).add({"a": [-1.25, True]})
+    answers(tmp_path).add({"b": -0.1})
+    assert answers(tmp_path).read() == {"a": [-1.25, True], "b": -0.1}
+    assert answers(tmp_path, "other").read() == {}
 
 
 def test_answers_of_two_writers_at_once_are_all_kept(tmp_path):
-    model = tiny_model("llama")
-    writers = [
-        threading.Thread(target=write_answers, args=(model, "weights", tmp_path, {str(i): float(i)})) for i in range(8)
-    ]
+    file = answers(tmp_path)
+    writers = [threading.Thread(target=file.add, args=({str(i): float(i)},)) for i in range(8)]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
-    assert len(read_answers(model, "weights", tmp_path)) == 8
+    assert len(file.read()) == 8
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"sha256": "0", "answers": {"a": 1}}', '{"answers": {}}'])
 def test_damaged_answers_are_never_used(tmp_path, caplog, text):
-    model = tiny_model("llama")
-    write_answers(model, "weights", tmp_path, {"a": 1.0})
-    (path,) = files(tmp_path)
-    path.write_text(text)
-    assert read_answers(model, "weights", tmp_path) == {}
+    file = answers(tmp_path)
+    file.add({"a": 1.0})
+    file.path.write_text(text)
+    assert file.read() == {}
     assert "damaged" in caplog.text
 
 

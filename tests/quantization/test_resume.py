@@ -13,12 +13,13 @@ from helpers.tiny_models import tiny_model
 from gptq_awq.api import load_method
 from gptq_awq.calibration import moments
 from gptq_awq.calibration import observation as observe
-from gptq_awq.calibration.observation import ObservationCache, observations_sha256
+from gptq_awq.calibration.observation import ObservationCache
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.mix import LlamaMix
 from gptq_awq.grids.table import TableGrid
 from gptq_awq.quantization.method import Method
 from gptq_awq.quantization.quantize import quantize
+from gptq_awq.runtime.fingerprint import observations_sha256
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.storage.journal import Journal
 
@@ -175,12 +176,12 @@ def test_a_killed_run_reads_the_record_and_goes_on(tmp_path):
 
 def test_another_model_data_or_precision_has_another_record():
     model, data = tiny_model("llama"), tokens()
-    base = observations_sha256(model, "weights", data, torch.float32, 64)
+    base = observations_sha256(model, "weights", data.sha256, torch.float32, 64)
     others = [
-        observations_sha256(model, "other", data, torch.float32, 64),
-        observations_sha256(model, "weights", tokens(rows=5), torch.float32, 64),
-        observations_sha256(model, "weights", data, torch.bfloat16, 64),
-        observations_sha256(model, "weights", data, torch.float32, 128),
+        observations_sha256(model, "other", data.sha256, torch.float32, 64),
+        observations_sha256(model, "weights", tokens(rows=5).sha256, torch.float32, 64),
+        observations_sha256(model, "weights", data.sha256, torch.bfloat16, 64),
+        observations_sha256(model, "weights", data.sha256, torch.float32, 128),
     ]
     assert len({base, *others}) == 5
 

@@ -1,0 +1,435 @@
+"""Hashes of all that a number depends on: content, options, the code that computes it, versions of packages.
+
+Whatever is computed once and kept (a run, moments, factors, baselines, lm-eval answers, sensitivities, written text,
+token ids) is named by one of the functions of this module, and by nothing else. Each hashes
+
+    content    weights, windows with their shape, what encodes text, generation config: by value, wherever they lie
+    options    the objects that compute, by class and fields
+    code       the source of the modules that compute it, and of all of this package that these import
+    packages   versions of the packages that this code runs on
+
+so that one thing changed is another name, and a change that nothing kept depends on leaves the name as it is.
+"""
+
+import hashlib
+import json
+import platform
+import re
+import site
+import sysconfig
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache, lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from gptq_awq.runtime.declarations import PACKAGE, source_of, targets_in
+
+RUNS_ON = (
+    *("torch", "triton", "numpy", "numba", "llvmlite", "transformers", "tokenizers", "safetensors", "accelerate"),
+    *("flash_attn", "flash-linear-attention", "causal-conv1d", "mamba-ssm", "kernels"),
+)
+"""Packages that any forward may run on; models of transformers call those of the second line where they are there."""
+PACKAGES = (
+    *RUNS_ON,
+    *("scipy", "greenlet", "datasets", "lm_eval", "gguf", "jinja2", "sentencepiece", "tiktoken", "protobuf"),
+    *("bitsandbytes", "compressed-tensors", "mlx", "mlx-lm"),
+)
+"""Packages that numbers, codes or checkpoints of a run come from."""
+NOT_COMPUTED = (
+    *("out", "tracking", "resume", "profile", "objective", "ranks_timeout_minutes", "cache_gb"),
+    *("activations", "memory_budget", "stream", "forecast"),
+)
+"""Options that change no number."""
+BUDGET = ("budget_bits", "budget_bytes", "budget_uniform", "tie", "allocated")
+"""Fields of a grid that choose among widths by what each costs, and change no cost."""
+COMPUTED_BY = {
+    "observations": ("gptq_awq.calibration.block_inputs", "gptq_awq.models.load"),
+    "baseline": ("gptq_awq.evaluation.baseline", "gptq_awq.models.load"),
+    "floor": ("gptq_awq.evaluation.floor", "gptq_awq.models.load"),
+    "answers": ("gptq_awq.evaluation.harness", "gptq_awq.models.load"),
+    "sensitivities": ("gptq_awq.allocation.sensitivity", "gptq_awq.models.load"),
+    "written text": ("gptq_awq.calibration.self_calibration", "gptq_awq.models.load"),
+    "token ids": ("gptq_awq.data.tokens",),
+}
+"""Modules that compute what the cache keeps, by its kind."""
+_TOKENIZER_FILES = re.compile(
+    r"(tokenizer|vocab|merges|special_tokens_map|added_tokens|chat_template|generation_config|spiece|sentencepiece).*"
+    r"|.*\.(model|tiktoken|jinja)"
+)
+
+
+# ------------------------------------------------------------------------------------------------------------- names
+
+
+def run_sha256(config: Mapping[str, Any], data: Mapping[str, Any], code: str) -> str:
+    """Hash of what a run computes: its config, the content of its data, the code and the packages it runs on.
+
+    Two runs of one hash give the same numbers, whatever their folders are called.
+    """
+    return _json_sha256({"config": config_sha256(config), "data": data, "code": code, "packages": package_versions()})
+
+
+def config_sha256(config: Mapping[str, Any]) -> str:
+    """Hash of the resolved config, without what changes no number."""
+    relevant = {key: value for key, value in config.items() if key not in NOT_COMPUTED}
+    return _json_sha256(relevant)
+
+
+def observations_sha256(
+    model: Any,
+    model_sha256: str,
+    tokens_sha256: str,
+    dtype: Any,
+    tokens_per_batch: int,
+    transforms: Iterable[Any] = (),
+    experts: Any = None,
+) -> str:
+    """Hash that names observations of the full-precision model: each block's sites and moments.
+
+    Args:
+        model: a causal LM.
+        model_sha256: hash of the model's weights.
+        tokens_sha256: hash of the calibration windows.
+        dtype: dtype that forwards compute in.
+        tokens_per_batch: calibration tokens per forward.
+        transforms: transforms of the whole model, applied before it is observed.
+        experts: policy for experts that few tokens reach; None: the default one.
+    """
+    transforms = list(transforms)
+    content = {
+        "model": _identity(model, model_sha256),
+        "tokens": tokens_sha256,
+        "dtype": str(dtype),
+        "tokens_per_batch": tokens_per_batch,
+        "transforms": described(transforms),
+        "experts": described(experts),
+    }
+    return _computed_sha256("observations", content, transforms)
+
+
+def factor_sha256(hessian: Any, damping: float, act_order: bool) -> str:
+    """Hash that names the factor of one H beside its observations, whose name has the code: of H itself, by value."""
+    content = {"hessian": tensor_sha256(hessian), "damping": damping, "act_order": act_order}
+    return _json_sha256(content)
+
+
+def baseline_sha256(model: Any, model_sha256: str, tokens_sha256: str, dtype: Any) -> str:
+    """Hash that names the full-precision scores of windows of tokens, computed in `dtype`."""
+    content = {"model": _identity(model, model_sha256), "tokens": tokens_sha256, "dtype": str(dtype)}
+    return _computed_sha256("baseline", content)
+
+
+def floor_sha256(model: Any, model_sha256: str, tokens_sha256: str, dtype: Any) -> str:
+    """Hash that names the noise floor of `dtype` on windows of tokens."""
+    content = {"model": _identity(model, model_sha256), "tokens": tokens_sha256, "dtype": str(dtype)}
+    return _computed_sha256("floor", content)
+
+
+def answers_sha256(model: Any, model_sha256: str, tokenizer: Any, dtype: Any) -> str:
+    """Hash that names a model's lm-eval answers, which are kept by the hash of each request beneath it."""
+    content = {
+        "model": _identity(model, model_sha256),
+        "encoding": encoding_sha256(tokenizer),
+        "generation": generation_sha256(model),
+        "dtype": str(dtype),
+    }
+    return _computed_sha256("answers", content)
+
+
+def sensitivities_sha256(observations: str, grid: Any, solver: Any, seed: int, threads: int) -> str:
+    """Hash that names what rounding each linear costs, on the full-precision inputs of `observations`."""
+    choices = {name: value for name, value in described(grid)["is"].items() if name not in BUDGET}
+    content = {
+        "observations": observations,
+        "grid": choices,
+        "solver": described(solver),
+        "seed": seed,
+        "threads": threads,
+    }
+    return _computed_sha256("sensitivities", content, [grid, solver])
+
+
+def written_sha256(model: Any, model_sha256: str, tokens_sha256: str, writer: Any, dtype: Any) -> str:
+    """Hash that names calibration text that the model writes: `writer` begins each window with some of the tokens."""
+    content = {
+        "model": _identity(model, model_sha256),
+        "generation": generation_sha256(model),
+        "tokens": tokens_sha256,
+        "writer": described(writer),
+        "dtype": str(dtype),
+    }
+    return _computed_sha256("written text", content, [writer])
+
+
+def token_ids_sha256(text: str, tokenizer: Any) -> str:
+    """Hash that names the token ids of a text."""
+    content = {"text": hashlib.sha256(text.encode()).hexdigest(), "encoding": encoding_sha256(tokenizer)}
+    return _computed_sha256("token ids", content)
+
+
+# ----------------------------------------------------------------------------------------------------------- content
+
+
+def encoding_sha256(tokenizer: Any) -> str:
+    """Hash of all by which a tokenizer turns text into ids and back: its backend, its special tokens, its class."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    names = ("add_bos_token", "add_eos_token", "split_special_tokens", "clean_up_tokenization_spaces")
+    content = {
+        "class": _qualified(type(tokenizer)),
+        "backend": _vocabulary(tokenizer) if backend is None else _backend(backend),
+        "special": {name: str(token) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()},
+        "settings": {name: getattr(tokenizer, name, None) for name in names},
+    }
+    return _json_sha256(content)
+
+
+def export_sha256(model: Any, tokenizer: Any) -> str:
+    """Hash of what a checkpoint holds beside weights: tokenizer, its files, chat template, generation config."""
+    settings = getattr(tokenizer, "init_kwargs", {})
+    names = ("model_max_length", "padding_side", "truncation_side", "model_input_names")
+    folder = Path(getattr(tokenizer, "name_or_path", None) or "/nowhere")
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    content = {
+        "encoding": encoding_sha256(tokenizer),
+        "chat_template": getattr(tokenizer, "chat_template", None),
+        "settings": {name: settings.get(name) for name in names},
+        "generation": generation_sha256(model),
+        "files": {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if _of_tokenizer(f)},
+    }
+    return _json_sha256(content)
+
+
+def generation_sha256(model: Any) -> str:
+    """Hash of a model's generation config, which says when and how it ends what it writes."""
+    config = getattr(model, "generation_config", None)
+    content = {} if config is None else config.to_dict()
+    return _json_sha256({key: value for key, value in content.items() if key != "transformers_version"})
+
+
+def tensor_sha256(x: Any) -> str:
+    """Hash of a tensor: dtype, shape and values."""
+    import torch  # takes seconds, which whoever hashes a config only need not spend
+
+    digest = hashlib.sha256(f"{x.dtype} {tuple(x.shape)}".encode())
+    digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def described(value: Any) -> Any:
+    """Description of an option or object by its class and fields, as JSON values; addresses in memory are in none."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): described(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [described(each) for each in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(json.dumps(described(each), sort_keys=True) for each in value)
+    if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
+        return _qualified(value)
+    if hasattr(value, "untyped_storage"):
+        return tensor_sha256(value)
+    if is_dataclass(value):
+        own = {field.name: getattr(value, field.name) for field in fields(value)}
+    else:
+        own = getattr(value, "__dict__", None)
+    known = str(value) if own is None else {name: described(each) for name, each in sorted(own.items())}
+    return {"class": _qualified(type(value)), "is": known}
+
+
+def _identity(model: Any, model_sha256: str) -> dict[str, Any]:
+    """All of a model that its outputs depend on: weights, precision, device, structure, attention, CPU's products."""
+    from gptq_awq.kernels import rank_k
+
+    parameter = next(model.parameters())
+    structure = hashlib.sha256()
+    for name, module in model.named_modules():  # fused experts sum in another order than linears
+        structure.update(f"{name} {_qualified(type(module))}\n".encode())
+    device = parameter.device.type
+    return {
+        "weights": model_sha256,
+        "dtype": str(parameter.dtype),
+        "device": device,
+        "attention": getattr(model.config, "_attn_implementation", None),
+        "structure": structure.hexdigest(),
+        "native_bfloat16": rank_k.available() if device == "cpu" else None,
+    }
+
+
+def _backend(backend: Any) -> str:
+    """Hash of a fast tokenizer; truncation and padding, which lie first, are what the last call asked for."""
+    _, key, rest = backend.to_str().partition('"added_tokens"')
+    return hashlib.sha256((key + rest).encode()).hexdigest()
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    """Hash of a tokenizer without backend: its vocabulary, and the files that it was made from."""
+    vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    digest = hashlib.sha256(json.dumps(sorted(vocabulary.items()), default=str).encode())
+    for name in sorted(getattr(tokenizer, "vocab_files_names", {})):
+        path = Path(getattr(tokenizer, name, None) or "/nowhere")
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return digest.hexdigest()
+
+
+def _of_tokenizer(path: Path) -> bool:
+    return path.is_file() and _TOKENIZER_FILES.fullmatch(path.name) is not None
+
+
+def _qualified(value: Any) -> str:
+    return f"{value.__module__}.{value.__qualname__}"
+
+
+# -------------------------------------------------------------------------------------------------------------- code
+
+
+@dataclass(frozen=True)
+class Code:
+    """Source files that something is computed by.
+
+    Attributes:
+        sources: module → its source.
+        imports: top-level names of all that these import.
+    """
+
+    sources: Mapping[str, bytes]
+    imports: frozenset[str]
+
+    @classmethod
+    def of(cls, modules: Iterable[str]) -> "Code":
+        """Source of the modules, and of all that these import of this package or from files that lie beside them.
+
+        Left out is what only reports, and what is installed: packages have versions.
+        """
+        wanted, sources, imports = list(modules), dict[str, bytes](), set[str]()
+        while wanted:
+            module = wanted.pop()
+            if module in sources or (path := source_of(module)) is None or reports_only(module):
+                continue
+            sources[module] = path.read_bytes()
+            names = _imported(sources[module], module if path.name == "__init__.py" else module.rpartition(".")[0])
+            imports.update(name.partition(".")[0] for name in names)
+            wanted += [name for name in names if _beside(name, module, path)]
+        return cls(sources, frozenset(imports))
+
+    def sha256(self) -> str:
+        """Hash of the modules' names and sources."""
+        digest = hashlib.sha256()
+        for module, source in sorted(self.sources.items()):
+            digest.update(module.encode() + b"\0" + source)
+        return digest.hexdigest()
+
+    def packages(self) -> dict[str, str | None]:
+        """Versions of the packages that this code runs on."""
+        imported = {name.lower() for name in self.imports}
+        return package_versions(p for p in PACKAGES if p in RUNS_ON or p.replace("-", "_") in imported)
+
+
+def code_sha256(config: Mapping[str, Any] | None = None) -> str:
+    """Hash of the source that a run's numbers come from.
+
+    These are all modules that `gptq_awq.experiment.run` imports, but for those that only report, and the modules that
+    the config's `_target_`s name, the user's own included. So a new solver, or a better table, leaves finished runs of
+    other methods what they are.
+    """
+    targets = (target.rpartition(".")[0] for target in targets_in(config or {}))
+    return Code.of(["gptq_awq.experiment.run", *targets]).sha256()
+
+
+def package_sha256() -> str:
+    """Hash of all of this package's source files: the version of the code, whether or not git is there."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def reports_only(module: str) -> bool:
+    """Whether a package that `module` lies in declares `REPORTS_ONLY`: nothing in it changes a number of a run."""
+    package, *parts = module.split(".")
+    return package == PACKAGE.name and any(_declares(tuple(parts[:depth])) for depth in range(1, len(parts) + 1))
+
+
+def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str | None]:
+    """Versions of the packages that numbers depend on; None where one is not installed."""
+    versions: dict[str, str | None] = {}
+    for name in packages:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def environment() -> dict[str, Any]:
+    """Package versions and the machine."""
+    import torch
+
+    machine = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": torch.cpu.get_capabilities().get("cpu_name") or platform.processor(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    return {"packages": package_versions(), "machine": machine}
+
+
+def _computed_sha256(kind: str, content: Mapping[str, Any], objects: Iterable[Any] = ()) -> str:
+    """Hash of what is computed of `content` by the modules of its kind, and by those that the objects' classes lie in.
+
+    An installed package of the user's, such as a solver's, counts with its version.
+    """
+    modules = [type(each).__module__ for each in objects if each is not None]
+    code = Code.of([*COMPUTED_BY[kind], *modules])
+    packages = code.packages() | package_versions({m.partition(".")[0] for m in modules} - {PACKAGE.name, "builtins"})
+    return _json_sha256({"kind": kind, "content": content, "code": code.sha256(), "packages": packages})
+
+
+@cache
+def _declares(parts: tuple[str, ...]) -> bool:
+    path = PACKAGE.joinpath(*parts, "__init__.py")
+    return path.is_file() and "\nREPORTS_ONLY = True\n" in path.read_text()
+
+
+@lru_cache(maxsize=1024)
+def _imported(source: bytes, package: str) -> list[str]:
+    """Modules that a source file in `package` may import, also inside of functions: names, and names within modules."""
+    text = re.sub(rb"#[^\n]*", b"", source).decode(errors="replace")
+    found: list[str] = []
+    for names in re.findall(r"^[ \t]*import[ \t]+([^\n;]+)", text, re.MULTILINE):
+        found += [each.split()[0] for each in names.split(",") if each.split()]
+    pattern = r"^[ \t]*from[ \t]+([.\w]+)[ \t]+import[ \t]*(\([^)]*\)|[^\n;]*)"
+    for module, names in re.findall(pattern, text, re.MULTILINE):
+        level = len(module) - len(module.lstrip("."))
+        above = package.split(".")[: len(package.split(".")) - level + 1] if level else []
+        origin = ".".join([*above, *filter(None, [module.lstrip(".")])])
+        found += [origin, *(f"{origin}.{each.split()[0]}" for each in names.strip("()").split(",") if each.split())]
+    return found
+
+
+def _beside(name: str, module: str, path: Path) -> bool:
+    """Whether an imported name may be a module whose source is to be followed: of this package, or beside `module`."""
+    own = module.partition(".")[0]
+    if own == PACKAGE.name or name.partition(".")[0] == PACKAGE.name:  # its own name stands for the library's functions
+        return name.startswith(f"{PACKAGE.name}.")
+    package = path.name == "__init__.py"
+    root = path.parents[module.count(".") + package]
+    if name.partition(".")[0] != own and any(root.is_relative_to(folder) for folder in _installed()):
+        return False
+    there = root.joinpath(*name.split("."))
+    return there.with_suffix(".py").is_file() or (there / "__init__.py").is_file()
+
+
+@cache
+def _installed() -> tuple[Path, ...]:
+    """Folders of Python's own modules and of installed packages."""
+    paths = {sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")}
+    paths |= {*site.getsitepackages(), site.getusersitepackages()}
+    return tuple(Path(path) for path in paths)
+
+
+def _json_sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
