@@ -255,6 +255,28 @@ def open_activations(
         return Activations(batches, embed.batch(-1, tokens.ids[:1, :PROBE_TOKENS]), ranks)
 
 
+@phase("embed")
+def embed_again(
+    activations: Activations, model: nn.Module, blocks: nn.ModuleList, tokens: TokenSet, tokens_per_batch: int
+) -> None:
+    """Replace the quantized model's hidden states, once its embedding is rounded; full precision's stay what they are.
+
+    Args:
+        activations: activations that enter the first block.
+        model: the model, whose embedding has changed.
+        blocks: its transformer blocks.
+        tokens: calibration windows.
+        tokens_per_batch: calibration tokens per forward, as when the activations were opened.
+    """
+    per_batch = max(1, tokens_per_batch // tokens.ids.shape[1])
+    with resident(model.get_input_embeddings()):  # pyright: ignore[reportCallIssue]
+        recorder = BlockCalls(model, blocks)
+        for batch in activations.batches:
+            rows = slice(batch.number * per_batch, (batch.number + 1) * per_batch)
+            hidden, batch.calls = recorder.record(tokens.ids[rows], None if tokens.mask is None else tokens.mask[rows])
+            batch.hidden = hidden.to(batch.hidden.dtype)
+
+
 @dataclass(frozen=True)
 class _Embedding:
     """The step from token ids to the first block's inputs.

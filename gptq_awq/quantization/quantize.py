@@ -44,6 +44,7 @@ from gptq_awq.quantization.targets import assign_grids
 from gptq_awq.quantization.tuning_step import tuned_model
 from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.storage.journal import Journal
+from gptq_awq.storage.pins import pinned
 from gptq_awq.transforms.base import Scaling
 from gptq_awq.tuning.teacher import Teacher
 
@@ -63,8 +64,9 @@ def quantize(
 ) -> Generator[BlockResult]:
     """Quantize every linear in the model's blocks, in place, one block per step of the iterator.
 
-    The embedding and the output head, where the grid's mix rounds them too, come first, as block -1. A head that is
-    solved comes last, as block -1 too.
+    The embedding and the output head, where the grid's mix rounds them too, come first, as block -1. Observations and
+    activations of full precision start from the embedding before that. A head that is solved comes last, as block -1
+    too.
 
     Codes of a block whose result was yielded are not kept in memory, so a caller that needs none pays nothing for them.
     An offloaded model's result loses its codes when the next block is asked for; the journal has them.
@@ -124,18 +126,25 @@ class _BlockLoop:
 
     def run(self) -> Iterator[BlockResult]:
         """Quantize the embedding, the blocks and the output head; yields each result once it is finished."""
+        journals = [self.journal, None if self.cache is None else self.cache.journal]
+        with pinned(*(journal.folder for journal in journals if journal is not None)):
+            yield from self._run()
+
+    def _run(self) -> Iterator[BlockResult]:
         model, method, ranks = self.model, self.method, self.settings.ranks
         prefix, blocks = find_blocks(model)
         prepared = {each.name: Scaling(None, each.prepare(model)) for each in method.model_transforms}
         free_head(model, method)
         grids = assign_grids(model, self.grid, method.head)
         _check_tunings(method, {grid for name, grid in grids.items() if name.startswith(f"{prefix}.")})
-        outside = round_embeddings(model, grids, prefix, method)
         head = HeadStep.of(model, method, grids, prepared, ranks)
+        inputs = self._inputs(blocks, with_head=head is not None)  # full precision's begin before anything is rounded
+        outside = round_embeddings(model, grids, prefix, method)
+        if inputs is not None and _rounds_embedding(model, outside):
+            inputs.embedding_rounded()
         if outside.weights:
             yield outside
         progress, count = Progress(self.journal, ranks), len(blocks)
-        inputs = self._inputs(blocks, with_head=head is not None)
         activations = inputs.activations if inputs else None
         finished = progress.finished(count + (head is not None), activations)
         yield from progress.restore(min(finished, count), prefix, blocks, grids)
@@ -185,6 +194,12 @@ class _BlockLoop:
             full=self.method.needs_full,
             experts=self.experts,
         )
+
+
+def _rounds_embedding(model: nn.Module, outside: BlockResult) -> bool:
+    """Whether a weight that was rounded outside of the blocks is the embedding's, or a head's that is tied to it."""
+    embedding = model.get_input_embeddings().weight  # pyright: ignore[reportCallIssue]
+    return any(model.get_submodule(name).weight is embedding for name in outside.weights)
 
 
 def _check_tunings(method: Method, grids: set[Grid]) -> None:
