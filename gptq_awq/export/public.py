@@ -9,8 +9,10 @@ PRIVATE = ("host",)
 """Keys of a results row that name a machine."""
 _ROOT = r"(?:file:/{2,3}|~[\w-]*/|/|[A-Za-z]:[\\/]|\\\\)"
 _WHOLE = re.compile(rf"{_ROOT}[^\n]*")
-_INSIDE = re.compile(rf"(?<![\w.:/\\~-]){_ROOT}[^\s\"'`,;:()\[\]{{}}<>|=]+")
-"""A path inside of a sentence: it follows neither a word nor a colon or slash, as those of addresses do."""
+_END = r"\s\"'`,;:()\[\]{}<>|="
+_INSIDE = re.compile(rf"(?<![\w.:/\\~-]){_ROOT}(?:[^{_END}]| (?=[^{_END}/\\]+[/\\]))+")
+"""A path inside of a sentence: it follows neither a word nor a colon or slash, as those of addresses do. A space
+belongs to it where a slash comes in the next word."""
 
 
 def names_only(value: Any) -> Any:
