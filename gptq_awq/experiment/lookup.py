@@ -14,12 +14,12 @@ from typing import Any
 
 from gptq_awq.data.corpora import HubText, LocalText, WikiText2
 from gptq_awq.evaluation.protocol import Evaluation
-from gptq_awq.experiment.context import code_sha256, run_sha256
 from gptq_awq.experiment.plan import Plan
 from gptq_awq.experiment.registry import Run
 from gptq_awq.models.load import AssetModel, LocalModel
 from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.quantization.quantize import needs_calibration
+from gptq_awq.runtime.fingerprint import code_sha256, run_sha256
 from gptq_awq.storage.assets import ASSETS, cache_dir
 from gptq_awq.storage.atomic import replacing
 

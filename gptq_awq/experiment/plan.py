@@ -15,7 +15,6 @@ from gptq_awq.calibration.block_inputs import Settings
 from gptq_awq.calibration.expert_policy import ExpertPolicy
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.protocol import Evaluation
-from gptq_awq.experiment.fingerprint import config_sha256
 from gptq_awq.experiment.options import check_options
 from gptq_awq.experiment.sweeps.tracking import Tracking
 from gptq_awq.export.write import Exports
@@ -27,6 +26,7 @@ from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.quantization.method import Method
 from gptq_awq.quantization.quantize import check_ranks
 from gptq_awq.runtime import memory
+from gptq_awq.runtime.fingerprint import config_sha256
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from typing import Any
 
 from gptq_awq.evaluation.evaluate import Baseline
 from gptq_awq.experiment.context import RunContext
-from gptq_awq.experiment.fingerprint import config_sha256, environment
 from gptq_awq.experiment.folder import LEDGER
 from gptq_awq.experiment.forecasting.forecast import Forecast
 from gptq_awq.experiment.plan import Plan
@@ -13,6 +12,7 @@ from gptq_awq.export.write import Exported
 from gptq_awq.quantization.footprint import PLAIN_BITS, Footprint
 from gptq_awq.results import Result
 from gptq_awq.runtime import memory
+from gptq_awq.runtime.fingerprint import config_sha256, environment
 from gptq_awq.runtime.provenance import provenance
 from gptq_awq.runtime.runlog import Clock
 

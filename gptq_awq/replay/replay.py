@@ -26,7 +26,6 @@ from rich.console import Console
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.evaluate import full_precision, score
 from gptq_awq.experiment.context import RunContext, load, self_calibrated
-from gptq_awq.experiment.fingerprint import environment
 from gptq_awq.experiment.plan import Plan, preflight
 from gptq_awq.experiment.renamed import current_targets
 from gptq_awq.experiment.summary import LEDGER
@@ -36,6 +35,7 @@ from gptq_awq.quantization.targets import changes_output
 from gptq_awq.results import FILE_NAME, Result
 from gptq_awq.runtime.configs import CONFIGS
 from gptq_awq.runtime.declarations import targets_in
+from gptq_awq.runtime.fingerprint import environment
 from gptq_awq.runtime.progress import Track, rich_track
 from gptq_awq.storage.bounded import CONFIG_BYTES, LEDGER_BYTES, read_bytes, read_yaml
 
