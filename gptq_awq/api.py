@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gptq_awq.calibration.activations import open_activations
+from gptq_awq.calibration.chain import check_chain
 from gptq_awq.calibration.expert_policy import ExpertPolicy
 from gptq_awq.calibration.moments import Moments
 from gptq_awq.calibration.observation import Observer, passing
@@ -24,7 +25,7 @@ from gptq_awq.models.experts import unfuse
 from gptq_awq.models.linear import Site, matrix
 from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.quantization.method import Method
-from gptq_awq.quantization.quantize import Settings, quantize
+from gptq_awq.quantization.quantize import Settings, examine, quantize
 from gptq_awq.runtime.configs import CONFIGS
 from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.solvers.gptq import GPTQ
@@ -150,6 +151,8 @@ def quantize_model(
         calibration = method.self_calibration.extend(model, calibration, dtype, track)
     grid = grid or own or IntGrid(bits, group_size, sym, scale_dtype="float16")
     done = QuantizedModel(model, {}, [])
+    if (coverage := examine(model, calibration, method, grid)) is not None:
+        coverage.tell()
     for block in quantize(model, calibration, method, grid, settings, track, experts=experts):
         done.weights.update(block.weights)
         done.ledger.extend(block.rows)
@@ -197,6 +200,7 @@ def observe_moments(
     if isinstance(calibration, Tensor):
         calibration = make_token_set("calibration", calibration.cpu(), None, "memory")
     unfuse(model)
+    check_chain(model, calibration, calibrates=True)
     prefix, blocks = find_blocks(model)
     dtype = resolve_compute_dtype(settings.compute_dtype, next(model.parameters()).device)
     activations = open_activations(model, blocks, calibration, settings.tokens_per_batch, dtype)

@@ -199,7 +199,7 @@ def batches_of(ranks: Ranks, tokens: TokenSet, tokens_per_batch: int) -> range:
     return range(ranks.rank, count, ranks.size)
 
 
-def _check_key_value_sharing(model: nn.Module) -> None:
+def check_key_value_sharing(model: nn.Module) -> None:
     """Refuse a model whose blocks read keys and values of earlier blocks: calibration runs each block by itself.
 
     Raises:
@@ -209,6 +209,15 @@ def _check_key_value_sharing(model: nn.Module) -> None:
         raise UserError(
             f"model: the last {shared} blocks read keys and values of earlier ones (num_kv_shared_layers), which "
             "calibration, block by block, can't follow; method=rtn needs no data"
+        )
+
+
+def check_hidden(hidden: Tensor, model: str) -> None:
+    """Refuse hidden states that are not (batch, tokens, width); `model` names the model's class. Raises UserError."""
+    if hidden.dim() != 3:
+        raise UserError(
+            f"model: blocks of {model} pass on several hidden states of each token, which "
+            "calibration can't follow; method=rtn needs no data"
         )
 
 
@@ -243,7 +252,7 @@ def open_activations(
         UserError: blocks that can't be run one by one, each on its own input; fewer batches than ranks.
     """
     with resident(model.get_input_embeddings()):  # pyright: ignore[reportCallIssue]
-        _check_key_value_sharing(model)
+        check_key_value_sharing(model)
         embed = _Embedding(BlockCalls(model, blocks), type(model).__name__, compute_dtype, full)
         per_batch = max(1, tokens_per_batch // tokens.ids.shape[1])
         numbers = batches_of(ranks, tokens, tokens_per_batch)
@@ -306,11 +315,7 @@ class _Embedding:
             UserError: hidden states that are not (batch, tokens, width).
         """
         hidden, calls = self.recorder.record(ids, mask)
-        if hidden.dim() != 3:
-            raise UserError(
-                f"model: blocks of {self.model} pass on several hidden states of each token, which "
-                "calibration can't follow; method=rtn needs no data"
-            )
+        check_hidden(hidden, self.model)
         on_device = None if mask is None else mask.to(hidden.device)
         hidden = hidden.to(self.compute_dtype)
         return BatchActivations(number, hidden, calls, on_device, hidden if self.full else None, spill)

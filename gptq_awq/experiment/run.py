@@ -48,7 +48,7 @@ from gptq_awq.models.offload import offloaded
 from gptq_awq.numerics.distributed import ONE, Ranks, opened
 from gptq_awq.quantization.codes import Codes
 from gptq_awq.quantization.footprint import Footprint
-from gptq_awq.quantization.quantize import quantize
+from gptq_awq.quantization.quantize import examine, quantize
 from gptq_awq.quantization.resume import BlockResult
 from gptq_awq.quantization.targets import changes_output
 from gptq_awq.report import final_table
@@ -125,7 +125,7 @@ def execute(plan: Plan, run_log: RunLog, track: Track, console: Console, recorde
         with _logged(plan, run_log):
             if not ranks.first:
                 _assist(plan, context)
-            result = ranks.from_first(lambda: _computed(plan, context, clock, track))
+            result = ranks.from_first(lambda: _computed(plan, context, clock, track, say))
         if ranks.first:
             prune(plan.cache_bytes)
             if plan.profile:
@@ -198,20 +198,31 @@ def _earlier(plan: Plan, run: Run, run_log: RunLog, say: Callable[[str], None]) 
     return result
 
 
-def _computed(plan: Plan, context: RunContext, clock: Clock, track: Track) -> Result:
+def _computed(plan: Plan, context: RunContext, clock: Clock, track: Track, say: Callable[[str], None]) -> Result:
     """Compute the run; only when later runs can find it is its progress deleted."""
-    result = compute(plan, context, clock, track)
+    coverage = examine(context.loaded.model, context.tokens, plan.method, plan.grid)
+    if coverage is not None:
+        coverage.tell(say)
+    result = compute(plan, context, clock, track, {} if coverage is None else {"coverage": coverage.row()})
     (plan.out / FAILURE).unlink(missing_ok=True)
     context.run.remember()
     context.run.forget_progress()
     return result
 
 
-def compute(plan: Plan, context: RunContext, clock: Clock, track: Track) -> Result:
-    """Baseline, quantize, export, evaluate, store; followed by a tracker, also into a failure."""
+def compute(plan: Plan, context: RunContext, clock: Clock, track: Track, examined: Mapping[str, Any]) -> Result:
+    """Baseline, quantize, export, evaluate, store; followed by a tracker, also into a failure.
+
+    Args:
+        plan: the run's configuration.
+        context: what it needs, loaded.
+        clock: times its phases.
+        track: reports progress.
+        examined: facts for the manifest, found before anything was computed.
+    """
     tracker = _tracker(plan, context.loaded.name, context.run)
     try:
-        result = _compute(plan, context, tracker, clock, track)
+        result = _compute(plan, context, tracker, clock, track, examined)
     except Exception as error:
         tracker.finish(failed(plan.config, error))
         raise
@@ -219,7 +230,9 @@ def compute(plan: Plan, context: RunContext, clock: Clock, track: Track) -> Resu
     return result
 
 
-def _compute(plan: Plan, context: RunContext, tracker: Tracker, clock: Clock, track: Track) -> Result:
+def _compute(
+    plan: Plan, context: RunContext, tracker: Tracker, clock: Clock, track: Track, examined: Mapping[str, Any]
+) -> Result:
     loaded = context.loaded
     if plan.method.self_calibration is not None:
         with clock.phase("write"):
@@ -244,7 +257,7 @@ def _compute(plan: Plan, context: RunContext, tracker: Tracker, clock: Clock, tr
             quantized = replace(quantized, weights={})
     with clock.phase("evaluate"), quantized_activations(loaded.model, plan.act, plan.kv):
         scored = score(loaded.model, loaded.tokenizer, baseline, plan.seed, track)
-    manifest = run_manifest(plan, context, baseline, checkpoints) | {"resumed": quantized.resumed}
+    manifest = run_manifest(plan, context, baseline, checkpoints) | {"resumed": quantized.resumed, **examined}
     if allocation is not None:
         manifest |= {"allocation": allocation.summary()}
     result = results_row(plan, context, quantized.footprint, scored.metrics, clock, manifest, expected)

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from gptq_awq.calibration.block_inputs import Inputs, Settings
+from gptq_awq.calibration.chain import check_chain
 from gptq_awq.calibration.expert_policy import ExpertPolicy, no_pairing
 from gptq_awq.calibration.observation import ObservationCache
 from gptq_awq.data.tokens import TokenSet
@@ -37,6 +38,7 @@ from gptq_awq.models.offload import offloaded, read_ahead, resident
 from gptq_awq.numerics.distributed import Ranks
 from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.quantization.block import BlockStep
+from gptq_awq.quantization.coverage import Coverage, coverage_of
 from gptq_awq.quantization.embeddings import HeadStep, free_head, round_embeddings
 from gptq_awq.quantization.method import Method
 from gptq_awq.quantization.resume import BlockResult, Progress
@@ -49,6 +51,28 @@ from gptq_awq.transforms.base import Scaling
 from gptq_awq.tuning.teacher import Teacher
 
 log = logging.getLogger(__name__)
+
+
+def examine(model: nn.Module, tokens: TokenSet | None, method: Method, grid: GridChoice) -> Coverage | None:
+    """Check that a model's blocks can be calibrated one by one, and find the share of its weights that is rounded.
+
+    It takes a few forwards of a few tokens; nothing is rounded. None for a method that puts no weights on a grid.
+
+    Args:
+        model: a causal LM in eval mode; fused experts become linears, and a head that is to have a matrix gets it.
+        tokens: calibration data; may be None where the method needs none.
+        method: transforms, solver and tuning.
+        grid: one grid for all linears, or a mix.
+
+    Raises:
+        UserError: naming the first block whose input calibration would get wrong.
+    """
+    if method.solver is None:
+        return None
+    unfuse(model)
+    check_chain(model, tokens, needs_calibration(method, grid))
+    free_head(model, method)
+    return coverage_of(model, assign_grids(model, grid, method.head))
 
 
 def quantize(

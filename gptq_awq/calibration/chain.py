@@ -1,0 +1,181 @@
+"""Chain check: blocks that calibration runs one by one get the inputs that they have in the model's own forward.
+
+The model's own forward is observed block by block. Each block, called with the arguments that calibration recorded for
+it and with the hidden states of the own forward, must return the same; its arguments must be those of the own forward,
+and its hidden states what the block before returned. By induction the chain of blocks is the model, for a few more
+forwards of a few tokens.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from gptq_awq.calibration.activations import check_hidden, check_key_value_sharing
+from gptq_awq.data.tokens import TokenSet
+from gptq_awq.errors import UserError
+from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call, find_blocks, hooks, update_error
+from gptq_awq.models.offload import offloaded
+
+log = logging.getLogger(__name__)
+WINDOWS = 2
+"""Number of windows in the probe: with one alone, a block that mixes windows, or has them second, looks right."""
+
+
+@torch.no_grad()
+def check_chain(model: nn.Module, tokens: TokenSet | None, calibrates: bool) -> None:
+    """Check that the model's blocks, run one by one as calibration runs them, are the model's own forward.
+
+    An offloaded model is not checked, as each forward would read it from disk once more; the log says so.
+
+    Args:
+        model: a causal LM.
+        tokens: calibration windows, whose first tokens are the probe; None takes the first ids of the vocabulary.
+        calibrates: whether the method looks at data. For one that doesn't, a chain that breaks is logged only.
+
+    Raises:
+        UserError: naming the first block that differs.
+    """
+    name = type(model).__name__
+    if offloaded(model):
+        log.info("chain check: skipped, as the weights of %s are read from disk for each forward", name)
+        return
+    ids, mask = _probe(model, tokens)
+    try:
+        _compare(model, ids, mask)
+    except torch.OutOfMemoryError:
+        raise
+    except (UserError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        own = f"blocks of {name} can't be run one by one ({type(error).__name__}: {' '.join(str(error).split())})"
+        said = str(error) if isinstance(error, UserError) else f"model: {own}; method=rtn needs no data"
+        if calibrates:
+            raise UserError(said) from error
+        level = logging.WARNING if isinstance(error, _OrderError) else logging.INFO
+        log.log(level, "%s: this run looks at none, and rounds them all the same", said)
+
+
+def _probe(
+    model: nn.Module, tokens: TokenSet | None
+) -> tuple[Int[Tensor, "windows tokens"], Bool[Tensor, "windows tokens"] | None]:
+    """The first tokens of the first calibration windows and their mask, or ids from 0 on."""
+    if tokens is None:
+        vocabulary = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportCallIssue]
+        return torch.arange(WINDOWS * PROBE_TOKENS).view(WINDOWS, -1) % vocabulary, None
+    part = slice(WINDOWS), slice(PROBE_TOKENS)
+    return tokens.ids[part], None if tokens.mask is None else tokens.mask[part]
+
+
+@dataclass(frozen=True)
+class _Passage:
+    """One call of a block in the model's own forward: its number, hidden states before and after, other arguments."""
+
+    index: int
+    entered: Tensor
+    returned: Tensor
+    call: Call
+
+
+class _OrderError(UserError):
+    """Error of a model that doesn't call each of its blocks once, in order: text may pass none of what is rounded."""
+
+
+def _compare(model: nn.Module, ids: Tensor, mask: Tensor | None) -> None:
+    """Compare the blocks one by one with the model's own forward.
+
+    Raises:
+        UserError: blocks that are not called once each, in order; naming the first block that differs.
+    """
+    check_key_value_sharing(model)
+    _, blocks = find_blocks(model)
+    passages = _own_forward(model, blocks, ids, mask)
+    _check_order([each.index for each in passages], len(blocks))
+    given, calls = BlockCalls(model, blocks).record(ids, mask)
+    check_hidden(given, type(model).__name__)
+    if given.shape[0] != len(ids) or (mask is not None and given.shape[1] != ids.shape[1]):
+        raise _broken(f"block 0 gets hidden states of shape {tuple(given.shape)} for {tuple(ids.shape)} ids")
+    real = (torch.ones(given.shape[:2], dtype=torch.bool) if mask is None else mask).to(given.device)
+    for each, call in zip(passages, calls, strict=True):
+        index, entered, returned = each.index, each.entered, each.returned
+        if not bool(torch.isfinite(returned[real]).all()):
+            return  # calibration names the values that aren't finite
+        _check(index, "gets other hidden states than the block before returns", given[real], entered[real])
+        kept = entered.clone()
+        found = call.run(blocks[index], entered)
+        if not torch.equal(entered, kept):
+            raise _broken(f"block {index} overwrites its input")
+        what = "returns something else by itself than in the model's forward"
+        _check(index, what, found[real], returned[real], kept[real])
+        _check_arguments(index, call, each.call)
+        call.run(blocks[index], entered.flip(1))  # another batch: blocks that remember would hand its states on
+        given = returned
+
+
+def _check_order(order: list[int], count: int) -> None:
+    """Raise _OrderError unless the forward called each of the blocks once, the first one first."""
+    if len(set(order)) < count:
+        raise _OrderError(f"model: calls {len(set(order))} of its {count} blocks; all of them are needed")
+    wrong = next((i for i, index in enumerate(order) if index != i), None)
+    if wrong is not None:
+        said = f"calls its {count} blocks {len(order)} times, block {order[wrong]} as number {wrong}"
+        raise _OrderError(str(_broken(said)))
+
+
+def _check(index: int, what: str, found: Tensor, expected: Tensor, before: Tensor | None = None) -> None:
+    """Raise UserError where hidden states of any token differ, relative to what was added to those `before`."""
+    error = update_error(found, expected, torch.zeros_like(expected) if before is None else before)
+    if not error <= torch.finfo(expected.dtype).eps ** 0.5:
+        raise _broken(f"block {index} {what} (by {error:.1e})")
+
+
+def _check_arguments(index: int, found: Call, expected: Call) -> None:
+    """Raise UserError where a block's other tensors differ; a short probe may not show it in what the block returns."""
+    calibration, own = ({**dict(_named(x.args)), **dict(_named(x.kwargs))} for x in (found, expected))
+    for name in sorted(calibration.keys() | own.keys()):
+        a, b = calibration.get(name), own.get(name)
+        if a is None or b is None or a.shape != b.shape or not torch.allclose(a.float(), b.float(), equal_nan=True):
+            raise _broken(f"block {index} gets another argument {name} than in the model's forward")
+
+
+def _named(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors in nested tuples, lists and mappings, by keyword or place."""
+    if isinstance(value, Tensor):
+        yield name.strip("."), value
+    elif isinstance(value, (tuple, list)):
+        for place, item in enumerate(value):
+            yield from _named(item, f"{name}.{place}")
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _named(item, f"{name}.{key}")
+
+
+def _broken(what: str) -> UserError:
+    return UserError(f"model: {what}, which calibration, block by block, can't follow; method=rtn needs no data")
+
+
+def _own_forward(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, mask: Tensor | None) -> list[_Passage]:
+    """Each call of a block in one ordinary forward of the model, in order."""
+    passages: list[_Passage] = []
+    entered: list[Tensor] = []
+
+    def enter(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        entered.append((args[0] if args else kwargs["hidden_states"]).clone())
+
+    def leave(index: int):
+        def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            returned = output[0] if isinstance(output, tuple) else output
+            others = Call(args[1:], {k: v for k, v in kwargs.items() if args or k != "hidden_states"})
+            passages.append(_Passage(index, entered.pop(), returned.clone(), others))
+
+        return hook
+
+    handles = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
+    handles += [block.register_forward_hook(leave(i), with_kwargs=True) for i, block in enumerate(blocks)]
+    with hooks(handles):
+        device = next(model.parameters()).device
+        attention = None if mask is None else mask.to(device, torch.long)
+        model(input_ids=ids.to(device), attention_mask=attention, use_cache=False)
+    return passages
