@@ -1,4 +1,4 @@
-"""What of a run may be published with a checkpoint: names of files and folders, never where they lie on a machine."""
+"""Publishing with a checkpoint: names of files and folders of a run, never where they lie on a machine."""
 
 import re
 from collections.abc import Mapping

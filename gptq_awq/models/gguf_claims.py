@@ -1,4 +1,4 @@
-"""What a GGUF file claims of its model, checked against the tensors that it holds before anything is built by it."""
+"""Claims of a GGUF file on its model, checked against the tensors that it holds before anything is built by them."""
 
 from collections.abc import Mapping
 from pathlib import Path

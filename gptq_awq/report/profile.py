@@ -81,7 +81,7 @@ def _rows(run: Row) -> list[dict[str, Any]]:
 
 
 def _known(row: Any) -> dict[str, Any] | None:
-    """What a profile needs of a ledger's row; None where that is not there."""
+    """Pick the keys of a ledger row that a profile needs; None where one is not there."""
     if not isinstance(row, dict) or type(row.get("block")) is not int or not 0 <= row["block"] < MOST_BLOCKS:
         return None
     if not isinstance(row.get("name"), str) or not isinstance(row.get("site"), str):

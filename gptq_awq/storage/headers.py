@@ -29,7 +29,7 @@ _SCALARS: Mapping[GGUFValueType, str] = {
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """What a GGUF file says of itself.
+    """Keys and shapes of tensors that the header of a GGUF file names.
 
     Attributes:
         fields: scalars and texts by key; of an array, its length.
