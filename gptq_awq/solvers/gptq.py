@@ -38,7 +38,8 @@ class GPTQ:
     Attributes:
         act_order: round columns in order of descending diag(H). Without `static_groups`, groups consist of
             columns adjacent in that order, and the checkpoint must store each column's group.
-        static_groups: fit all groups before rounding, to the original weights, in natural column order.
+        static_groups: fit all groups before rounding, in natural column order, to the weights that the sweep starts
+            from: GPTQ's are the original ones, those of solvers that correct drift are shifted (see `target`).
         damping: λ, a fraction of the mean diagonal of H (percdamp); raised tenfold as long as H does not factor.
         block_size: columns per lazy update.
         fallback: action where H factors at no damping: "none" fails the run, "rtn" rounds this linear to nearest

@@ -9,6 +9,7 @@ from helpers.tiny_models import tiny_model
 
 from gptq_awq.calibration.moments import Moments
 from gptq_awq.errors import UserError
+from gptq_awq.grids.base import fit_all
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.quantization.method import Method
 from gptq_awq.quantization.quantize import quantize
@@ -219,6 +220,17 @@ def test_inputs_that_died_in_the_quantized_model_are_made_up_for_as_least_square
     least = error(W, best, X, Xq)
     assert (fine[:, list(dead)] == 0).all()
     assert least < error(W, fine, X, Xq) < times * least
+
+
+@pytest.mark.parametrize("search", ["minmax", "hessian"])
+@pytest.mark.parametrize("solver", [GPTQ, *SOLVERS])
+def test_static_groups_are_fitted_to_the_weight_that_the_sweep_starts_from(solver, search):
+    W, X, Xq = problem()
+    grid, stats, ours = IntGrid(4, 16, search=search), moments(X, Xq), solver(act_order=True, static_groups=True)
+    found = ours.solve(W.float(), stats, grid).quantized
+    fitted = fit_all(grid, starting(ours, W, stats), stats.hessian)
+    assert torch.equal(found.scales, fitted.scales)
+    assert torch.equal(found.zeros, fitted.zeros)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
