@@ -25,10 +25,11 @@ from gptq_awq.models.auto_class import also_sees, auto_class
 from gptq_awq.models.checkpoint import folder_numbers
 from gptq_awq.models.content import folder_sha256, known_sha256
 from gptq_awq.models.embeddings import correct_tie
+from gptq_awq.models.gguf_claims import checked_gguf
 from gptq_awq.models.load_report import ADAPTER_CONFIG, LoadReport, examine, tokens_beyond
 from gptq_awq.models.offloaded_model import offload, skeleton
 from gptq_awq.runtime.memory import return_large
-from gptq_awq.runtime.options import InputPath
+from gptq_awq.runtime.options import InputPath, checked_keywords
 from gptq_awq.storage.assets import ASSETS, cache_dir, fetch, hub_reachable, scratch_folder
 from gptq_awq.storage.atomic import discard
 from gptq_awq.storage.records import broken_seal, seal
@@ -60,7 +61,7 @@ class LoadedModel:
     report: LoadReport = field(default_factory=LoadReport)
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_keywords
 class AssetModel:
     """A GGUF file among `gptq_awq.storage.assets.ASSETS`."""
 
@@ -72,12 +73,10 @@ class AssetModel:
         served = fetch(ASSETS[self.asset], hint="model=local model.path=DIR needs no network")
         folder = dequantized(served.path, served.sha256, f"model={self.name}")
         loaded = load_reported(folder, dtype, device, f"model={self.name}", room=room)
-        return LoadedModel(
-            loaded.model, loaded.tokenizer, self.name, served.source, served.sha256, loaded.report
-        )
+        return LoadedModel(loaded.model, loaded.tokenizer, self.name, served.source, served.sha256, loaded.report)
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_keywords
 class LocalModel:
     """A transformers folder or a .gguf file; `name` defaults to the last part of the path."""
 
@@ -104,7 +103,7 @@ class LocalModel:
         return LoadedModel(loaded.model, loaded.tokenizer, name, str(path), sha256, loaded.report)
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_keywords
 class HubModel:
     """A model on the Hugging Face hub, or in the hub's local cache when the hub does not answer."""
 
@@ -233,6 +232,7 @@ def dequantized(gguf: Path, sha256: str, option: str) -> Path:
     log.info("dequantizing %s into %s, once", gguf.name, folder)
     with _quietly(), redirect_stderr(StringIO()), scratch_folder(folder.parent) as scratch:
         with _naming(option):
+            checked_gguf(gguf, option)
             file = {"gguf_file": gguf.name, "local_files_only": True}
             AutoTokenizer.from_pretrained(gguf.parent, **file).save_pretrained(scratch / "model")
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **file)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers.damage import flip
 from helpers.fake_hub import COMMIT, fake_hub, run_against
 from helpers.tiny_models import tiny_model
 from safetensors.torch import load_file, save_file
@@ -295,6 +296,17 @@ def test_a_gguf_file_is_dequantized_once(gguf_file, cache, monkeypatch):
     assert len(list((cache / "models").iterdir())) == 1
     monkeypatch.setattr(load, "scratch_folder", None)  # which a second dequantization would need
     LocalModel(path=str(path)).load("bfloat16", "cpu")
+
+
+def test_a_dequantized_model_that_changed_on_disk_is_made_again(gguf_file, cache):
+    path, expected = gguf_file
+    LocalModel(path=str(path)).load("float32", "cpu")
+    folder = next((cache / "models").iterdir())
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        flip(folder / name, (folder / name).stat().st_size - 2)
+        weights = LocalModel(path=str(path)).load("float32", "cpu").model.state_dict()
+        assert all(torch.equal(weights[key], value) for key, value in expected.items())
+    assert len(list((cache / "models").iterdir())) == 1, "what was damaged is gone"
 
 
 def test_a_gguf_file_that_cannot_be_read_leaves_nothing_in_the_cache(tmp_path, cache):
