@@ -1,5 +1,6 @@
 """The main job's command: Hydra composes the config of one run, or of each run of a sweep, and `run` computes it."""
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,9 @@ from gptq_awq.runtime.configs import CONFIGS
 from gptq_awq.runtime.runlog import remove_empty_folder
 from gptq_awq.runtime.stopping import end
 
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of the system where a folder that is to be made, or a file, can't be written."""
+
 
 def main() -> None:
     """Run what the command line asks for; a mistake in its options is one line on stderr and exit code 2."""
@@ -37,6 +41,13 @@ def main() -> None:
         _refuse(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         _refuse(one_line(error, arguments))
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        option = "hydra.sweep.dir" if {"-m", "--multirun"} & set(arguments) else "out"
+        _refuse(
+            f"{error.filename or 'a file'}: cannot be written ({error.strerror}); name another folder, {option}=DIR"
+        )
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")

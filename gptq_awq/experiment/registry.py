@@ -41,7 +41,11 @@ class Run:
         rest of the run would not be what it would have been.
         """
         key = hashlib.sha256(json.dumps([self.sha256, environment()["machine"]]).encode()).hexdigest()
-        return Journal(cache_dir() / "progress" / self.sha256, key)
+        return Journal(self._blocks, key)
+
+    @property
+    def _blocks(self) -> Path:
+        return cache_dir() / "progress" / self.sha256
 
     @property
     def scratch(self) -> Path:
@@ -93,7 +97,7 @@ class Run:
         known = self._remembered()
         if known is None or not (known / FILE_NAME).is_file():
             self.remember()
-        if self.journal.folder.exists() or self.scratch.exists():
+        if self._blocks.exists() or self.scratch.exists():
             self.forget_progress()
 
     @contextmanager

@@ -17,7 +17,7 @@ import platform
 import re
 import site
 import sysconfig
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -357,10 +357,16 @@ def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str | None
     versions: dict[str, str | None] = {}
     for name in packages:
         try:
-            versions[name] = version(name)
+            versions[name] = _version(version, name)
         except PackageNotFoundError:
             versions[name] = None
     return versions
+
+
+@cache
+def _version(read: Callable[[str], str], name: str) -> str:
+    """Version of a package, asked once: a process goes on with what it has imported. Raises PackageNotFoundError."""
+    return read(name)
 
 
 def environment() -> dict[str, Any]:
