@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from gptq_awq.calibration.activations import check_hidden, check_key_value_sharing
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
-from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call, find_blocks, hooks, update_error
+from gptq_awq.models.blocks import BlockCalls, Call, find_blocks, hooks, update_error
 from gptq_awq.models.offload import offloaded
 
 log = logging.getLogger(__name__)
-WINDOWS = 2
-"""Number of windows in the probe: with one alone, a block that mixes windows, or has them second, looks right."""
+WINDOWS, TOKENS = 2, 8
+"""Size of the probe: with one window alone, a block that mixes windows, or has them second, looks right."""
 
 
 @torch.no_grad()
@@ -64,8 +64,8 @@ def _probe(
     """The first tokens of the first calibration windows and their mask, or ids from 0 on."""
     if tokens is None:
         vocabulary = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportCallIssue]
-        return torch.arange(WINDOWS * PROBE_TOKENS).view(WINDOWS, -1) % vocabulary, None
-    part = slice(WINDOWS), slice(PROBE_TOKENS)
+        return torch.arange(WINDOWS * TOKENS).view(WINDOWS, -1) % vocabulary, None
+    part = slice(WINDOWS), slice(TOKENS)
     return tokens.ids[part], None if tokens.mask is None else tokens.mask[part]
 
 

@@ -81,7 +81,7 @@ FAULTS = {
     "no effect so far": "block 1 gets another argument extra than in the model's forward",
     "memory": "block 1 returns something else by itself",
     "in place": "block 0 overwrites its input",
-    "windows second": r"block 0 gets hidden states of shape \(16, 2, 16\) for \(2, 16\) ids",
+    "windows second": r"block 0 gets hidden states of shape \(8, 2, 16\) for \(2, 8\) ids",
     "reversed": "calls its 3 blocks 3 times, block 2 as number 0",
     "twice": "calls its 3 blocks 6 times, block 0 as number 3",
     "left out": "calls 2 of its 3 blocks; all of them are needed",
@@ -91,7 +91,7 @@ FAULTS = {
 def tokens(padded=False):
     ids = tiny_tokens()
     ids[:, 0] = 1
-    mask = torch.arange(ids.shape[1]).expand(ids.shape) < 9 if padded else None
+    mask = torch.arange(ids.shape[1]).expand(ids.shape) < 6 if padded else None
     return make_token_set("calibration", ids, mask, "memory")
 
 
@@ -107,7 +107,7 @@ def test_blocks_that_are_the_model_pass(name, padded):
 def test_a_model_that_puts_tokens_of_its_own_first_passes_where_nothing_is_padded():
     model = Model("tokens of its own")
     check_chain(model, tokens(), calibrates=True)
-    with pytest.raises(UserError, match=r"block 0 gets hidden states of shape \(2, 20, 16\) for \(2, 16\) ids"):
+    with pytest.raises(UserError, match=r"block 0 gets hidden states of shape \(2, 12, 16\) for \(2, 8\) ids"):
         check_chain(model, tokens(padded=True), calibrates=True)
 
 
