@@ -33,16 +33,15 @@ from gptq_awq.quantization.quantize import needs_calibration
 from gptq_awq.quantization.targets import assign_grids
 from gptq_awq.runtime import memory
 from gptq_awq.runtime.fingerprint import (
-    code_sha256,
     encoding_sha256,
     export_sha256,
     generation_sha256,
     observations_sha256,
-    package_sha256,
     run_sha256,
     written_sha256,
 )
 from gptq_awq.runtime.progress import Track
+from gptq_awq.runtime.source import code_sha256, package_sha256
 from gptq_awq.storage.assets import cache_dir
 from gptq_awq.storage.checksummed import ChecksummedFile, once
 from gptq_awq.storage.journal import Journal

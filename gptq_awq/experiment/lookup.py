@@ -19,7 +19,8 @@ from gptq_awq.experiment.registry import Run
 from gptq_awq.models.load import AssetModel, LocalModel
 from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.quantization.quantize import needs_calibration
-from gptq_awq.runtime.fingerprint import code_sha256, run_sha256
+from gptq_awq.runtime.fingerprint import run_sha256
+from gptq_awq.runtime.source import code_sha256
 from gptq_awq.storage.assets import ASSETS, cache_dir
 from gptq_awq.storage.atomic import replacing
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from gptq_awq.experiment.folder import CHECKPOINTS, FILES, UNFINISHED, clear_earlier, damage, records
 from gptq_awq.results import FILE_NAME, Result
-from gptq_awq.runtime.fingerprint import environment
 from gptq_awq.runtime.runlog import LOG
+from gptq_awq.runtime.source import environment
 from gptq_awq.storage.assets import cache_dir
 from gptq_awq.storage.atomic import locked, locked_folder, remove_all, replacing
 from gptq_awq.storage.journal import Journal

@@ -12,9 +12,10 @@ from gptq_awq.export.write import Exported
 from gptq_awq.quantization.footprint import PLAIN_BITS, Footprint
 from gptq_awq.results import Result
 from gptq_awq.runtime import memory
-from gptq_awq.runtime.fingerprint import config_sha256, environment
+from gptq_awq.runtime.fingerprint import config_sha256
 from gptq_awq.runtime.provenance import provenance
 from gptq_awq.runtime.runlog import Clock
+from gptq_awq.runtime.source import environment
 
 
 def results_row(

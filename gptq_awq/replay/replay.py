@@ -35,8 +35,8 @@ from gptq_awq.quantization.targets import changes_output
 from gptq_awq.results import FILE_NAME, Result
 from gptq_awq.runtime.configs import CONFIGS
 from gptq_awq.runtime.declarations import targets_in
-from gptq_awq.runtime.fingerprint import environment
 from gptq_awq.runtime.progress import Track, rich_track
+from gptq_awq.runtime.source import environment
 from gptq_awq.storage.bounded import CONFIG_BYTES, LEDGER_BYTES, read_bytes, read_yaml
 
 CONFIG = "config.yaml"

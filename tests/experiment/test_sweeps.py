@@ -19,8 +19,9 @@ from helpers.tiny_models import GROUPED, save_tiny_folder
 
 from gptq_awq import results
 from gptq_awq.errors import UserError
-from gptq_awq.runtime.fingerprint import code_sha256, run_sha256
 from gptq_awq.experiment.sweeps.sweep import failed, no_objective, objective
+from gptq_awq.runtime.fingerprint import run_sha256
+from gptq_awq.runtime.source import code_sha256
 
 BLOCKS = 8
 
@@ -146,7 +147,7 @@ def test_config_code_data_and_packages_make_the_hash_and_folders_do_not(monkeypa
         run_sha256(config, {"model": "n"}, "code"),
         run_sha256(config, {"model": "m"}, "edited"),
     ]
-    monkeypatch.setattr("gptq_awq.runtime.fingerprint.version", lambda name: "0")
+    monkeypatch.setattr("gptq_awq.runtime.source.version", lambda name: "0")
     others.append(run_sha256(config, {"model": "m"}, "code"))
     assert len({base, *others}) == 5
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from helpers.paths import ROOT
 
-from gptq_awq.runtime.fingerprint import code_sha256, reports_only
+from gptq_awq.runtime.source import code_sha256, reports_only
 
 PACKAGE = ROOT / "gptq_awq"
 REPORTS_ONLY = {

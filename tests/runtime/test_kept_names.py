@@ -16,8 +16,9 @@ from gptq_awq.calibration.self_calibration import SelfCalibration
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.models.experts import unfuse
-from gptq_awq.runtime import fingerprint
-from gptq_awq.runtime.fingerprint import PACKAGES, Code, described
+from gptq_awq.runtime import fingerprint, source
+from gptq_awq.runtime.fingerprint import described
+from gptq_awq.runtime.source import PACKAGES, Code
 from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.transforms.quarot import QuaRot
@@ -240,8 +241,8 @@ def test_the_code_that_computes_it_is_part_of_a_name(case, edited, file, kinds):
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_version_of_every_package_that_computes_is_part_of_a_run(monkeypatch, package):
-    before, real = fingerprint.run_sha256({}, {}, "code"), fingerprint.version
-    monkeypatch.setattr(fingerprint, "version", lambda name: "0" if name == package else real(name))
+    before, real = fingerprint.run_sha256({}, {}, "code"), source.version
+    monkeypatch.setattr(source, "version", lambda name: "0" if name == package else real(name))
     assert fingerprint.run_sha256({}, {}, "code") != before
 
 
@@ -251,12 +252,13 @@ def test_the_version_of_every_package_that_computes_is_part_of_a_run(monkeypatch
         *((name, ALL) for name in ("torch", "triton", "numba", "llvmlite", "transformers", "tokenizers", "numpy")),
         ("greenlet", {"observations", "sensitivities"}),
         ("lm_eval", {"answers"}),
-        *((name, set()) for name in ("gguf", "scipy", "bitsandbytes", "wandb", "rich")),
+        ("gguf", OF_MODEL),  # a model may be a GGUF file
+        *((name, set()) for name in ("scipy", "bitsandbytes", "wandb", "rich")),
     ],
 )
 def test_the_version_of_a_package_is_part_of_what_it_computes(case, monkeypatch, package, kinds):
-    old, real = case.names(), fingerprint.version
-    monkeypatch.setattr(fingerprint, "version", lambda name: "0" if name == package else real(name))
+    old, real = case.names(), source.version
+    monkeypatch.setattr(source, "version", lambda name: "0" if name == package else real(name))
     new = case.names()
     assert {kind for kind in old if old[kind] != new[kind]} == kinds
 
@@ -268,18 +270,18 @@ def test_every_package_that_a_run_imports_either_computes_or_is_named_here():
 
 def test_a_solver_of_the_users_own_counts_with_the_files_that_it_imports(case, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "my_grip.py").write_text("STRENGTH = 1\n")
-    (tmp_path / "my_unused.py").write_text("STRENGTH = 1\n")
-    (tmp_path / "my_solver.py").write_text("import torch\nfrom my_grip import STRENGTH\nclass Mine: pass\n")
-    import my_solver  # pyright: ignore[reportMissingImports]
+    (tmp_path / "own_grip.py").write_text("STRENGTH = 1\n")
+    (tmp_path / "own_unused.py").write_text("STRENGTH = 1\n")
+    (tmp_path / "own_solver.py").write_text("import torch\nfrom own_grip import STRENGTH\nclass Mine: pass\n")
+    import own_solver  # pyright: ignore[reportMissingImports]
 
-    mine = replace(case, solver=my_solver.Mine())
+    mine = replace(case, solver=own_solver.Mine())
     names = [mine.names()["sensitivities"]]
-    for file in ("my_grip", "my_solver"):
-        with (tmp_path / f"{file}.py").open("a") as source:
-            source.write("# edited\n")
+    for file in ("own_grip", "own_solver"):
+        with (tmp_path / f"{file}.py").open("a") as text:
+            text.write("# edited\n")
         names.append(mine.names()["sensitivities"])
-    (tmp_path / "my_unused.py").write_text("STRENGTH = 2\n")
+    (tmp_path / "own_unused.py").write_text("STRENGTH = 2\n")
     names.append(mine.names()["sensitivities"])
     assert len(set(names)) == 3
     assert names[2] == names[3]
