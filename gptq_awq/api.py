@@ -161,7 +161,7 @@ def quantize_model(
 
 @dataclass(frozen=True)
 class SiteInput:
-    """What enters one site of a model.
+    """Input of one site of a model, as calibration saw it.
 
     Attributes:
         block: index of the site's block.
@@ -182,7 +182,7 @@ def observe_moments(
     absorbers: bool = False,
     settings: Settings = Settings(compute_dtype="float32"),  # noqa: B008 (frozen)
 ) -> Iterator[SiteInput]:
-    """The moments of every site's input in the model as it is, block by block, in the order that sites run.
+    """Gather the moments of every site's input in the model as it is, block by block, in the order that sites run.
 
     Fused experts become linears; those that few tokens reach are shown as all tokens (`ExpertPolicy`) meet them.
 
@@ -212,7 +212,7 @@ def observe_moments(
 
 @contextmanager
 def with_weights(model: nn.Module, weights: Mapping[str, QuantizedWeight | Tensor]) -> Iterator[None]:
-    """Within: the named linears hold these weights, (out, in) each; afterwards their own again.
+    """Give the named linears other weights, (out, in) each, for the body of a `with` statement.
 
     So a model can be scored with one layer quantized, or with each at the width of your choice.
 
@@ -234,7 +234,7 @@ def with_weights(model: nn.Module, weights: Mapping[str, QuantizedWeight | Tenso
 
 
 def load_method(name: str, bits: int = 4, group_size: int = 64, sym: bool = False) -> tuple[Method, Grid]:
-    """A preset of configs/method, and the grid that it lands weights on.
+    """Load a preset of configs/method, and the grid that it rounds weights onto.
 
     Raises:
         UserError: there is no such preset; the message names those there are. Bits, group_size or sym that its grid

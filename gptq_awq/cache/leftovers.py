@@ -1,4 +1,4 @@
-"""What killed processes leave in the cache: scratch files and folders whose writers are dead."""
+"""Leftovers of killed processes in the cache: scratch files and folders whose writers are dead."""
 
 import logging
 from collections.abc import Iterator

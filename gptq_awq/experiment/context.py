@@ -1,4 +1,4 @@
-"""What a run needs, loaded: model, windows, tasks, calibration tokens, and the hash that the run goes by.
+"""Context of a run, loaded: model, windows, tasks, calibration tokens, and the hash that the run goes by.
 
 Whatever can be known to be wrong is found here, or when options are instantiated: before anything slow starts.
 """
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a run needs, loaded: nothing has been computed yet, nothing is to be undone.
+    """Everything that a run needs, loaded: nothing has been computed yet, nothing is to be undone.
 
     Attributes:
         loaded: the model and its tokenizer.
@@ -140,7 +140,7 @@ def _content(
 
 
 def self_calibrated(plan: Plan, context: RunContext, track: Track) -> RunContext:
-    """The same with all of its calibration data, where the model writes some of it; kept in the cache for other runs.
+    """Extend the calibration tokens by windows that the model writes, if the method asks for them; they are cached.
 
     Of several ranks the first one writes.
     """
@@ -159,7 +159,7 @@ def self_calibrated(plan: Plan, context: RunContext, track: Track) -> RunContext
 
 
 def record_of(plan: Plan, context: RunContext) -> ObservationCache | None:
-    """Where this run's full-precision calibration is kept for others; None where it has none."""
+    """Cache of this run's full-precision calibration, shared with other runs; None for methods that have none."""
     if context.tokens is None or plan.method.error_propagation:
         return None
     key = observations_sha256(
@@ -175,7 +175,7 @@ def record_of(plan: Plan, context: RunContext) -> ObservationCache | None:
 
 
 def _check_memory(loaded: LoadedModel, tokens: TokenSet | None, plan: Plan) -> None:
-    """Refuse, before calibration starts, what will not fit."""
+    """Refuse, before calibration starts, a run that will not fit into memory."""
     if tokens is None:
         return
     ranks, (_, blocks) = plan.settings.ranks, find_blocks(loaded.model)

@@ -1,4 +1,4 @@
-"""What Hydra says of a mistake in a command line, as one line: the option, what there is, the nearest name."""
+"""Hydra's errors about a command line, each as one line: the option, the choices there are, the nearest name."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from gptq_awq.runtime.options import nearest
 
 
 def one_line(error: Exception, arguments: Sequence[str]) -> str:
-    """An error of Hydra's or OmegaConf's as one line for the user.
+    """Put an error of Hydra's or OmegaConf's into one line for the user.
 
     Args:
         error: raised while the config was composed, or while one of its values was read.

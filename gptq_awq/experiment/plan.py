@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of calibration's forwards."""
+        """Dtype of calibration's forwards."""
         return resolve_compute_dtype(self.settings.compute_dtype, self.device)
 
     @property
@@ -69,7 +69,7 @@ class Plan:
 
 
 def preflight(cfg: DictConfig, ranks: Ranks = ONE) -> Plan:
-    """Turn the config into objects, and make the output folder; `ranks` share the context.
+    """Turn the config into objects, and check that all ranks were asked for one run.
 
     Raises:
         UserError: naming the option.
@@ -122,7 +122,7 @@ def preflight(cfg: DictConfig, ranks: Ranks = ONE) -> Plan:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device, "auto" being a GPU where there is one. Raises UserError for one that isn't there."""
+    """Device of that name, "auto" being a GPU where there is one. Raises UserError for one that isn't there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return checked_device(name)
@@ -146,7 +146,7 @@ def _check_meant(plan: Plan) -> None:
 
 
 def _method(cfg: DictConfig) -> Method:
-    """The preset, and what is to become of the output head; a replayed run may be older than that option."""
+    """Instantiate the method with what becomes of the output head; a replayed run may be older than that option."""
     untie_head = cfg.get("untie_head", False)
     return replace(_build(cfg.method), head=cfg.get("head"), untie_head=untie_head)
 

@@ -104,7 +104,7 @@ def _run(cfg: DictConfig, ranks: Ranks) -> Result:
 
 
 def execute(plan: Plan, run_log: RunLog, track: Track, console: Console, recorder: Recorder) -> Result:
-    """Everything slow. The console hears what a run waits for, or why there is nothing to do."""
+    """Load and compute a planned run, or take over the finished one; the console hears what it waits for."""
 
     def say(line: str) -> None:
         log.info("%s", line)
@@ -136,7 +136,7 @@ def execute(plan: Plan, run_log: RunLog, track: Track, console: Console, recorde
 
 @contextmanager
 def _alone(plan: Plan, run: Run, say: Callable[[str], None]) -> Iterator[None]:
-    """Within, no other process is in this run's folder or computes it; what kills left there is cleared."""
+    """Hold the locks of this run: no other process is in its folder or computes it; leftovers of kills are cleared."""
 
     def wait(what: str) -> None:
         say(f"{what}: waiting for it")
@@ -170,12 +170,12 @@ def _logged(plan: Plan, run_log: RunLog) -> Iterator[None]:
 
 
 def _reuses(plan: Plan) -> bool:
-    """Whether a run that is finished already need not be computed."""
+    """Whether a finished run may be taken over: `resume`, and no profile is asked for."""
     return plan.resume and not plan.profile
 
 
 def _known(plan: Plan, run: Run | None, run_log: RunLog, say: Callable[[str], None]) -> Result | None:
-    """The row of a finished run that was found without loading anything; None where it must be loaded."""
+    """Row of the finished run that was found without loading anything; None where the run must be loaded."""
     if run is None or not _reuses(plan) or run.finished() is None:
         return None
     with _alone(plan, run, say):
@@ -183,7 +183,7 @@ def _known(plan: Plan, run: Run | None, run_log: RunLog, say: Callable[[str], No
 
 
 def _earlier(plan: Plan, run: Run, run_log: RunLog, say: Callable[[str], None]) -> Result | None:
-    """The row of this very run, where it is finished already: its files and its log are taken over."""
+    """Row of this very run where it is finished already: its files and its log are taken over."""
     folder = run.finished(say) if _reuses(plan) else None
     if folder is None:
         return None
@@ -266,7 +266,7 @@ def _compute(
 
 
 def _allocated(plan: Plan, context: RunContext, clock: Clock, track: Track) -> tuple[Plan, Allocation | None]:
-    """The plan with the bits that its budget allows each linear, where its grid has a budget."""
+    """Replace a grid that has a budget by the widths that the budget allows each linear."""
     if not isinstance(plan.grid, AllocatedGrid) or plan.method.solver is None or context.tokens is None:
         return plan, None
     loaded = context.loaded
@@ -281,7 +281,7 @@ def _allocated(plan: Plan, context: RunContext, clock: Clock, track: Track) -> t
 
 
 def _changes_output(plan: Plan, context: RunContext) -> bool:
-    """Whether the output layer won't be the full-precision model's, which KL is measured from."""
+    """Whether the quantized model's output layer differs from full precision's, from which KL is measured."""
     method = plan.method
     return (
         method.cast is not None or bool(method.model_transforms) or changes_output(context.loaded.model, context.grids)
@@ -300,7 +300,7 @@ def _tracker(plan: Plan, model: str, run: Run) -> Tracker:
 
 
 def _track_finished(plan: Plan, run: Run, result: Result) -> None:
-    """A run that is taken over belongs to this sweep's group too."""
+    """Open and close a tracker for a run that is taken over, so that it belongs to this sweep's group too."""
     tracker = _tracker(plan, result.model, run)
     tracker.ledger([json.loads(line) for line in (plan.out / LEDGER).read_text().splitlines()])
     tracker.finish(result)
@@ -308,7 +308,7 @@ def _track_finished(plan: Plan, run: Run, result: Result) -> None:
 
 @dataclass(frozen=True)
 class Quantized:
-    """What quantizing left: sizes, codes where a checkpoint wants them, and the block it went on at after a kill."""
+    """Result of quantizing: sizes, codes where a checkpoint wants them, and the block it went on at after a kill."""
 
     footprint: Footprint
     weights: Mapping[str, QuantizedWeight]
@@ -348,14 +348,14 @@ def _steps(plan: Plan, context: RunContext, track: Track) -> Generator[BlockResu
 
 
 def _assist(plan: Plan, context: RunContext) -> None:
-    """What further ranks do while the first one computes: their part of quantizing."""
+    """Take a further rank's part in quantizing, while the first rank computes the run."""
     context = self_calibrated(plan, context, no_track)
     for _ in _steps(_agreed(plan), context, no_track):
         pass
 
 
 def _agreed(plan: Plan) -> Plan:
-    """The plan with rank 0's grid, once all ranks have come so far; only now are they timed."""
+    """Give all ranks rank 0's grid, once all have come so far; only from here on are they timed."""
     plan = replace(plan, grid=plan.settings.ranks.from_first(lambda: plan.grid))
     plan.settings.ranks.gather(None)
     return plan

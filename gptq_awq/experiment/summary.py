@@ -1,4 +1,4 @@
-"""What a finished run says of itself: its results row, and the manifest in it."""
+"""Summary of a finished run: its results row, and the manifest of all that its numbers depend on."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,7 +27,7 @@ def results_row(
     manifest: Mapping[str, Any],
     expected: Forecast | None,
 ) -> Result:
-    """The row of a run that is done."""
+    """Build the results row of a run that is done."""
     full, loaded = plan.method.solver is None, context.loaded
     return Result(
         method=plan.method.name,
@@ -55,7 +55,7 @@ def results_row(
 def run_manifest(
     plan: Plan, context: RunContext, baseline: Baseline, checkpoints: Sequence[Exported]
 ) -> dict[str, Any]:
-    """The manifest: hashes and sources of all that went into a run, and what came out beside its row."""
+    """Build the manifest: hashes and sources of all that went into a run, and what came out beside its row."""
     loaded, tokens = context.loaded, context.tokens
     return {
         "run": context.run.sha256,

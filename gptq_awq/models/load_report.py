@@ -29,7 +29,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a folder holds beyond the model that it was loaded as, and where that model ends.
+    """Differences between a folder's files and the model loaded from it, and the limits of that model.
 
     Attributes:
         unplaced: tensors that the model has no place for, with * for numbers and how many they are.
@@ -54,7 +54,7 @@ class LoadReport:
     notes: tuple[str, ...] = ()
 
     def row(self) -> dict[str, Any]:
-        """What was found, for the manifest; without what was not."""
+        """Findings for the manifest; kinds of which nothing was found are left out."""
         return {
             name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items() if value
         }

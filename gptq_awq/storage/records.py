@@ -19,7 +19,7 @@ SMALL = 1 << 20
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file was when it was written.
+    """Record of a file as it was written.
 
     Attributes:
         sha256: hex sha256 of its bytes.

@@ -26,19 +26,19 @@ OF_ROW = ("bits_per_weight", "size_bytes")
 
 
 def sweep_folder() -> Path | None:
-    """The folder of the sweep that this run is part of; None where it is by itself."""
+    """Folder of the sweep that this run is part of; None for a single run."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
     return Path(HydraConfig.get().sweep.dir)
 
 
 def job_number() -> int:
-    """Which of the sweep's runs this is, by its place; 0 where it is by itself."""
+    """Number of this run within its sweep; 0 for a single run."""
     return 0 if sweep_folder() is None else HydraConfig.get().job.num
 
 
 def objective(result: Result, name: str | Sequence[str | None] | None) -> float | tuple[float, ...]:
-    """What a search minimizes: a metric, or a number of the row such as `bits_per_weight`; a list for several at once.
+    """Value that a search minimizes: a metric, a number of the row such as `bits_per_weight`, or several of them.
 
     None is the first KL, else the first perplexity; nan where nothing was measured.
 
@@ -93,7 +93,7 @@ def _known_numbers(
 
 
 def no_objective(name: str | Sequence[str | None] | None) -> float | tuple[float, ...]:
-    """What a failed run counts as: infinitely bad."""
+    """Value of a failed run in a search: infinitely bad."""
     return math.inf if name is None or isinstance(name, str) else (math.inf,) * len(name)
 
 
@@ -109,7 +109,7 @@ def _objective(result: Result, name: str | None) -> float:
 
 
 def failed(config: Mapping[str, Any], error: Exception) -> Result:
-    """The row of a run that ended in an error, from its resolved config."""
+    """Build the results row of a run that ended in an error, from its resolved config."""
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     model = config["model"]
     return Result(

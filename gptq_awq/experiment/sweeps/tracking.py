@@ -40,10 +40,10 @@ UNNAMED = ("out", "device", "tracking", "export", "eval", "hydra", "resume")
 
 @runtime_checkable
 class Tracker(Protocol):
-    """One run, as a tracker follows it. No method raises."""
+    """One run followed by a tracker. No method raises."""
 
     def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """ObservationCache metrics; `step` is the number of the block they are of."""
+        """Record metrics; `step` is the number of the block they are of."""
         ...
 
     def ledger(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -51,7 +51,7 @@ class Tracker(Protocol):
         ...
 
     def finish(self, result: Result) -> None:
-        """ObservationCache the final results row and close the run."""
+        """Record the final results row and close the run."""
         ...
 
 
@@ -231,7 +231,7 @@ def run_name(
     sym: bool | None = None,
     overrides: Sequence[str] = (),
 ) -> str:
-    """What a run is, in a line: `smollm2-135m gptq 3bit g64 sym data=c4 seed=1`.
+    """Name of a run, its settings in one line: `smollm2-135m gptq 3bit g64 sym data=c4 seed=1`.
 
     Args:
         model: its name.
