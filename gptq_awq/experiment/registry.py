@@ -1,4 +1,4 @@
-"""Runs, known by what they compute: found again when they are finished, one process at a time while they are not.
+"""Registry of runs by what they compute: found again when they are finished, one process at a time while they are not.
 
 `manifest.run` is a run's content hash (fingerprint.run_sha256). The cache remembers under it where the finished run
 lies, so that a sweep started again, in whatever folder, skips what is done. A finished run's row carries hashes of all
@@ -35,7 +35,7 @@ class Run:
 
     @property
     def journal(self) -> Journal:
-        """Its finished blocks, while it isn't finished.
+        """Journal of the finished blocks of a run that isn't finished.
 
         They are of use on this kind of machine alone: another CPU or number of threads sums in another order, and the
         rest of the run would not be what it would have been.
@@ -49,11 +49,11 @@ class Run:
 
     @property
     def scratch(self) -> Path:
-        """For hidden states that don't fit into memory, while it isn't finished."""
+        """Folder for hidden states that don't fit into memory, while the run isn't finished."""
         return cache_dir() / "progress" / f"{self.sha256}-spilled"
 
     def forget_progress(self) -> None:
-        """Delete what was kept of it while it wasn't finished."""
+        """Delete the journal and the hidden states that were kept while the run wasn't finished."""
         self.journal.clear()
         shutil.rmtree(self.scratch, ignore_errors=True)
 
@@ -84,7 +84,7 @@ class Run:
         return result
 
     def remember(self) -> None:
-        """For later runs: this one is finished, and lies in its folder."""
+        """Remember for later runs that this one is finished, and where its folder is."""
         try:
             self._memory.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self._memory) as scratch:
@@ -102,7 +102,7 @@ class Run:
 
     @contextmanager
     def alone(self, waiting: Callable[[str], None]) -> Iterator[None]:
-        """Within: no other process computes this run; `waiting` says what is waited for."""
+        """Hold the lock of this run, so that no other process computes it; `waiting` says what is waited for."""
         lock = cache_dir() / "locks" / f"run-{self.sha256}"
         with locked(lock, lambda: waiting("another process is computing this very run")):
             yield

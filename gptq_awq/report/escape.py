@@ -9,7 +9,7 @@ TEX = {
     **{"Δ": r"$\Delta$", "±": r"$\pm$", "≈": r"$\approx$", "×": r"$\times$", "−": "$-$", "<": "$<$", ">": "$>$"},
 }
 _MARKDOWN = re.compile(r"\\(?=[!-/:-@\[-`{-~]|$)|[<&`*|]|(?<=\])[(\[:]")
-"""Text that Markdown would obey: HTML, entities, code, emphasis, cells, links; backslashes where they'd escape something."""
+"""Text that Markdown would obey: HTML, entities, code, emphasis, cells, links; backslashes that would escape."""
 
 
 def one_line(text: object) -> str:
