@@ -25,7 +25,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gptq_awq.errors import UserError
-from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call, find_blocks, head_size, heads_of, text_config
+from gptq_awq.models.blocks import (
+    PROBE_TOKENS,
+    BlockCalls,
+    Call,
+    find_blocks,
+    head_size,
+    heads_of,
+    text_config,
+    update_error,
+)
 from gptq_awq.models.embeddings import Ends, untie
 from gptq_awq.models.experts import experts_in
 from gptq_awq.models.linear import Site, is_linear, matrix
@@ -142,7 +151,8 @@ def _rotate_block(copied: _BlockCopy, Q: Rotation) -> Float[Tensor, "1 tokens wi
         if is_linear(linear) and name not in readers and len(matrix(linear)) == width:
             matrix(linear).copy_(Q(matrix(linear).T).T)
             rotate_bias(linear, Q)
-    error = relative_error(copied.run(Q(copied.hidden)), Q(expected))
+    rotated = Q(copied.hidden)
+    error = update_error(copied.run(rotated), Q(expected), rotated)
     if not error < VERIFY_TOLERANCE:
         raise _not_rotatable(copied.name, error)
     return expected
@@ -204,7 +214,7 @@ def _rotate_heads(copied: _BlockCopy, size: int, draw: torch.Generator) -> int:
         for linear in touched[1:]:
             W = matrix(linear)
             W.copy_(H(W.unflatten(1, (-1, size))).flatten(1))
-        if relative_error(copied.run(copied.hidden), expected) < VERIFY_TOLERANCE:
+        if update_error(copied.run(copied.hidden), expected, copied.hidden) < VERIFY_TOLERANCE:
             found = True
         else:
             for module, state in zip(touched, kept, strict=True):
