@@ -12,6 +12,7 @@ from multiprocessing import forkserver
 
 import pytest
 
+import helpers.auto_dtype  # noqa: F401  (in the forked process, which imports this module, too)
 from helpers.paths import ROOT
 
 RUN = ROOT / "run.py"
@@ -20,7 +21,7 @@ FORKS = multiprocessing.get_context("forkserver")
 
 def import_everything() -> None:
     """Begin to, in the process that runs are forked off; to the libraries imported there the hub is unreachable."""
-    FORKS.set_forkserver_preload(["gptq_awq.experiment.run", "helpers.auto_dtype"])
+    FORKS.set_forkserver_preload(["gptq_awq.experiment.run"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         forkserver.ensure_running()
