@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -59,7 +60,7 @@ def ours(loaded: LoadedModel, tokens: TokenSet | None, file: Path, kind: str, me
     preset, _ = load_method(method)
     started = time.perf_counter()
     weights = {}
-    for block in quantize(source.model, tokens, preset, LlamaMix(kind, search)):
+    for block in quantize(source.model, tokens, preset, cast(Any, LlamaMix)(kind, search)):
         weights.update(block.weights)
     seconds = time.perf_counter() - started
     GGUFFormat().write(Source(source.model, source.tokenizer, source.name, weights), file.parent)

@@ -51,7 +51,7 @@ class LanguageModel(TemplateLM):
         self._batch_size = batch_size
         self._track = track
         self._device = model.device
-        self._vocabulary: int = model.get_input_embeddings().weight.shape[0]
+        self._vocabulary = len(model.get_input_embeddings().get_parameter("weight"))
         self._put_behind = special_tokens_behind(tokenizer)
         self.max_length: int = (
             getattr(model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_CONTEXT
@@ -99,7 +99,8 @@ class LanguageModel(TemplateLM):
         Raises:
             UserError: quoting a continuation that has no tokens.
         """
-        for context, continuation in (request.args for request in requests):
+        for request in requests:
+            context, continuation = request.args[0], request.args[1]
             if not context and not self.tok_encode(continuation, add_special_tokens=False):
                 raise _nothing_to_score(context, continuation)
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)

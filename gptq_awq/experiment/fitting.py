@@ -38,7 +38,7 @@ def fitted_corpus(corpus: Any, loaded: LoadedModel) -> tuple[Any, LoadedModel]:
 
 def readable(tokens: TokenSet, loaded: LoadedModel, option: str) -> TokenSet:
     """The tokens with padding that the model has a row for. Raises UserError naming `option` where a token has none."""
-    rows = loaded.model.get_input_embeddings().weight.shape[0]
+    rows = len(loaded.model.get_input_embeddings().get_parameter("weight"))
     return within_vocabulary(tokens, rows, loaded.tokenizer, option)
 
 

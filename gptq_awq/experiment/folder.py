@@ -32,7 +32,7 @@ def write_recorded(result: Result, files: Mapping[str, FileRecord], folder: Path
     known: dict[str, Any] = {name: record.json() for name, record in files.items()}
     unsigned = replace(result, manifest=dict(result.manifest) | {"files": known})
     sha256 = _row_sha256(unsigned.write(folder))
-    signed = replace(unsigned, manifest=unsigned.manifest | {"files": known | {FILE_NAME: {"sha256": sha256}}})
+    signed = replace(unsigned, manifest=dict(unsigned.manifest) | {"files": known | {FILE_NAME: {"sha256": sha256}}})
     signed.write(folder)
     return signed
 

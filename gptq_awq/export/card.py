@@ -89,7 +89,8 @@ def model_card(
         notes: sentences on how the checkpoint was verified and on its limitations.
         facts: the run's provenance: `model` and `calibration` (source, sha256), `method`, `grid`, `code`.
     """
-    row, facts, usage = names_only(row or {}), names_only(facts or {}), USAGE.get(format_name)
+    row, facts = dict(names_only(row or {})), dict(names_only(facts or {}))
+    usage = USAGE.get(format_name)
     library = usage.library if usage else None
     parts = [
         f"---\n{_front_matter(row, format_name, library).to_yaml()}\n---",
@@ -112,7 +113,7 @@ def _front_matter(row: Mapping[str, Any], format_name: str, library: str | None)
     method = row.get("method")
     tags = ["gptq_awq", "quantized", format_name.replace("_", "-"), *([method] if method else [])]
     base = ((row.get("config") or {}).get("model") or {}).get("id") or row.get("model")
-    relation = {"base_model": one_line(base), "base_model_relation": "quantized"} if base else {}
+    relation: dict[str, Any] = {"base_model": one_line(base), "base_model_relation": "quantized"} if base else {}
     return ModelCardData(
         library_name=library, pipeline_tag="text-generation", tags=list(dict.fromkeys(tags)), **relation
     )

@@ -164,7 +164,7 @@ def load_reported(
             model, report = _offloaded(folder, config, dtype, device, option, trust_remote_code)
         else:
             model, report = _in_memory(folder, config, dtype, option, code)
-            model = model.to(device).eval().requires_grad_(False)
+            model.to(torch.device(device)).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
         untied = correct_tie(model)
         report = replace(report, untied=untied, tokens_beyond=tokens_beyond(tokenizer, report.vocabulary))
     for sentence in report.warnings():

@@ -103,7 +103,7 @@ def examine(folder: Path, model: PreTrainedModel, option: str) -> LoadReport:
         left_out=_patterns([*left_out, *counted]),
         adapters=(*beside, *_patterns(adapters)),
         small_floats=_patterns(small),
-        vocabulary=model.get_input_embeddings().weight.shape[0],
+        vocabulary=len(model.get_input_embeddings().get_parameter("weight")),
         context=context_length(model),
     )
 

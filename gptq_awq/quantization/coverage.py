@@ -93,7 +93,7 @@ def coverage_of(model: nn.Module, rounded: Set[str] | Mapping[str, Any]) -> Cove
         tally = kinds.setdefault((kind, why, counted), [0, 0])
         tally[0] += 1
         tally[1] += size
-    left = [Left(kind, why, *tally, counted) for (kind, why, counted), tally in kinds.items()]
+    left = [Left(kind, why, tensors, size, counted) for (kind, why, counted), (tensors, size) in kinds.items()]
     return Coverage(total, done, tuple(sorted(left, key=lambda x: (not x.counted, -x.weights))))
 
 

@@ -181,8 +181,9 @@ def _against_best(leaders: Leaders, arrays: Mapping[str, Arrays]) -> list[_Test]
 def _weights(arrays: Arrays, key: str) -> Float[np.ndarray, "values"]:
     """Weights of a series in the bootstrap: tokens per block; 1 for each item of an lm-eval task."""
     tokens, count = arrays.get(f"{key.rpartition('/')[0]}/tokens"), len(arrays[key])
-    known = tokens is not None and len(tokens) == count and not key.startswith("lm_eval/")
-    return tokens if known and np.isfinite(tokens).all() and (tokens > 0).all() else np.ones(count)
+    if tokens is None or len(tokens) != count or key.startswith("lm_eval/"):
+        return np.ones(count)
+    return tokens if np.isfinite(tokens).all() and (tokens > 0).all() else np.ones(count)
 
 
 def _adjusted(tests: Sequence[_Test]) -> dict[tuple[str, str], tuple[float, float]]:

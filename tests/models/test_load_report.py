@@ -101,7 +101,8 @@ def test_what_transformers_leaves_out_itself_is_in_the_report_and_no_warning(roo
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "deepseek-v3", "mixtral"])
 def test_layers_that_no_config_counts_are_refused(name, room, tmp_path):
     count = {"gpt2": "n_layer"}.get(name, "num_hidden_layers")
-    refused(edited(tmp_path / "m", name=name, **{count: 1}), room, r"holds .*\.[12]\..*config\.json counts 1 such layers")
+    folder = edited(tmp_path / "m", name=name, **{count: 1})
+    refused(folder, room, r"holds .*\.[12]\..*config\.json counts 1 such layers")
 
 
 @BOTH
