@@ -108,7 +108,7 @@ def changed(before: Case, after: Case) -> set[str]:
         ({"writer": SelfCalibration(temperature=0.5)}, {"written text"}),
         ({"text": "the dog sees"}, {"token ids"}),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",  # a set's order differs between processes
 )
 def test_each_ingredient_changes_the_names_of_what_it_affects_and_no_other(case, change, kinds):
     assert changed(case, replace(case, **change)) == kinds
