@@ -2,7 +2,7 @@
 
 Rows of a weight matrix do not depend on each other in GPTQ, so each thread takes `LANES` rows at a time, side by
 side in vector registers, and runs the whole column recursion on data that stays in cache. Arithmetic and its order
-are those of the plain PyTorch loop in solvers/gptq.py: the two agree bit for bit (tests/test_gptq.py).
+are those of the plain PyTorch loop in solvers/gptq.py: the two agree bit for bit (tests/solvers/test_gptq.py).
 """
 
 import numba

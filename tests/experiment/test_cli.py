@@ -194,7 +194,7 @@ def test_too_little_memory_is_said_before_calibration_starts(tiny_folder, tiny_t
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("config", overrides=overrides)
     with pytest.raises(UserError, match=r"widest layer: 160 columns.*data.samples"):
-        experiment.run(cfg)
+        experiment(cfg)
     assert not (tmp_path / "out" / "results.json").exists()
 
 
