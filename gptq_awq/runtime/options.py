@@ -42,6 +42,7 @@ _DEVICES = r"^(auto|cpu|cuda(:[0-9]+)?|mps|xpu(:[0-9]+)?)$"
 Device = Annotated[str, StringConstraints(pattern=_DEVICES), "auto, cpu, cuda, cuda:1 or the like"]
 Seed = Annotated[int, Interval(ge=0, lt=2**63)]
 InputPath = Annotated[str, AfterValidator(lambda path: _existing(path)), "a file or folder that is there"]
+"""Looked for while a config is checked; an object of Python's finds out when it reads the path."""
 NamesBeside = Annotated[str | Sequence[str], "names of what is beside"]
 """Names of the nodes beside the option, such as the formats that `export.formats` chooses among."""
 
@@ -249,7 +250,7 @@ def _check_fields(instance: Any) -> None:
     hints = _hints(type(instance))
     for each in dataclasses.fields(instance):
         value = getattr(instance, each.name)
-        if (annotation := hints.get(each.name)) is not None:
+        if (annotation := hints.get(each.name)) is not None and annotation not in (InputPath, InputPath | None):
             known = checked(value, annotation, f"{type(instance).__name__}.{each.name}")
             if not _same(known, value):
                 object.__setattr__(instance, each.name, known)

@@ -5,7 +5,7 @@ from helpers.paths import CONFIGS
 from hydra import compose, initialize_config_dir
 
 from gptq_awq.errors import UserError
-from gptq_awq.experiment.run import run as experiment
+from gptq_awq.experiment import run as experiment
 
 SEEN = []
 
