@@ -98,7 +98,7 @@ def test_runs_killed_at_random_blocks_end_as_an_uninterrupted_one(cli, start, de
     assert outcome(out) == outcome(tmp_path / "whole"), (first, second)
     resumed = json.loads((out / "results.json").read_text())["manifest"]["resumed"]
     assert resumed[0] >= second
-    assert not list((cache / "progress").iterdir()), "progress is cleaned up at the end"
+    assert not list((cache / "progress").glob("[!.]*")), "progress is cleaned up at the end"
 
 
 def test_the_same_command_in_another_folder_takes_the_finished_runs_over(cli, tiny, tmp_path):

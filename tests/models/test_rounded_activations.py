@@ -170,9 +170,9 @@ def test_lower_precision_of_scoring_sees_the_rounded_cache():
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"bits": 1}, r"act.bits or kv.bits=1"),
-        ({"clip": 0.0}, r"act.clip or kv.clip=0"),
-        ({"group_size": 0}, r"act.group_size or kv.group_size=0"),
+        ({"bits": 1}, r"DynamicInt\.bits=1"),
+        ({"clip": 0.0}, r"DynamicInt\.clip=0"),
+        ({"group_size": 0}, r"DynamicInt\.group_size=0"),
     ],
 )
 def test_what_a_user_can_get_wrong_names_its_option(options, line):
