@@ -53,8 +53,8 @@ def test_errors_name_the_option(two, tokenizer, tmp_path):
         ("c5",): r"eval\.texts=c5: neither a file nor a corpus; choose among mine",
         (str(image),): r"eval\.texts=\S+x\.png: the suffix must be",
         (str(empty),): r"eval\.texts=\S+empty\.txt: the file holds no text",
-        (str(bad),): r"eval\.perplexity\.field=text: row 1",
-        ("mine",): r"eval\.corpora\.mine\.field=body: row 1",
+        (str(bad),): r"eval\.perplexity\.field=text: is not in line 1",
+        ("mine",): r"eval\.corpora\.mine\.field=body: .*line 1",
         (two[1], str(copy)): r"eval\.texts: 2 texts are called other",
     }.items():
         with pytest.raises(UserError, match=message):
