@@ -100,7 +100,8 @@ class LanguageModel(TemplateLM):
             UserError: quoting a continuation that has no tokens.
         """
         for request in requests:
-            context, continuation = request.args[0], request.args[1]
+            arguments: Any = request.args
+            context, continuation = arguments
             if not context and not self.tok_encode(continuation, add_special_tokens=False):
                 raise _nothing_to_score(context, continuation)
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)

@@ -250,7 +250,7 @@ def _check_fields(instance: Any) -> None:
     hints = _hints(type(instance))
     for each in dataclasses.fields(instance):
         value = getattr(instance, each.name)
-        if (annotation := hints.get(each.name)) is not None and annotation not in (InputPath, InputPath | None):
+        if (annotation := hints.get(each.name)) is not None and InputPath not in (annotation, *get_args(annotation)):
             known = checked(value, annotation, f"{type(instance).__name__}.{each.name}")
             if not _same(known, value):
                 object.__setattr__(instance, each.name, known)
