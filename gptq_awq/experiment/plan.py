@@ -85,7 +85,9 @@ def preflight(cfg: DictConfig, ranks: Ranks = ONE) -> Plan:
             act=_build(cfg.act) if "act" in cfg else Unrounded(),  # a replayed run may be older than the option
             kv=_build(cfg.kv) if "kv" in cfg else Unrounded(),
             settings=Settings(
-                *(cfg.compute_dtype, cfg.tokens_per_batch, cfg.get("activations", "auto")),
+                compute_dtype=cfg.compute_dtype,
+                tokens_per_batch=cfg.tokens_per_batch,
+                activations=cfg.get("activations", "auto"),
                 memory_budget=_memory_budget(cfg),
                 ranks=ranks,
             ),

@@ -240,7 +240,13 @@ def _compute(
     expected = announce(plan, context, clock)
     with clock.phase("baseline"):
         baseline = full_precision(
-            *(loaded.model, loaded.tokenizer, loaded.sha256, context.windows, context.tasks, cache_dir(), track),
+            loaded.model,
+            loaded.tokenizer,
+            loaded.sha256,
+            context.windows,
+            tasks=context.tasks,
+            cache_dir=cache_dir(),
+            track=track,
             keep_output=_changes_output(plan, context),
             compute_dtype=plan.evaluation.compute_dtype,
         )
@@ -272,7 +278,12 @@ def _allocated(plan: Plan, context: RunContext, clock: Clock, track: Track) -> t
     loaded = context.loaded
     with clock.phase("allocate"):
         allocation = allocate(
-            *(loaded.model, context.tokens, plan.method, plan.grid, replace(plan.settings, ranks=ONE), plan.seed),
+            loaded.model,
+            context.tokens,
+            plan.method,
+            plan.grid,
+            settings=replace(plan.settings, ranks=ONE),
+            seed=plan.seed,
             model_sha256=loaded.sha256,
             cache=cache_dir(),
             track=track,
@@ -294,7 +305,7 @@ def _tracker(plan: Plan, model: str, run: Run) -> Tracker:
     on_grid: dict[str, Any] = {"grid": grid.label, "bits": grid.bits, "group_size": grid.group_size}
     on_grid["sym"] = getattr(grid, "sym", None)
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
-    name = run_name(*(model, plan.method.name), **(on_grid if plan.method.solver else {}), overrides=overrides)
+    name = run_name(model, plan.method.name, **(on_grid if plan.method.solver else {}), overrides=overrides)
     group = None if folder is None else "/".join(folder.parts[-2:])
     return plan.tracking.start(plan.config, name, group, run.sha256)
 
@@ -340,7 +351,12 @@ def _quantize(plan: Plan, context: RunContext, tracker: Tracker, track: Track) -
 def _steps(plan: Plan, context: RunContext, track: Track) -> Generator[BlockResult]:
     settings = replace(plan.settings, scratch=context.run.scratch)
     return quantize(
-        *(context.loaded.model, context.tokens, plan.method, plan.grid, settings, track),
+        context.loaded.model,
+        context.tokens,
+        plan.method,
+        plan.grid,
+        settings=settings,
+        track=track,
         record=record_of(plan, context),
         progress=context.run.journal if plan.resume or offloaded(context.loaded.model) else None,
         experts=plan.experts,

@@ -1,4 +1,4 @@
-"""Declarations of options, read from a class's source file: names, annotations and defaults of its fields.
+"""Declarations of options, read from a class's source file: names and annotations of its fields.
 
 Nothing is imported, so that a command line can be checked before torch is; annotations are evaluated with the names
 that options may use: Python's own types, `typing`'s, and those of `gptq_awq.runtime.options`.
@@ -31,12 +31,10 @@ class Declared:
 
     Attributes:
         types: name → annotation; Any where it isn't one that values of a config are checked by.
-        required: names that have no default.
         more: what further names take (`**kwargs`): nothing, nodes that have a `_target_`, or anything.
     """
 
     types: Mapping[str, Any]
-    required: frozenset[str]
     more: Literal["nothing", "nodes", "anything"] = "nothing"
 
 
@@ -91,13 +89,11 @@ def _of_class(found: ast.ClassDef, tree: ast.Module) -> Declared | None:
     if init is not None:
         return _of_function(init, tree, skip=1)
     fields: dict[str, Any] = {}
-    required: set[str] = set()
     for base in found.bases:
         inherited = _of_base(base, tree)
         if inherited is None:
             return None
         fields |= inherited.types
-        required |= inherited.required
     names = _namespace(tree)
     for node in found.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
@@ -105,14 +101,13 @@ def _of_class(found: ast.ClassDef, tree: ast.Module) -> Declared | None:
             if annotation.startswith("ClassVar") or "init=False" in (ast.unparse(node.value) if node.value else ""):
                 continue
             fields[node.target.id] = _evaluated(node.annotation, names)
-            required = required | {node.target.id} if node.value is None else required - {node.target.id}
-    return Declared(fields, frozenset(required))
+    return Declared(fields)
 
 
 def _of_base(base: ast.expr, tree: ast.Module) -> Declared | None:
     name = ast.unparse(base).partition("[")[0]
     if name in _OPAQUE:
-        return Declared({}, frozenset())
+        return Declared({})
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and any((a.asname or a.name) == name for a in node.names):
             original = next(a.name for a in node.names if (a.asname or a.name) == name)
@@ -124,14 +119,12 @@ def _of_base(base: ast.expr, tree: ast.Module) -> Declared | None:
 
 def _of_function(found: ast.FunctionDef, tree: ast.Module, skip: int = 0) -> Declared:
     names, args = _namespace(tree), found.args
-    positional = [*args.posonlyargs, *args.args]
-    defaults = [None] * (len(positional) - len(args.defaults)) + list(args.defaults)
-    pairs = [*zip(positional, defaults, strict=True), *zip(args.kwonlyargs, args.kw_defaults, strict=True)][skip:]
-    fields = {a.arg: Any if a.annotation is None else _evaluated(a.annotation, names) for a, _ in pairs}
+    taken = [*args.posonlyargs, *args.args, *args.kwonlyargs][skip:]
+    fields = {a.arg: Any if a.annotation is None else _evaluated(a.annotation, names) for a in taken}
     more: Literal["nothing", "nodes", "anything"] = "nothing"
     if args.kwarg is not None:
         more = "anything" if args.kwarg.annotation is None else "nodes"
-    return Declared(fields, frozenset(a.arg for a, default in pairs if default is None), more)
+    return Declared(fields, more)
 
 
 def _evaluated(annotation: ast.expr, names: dict[str, Any]) -> Any:

@@ -86,7 +86,7 @@ def _names_of_nodes(config: Mapping[str, Any]) -> Any:
 def _check_node(node: Mapping[str, Any], option: str) -> Iterator[tuple[str, Any]]:
     target = node.get("_target_")
     if isinstance(target, str):
-        yield from check_config(node, declared_by(target) or Declared({}, frozenset(), "anything"), f"{option}.")
+        yield from check_config(node, declared_by(target) or Declared({}, "anything"), f"{option}.")
         return
     for key, value in node.items():
         if isinstance(value, Mapping):
