@@ -141,7 +141,9 @@ def test_a_tied_head_is_left_alone_unless_it_may_be_untied():
     assert not model.config.tie_word_embeddings
 
 
-@pytest.mark.parametrize(("head", "untie", "says"), [("all", False, "one of rtn, solve or null"), (None, True, "head=solve")])
+@pytest.mark.parametrize(
+    ("head", "untie", "says"), [("all", False, "one of rtn, solve or null"), (None, True, "head=solve")]
+)
 def test_words_that_mean_nothing_are_refused(head, untie, says):
     with pytest.raises(UserError, match=says):
         replace(GPTQ_METHOD, head=head, untie_head=untie)
