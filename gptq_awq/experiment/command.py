@@ -45,9 +45,7 @@ def main() -> None:
         if error.errno not in NOT_WRITABLE:
             raise
         option = "hydra.sweep.dir" if {"-m", "--multirun"} & set(arguments) else "out"
-        _refuse(
-            f"{error.filename or 'a file'}: cannot be written ({error.strerror}); name another folder, {option}=DIR"
-        )
+        _refuse(f"{option}={error.filename or '?'}: cannot be written ({error.strerror}); name another folder")
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")

@@ -158,7 +158,7 @@ def test_a_wandb_that_does_not_start_leaves_the_run_untracked(monkeypatch, caplo
 
 
 def test_a_mode_that_there_is_not_is_the_users_mistake() -> None:
-    with pytest.raises(UserError, match=r"tracking\.mode=of"):
+    with pytest.raises(UserError, match="mode=of: give one of online, offline"):
         WandbTracking(mode="of")
 
 
