@@ -5,6 +5,7 @@ many tokens calibration draws. Adding a dataset takes one class with a `text` me
 dataset.
 """
 
+import re
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,8 @@ from gptq_awq.data.tokens import Tokenizer, TokenSet, calibration_tokens, check_
 from gptq_awq.errors import UserError
 from gptq_awq.runtime.options import InputPath, PositiveInt, checked_keywords
 from gptq_awq.storage.assets import ASSETS, HubRows, fetch, hub_asset
+
+_VISIBLE = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\ufeff\ufffd]")
 
 
 @checked_keywords
@@ -146,7 +149,7 @@ class LocalText(Corpus):
         if read is None:
             raise UserError(f"{option}.path={self.path}: the suffix must be one of {', '.join(READERS)}")
         text = make_text(path.stem, read(path, self.field, option), str(path), self.joiner)
-        if not text.joined.strip():
+        if _VISIBLE.search(text.joined) is None:
             raise UserError(f"{option}.path={self.path}: the file holds no text")
         return text
 

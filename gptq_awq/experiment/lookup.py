@@ -5,7 +5,6 @@ cheaper key: the config, the code, the packages, and path, size and times of eve
 known the content is; where it is not, or files can't be told without a network, the content is read.
 """
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from gptq_awq.quantization.quantize import needs_calibration
 from gptq_awq.runtime.fingerprint import run_sha256
 from gptq_awq.runtime.source import code_sha256
 from gptq_awq.storage.assets import ASSETS, cache_dir
-from gptq_awq.storage.atomic import replacing
+from gptq_awq.storage.notes import note, noted
 
 log = logging.getLogger(__name__)
 MOST_FILES = 10_000
@@ -52,10 +51,7 @@ def known(key: str | None, out: Path) -> Run | None:
     """The run that `key` was remembered for, in the folder `out`; None where it is not known."""
     if key is None:
         return None
-    try:
-        sha256 = json.loads(_memory(key).read_text())["run"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    sha256 = noted(_memory(key)).get("run")
     return Run(sha256, out) if isinstance(sha256, str) else None
 
 
@@ -64,9 +60,7 @@ def remember(key: str | None, run: Run) -> None:
     if key is None:
         return
     try:
-        _memory(key).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(_memory(key)) as scratch:
-            scratch.write_text(json.dumps({"run": run.sha256}))
+        note(_memory(key), {"run": run.sha256})
     except OSError as error:
         log.debug("not remembered: %s", error)
 

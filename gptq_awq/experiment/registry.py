@@ -22,6 +22,7 @@ from gptq_awq.runtime.source import environment
 from gptq_awq.storage.assets import cache_dir
 from gptq_awq.storage.atomic import locked, locked_folder, remove_all, replacing
 from gptq_awq.storage.journal import Journal
+from gptq_awq.storage.notes import note, noted
 
 log = logging.getLogger(__name__)
 
@@ -86,9 +87,7 @@ class Run:
     def remember(self) -> None:
         """Remember for later runs that this one is finished, and where its folder is."""
         try:
-            self._memory.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self._memory) as scratch:
-                scratch.write_text(json.dumps({"folder": str(self.out.resolve())}))
+            note(self._memory, {"folder": str(self.out.resolve())})
         except OSError as error:
             log.warning("later runs won't know that this one is finished: %s", error)
 
@@ -112,10 +111,8 @@ class Run:
         return cache_dir() / "runs" / f"{self.sha256}.json"
 
     def _remembered(self) -> Path | None:
-        try:
-            return Path(json.loads(self._memory.read_text())["folder"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        folder = noted(self._memory).get("folder")
+        return Path(folder) if isinstance(folder, str) else None
 
     def _holds(self, folder: Path, say: Callable[[str], None]) -> bool:
         try:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from gptq_awq.storage.assets import cache_dir, file_sha256
-from gptq_awq.storage.atomic import replacing
+from gptq_awq.storage.notes import note, noted
 
 log = logging.getLogger(__name__)
 TRUSTED_SECONDS = 7 * 86400.0
@@ -41,16 +41,14 @@ def known_sha256(path: Path) -> str:
     status = path.stat()
     seen = [str(path), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     memory = cache_dir() / "hashes" / f"{hashlib.sha256(str(path).encode()).hexdigest()}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        known = json.loads(memory.read_text())
+    known = noted(memory)
+    with suppress(KeyError, TypeError):
         if known["seen"] == seen and 0 <= time.time() - known["hashed"] < TRUSTED_SECONDS:
             return str(known["sha256"])
     started, sha256 = time.time(), file_sha256(path)
     if started - max(status.st_mtime, status.st_ctime) > RECENT_SECONDS:
         try:
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(memory) as scratch:
-                scratch.write_text(json.dumps({"seen": seen, "hashed": started, "sha256": sha256}))
+            note(memory, {"seen": seen, "hashed": started, "sha256": sha256})
         except OSError as error:
             log.debug("the hash of %s is not kept: %s", path, error)
     return sha256

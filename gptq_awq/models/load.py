@@ -198,7 +198,7 @@ def _in_memory(
     report = examine(folder, model, option)
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{option}: holds no weights for {missing[0]} ({len(missing)} missing)")
-    _check_finite(model, option)
+    _check_values(model, option)
     return model, report
 
 
@@ -302,8 +302,9 @@ def _check_causal(model: PreTrainedModel, option: str) -> None:
         raise UserError(f"{option}: is not a causal language model but {', '.join(trained_as)}")
 
 
-def _check_finite(model: PreTrainedModel, option: str) -> None:
-    """Raise UserError naming the first weight that is not finite."""
+def _check_values(model: PreTrainedModel, option: str) -> None:
+    """Raise UserError naming the first weight that is not finite, or where every matrix is zero; name zero matrices."""
+    matrices, zero = 0, []
     for name, parameter in model.named_parameters():
         if parameter.numel() == 0:
             continue
@@ -311,6 +312,13 @@ def _check_finite(model: PreTrainedModel, option: str) -> None:
         if not (torch.isfinite(low) and torch.isfinite(high)):
             dtype = str(parameter.dtype).removeprefix("torch.")
             raise UserError(f"{option}: the weight {name} is not finite with dtype={dtype}")
+        if parameter.dim() > 1:
+            matrices += 1
+            zero += [name] if low == high == 0 else []
+    if zero and len(zero) == matrices:
+        raise UserError(f"{option}: every weight matrix is zero; were the weights written?")
+    if zero:
+        log.warning("%s: %d of %d weight matrices are zero, the first one %s", option, len(zero), matrices, zero[0])
 
 
 @contextmanager

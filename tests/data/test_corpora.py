@@ -288,6 +288,15 @@ def test_a_file_that_cannot_be_read_names_its_option_in_one_line(files, fields, 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("letters", ["\0", "\0\n ", "\ufeff\t", "\x1b\x07", "\x85\ufffd"])
+def test_a_file_without_a_visible_letter_holds_no_text(tmp_path, letters):
+    (tmp_path / "odd.txt").write_text(letters * 5000)
+    with pytest.raises(UserError, match=r"data\.path=.*no text"):
+        LocalText(path=str(tmp_path / "odd.txt")).text()
+    (tmp_path / "odd.txt").write_text(letters * 5000 + "a")
+    LocalText(path=str(tmp_path / "odd.txt")).text()
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

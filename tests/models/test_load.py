@@ -167,6 +167,14 @@ def test_a_weight_that_only_overflows_the_dtype_is_named_with_it(edit):
     LocalModel(path=path).load("float32", "cpu")
 
 
+def test_a_model_of_zeros_is_refused_and_single_zero_matrices_are_counted(edit, caplog):
+    path = edit(lambda weights: weights["model.layers.1.mlp.up_proj.weight"].zero_())
+    LocalModel(path=path).load("float32", "cpu")
+    assert re.search(r"1 of \d+ weight matrices are zero, .*layers\.1\.mlp\.up_proj", caplog.text)
+    path = edit(lambda weights: [weight.zero_() for weight in weights.values() if weight.dim() > 1])
+    raises(r"model\.path=.*every weight matrix is zero", LocalModel(path=path))
+
+
 def test_weights_that_are_missing_are_not_made_up(edit):
     path = edit(lambda weights: weights.pop("model.layers.0.self_attn.q_proj.weight"))
     raises(r"model\.path=.*no weights for model\.layers\.0\.self_attn\.q_proj\.weight", LocalModel(path=path))
