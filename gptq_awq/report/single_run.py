@@ -9,6 +9,9 @@ from gptq_awq.report import text
 from gptq_awq.report.rows import measured, total_seconds
 from gptq_awq.results import Result
 
+_TOLD_SECONDS = 0.05
+"""Phases that would be printed as 0.0 are left out."""
+
 
 def final_table(result: Result) -> Table:
     """Tabulate one run: size, every metric beside its full-precision value, time and memory."""
@@ -29,7 +32,8 @@ def final_table(result: Result) -> Table:
     for name in measured(result.metrics):
         value, baseline = text.number(result.metrics[name]), text.number(result.metrics.get(f"{name}/baseline"))
         table.add_row(escape(name), baseline, value, text.marked_difference(result.metrics, name))
-    phases = ", ".join(f"{phase} {value:.1f}" for phase, value in result.seconds.items() if phase != "total")
+    longer = {phase: value for phase, value in result.seconds.items() if phase != "total" and value >= _TOLD_SECONDS}
+    phases = ", ".join(f"{phase} {value:.1f}" for phase, value in longer.items())
     table.add_row("time", "", text.seconds(total_seconds(result.seconds)), phases)
     table.add_row("peak memory", "", text.size(result.peak_memory_bytes))
     if result.forecast is not None:
