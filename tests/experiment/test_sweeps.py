@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.forked import RUN, fork
 from helpers.paths import ROOT
 from helpers.tiny_models import GROUPED, save_tiny_folder
 
@@ -44,16 +45,14 @@ def deep(tiny, deep_folder):
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(tmp_path, forks):
     """Start run.py and don't wait for it."""
     started = []
 
     def call(*arguments, cache):
         environment = os.environ | {"GPTQ_AWQ_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, str(ROOT / "run.py"), *map(str, arguments)]
-        process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-        started.append(process)
-        return process
+        started.append(fork(RUN, arguments, environment, tmp_path))
+        return started[-1]
 
     yield call
     for process in started:
@@ -82,7 +81,7 @@ def kill_after(process, cache, blocks):
             break
         time.sleep(0.002)
     process.wait(60)
-    assert process.returncode == -signal.SIGKILL, process.stderr.read()
+    assert process.returncode == -signal.SIGKILL, process.communicate()
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])

@@ -12,7 +12,7 @@ run = BlockStep.run
 
 def die(self, inputs):
     """Be killed, as by kill -9."""
-    if self.index == 1 and os.environ["RANK"] == "1":
+    if self.index == 1 and os.environ["SLURM_PROCID"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     run(self, inputs)
 

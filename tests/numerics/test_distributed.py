@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from helpers.forked import fork
 from helpers.paths import ROOT, TESTS
 from helpers.quantization_runs import SMALL, tokens
 from helpers.ranks_laws import METHODS, PRESETS, moments_of_whole_numbers, run
@@ -22,8 +23,6 @@ from gptq_awq.numerics.distributed import ONE, RankLostError, Ranks, opened, ran
 from gptq_awq.quantization.quantize import check_ranks
 from gptq_awq.storage.journal import Journal
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-
 
 def environment(**more):
     """Of processes that import this checkout's package, and these tests."""
@@ -32,7 +31,9 @@ def environment(**more):
 
 
 def started(folder, command, **more):
-    """A process of this command."""
+    """A process of this command: `-c CODE ARGUMENTS`, which can be written to, or `PROGRAM ARGUMENTS`."""
+    if command[0] != "-c":
+        return fork(command[0], command[1:], environment(**more), folder)
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     return subprocess.Popen(
         [sys.executable, *map(str, command)], env=environment(**more), cwd=folder, text=True, **pipes
@@ -61,7 +62,7 @@ def ended(processes):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(tmp_path_factory, forks):
     """What two ranks found."""
     folder = tmp_path_factory.mktemp("laws")
     ended(two_ranks(folder, TESTS / "helpers" / "ranks_laws.py", folder))
@@ -120,16 +121,15 @@ def test_a_rank_that_fails_tells_the_others_why(found):
     assert found["told"] == "another rank stopped: rank 1 has its reasons"
 
 
-def test_a_killed_rank_stops_the_run_and_the_same_command_goes_on_bit_for_bit(tmp_path, tiny):
+def test_a_killed_rank_stops_the_run_and_the_same_command_goes_on_bit_for_bit(tmp_path, tiny, forks):
     options = ("method=gptq", "bits=4", "tokens_per_batch=64", *tiny)
     folder = {"GPTQ_AWQ_CACHE": str(tmp_path / "cache")}
-    command = [*TORCHRUN, str(TESTS / "helpers" / "ranks_dying.py"), *options, "out=killed"]
-    killed = subprocess.run(
-        command, env=environment(**folder), cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240
-    )
-    assert killed.returncode != 0
-    assert "error: a rank was lost" in killed.stderr
-    assert "the same command goes on after the last finished block" in killed.stderr
+    left, killed = two_ranks(tmp_path, TESTS / "helpers" / "ranks_dying.py", *options, "out=killed", **folder)
+    _, said = left.communicate()
+    killed.communicate()
+    assert (left.returncode, killed.returncode) == (2, -signal.SIGKILL), said
+    assert "error: a rank was lost" in said
+    assert "the same command goes on after the last finished block" in said
     assert not (tmp_path / "killed" / "results.json").exists()
 
     # Twice the same run, the second time from the beginning: what was resumed must be what would have been.
@@ -145,7 +145,7 @@ def test_a_killed_rank_stops_the_run_and_the_same_command_goes_on_bit_for_bit(tm
     assert rows["metrics"].iloc[0] == rows["metrics"].iloc[1]
 
 
-def test_ranks_calibrate_on_what_the_first_of_them_wrote(tmp_path, tiny):
+def test_ranks_calibrate_on_what_the_first_of_them_wrote(tmp_path, tiny, forks):
     target = "gptq_awq.calibration.self_calibration.SelfCalibration"
     own = f"+method.self_calibration={{_target_: {target}, windows: 8, prompt: 4}}"
     options = ("method=gptq", "tokens_per_batch=64", own, *tiny)
