@@ -191,19 +191,14 @@ class Experiment:
             return self._beside(way, draw, folder)
         number, prepare, stop_after = draw.randint(1, self.operations), lambda: None, None
         where = f"file operation {number}"
-        act: Callable[[], None] | None = None
         if way == "short":
             size = int(2 ** draw.uniform(0, 18))
             where, prepare = f"files up to {size} bytes", partial(_limit, size)
-        elif way == "full":
-            act = _full
-        elif draw.random() < 0.5:
-            act = partial(os.kill, 0, SIGNALS[way])
+        elif way == "full" or draw.random() < 0.5:
+            prepare = partial(_hooked, number, folder.parent, way)
         else:
             stop_after = draw.uniform(0, self.seconds)
             where = f"after {stop_after:.2f} s"
-        if act is not None:
-            prepare = partial(_hooked, number, act, folder.parent, way)
         process = start(self.options, folder, prepare)
         if stop_after is not None:
             time.sleep(stop_after)
@@ -230,25 +225,22 @@ class Experiment:
         left = names(folder) - names(self.reference / "work")
         left |= scratch_files(folder.parent / "cache") - scratch_files(self.reference / "cache")
         missing = names(self.reference / "work") - names(folder)
-        return faults + [f"left behind: {name}" for name in sorted(left)] + [f"gone: {name}" for name in sorted(missing)]
+        return (
+            faults + [f"left behind: {name}" for name in sorted(left)] + [f"gone: {name}" for name in sorted(missing)]
+        )
 
 
-def _hooked(number: int, act: Callable[[], None], root: Path, way: str) -> None:
-    if way == "full":
-        sys.addaudithook(at_file_operation(number, act, root))
-        return
-    done = []
+def _hooked(number: int, root: Path, way: str) -> None:
+    """Let the disk be full from the given file operation on, or the process get a signal at it."""
+    waiting = [partial(os.kill, os.getpid(), SIGNALS[way])] if way in SIGNALS else []
 
-    def once() -> None:
-        if not done:
-            done.append(True)
-            os.kill(os.getpid(), SIGNALS[way])
+    def act() -> None:
+        if way == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        while waiting:
+            waiting.pop()()
 
-    sys.addaudithook(at_file_operation(number, once, root))
-
-
-def _full() -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    sys.addaudithook(at_file_operation(number, act, root))
 
 
 def _limit(size: int) -> None:
@@ -283,7 +275,9 @@ def prepared(options: tuple[str, ...], scratch: Path) -> Experiment:
         (scratch / name / "work").mkdir(parents=True)
         log = scratch / f"{name}.operations"
         began = time.perf_counter()
-        end = ended(start(options, scratch / name / "work", partial(_counted, scratch / name, log)), scratch / name / "work")
+        end = ended(
+            start(options, scratch / name / "work", partial(_counted, scratch / name, log)), scratch / name / "work"
+        )
         seconds = time.perf_counter() - began
         if end.code:
             sys.exit(end.printed)

@@ -3,13 +3,12 @@
 import os
 import re
 import shlex
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
+from helpers.forked import call_run
 from helpers.paths import CONFIGS, ROOT
 from helpers.scored_models import disturb, windows
 from helpers.tiny_models import tiny_model
@@ -165,7 +164,7 @@ def test_metrics_are_chosen_by_name_on_the_command_line(choice):
     assert tuple(evaluation.metric.values()) == STANDARD  # also what a stored config without them stands for
 
 
-def test_the_worked_examples_of_the_docs_run_as_written(tmp_path, tiny_folder, tiny_text):
+def test_the_worked_examples_of_the_docs_run_as_written(tmp_path, tiny_folder, tiny_text, forks):
     page = (ROOT / "docs" / "add_a_metric.md").read_text()
     files = re.findall(r"`(\S+\.(?:py|yaml))`:\n\n```\w+\n(.*?)```", page, flags=re.DOTALL)
     assert len(files) == 4
@@ -180,14 +179,7 @@ def test_the_worked_examples_of_the_docs_run_as_written(tmp_path, tiny_folder, t
         *("eval.perplexity.seqlen=64", "eval.perplexity.windows=16", f"out={tmp_path / 'out'}"),
     ]
     environment = os.environ | {"PYTHONPATH": "my_metrics", "GPTQ_AWQ_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *arguments],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = call_run(arguments, environment, tmp_path)
     assert done.returncode == 0, done.stderr
     metrics = results.load(tmp_path / "out").iloc[0]["metrics"]
     assert metrics["tiny/kl_p99"] > metrics["tiny/kl"] > 0

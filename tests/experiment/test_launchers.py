@@ -20,6 +20,8 @@ def nothing_installed(monkeypatch):
     monkeypatch.setattr(plugins, "find_spec", missing)
 
 
+@pytest.mark.slow
+@pytest.mark.fresh
 def test_joblib_runs_a_sweep_two_at_a_time(cli, tiny, tmp_path):
     done = cli("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "method=rtn", "bits=2,3,4,8", *tiny)
     assert done.returncode == 0, done.stderr

@@ -92,6 +92,8 @@ def blocks_done(root: Path, index: int) -> int:
     return 0 if rows is None or rows.empty else rows["block"].nunique()
 
 
+@pytest.mark.slow
+@pytest.mark.fresh
 def test_a_sweep_survives_a_kill_and_a_requeue(slurm, sweep, tmp_path):
     first = sweep("first.log")
     job = until(lambda: job_of(tmp_path), 60, "sbatch")

@@ -1,11 +1,11 @@
 """Laws of checkpoints: what is written is what was scored, or nothing is written."""
 
 import json
-import subprocess
-import sys
+import os
 
 import pytest
 import torch
+from helpers.forked import call
 from helpers.paths import ROOT
 from helpers.tiny_models import tiny_model, tiny_tokens
 
@@ -122,8 +122,7 @@ def test_a_folder_without_a_record_is_refused(tmp_path):
 
 
 def verify_command(folder, *options):
-    command = [sys.executable, "-m", "gptq_awq.export", "verify", str(folder), *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    return call("gptq_awq.export", ["verify", folder, *options], os.environ, ROOT)
 
 
 def test_a_run_exports_and_the_command_verifies(cli, tiny, tmp_path):

@@ -76,9 +76,7 @@ class Forked:
         return out, err
 
 
-def fork(
-    program: Path | str, arguments: Sequence[object], environment: Mapping[str, str], folder: Path
-) -> Forked:
+def fork(program: Path | str, arguments: Sequence[object], environment: Mapping[str, str], folder: Path) -> Forked:
     """Start `python PROGRAM ARGUMENTS` in a folder; a program that is no path is a module, as after `python -m`."""
     words = [str(argument) for argument in arguments]
     printed = Path(tempfile.mkdtemp(prefix="printed-"))

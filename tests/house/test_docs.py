@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers.forked import call_run
 from helpers.paths import CONFIGS, ROOT
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -47,20 +48,13 @@ class Example:
         variable, python, script, *given = shlex.split(self.command.replace("\\\n", " "))
         assert (python, script) == ("python", "run.py")
         environment = os.environ | {"GPTQ_AWQ_CACHE": str(self.folder / "cache"), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "run.py"), *given, *arguments],
-            env=environment | dict([variable.split("=", 1)]),
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = call_run([*given, *arguments], environment | dict([variable.split("=", 1)]), self.folder)
         assert done.returncode == 0, done.stderr
         return done
 
 
 @pytest.fixture
-def small(tiny_folder, tiny_text):
+def small(tiny_folder, tiny_text, forks):
     """Options that make a run small: a random model and a short text."""
     return {
         "model": ["model=local", f"model.path={tiny_folder}"],

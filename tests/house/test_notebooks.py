@@ -36,7 +36,10 @@ def choice(shared: Path) -> str:
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow) for path in NOTEBOOKS],
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow, *([pytest.mark.fresh] if path.stem in QUICK else [])])
+        for path in NOTEBOOKS
+    ],
 )
 def test_a_notebook_runs_from_the_first_cell_to_the_last(path: Path, shared: Path, tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip("matplotlib", reason="notebooks draw with matplotlib")

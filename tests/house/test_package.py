@@ -76,6 +76,8 @@ def test_the_wheel_holds_configs_engine_programs_pages_tasks_and_its_types(wheel
     assert {"gptq_awq/py.typed", "gptq_awq/export/engines/programs/llamacpp.cpp"} <= names
 
 
+@pytest.mark.slow
+@pytest.mark.fresh
 def test_the_installed_command_sweeps_a_method_of_ones_own_and_reports(installed, tiny, tiny_folder, tmp_path, cache):
     own = tmp_path / "own" / "method"
     own.mkdir(parents=True)
@@ -101,6 +103,8 @@ def test_the_installed_module_says_its_version_and_refuses_in_one_line(installed
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+@pytest.mark.fresh
 def test_the_installed_library_quantizes_by_a_presets_name(installed, tiny_folder, tmp_path, cache):
     code = f"prefix, folder = {str(installed.parent)!r}, {str(tiny_folder)!r}\n{LIBRARY}"
     done = call(installed / "python", "-c", code, folder=tmp_path, cache=cache)
