@@ -212,7 +212,7 @@ class Experiment:
         time.sleep(after)
         other = ended(start(second, folder), folder)
         faults = []
-        if (way == "mistyped") != (other.code == 1) or "Traceback" in other.printed:
+        if other.code != (2 if way == "mistyped" else 0) or "Traceback" in other.printed:
             faults.append(f"the second command: exit code {other.code}: {other.printed[-400:]}")
         if (end := ended(first, folder)).code:
             faults.append(f"the first command: exit code {end.code}: {end.printed[-400:]}")
@@ -251,7 +251,7 @@ def _limit(size: int) -> None:
 def _told(way: str, end: Ended) -> list[str]:
     """Whether an interrupted process ended as it should; it may have been finished before."""
     faults = []
-    allowed = {0, 1} if way not in SIGNALS else {0, -9 if way == "kill" else 128 + SIGNALS[way]}
+    allowed = {0, 2} if way not in SIGNALS else {0, -9 if way == "kill" else 128 + SIGNALS[way]}
     if end.code not in allowed:
         faults.append(f"exit code {end.code}: {end.printed[-400:]}")
     if "Traceback" in end.printed:
@@ -266,9 +266,9 @@ def prepared(options: tuple[str, ...], scratch: Path) -> Experiment:
     draw = random.Random(0)
     save_tiny_folder(scratch / "model")
     lines = (" ".join(draw.choices(["the", "a", "cat", "dog", "sees", "likes"], k=12)) for _ in range(400))
-    (scratch / "text").write_text("\n".join(lines))
-    tiny = ("model=local", f"model.path={scratch / 'model'}", "data=local", f"data.path={scratch / 'text'}")
-    sizes = ("data.samples=8", "data.seqlen=32", f"eval.perplexity.path={scratch / 'text'}")
+    (scratch / "text.txt").write_text("\n".join(lines))
+    tiny = ("model=local", f"model.path={scratch / 'model'}", "data=local", f"data.path={scratch / 'text.txt'}")
+    sizes = ("data.samples=8", "data.seqlen=32", f"eval.perplexity.path={scratch / 'text.txt'}")
     few = ("eval.perplexity.seqlen=32", "eval.perplexity.windows=16", "out=x")
     options = (*METHOD, *tiny, *sizes, *few, *options)
     for name in ("warm", "reference"):  # the first run compiles

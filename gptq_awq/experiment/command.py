@@ -15,9 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 from gptq_awq.errors import UserError
 from gptq_awq.experiment.messages import one_line
 from gptq_awq.experiment.options import check_options
+from gptq_awq.experiment.output_folder import remove_empty_folder
 from gptq_awq.experiment.sweeps.plugins import check_plugins
 from gptq_awq.runtime.configs import CONFIGS
-from gptq_awq.runtime.runlog import remove_empty_folder
 from gptq_awq.runtime.stopping import end
 
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -25,6 +25,7 @@ from gptq_awq.experiment import lookup
 from gptq_awq.experiment.context import RunContext, load, record_of, self_calibrated
 from gptq_awq.experiment.folder import LEDGER, UNFINISHED, clear_leftovers
 from gptq_awq.experiment.forecasting.forecast import announce, compare
+from gptq_awq.experiment.output_folder import remove_unused_hydra_folder
 from gptq_awq.experiment.plan import Plan, preflight
 from gptq_awq.experiment.registry import Run, alone_in
 from gptq_awq.experiment.store import store, told, writing
@@ -56,7 +57,7 @@ from gptq_awq.results import FAILURE, FILE_NAME, Ledger, Result
 from gptq_awq.runtime import memory
 from gptq_awq.runtime.profiling import REPORT, Recorder, phase
 from gptq_awq.runtime.progress import Track, no_track, rich_track
-from gptq_awq.runtime.runlog import Clock, RunLog, remove_unused_hydra_folder
+from gptq_awq.runtime.runlog import Clock, RunLog
 from gptq_awq.storage.assets import cache_dir
 
 log = logging.getLogger(__name__)

@@ -4,13 +4,12 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Self
 
-from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -108,19 +107,3 @@ class _QuietFileHandler(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Called by logging."""
-
-
-def remove_unused_hydra_folder(out: Path) -> None:
-    """Delete the folder that Hydra made for this run, which stays empty where `out` is another one."""
-    if HydraConfig.initialized():
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        if folder.resolve() != out.resolve():
-            remove_empty_folder(folder)
-
-
-def remove_empty_folder(folder: Path) -> None:
-    """Delete a folder that Hydra made, and the two above it (outputs/DATE/TIME), as far as they are empty."""
-    with suppress(OSError):
-        folder.rmdir()
-        folder.parent.rmdir()
-        folder.parent.parent.rmdir()

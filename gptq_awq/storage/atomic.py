@@ -133,6 +133,16 @@ def locked_folder(folder: Path, waiting: Callable[[], None] = lambda: None) -> I
         os.close(descriptor)
 
 
+def remove_unlocked(folder: Path) -> None:
+    """Delete an empty folder on which no process holds `locked_folder`. Raises OSError where it isn't deleted."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder.rmdir()
+    finally:
+        os.close(descriptor)
+
+
 def _opened(folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     return os.open(folder, os.O_RDONLY)

@@ -20,6 +20,7 @@ from gptq_awq.experiment.folder import (
     records,
     write_recorded,
 )
+from gptq_awq.experiment.output_folder import remove_empty_folder
 from gptq_awq.experiment.registry import Run, alone_in
 from gptq_awq.results import FILE_NAME, Result
 from gptq_awq.runtime.runlog import LOG
@@ -30,6 +31,7 @@ WEIGHTS = "checkpoints/hf/model.safetensors"
 HOLDER = """
 import sys, time
 from pathlib import Path
+from gptq_awq.experiment.output_folder import remove_empty_folder
 from gptq_awq.experiment.registry import alone_in
 with alone_in(Path(sys.argv[1]), print):
     print("held", flush=True)
@@ -178,3 +180,21 @@ def test_a_finished_runs_loose_ends_are_tied_up(tmp_path, own_cache):
     run.settle()
     assert not (own_cache / "progress" / SHA256).exists()
     assert Run(SHA256, tmp_path / "b").finished() == (tmp_path / "a").resolve()
+
+
+def test_a_refused_command_deletes_no_folder_that_others_made(tmp_path, monkeypatch):
+    work = tmp_path / "above" / "work"
+    for folder in (own := work / "outputs" / "2026-01-01" / "10-00", given := work / "runs" / "x", work / "y"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(work)
+    remove_empty_folder(own)
+    assert not (work / "outputs").exists()
+    remove_empty_folder(given)
+    assert (work / "runs").is_dir()
+    assert not given.exists()
+    with alone_in(work / "y", None):  # a run that has stored nothing yet
+        remove_empty_folder(work / "y")
+        assert (work / "y").is_dir()
+    (work / "runs").rmdir()
+    remove_empty_folder(work / "y")
+    assert work.is_dir()
