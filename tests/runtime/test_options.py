@@ -165,13 +165,13 @@ def test_checking_imports_nothing_that_declares_options():
 
 
 def test_a_class_of_ones_own_is_read_from_its_file_inherited_options_included(tmp_path, monkeypatch):
-    (tmp_path / "own_solver.py").write_text(
+    (tmp_path / "declared_solver.py").write_text(
         "from dataclasses import dataclass\nfrom typing import Literal\nimport never_installed\n"
         "from gptq_awq.runtime.options import Fraction\nfrom gptq_awq.solvers.gptq import GPTQ\n"
         "@dataclass(frozen=True)\nclass Own(GPTQ):\n    share: Fraction = 0.5\n    mode: Literal['a', 'b'] = 'a'\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    declared = declared_by("own_solver.Own")
+    declared = declared_by("declared_solver.Own")
     assert {"share", "mode", "damping", "act_order"} <= set(declared.types)
     for name, value in (("share", 2), ("mode", "c"), ("damping", -1), ("damp", 1)):
         with pytest.raises(UserError, match=name):
