@@ -91,17 +91,38 @@ def _changes(event: str, arguments: tuple, root: Path) -> bool:
     return event != "open" or bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
 
 
-def start(arguments: Sequence[str], folder: Path, prepare: Callable[[], None] = lambda: None) -> int:
-    """Fork a process that has imported everything into one that is `run.py ARGUMENTS`; returns its id."""
+@dataclass(frozen=True)
+class Started:
+    """A process that was started: its id, and the end of a pipe that gives what it prints."""
+
+    process: int
+    printed: int
+
+    def signal(self, number: int) -> None:
+        """Send it a signal."""
+        os.kill(self.process, number)
+
+    def end(self) -> Ended:
+        """Wait for its end."""
+        with os.fdopen(self.printed, errors="replace") as printed:
+            text = printed.read()
+        _, status = os.waitpid(self.process, 0)
+        return Ended(os.waitstatus_to_exitcode(status), text)
+
+
+def start(arguments: Sequence[str], folder: Path, prepare: Callable[[], None] = lambda: None) -> Started:
+    """Fork a process that has imported everything into one that is `run.py ARGUMENTS`."""
+    printed, output = os.pipe()
     process = os.fork()
     if process:
-        return process
+        os.close(output)
+        return Started(process, printed)
     code = 1
     try:
         os.chdir(folder)
-        output = os.open(folder.parent / f"printed.{os.getpid()}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        os.close(output)
         os.environ["GPTQ_AWQ_CACHE"] = str(folder.parent / "cache")
         sys.argv = ["run.py", *arguments]
         prepare()
@@ -117,15 +138,6 @@ def start(arguments: Sequence[str], folder: Path, prepare: Callable[[], None] = 
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def ended(process: int, folder: Path) -> Ended:
-    """Wait for a process, and read what it printed."""
-    _, status = os.waitpid(process, 0)
-    printed = folder.parent / f"printed.{process}"
-    text = printed.read_text() if printed.is_file() else ""
-    printed.unlink(missing_ok=True)
-    return Ended(os.waitstatus_to_exitcode(status), text)
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -177,7 +189,7 @@ class Experiment:
         folder.mkdir()
         try:
             where, faults = self._interrupted(way, draw, folder)
-            again = ended(start(self.options, folder), folder)
+            again = start(self.options, folder).end()
             if again.code:
                 faults.append(f"typed again: exit code {again.code}: {again.printed[-400:]}")
             else:
@@ -199,22 +211,22 @@ class Experiment:
         else:
             stop_after = draw.uniform(0, self.seconds)
             where = f"after {stop_after:.2f} s"
-        process = start(self.options, folder, prepare)
+        started = start(self.options, folder, prepare)
         if stop_after is not None:
             time.sleep(stop_after)
-            os.kill(process, SIGNALS[way])
-        return where, _told(way, ended(process, folder))
+            started.signal(SIGNALS[way])
+        return where, _told(way, started.end())
 
     def _beside(self, way: str, draw: random.Random, folder: Path) -> tuple[str, list[str]]:
         after = draw.uniform(0, self.seconds)
         second = self.options + {"twice": (), "mistyped": ("bits=99",), "other": ("bits=3",)}[way]
         first = start(self.options, folder)
         time.sleep(after)
-        other = ended(start(second, folder), folder)
+        other = start(second, folder).end()
         faults = []
         if other.code != (2 if way == "mistyped" else 0) or "Traceback" in other.printed:
             faults.append(f"the second command: exit code {other.code}: {other.printed[-400:]}")
-        if (end := ended(first, folder)).code:
+        if (end := first.end()).code:
             faults.append(f"the first command: exit code {end.code}: {end.printed[-400:]}")
         return f"a second command after {after:.2f} s", faults
 
@@ -261,7 +273,7 @@ def _told(way: str, end: Ended) -> list[str]:
 
 def prepared(options: tuple[str, ...], scratch: Path) -> Experiment:
     """Make a tiny model and a text, and run the experiment once without interruption."""
-    from helpers.tiny_models import save_tiny_folder
+    from helpers.tiny_models import save_tiny_folder  # pyright: ignore[reportMissingImports]
 
     draw = random.Random(0)
     save_tiny_folder(scratch / "model")
@@ -275,9 +287,7 @@ def prepared(options: tuple[str, ...], scratch: Path) -> Experiment:
         (scratch / name / "work").mkdir(parents=True)
         log = scratch / f"{name}.operations"
         began = time.perf_counter()
-        end = ended(
-            start(options, scratch / name / "work", partial(_counted, scratch / name, log)), scratch / name / "work"
-        )
+        end = start(options, scratch / name / "work", partial(_counted, scratch / name, log)).end()
         seconds = time.perf_counter() - began
         if end.code:
             sys.exit(end.printed)
@@ -286,7 +296,11 @@ def prepared(options: tuple[str, ...], scratch: Path) -> Experiment:
 
 def _counted(root: Path, log: Path) -> None:
     count = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    sys.addaudithook(at_file_operation(1, lambda: os.write(count, b".") and None, root))
+
+    def mark() -> None:
+        os.write(count, b".")
+
+    sys.addaudithook(at_file_operation(1, mark, root))
 
 
 def main() -> None:

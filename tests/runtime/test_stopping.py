@@ -38,6 +38,17 @@ def test_a_signal_ends_in_one_line_and_its_exit_code(number, code):
     assert (done.returncode, done.stderr) == (code, "stopped: kept in out\n")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_comes_in_a_destructor_ends_the_command_all_the_same(number):
+    program = PROGRAM.replace("        os.kill(os.getpid(), {number})\n", "        Dying()\n").replace(
+        "try:\n",
+        "class Dying:\n    def __del__(self):\n        os.kill(os.getpid(), {number})\n        time.sleep(1)\ntry:\n",
+    )
+    command = [sys.executable, "-c", program.format(number=int(number))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=30)
+    assert (done.returncode, done.stderr) == (128 + number, "stopped: kept in out\n")
+
+
 def test_handlers_are_put_back_and_a_signal_that_is_ignored_stays_so():
     before = signal.getsignal(signal.SIGINT)
     with stoppable():
