@@ -7,7 +7,7 @@ from annotated_types import Ge
 from omegaconf import DictConfig, OmegaConf
 
 from gptq_awq.errors import UserError
-from gptq_awq.runtime.declarations import declared_by
+from gptq_awq.runtime.declarations import Built, declared_by
 from gptq_awq.runtime.options import (
     Bits,
     ByteSize,
@@ -28,16 +28,16 @@ Auto = bool | Literal["auto"]
 class RunOptions:
     """Top level of configs/config.yaml: what each option takes; groups are checked by their own `_target_`s."""
 
-    method: Any
-    grid: Any
-    model: Any
-    data: Any
-    eval: Any
-    act: Any
-    kv: Any
-    export: Any
-    tracking: Any
-    experts: Any
+    method: Built
+    grid: Built
+    model: Built
+    data: Built
+    eval: Built
+    act: Built | None
+    kv: Built | None
+    export: Built
+    tracking: Built
+    experts: Built
     bits: Bits = 4
     group_size: GroupSize = 64
     sym: bool = False

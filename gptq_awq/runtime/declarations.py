@@ -10,7 +10,7 @@ import collections.abc
 import pathlib
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -25,12 +25,16 @@ _OPTIONS = "gptq_awq.runtime.options"
 _KNOWN = {"typing": typing, "collections.abc": collections.abc, "pathlib": pathlib, "annotated_types": annotated_types}
 
 
+class Built:
+    """Stands for the type of an option that isn't data: a node with a `_target_` builds its value."""
+
+
 @dataclass(frozen=True)
 class Declared:
     """Options that a `_target_` declares.
 
     Attributes:
-        types: name → annotation; Any where it isn't one that values of a config are checked by.
+        types: name → annotation; Any where it takes anything, Built where it names a type of other packages.
         more: what further names take (`**kwargs`): nothing, nodes that have a `_target_`, or anything.
     """
 
@@ -52,6 +56,13 @@ def targets_in(node: Any) -> Iterator[str]:
 @cache
 def declared_by(target: str) -> Declared | None:
     """Options of the class or function that a dotted name stands for; None where its source can't tell."""
+    declared = _read(target)
+    if declared is None or target.startswith(f"{PACKAGE.name}."):
+        return declared
+    return replace(declared, types={n: Any if t is Built else t for n, t in declared.types.items()})  # who knows
+
+
+def _read(target: str) -> Declared | None:
     module, _, name = target.rpartition(".")
     source = source_of(module) if module else None
     if source is None:
@@ -135,8 +146,8 @@ def _evaluated(annotation: ast.expr, names: dict[str, Any]) -> Any:
             return Any
     try:
         return eval(compile(ast.Expression(annotation), "<annotation>", "eval"), dict(names))
-    except Exception:  # an annotation of other packages' types: not one that values of a config are checked by
-        return Any
+    except Exception:  # names a type that is not among those that values of a config have
+        return Built
 
 
 def _namespace(tree: ast.Module) -> dict[str, Any]:
@@ -149,7 +160,7 @@ def _namespace(tree: ast.Module) -> dict[str, Any]:
             for alias in node.names:
                 names[alias.asname or alias.name] = getattr(modules[node.module], alias.name, Any)
         elif isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            value = _evaluated(node.value, names) if isinstance(node.value, (ast.Subscript, ast.BinOp)) else Any
-            if value is not Any:
+            value = _evaluated(node.value, names) if isinstance(node.value, (ast.Subscript, ast.BinOp)) else Built
+            if value is not Built:
                 names[node.targets[0].id] = value
     return names

@@ -23,7 +23,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, StringConstrai
 from typing_extensions import dataclass_transform
 
 from gptq_awq.errors import UserError
-from gptq_awq.runtime.declarations import Declared, declared_by, targets_in
+from gptq_awq.runtime.declarations import Built, Declared, declared_by, targets_in
 
 PositiveInt = Annotated[int, Ge(1)]
 PositiveFloat = Annotated[float, Gt(0)]
@@ -71,6 +71,8 @@ def check_config(config: Any, declared: Declared, prefix: str = "") -> Iterator[
             yield from _check_node(value, option)
             continue
         annotation = declared.types.get(key, Any)
+        if annotation is Built and isinstance(value, Mapping) and value:
+            raise UserError(f"{_first(value, option)}: {option} is not set, so it has no such option")
         if annotation is NamesBeside:
             annotation = _names_of_nodes(config)
         known = checked(value, annotation, option)
@@ -89,8 +91,24 @@ def _check_node(node: Mapping[str, Any], option: str) -> Iterator[tuple[str, Any
         yield from check_config(node, declared_by(target) or Declared({}, "anything"), f"{option}.")
         return
     for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _check_node(value, f"{option}.{key}")
+        if not isinstance(value, Mapping):
+            continue
+        if value and not any(True for _ in targets_in(value)):
+            named = _first(value, f"{option}.{key}")
+            raise UserError(f"{named}: there is no {option}.{key}{nearest(key, _without(node, key), f'{option}.')}")
+        yield from _check_node(value, f"{option}.{key}")
+
+
+def _without(node: Mapping[str, Any], key: str) -> list[str]:
+    return [each for each in node if each != key]
+
+
+def _first(value: Any, option: str) -> str:
+    """Name of the first option in a map of options, and its value."""
+    while isinstance(value, Mapping) and value:
+        key, value = next(iter(value.items()))
+        option = f"{option}.{key}"
+    return f"{option}={_shown(value)}"
 
 
 def nearest(name: Any, known: Mapping[str, Any] | typing.Iterable[str], prefix: str = "") -> str:

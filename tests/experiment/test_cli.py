@@ -209,16 +209,15 @@ def test_a_failed_run_leaves_an_earlier_runs_results_alone(cli, tiny, tmp_path):
 
 def test_a_real_model_loses_less_with_calibrated_methods_than_with_rtn(cli, shared, stories15m, tmp_path):
     stories = shared / "data" / "tinystories"
-    rows = {}
-    for method in ("rtn", "gptq", "awq", "awq_gptq"):
-        done = cli(
-            *(f"method={method}", "bits=3", "group_size=32", "sym=false", "seed=0"),
-            *("model=local", f"model.path={stories15m}", "data=local", f"data.path={stories / 'tinystories_10k.txt'}"),
-            *("data.samples=32", "data.seqlen=256", f"eval.perplexity.path={stories / 'tinystories_val.txt'}"),
-            *("eval.perplexity.seqlen=256", "eval.perplexity.windows=16", f"out={tmp_path / method}"),
-        )
-        assert done.returncode == 0, done.stderr
-        rows[method] = json.loads((tmp_path / method / "results.json").read_text())["metrics"]
+    done = cli(
+        *("-m", "method=rtn,gptq,awq,awq_gptq", "bits=3", "group_size=32", "sym=false", "seed=0"),
+        *("model=local", f"model.path={stories15m}", "data=local", f"data.path={stories / 'tinystories_10k.txt'}"),
+        *("data.samples=32", "data.seqlen=256", f"eval.perplexity.path={stories / 'tinystories_val.txt'}"),
+        *("eval.perplexity.seqlen=256", "eval.perplexity.windows=16", f"hydra.sweep.dir={tmp_path / 'sweep'}"),
+    )
+    assert done.returncode == 0, done.stderr
+    stored = [json.loads(path.read_text()) for path in (tmp_path / "sweep").glob("*/results.json")]
+    rows = {row["method"]: row["metrics"] for row in stored}
     name = "tinystories_val/ppl@256"
     assert rows["rtn"][f"{name}/baseline"] == pytest.approx(3.9, abs=0.3)
     for method in ("gptq", "awq", "awq_gptq"):

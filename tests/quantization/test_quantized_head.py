@@ -235,16 +235,17 @@ def gpt2_folder(tmp_path_factory):
     return save_tiny_folder(tmp_path_factory.mktemp("model") / "gpt2", "gpt2")
 
 
-@pytest.mark.parametrize("form", ["gptq", "compressed_tensors", "mlx", "hf"])
-def test_a_checkpoint_holds_the_head_that_was_scored(form, tmp_path, cli, tiny):
-    options = ["method=gptq", "bits=4", "sym=true", "group_size=32", "head=solve", f"export.formats=[{form}]"]
-    done = cli(*tiny, *options, f"out={tmp_path / 'out'}")
+def test_checkpoints_hold_the_head_that_was_scored(tmp_path, cli, tiny):
+    formats = ("gptq", "compressed_tensors", "mlx", "hf")
+    options = ["method=gptq", "bits=4", "sym=true", "group_size=32", "head=solve"]
+    done = cli(*tiny, *options, f"export.formats=[{','.join(formats)}]", f"out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "out" / "checkpoints" / form
-    assert "lm_head" in json.loads((folder / "verification.json").read_text())["weights"]
-    quantization = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
-    assert quantization.get("lm_head") is (True if form == "gptq" else None)
-    assert "lm_head" not in quantization.get("ignore", [])
+    for form in formats:
+        folder = tmp_path / "out" / "checkpoints" / form
+        assert "lm_head" in json.loads((folder / "verification.json").read_text())["weights"]
+        quantization = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+        assert quantization.get("lm_head") is (True if form == "gptq" else None)
+        assert "lm_head" not in quantization.get("ignore", [])
     ledger = results.read_ledger(tmp_path / "out" / "ledger.jsonl")
     assert list(ledger["name"])[-1] == "lm_head"
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from gptq_awq.errors import UserError
-from gptq_awq.runtime.declarations import declared_by, targets_in
+from gptq_awq.runtime.declarations import Built, declared_by, targets_in
 from gptq_awq.runtime.options import (
     Bits,
     ByteSize,
@@ -40,10 +40,10 @@ def test_every_target_of_the_configs_declares_its_options(target):
 
 
 def test_no_option_of_plain_data_is_left_unchecked():
-    """An annotation that could not be read counts as Any; only what configs build may be that."""
+    """Only what configs build may have an annotation that is none of data's."""
     built = {name for path in CONFIGS.rglob("*.yaml") for node in nodes(path) for name in node if is_built(node[name])}
     built |= {"solver", "transforms", "tuning", "text", "perplexity", "metric", "corpora", "self_calibration"}
-    unread = [(t, name) for t in TARGETS for name, kind in declared_by(t).types.items() if kind is Any]
+    unread = [(t, name) for t in TARGETS for name, kind in declared_by(t).types.items() if kind in (Any, Built)]
     assert [(t, name) for t, name in unread if name not in built] == []
 
 
@@ -66,8 +66,36 @@ def nodes(path: Path):
 def test_the_configs_own_values_are_what_their_options_take(path):
     for node in nodes(path):
         declared = declared_by(node["_target_"])
-        plain = {k: v for k, v in node.items() if k != "defaults" and not (isinstance(v, str) and "${" in v)}
+        plain = {k: v for k, v in without_maps(node).items() if k != "defaults"}
         list(check_config(plain, declared))
+
+
+def without_maps(node):
+    """A node of a file without references, and without maps that a group gives their `_target_`."""
+    kept = {}
+    for key, value in node.items():
+        if isinstance(value, dict) and "_target_" in value:
+            kept[key] = without_maps(value)
+        elif not (isinstance(value, str) and "${" in value) and (not isinstance(value, dict) or is_built(value)):
+            kept[key] = value
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"perplexity": {"seqlen": 5}}, "perplexity.seqlen=5: perplexity is not set"),
+        ({"corpora": {"pile": {"split": "x"}}}, "corpora.pile.split=x: corpora is not set"),
+        (
+            {"corpora": {"a": {"_target_": "math.sqrt"}, "b": {"split": "x"}}},
+            "corpora.b.split=x: there is no corpora.b",
+        ),
+    ],
+)
+def test_an_option_of_what_is_not_set_is_refused(config, message):
+    declared = declared_by("gptq_awq.evaluation.protocol.Evaluation")
+    with pytest.raises(UserError, match=message):
+        list(check_config(config, declared))
 
 
 BESIDE = (NamesBeside, InputPath | None)  # what these take depends on what else there is
@@ -76,7 +104,7 @@ OPTIONS = [
     (target, name, annotation)
     for target in TARGETS
     for name, annotation in declared_by(target).types.items()
-    if annotation is not Any and "a map" not in described(annotation) and annotation not in BESIDE
+    if annotation not in (Any, Built) and "a map" not in described(annotation) and annotation not in BESIDE
 ]
 STRANGE = st.one_of(
     st.booleans(),
@@ -176,6 +204,12 @@ def test_a_class_of_ones_own_is_read_from_its_file_inherited_options_included(tm
     for name, value in (("share", 2), ("mode", "c"), ("damping", -1), ("damp", 1)):
         with pytest.raises(UserError, match=name):
             list(check_config({name: value}, declared, "method.solver."))
+
+
+def test_a_class_of_ones_own_may_take_maps_by_a_type_that_is_not_known_here(tmp_path, monkeypatch):
+    (tmp_path / "own_types.py").write_text("from elsewhere import Table\nclass Own:\n    table: Table\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert list(check_config({"table": {"a": 1}}, declared_by("own_types.Own"))) == []
 
 
 def test_a_checked_dataclass_checks_inherited_fields_and_runs_its_own_check():

@@ -49,7 +49,7 @@ class SweepEnd(Callback):
         """Print the table; exit with code 2 where a run failed, 1 where a figure isn't met."""
         from gptq_awq.numerics.distributed import rank_and_size
         from gptq_awq.report import comparison
-        from gptq_awq.results import FAILURE, load
+        from gptq_awq.results import FAILURE, FILE_NAME, load
 
         root = Path(config.hydra.sweep.dir)
         if rank_and_size()[0] > 0:  # rank 0 has the table
@@ -58,7 +58,8 @@ class SweepEnd(Callback):
             return
         table = load(root)
         failed = table[table["status"] != "done"]
-        failures = len(failed) + sum(1 for _ in root.rglob(FAILURE))
+        unreadable = sum(1 for _ in root.rglob(FILE_NAME)) - len(load(root, copies=True))
+        failures = len(failed) + unreadable + sum(1 for _ in root.rglob(FAILURE))
         if 0 < len(table) - len(failed) <= SHOWN:
             try:
                 sys.stdout.write(f"\n{comparison(table)}\n\n")

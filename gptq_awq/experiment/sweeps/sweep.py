@@ -109,15 +109,16 @@ def _objective(result: Result, name: str | None) -> float:
 
 
 def failed(config: Mapping[str, Any], error: Exception) -> Result:
-    """Build the results row of a run that ended in an error, from its resolved config."""
+    """Build the results row of a run that ended in an error, from its resolved config, whose options may be wrong."""
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     model = config["model"]
+    bits, group_size, sym = (config[name] for name in ("bits", "group_size", "sym"))
     return Result(
         method=config["method"]["name"],
-        bits=config["bits"],
+        bits=bits if isinstance(bits, int | float) else None,
         bits_per_weight=None,
-        group_size=config["group_size"],
-        sym=config["sym"],
+        group_size=group_size if isinstance(group_size, int) else None,
+        sym=sym if isinstance(sym, bool) else None,
         model=model.get("name") or Path(model.get("path") or model.get("id") or "model").stem,
         status="failed",
         metrics={},
