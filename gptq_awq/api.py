@@ -233,6 +233,10 @@ def with_weights(model: nn.Module, weights: Mapping[str, QuantizedWeight | Tenso
             held[name].copy_(weight)
 
 
+_NOT_OF_A_METHOD = ("model", "data", "eval", "export", "tracking")
+"""Groups that no method reads; composing them takes as long as all others."""
+
+
 def load_method(name: str, bits: int = 4, group_size: int = 64, sym: bool = False) -> tuple[Method, Grid]:
     """Load a preset of configs/method, and the grid that it rounds weights onto.
 
@@ -245,7 +249,7 @@ def load_method(name: str, bits: int = 4, group_size: int = 64, sym: bool = Fals
         raise UserError(f"method={name}: choose one of {', '.join(known)}")
     wanted = {"bits": bits, "group_size": group_size, "sym": sym}
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        composed = compose("config", overrides=[f"method={name}"])
+        composed = compose("config", overrides=[f"method={name}", *(f"~{group}" for group in _NOT_OF_A_METHOD)])
     composed.merge_with(wanted)
     method, grid = (instantiate(node, _convert_="all") for node in (composed.method, composed.grid))
     for key, value in wanted.items():

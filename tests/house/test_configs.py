@@ -1,5 +1,7 @@
 """Every yaml composes, and every object it names can be built."""
 
+from itertools import zip_longest
+
 import pytest
 from helpers.paths import CONFIGS
 from helpers.tiny_models import tiny_model, tiny_tokens
@@ -38,10 +40,19 @@ def test_what_a_presets_own_grid_lacks_is_named():
         quantize_model(tiny_model("llama"), None, "hqq", sym=True)
 
 
-@pytest.mark.parametrize(("group", "choice"), CHOICES)
-def test_every_yaml_composes_and_instantiates(group, choice):
+TOGETHER = ("model", "data", "eval", "act", "kv", "export", "tracking")
+"""Groups of which any choice goes with any other's: composed with one of each at a time."""
+OVERRIDES = [[f"{group}={choice}"] for group, choice in CHOICES if group not in TOGETHER]
+OVERRIDES += [
+    [each for each in column if each]
+    for column in zip_longest(*([f"{g}={choice}" for g, choice in CHOICES if g == group] for group in TOGETHER))
+]
+
+
+@pytest.mark.parametrize("overrides", OVERRIDES, ids=" ".join)
+def test_every_yaml_composes_and_instantiates(overrides):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("config", overrides=[f"{group}={choice}", "out=somewhere"])
+        cfg = compose("config", overrides=[*overrides, "out=somewhere"])
     OmegaConf.resolve(cfg)
     for node in ("method", "grid", "act", "kv", "model", "data", "eval", "export", "tracking"):
         instantiate(cfg[node], _convert_="all")
