@@ -125,6 +125,7 @@ def start(arguments: Sequence[str], folder: Path, prepare: Callable[[], None] = 
         os.close(output)
         os.environ["GPTQ_AWQ_CACHE"] = str(folder.parent / "cache")
         sys.argv = ["run.py", *arguments]
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where this benchmark runs in the background
         prepare()
         runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
         code = 0

@@ -24,14 +24,15 @@ from transformers import PreTrainedModel
 
 from gptq_awq.calibration.block_inputs import Inputs, Settings
 from gptq_awq.calibration.moments import Moments
+from gptq_awq.calibration.output_gradients import mean_over_tokens
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.divergence import divergence
 from gptq_awq.evaluation.perplexity import TokenScores, token_losses
 from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.grids.base import Grid
-from gptq_awq.models.blocks import find_blocks, hooks
-from gptq_awq.models.linear import is_linear, matrix
+from gptq_awq.models.blocks import find_blocks
+from gptq_awq.models.linear import matrix
 from gptq_awq.models.offload import offloaded, read_ahead, resident
 from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.numerics.linalg import NotPositiveDefiniteError
@@ -217,46 +218,7 @@ def output_fisher(
 
     Linears that no token reaches (of experts) are left out.
     """
-    prefix, blocks = find_blocks(model)
-    names = [f"{prefix}.{name}" for name, module in blocks.named_modules() if is_linear(module)]
-    sums: dict[str, Tensor] = {}
-    draw = torch.Generator().manual_seed(seed)
-    weighed = [model.get_submodule(name).register_forward_hook(_summing(sums, name)) for name in names]
-    entering: list[Tensor] = []  # the only leaves that gradients are computed for
-
-    def begin(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
-        entering[:] = [output.detach().requires_grad_()]
-        return entering[0]
-
-    count = 0
-    with hooks([*weighed, model.get_input_embeddings().register_forward_hook(begin)]):
-        for index, window in enumerate(track(tokens.ids.long(), "gradients", len(tokens.ids))):
-            real = window if tokens.mask is None else window[tokens.mask[index]]
-            _backward(model, real[None].to(model.device), draw, entering)
-            count += len(real)
-    return {name: sums[name] / count for name in names if name in sums}
-
-
-def _backward(model: PreTrainedModel, ids: Tensor, draw: torch.Generator, entering: list[Tensor]) -> None:
-    with torch.enable_grad():
-        logits = model(input_ids=ids, use_cache=False).logits[0].float()
-        p = logits.detach().softmax(-1).cpu()
-        drawn = torch.multinomial(p, 1, generator=draw)[:, 0].to(logits.device)
-        loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
-        loss.backward(inputs=entering)
-
-
-def _summing(sums: dict[str, Tensor], name: str):
-    """Build a forward hook that sums the squared gradients in a linear's output over tokens."""
-
-    def add(gradient: Tensor) -> None:
-        squares = gradient.float().square().flatten(0, -2).sum(0)
-        sums[name] = sums[name] + squares if name in sums else squares
-
-    def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:
-        output.register_hook(add)
-
-    return hook
+    return mean_over_tokens(model, tokens, lambda gradients: gradients.square().sum(0), seed, track=track)
 
 
 def _rounded(

@@ -34,6 +34,7 @@ SECONDS_PER_DAY = 86400
 KINDS = {
     "tokens": "token ids of texts",
     "baselines": "full-precision scores: losses, hidden states, lm-eval answers",
+    "curvatures": "output-side curvature of linears",
     "moments": "second moments and factors of full-precision inputs",
     "sensitivities": "loss from rounding each linear, for allocating bits",
     "progress": "finished blocks of runs that were interrupted",
@@ -43,7 +44,7 @@ KINDS = {
     "hashes": "sha256 of models' files, by path, size and times",
     "engines": "environments of inference engines",
 }
-DISPENSABLE = ("tokens", "baselines", "moments", "sensitivities")
+DISPENSABLE = ("tokens", "baselines", "curvatures", "moments", "sensitivities")
 """Kinds whose least recently used entries are deleted where they exceed `cache_gb`."""
 
 

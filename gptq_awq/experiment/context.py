@@ -6,6 +6,7 @@ Whatever can be known to be wrong is found here, or when options are instantiate
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from gptq_awq.allocation.sensitivity import check_offloaded
@@ -33,6 +34,7 @@ from gptq_awq.quantization.quantize import needs_calibration
 from gptq_awq.quantization.targets import assign_grids
 from gptq_awq.runtime import memory
 from gptq_awq.runtime.fingerprint import (
+    curvature_sha256,
     encoding_sha256,
     export_sha256,
     generation_sha256,
@@ -105,6 +107,8 @@ def load(plan: Plan) -> RunContext:
     own = plan.method.self_calibration
     if own is not None and tokens is not None:
         own.check(loaded.model, tokens)
+    if plan.method.output_curvature is not None:
+        plan.method.output_curvature.check(loaded.model)
     grids = assign_grids(loaded.model, plan.grid, plan.method.head) if plan.method.solver is not None else {}
     natural = getattr(plan.method.solver, "natural_groups", True)
     if plan.exports.formats and (plan.act.label or plan.kv.label):
@@ -158,6 +162,16 @@ def self_calibrated(plan: Plan, context: RunContext, track: Track) -> RunContext
     return replace(context, tokens=own.added(given, kept.tensors["ids"]))
 
 
+def curvature_file(plan: Plan, context: RunContext) -> Path | None:
+    """File that output curvature is kept in, shared with other runs; None for methods without."""
+    settings, tokens = plan.method.output_curvature, context.tokens
+    if settings is None or tokens is None:
+        return None
+    loaded, transforms = context.loaded, plan.method.model_transforms
+    key = curvature_sha256(loaded.model, loaded.sha256, tokens.sha256, settings, plan.compute_dtype, transforms)
+    return cache_dir() / "curvatures" / f"{key}.safetensors"
+
+
 def record_of(plan: Plan, context: RunContext) -> ObservationCache | None:
     """Cache of this run's full-precision calibration, shared with other runs; None for methods that have none."""
     if context.tokens is None or plan.method.error_propagation:
@@ -179,12 +193,14 @@ def _check_memory(loaded: LoadedModel, tokens: TokenSet | None, plan: Plan) -> N
     if tokens is None:
         return
     ranks, (_, blocks) = plan.settings.ranks, find_blocks(loaded.model)
-    writing, own = 0, plan.method.self_calibration
+    before, own = 0, plan.method.self_calibration
     if own is not None:
-        writing = own.needed_bytes(loaded.model, tokens.ids.shape[1], plan.compute_dtype)
+        before = own.needed_bytes(loaded.model, tokens.ids.shape[1], plan.compute_dtype)
         tokens = own.unwritten(tokens)
+    if (curvature := plan.method.output_curvature) is not None:
+        before = max(before, curvature.needed_bytes(loaded.model, tokens.ids.shape[1], plan.compute_dtype))
     batches_of(ranks, tokens, plan.settings.tokens_per_batch)
-    needed = max(writing, MemoryModel(plan, loaded.model, tokens).calibration)
+    needed = max(before, MemoryModel(plan, loaded.model, tokens).calibration)
     log.info("calibration needs about %.2f GB beyond the model", needed / 1e9)
     what = f"calibrating {loaded.name} (widest layer: {widest(blocks)} columns)"
     needed = needed if plan.settings.memory_budget is not None else needed * ranks.sharing(plan.device)

@@ -22,7 +22,7 @@ from gptq_awq.cache import leftovers
 from gptq_awq.cache.cache import prune
 from gptq_awq.evaluation.evaluate import full_precision, score
 from gptq_awq.experiment import lookup
-from gptq_awq.experiment.context import RunContext, load, record_of, self_calibrated
+from gptq_awq.experiment.context import RunContext, curvature_file, load, record_of, self_calibrated
 from gptq_awq.experiment.folder import LEDGER, UNFINISHED, clear_leftovers
 from gptq_awq.experiment.forecasting.forecast import announce, compare
 from gptq_awq.experiment.output_folder import remove_unused_hydra_folder
@@ -361,6 +361,7 @@ def _steps(plan: Plan, context: RunContext, track: Track) -> Generator[BlockResu
         record=record_of(plan, context),
         progress=context.run.journal if plan.resume or offloaded(context.loaded.model) else None,
         experts=plan.experts,
+        curvature_file=curvature_file(plan, context),
     )
 
 

@@ -7,7 +7,7 @@ only define the points. A new number format is one file with one frozen dataclas
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Protocol, runtime_checkable
 
@@ -322,6 +322,11 @@ class QuantizedWeight:
         loss = None if first.loss is None else sum(p.loss for p in parts if p.loss is not None)
         store = {name: torch.cat([p.store[name] for p in parts]) for name in first.store}
         return cls(codes, scales, zeros, first.group_of_column, first.grid, loss, store)
+
+    def rows(self, index: Int[Tensor, "rows"]) -> "QuantizedWeight":
+        """Rows by index, in that order, of a grid that fits rows independently; the loss stays the whole weight's."""
+        store = {name: x[index] for name, x in self.store.items()}
+        return replace(self, codes=self.codes[index], scales=self.scales[index], zeros=self.zeros[index], store=store)
 
     def dequantize(self) -> Float[Tensor, "out in"]:
         """Dequantized weight, as an inference engine computes with it."""

@@ -27,8 +27,10 @@ from gptq_awq.quantization.method import Method, solved_together
 from gptq_awq.quantization.resume import Row
 from gptq_awq.quantization.tuning_step import examples, hidden_states, with_tuning
 from gptq_awq.runtime.profiling import phase
-from gptq_awq.solvers.base import Solution
+from gptq_awq.solvers.base import Solution, Solver
+from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.solvers.rtn import RTN
+from gptq_awq.solvers.yaqa import TwoSided
 from gptq_awq.transforms.base import ModuleInputs, Scaling, SiteTransform, Transform, absorb_scaling
 
 UNREACHED = Scaling(None, {"skipped": "no calibration token reaches this expert"})
@@ -46,6 +48,7 @@ class BlockStep:
         grids: module name in the model → grid.
         prepared: details of the whole model's transforms, by name, for the ledger.
         ranks: the processes that share the work.
+        curvatures: H_O (out, n) by the name of the linear in the model, each forgotten once it is used; None: of none.
     """
 
     def __init__(
@@ -57,12 +60,13 @@ class BlockStep:
         grids: Mapping[str, Grid],
         prepared: dict[str, Scaling],
         ranks: Ranks = ONE,
+        curvatures: dict[str, Tensor] | None = None,
     ) -> None:
         self.block, self.runner, self.index, self.name, self.method = block, block, index, name, method
         self.grids = {n.removeprefix(f"{name}."): grid for n, grid in grids.items() if n.startswith(f"{name}.")}
         self.weights: dict[str, QuantizedWeight] = {}
         self.rows: list[Row] = []
-        self._prepared, self._ranks = prepared, ranks
+        self._prepared, self._ranks, self._curvatures = prepared, ranks, curvatures or {}
         self._scalings: dict[str, dict[str, Scaling]] = {}
         self._full: nn.Module | None = None
 
@@ -223,9 +227,23 @@ class BlockStep:
         rows, columns = matrix(self.block.get_submodule(name)).shape
         linear = RowSlice(name, site, moments, self.method.solver, self.grids[name], columns, (0, rows))
         if moments is None or moments.tokens:
-            return linear
+            return replace(linear, solver=self._solver(name, linear.grid))
         grid = linear.grid.without_search() if linear.grid.needs_hessian else linear.grid
         return replace(linear, solver=RTN(), grid=grid)  # an expert's, as experts.policy has it
+
+    def _solver(self, name: str, grid: Grid) -> Solver:
+        """The method's solver, with feedback among the rows of a linear whose H_O is known."""
+        solver, settings = self.method.solver, self.method.output_curvature
+        assert solver is not None
+        curvature = self._curvatures.pop(f"{self.name}.{name}", None)
+        if settings is None or curvature is None:
+            return solver
+        if not grid.rows_independent:
+            raise UserError(
+                f"method.output_curvature: grid={grid.label} fits all rows together; choose another, or null"
+            )
+        assert isinstance(solver, GPTQ)
+        return TwoSided(solver, curvature, settings.tile, settings.damping)
 
     def _report(self, linear: RowSlice) -> LinearReport:
         return LinearReport(

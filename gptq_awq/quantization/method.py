@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gptq_awq.calibration.moments import Moments
+from gptq_awq.calibration.output_curvature import OutputCurvature
 from gptq_awq.calibration.self_calibration import SelfCalibration
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid
@@ -17,6 +18,7 @@ from gptq_awq.numerics.linalg import NotPositiveDefiniteError
 from gptq_awq.runtime.options import checked_dataclass
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.solvers.base import Rowwise, Solution, Solver
+from gptq_awq.solvers.gptq import GPTQ
 from gptq_awq.transforms.base import ModelTransform, Transform
 from gptq_awq.tuning.base import BlockTuning, ModelTuning
 
@@ -34,6 +36,7 @@ class Method:
         cast: without a solver, the 16-bit dtype that all parameters are rounded to; None: no rounding.
         tuning: applied in order, after the solver; those of the whole model after all blocks.
         self_calibration: calibration windows sampled from the model, added to the given text; None: none.
+        output_curvature: feedback among a linear's outputs, by what the end loss feels of each; None: none (GPTQ).
         head: quantization of the output head: None leaves it to the grid (most leave it in 16 bits), "rtn" rounds it
             to nearest, "solve" applies the solver to it as to a block's linears (see `quantization.embeddings`).
         untie_head: whether a head that is tied to the embedding may get a matrix of its own for that.
@@ -50,16 +53,30 @@ class Method:
     cast: Literal["bfloat16", "float16"] | None = None
     tuning: Mapping[str, BlockTuning | ModelTuning] = field(default_factory=dict)
     self_calibration: SelfCalibration | None = None
+    output_curvature: OutputCurvature | None = None
     head: Literal["rtn", "solve"] | None = None
     untie_head: bool = False
 
     def __post_init__(self) -> None:
         if self.untie_head and self.head is None:
             raise UserError("untie_head=true: only a head that is quantized needs it; choose head=solve or head=rtn")
+        if self.output_curvature is not None:
+            self._check_output_curvature()
         if self.needs_full and not self.error_propagation:
             raise UserError(
                 f"method.error_propagation=false: method={self.name} corrects what the layers before have lost, "
                 "and without error propagation it sees no loss; set it to true"
+            )
+
+    def _check_output_curvature(self) -> None:
+        if not isinstance(self.solver, GPTQ):
+            raise UserError(
+                "method.output_curvature: goes with GPTQ's sweep; choose method=gptq, gptaq or qronos, or null"
+            )
+        if self.block_transforms:
+            raise UserError(
+                f"method.output_curvature: {self.block_transforms[0].name} changes the outputs that it was gathered "
+                "for; choose a method without it, or null"
             )
 
     @property

@@ -20,9 +20,10 @@ model has another dtype.
 import logging
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gptq_awq.calibration.block_inputs import Inputs, Settings
 from gptq_awq.calibration.chain import check_chain
@@ -85,6 +86,7 @@ def quantize(
     record: ObservationCache | None = None,
     progress: Journal | None = None,
     experts: ExpertPolicy = ExpertPolicy(),  # noqa: B008 (frozen)
+    curvature_file: Path | None = None,
 ) -> Generator[BlockResult]:
     """Quantize every linear in the model's blocks, in place, one block per step of the iterator.
 
@@ -106,6 +108,7 @@ def quantize(
             same model and tokens.
         progress: journal of finished blocks; those that it holds are restored, not computed.
         experts: policy for experts that few tokens reach.
+        curvature_file: file that output curvature is kept in for later runs; None: none.
 
     Raises:
         UserError: no calibration data where the method needs some; non-finite values; an H that does not factor; a
@@ -124,7 +127,7 @@ def quantize(
     unfuse(model)
     if method.needs_cross and experts_in(model):
         raise no_pairing(f"method={method.name}")
-    loop = _BlockLoop(model, tokens, method, grid, settings, track, cache=record, journal=progress, experts=experts)
+    loop = _BlockLoop(model, tokens, method, grid, settings, track, record, progress, experts, curvature_file)
     if not method.model_tunings:
         yield from loop.run()
         return
@@ -147,6 +150,7 @@ class _BlockLoop:
     cache: ObservationCache | None
     journal: Journal | None
     experts: ExpertPolicy
+    curvature_file: Path | None
 
     def run(self) -> Iterator[BlockResult]:
         """Quantize the embedding, the blocks and the output head; yields each result once it is finished."""
@@ -162,6 +166,7 @@ class _BlockLoop:
         grids = assign_grids(model, self.grid, method.head)
         _check_tunings(method, {grid for name, grid in grids.items() if name.startswith(f"{prefix}.")})
         head = HeadStep.of(model, method, grids, prepared, ranks)
+        curvatures = self._curvatures()
         inputs = self._inputs(blocks, with_head=head is not None)  # full precision's begin before anything is rounded
         outside = round_embeddings(model, grids, prefix, method)
         if inputs is not None and _rounds_embedding(model, outside):
@@ -175,7 +180,7 @@ class _BlockLoop:
         rest = range(finished, count)
         for index in self.track(rest, f"quantize ({method.name})", len(rest)):
             name, block = f"{prefix}.{index}", blocks[index]
-            step = BlockStep(block, index, name, method, grids, prepared, ranks)
+            step = BlockStep(block, index, name, method, grids, prepared, ranks, curvatures)
             if index + 1 < count:
                 read_ahead(blocks[index + 1])
             with torch.no_grad(), resident(block):
@@ -191,6 +196,14 @@ class _BlockLoop:
             done = head.run(activations)
             progress.save_head(count, done)
             yield done
+
+    def _curvatures(self) -> dict[str, Tensor]:
+        """H_O of the linears, where the method rounds by it; of none else."""
+        settings = self.method.output_curvature
+        if settings is None or self.tokens is None:
+            return {}
+        dtype = resolve_compute_dtype(self.settings.compute_dtype, next(self.model.parameters()).device)
+        return settings.kept(self.curvature_file, self.model, self.tokens, dtype, self.track)
 
     def _inputs(self, blocks: nn.ModuleList, with_head: bool) -> Inputs | None:
         """The blocks' inputs; None where the method needs no calibration.

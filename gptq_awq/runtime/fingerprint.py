@@ -35,6 +35,7 @@ COMPUTED_BY = {
     "floor": ("gptq_awq.evaluation.floor", "gptq_awq.models.load"),
     "answers": ("gptq_awq.evaluation.harness", "gptq_awq.models.load"),
     "sensitivities": ("gptq_awq.allocation.sensitivity", "gptq_awq.models.load"),
+    "output curvature": ("gptq_awq.calibration.output_curvature", "gptq_awq.models.load"),
     "written text": ("gptq_awq.calibration.self_calibration", "gptq_awq.models.load"),
     "token ids": ("gptq_awq.data.tokens",),
 }
@@ -134,6 +135,21 @@ def sensitivities_sha256(observations: str, grid: Any, solver: Any, seed: int, t
         "threads": threads,
     }
     return _computed_sha256("sensitivities", content, [grid, solver])
+
+
+def curvature_sha256(
+    model: Any, model_sha256: str, tokens_sha256: str, settings: Any, dtype: Any, transforms: Iterable[Any] = ()
+) -> str:
+    """Hash that names the output-side curvature of a model's linears: of the passes that gather it, not of its use."""
+    transforms = list(transforms)
+    content = {
+        "model": _identity(model, model_sha256),
+        "tokens": tokens_sha256,
+        "settings": {name: getattr(settings, name) for name in ("draws", "rows", "seed")},
+        "dtype": str(dtype),
+        "transforms": described(transforms),
+    }
+    return _computed_sha256("output curvature", content, transforms)
 
 
 def written_sha256(model: Any, model_sha256: str, tokens_sha256: str, writer: Any, dtype: Any) -> str:

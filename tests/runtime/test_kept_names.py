@@ -12,6 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from gptq_awq.calibration.expert_policy import ExpertPolicy
+from gptq_awq.calibration.output_curvature import OutputCurvature
 from gptq_awq.calibration.self_calibration import SelfCalibration
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.grids.allocated import AllocatedGrid
@@ -48,6 +49,7 @@ class Case:
     seed: int = 0
     threads: int = 1
     writer: SelfCalibration = SelfCalibration()  # noqa: RUF009 (frozen)
+    curvature: OutputCurvature = OutputCurvature()  # noqa: RUF009 (frozen)
     text: str = "the cat sees"
 
     def names(self) -> dict[str, str]:
@@ -64,12 +66,15 @@ class Case:
             "sensitivities": fingerprint.sensitivities_sha256(
                 observations, self.grid, self.solver, self.seed, self.threads
             ),
+            "output curvature": fingerprint.curvature_sha256(
+                *of, self.tokens, self.curvature, self.dtype, self.transforms
+            ),
             "written text": fingerprint.written_sha256(*of, self.tokens, self.writer, self.dtype),
             "token ids": fingerprint.token_ids_sha256(self.text, self.tokenizer),
         }
 
 
-OF_MODEL = {"observations", "baseline", "floor", "answers", "sensitivities", "written text"}
+OF_MODEL = {"observations", "baseline", "floor", "answers", "sensitivities", "output curvature", "written text"}
 OF_TOKENS = OF_MODEL - {"answers"}
 ALL = OF_MODEL | {"token ids"}
 
@@ -96,7 +101,7 @@ def changed(before: Case, after: Case) -> set[str]:
         ({"tokens": "other"}, OF_TOKENS),
         ({"dtype": torch.bfloat16}, OF_MODEL),
         ({"per_batch": 128}, {"observations", "sensitivities"}),
-        ({"transforms": (QuaRot(),)}, {"observations", "sensitivities"}),
+        ({"transforms": (QuaRot(),)}, {"observations", "sensitivities", "output curvature"}),
         ({"experts": ExpertPolicy(policy="rtn")}, {"observations", "sensitivities"}),
         ({"grid": AllocatedGrid(choices=(2, 4))}, {"sensitivities"}),
         ({"grid": AllocatedGrid(sensitivity="error")}, {"sensitivities"}),
@@ -106,6 +111,8 @@ def changed(before: Case, after: Case) -> set[str]:
         ({"seed": 1}, {"sensitivities"}),
         ({"threads": 2}, {"sensitivities"}),
         ({"writer": SelfCalibration(temperature=0.5)}, {"written text"}),
+        ({"curvature": OutputCurvature(draws=2)}, {"output curvature"}),
+        ({"curvature": OutputCurvature(tile=8, damping=0.1)}, set()),
         ({"text": "the dog sees"}, {"token ids"}),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",  # a set's order differs between processes
@@ -223,6 +230,8 @@ def edited(monkeypatch):
         ("models/topology.py", {"observations", "sensitivities"}),
         ("calibration/moments.py", {"observations", "sensitivities"}),
         ("calibration/self_calibration.py", {"written text"}),
+        ("calibration/output_curvature.py", {"output curvature"}),
+        ("calibration/output_gradients.py", {"sensitivities", "output curvature"}),
         ("evaluation/floor.py", {"floor"}),
         ("evaluation/language_model.py", {"answers"}),
         ("solvers/gptq.py", {"sensitivities"}),

@@ -50,12 +50,12 @@ def test_a_signal_that_comes_in_a_destructor_ends_the_command_all_the_same(numbe
 
 
 def test_handlers_are_put_back_and_a_signal_that_is_ignored_stays_so():
-    before = signal.getsignal(signal.SIGINT)
-    with stoppable():
-        assert signal.getsignal(signal.SIGINT) is not before
-    assert signal.getsignal(signal.SIGINT) is before
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background: ignored
     try:
+        with stoppable():
+            assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         with stoppable():
             os.kill(os.getpid(), signal.SIGINT)
     finally:

@@ -1,0 +1,102 @@
+"""YAQA (Tseng et al., arXiv 2505.22988): rounding with feedback among outputs, too, so that the end loss is kept.
+
+To second order, errors E = W - Q of one linear raise the KL from the full-precision model by ½ tr(H_O E H Eᵀ), where
+H = E[x xᵀ] is the input's covariance and H_O = E[g gᵀ] that of the end loss's gradients by the linear's outputs, taken
+to be independent. GPTQ minimizes this for H_O = I, where rows of W are problems by themselves. With H_O = U D Uᵀ, U
+unit upper triangular, it is a sum over rows: row t costs D_t (E_t + Σ_{r<t} U_rt E_r) H (…)ᵀ, so that its target is
+
+    A_t = W_t + Σ_{r<t} U_rt E_r        rows r before t are rounded already (eq. 9 of the paper, by rows)
+
+and it is rounded onto A_t as any row is, by the column sweep. Rows are taken in order of falling diag(H_O), which lets
+many cheap rows make up for the errors of few dear ones, and in tiles whose rows don't see each other's errors.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gptq_awq.calibration.moments import Moments
+from gptq_awq.grids.base import Grid, QuantizedWeight
+from gptq_awq.solvers.base import Solution
+from gptq_awq.solvers.gptq import GPTQ
+
+
+@dataclass(frozen=True)
+class TwoSided:
+    """GPTQ, or one of the solvers that start its sweep elsewhere, with feedback from row to row.
+
+    Attributes:
+        solver: the solver; its `target` is the weight W that rows start from.
+        curvature: H_O, as its diagonal blocks below each other: (out, n), n the number of rows in a block. Rows of
+            different blocks don't see each other's errors.
+        tile: number of rows that are rounded together.
+        damping: fraction of mean(diag H_O) that is added to the diagonal.
+    """
+
+    solver: GPTQ
+    curvature: Float[Tensor, "out n"]
+    tile: int
+    damping: float
+
+    @property
+    def name(self) -> str:
+        """Name of the solver in the ledger."""
+        return self.solver.name
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether the solver needs the moments of the input: it does."""
+        return True
+
+    @property
+    def needs_cross(self) -> bool:
+        """Whether the solver needs the cross-covariance with full precision's inputs."""
+        return self.solver.needs_cross
+
+    def solve(self, weight: Float[Tensor, "out in"], moments: Moments | None, grid: Grid) -> Solution:
+        """Quantize one weight, tile by tile.
+
+        Raises:
+            NotPositiveDefiniteError: H could not be factored and no fallback is declared.
+            ValueError: no moments are given, or the grid fits rows together.
+        """
+        if moments is None or not grid.rows_independent:
+            raise ValueError("feedback among rows needs moments, and a grid that fits each row by itself")
+        factor, columns, _ = moments.inverse_factor(self.solver.damping, self.solver.act_order)
+        start = self.solver.target(weight.clone(), moments, factor, columns).masked_fill_(moments.dead(), 0)
+        sweep = GPTQ(**{each.name: getattr(self.solver, each.name) for each in fields(GPTQ) if each.init})
+        parts, order = [], []
+        for rows, U in self._blocks():
+            W = start[rows]
+            E = torch.zeros_like(W)
+            for first in range(0, len(rows), self.tile):
+                tile = slice(first, first + self.tile)
+                target = W[tile] + U[:first, tile].T @ E[:first]
+                parts.append(sweep.solve(target, moments, grid))
+                E[tile] = W[tile] - parts[-1].quantized.dequantize()
+            order.append(rows)
+        quantized = QuantizedWeight.concat_rows([part.quantized for part in parts])
+        return Solution(
+            quantized.rows(torch.argsort(torch.cat(order))), parts[0].algorithm, parts[0].damping, parts[0].fallback
+        )
+
+    def _blocks(self) -> Iterator[tuple[Int[Tensor, "rows"], Float[Tensor, "rows rows"]]]:
+        """Rows of each block in the order of rounding, and the factor U of their part of H_O."""
+        out, n = self.curvature.shape
+        for first in range(0, out, n):
+            H = self.curvature[first : first + n, : min(n, out - first)]
+            order = torch.argsort(H.diagonal(), descending=True)
+            yield first + order, unit_upper_factor(H[order][:, order], self.damping)
+
+
+def unit_upper_factor(H: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
+    """U of H + damping · mean(diag H) · I = U D Uᵀ, unit upper triangular; I where H is zero."""
+    mean = H.diagonal().mean()
+    if mean == 0:
+        return torch.eye(len(H), dtype=H.dtype, device=H.device)
+    damped = H.double() + damping * mean.double() * torch.eye(len(H), dtype=torch.float64, device=H.device)
+    factor = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    return (factor / factor.diagonal()).to(H.dtype)
