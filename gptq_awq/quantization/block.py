@@ -27,10 +27,8 @@ from gptq_awq.quantization.method import Method, solved_together
 from gptq_awq.quantization.resume import Row
 from gptq_awq.quantization.tuning_step import examples, hidden_states, with_tuning
 from gptq_awq.runtime.profiling import phase
-from gptq_awq.solvers.base import Solution, Solver
-from gptq_awq.solvers.gptq import GPTQ
+from gptq_awq.solvers.base import Coupling, Solution, Solver
 from gptq_awq.solvers.rtn import RTN
-from gptq_awq.solvers.yaqa import TwoSided
 from gptq_awq.transforms.base import ModuleInputs, Scaling, SiteTransform, Transform, absorb_scaling
 
 UNREACHED = Scaling(None, {"skipped": "no calibration token reaches this expert"})
@@ -242,8 +240,8 @@ class BlockStep:
             raise UserError(
                 f"method.output_curvature: grid={grid.label} fits all rows together; choose another, or null"
             )
-        assert isinstance(solver, GPTQ)
-        return TwoSided(solver, curvature, settings.tile, settings.damping)
+        assert isinstance(solver, Coupling)
+        return solver.two_sided(curvature, settings.tile, settings.damping)
 
     def _report(self, linear: RowSlice) -> LinearReport:
         return LinearReport(

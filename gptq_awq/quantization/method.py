@@ -17,8 +17,7 @@ from gptq_awq.grids.base import Grid
 from gptq_awq.numerics.linalg import NotPositiveDefiniteError
 from gptq_awq.runtime.options import checked_dataclass
 from gptq_awq.runtime.profiling import phase
-from gptq_awq.solvers.base import Rowwise, Solution, Solver
-from gptq_awq.solvers.gptq import GPTQ
+from gptq_awq.solvers.base import Coupling, Rowwise, Solution, Solver
 from gptq_awq.transforms.base import ModelTransform, Transform
 from gptq_awq.tuning.base import BlockTuning, ModelTuning
 
@@ -69,7 +68,7 @@ class Method:
             )
 
     def _check_output_curvature(self) -> None:
-        if not isinstance(self.solver, GPTQ):
+        if not isinstance(self.solver, Coupling):
             raise UserError(
                 "method.output_curvature: goes with GPTQ's sweep; choose method=gptq, gptaq or qronos, or null"
             )

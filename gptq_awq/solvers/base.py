@@ -74,3 +74,12 @@ class Rowwise(Solver, Protocol):
         Weights that read one input share one `Moments` object; each input's weights have equally many rows in total.
         """
         ...
+
+
+@runtime_checkable
+class Coupling(Solver, Protocol):
+    """A solver that can take account of what the end loss feels of each output, which couples a weight's rows."""
+
+    def two_sided(self, curvature: Float[Tensor, "out n"], tile: int, damping: float) -> Solver:
+        """This solver with feedback among rows, for one weight; see `solvers.yaqa.TwoSided`."""
+        ...

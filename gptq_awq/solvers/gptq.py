@@ -27,7 +27,7 @@ from gptq_awq.kernels.columns import sweep_columns
 from gptq_awq.numerics.linalg import NotPositiveDefiniteError, reordered
 from gptq_awq.runtime.options import NonNegative, PositiveInt, checked_dataclass
 from gptq_awq.runtime.profiling import phase
-from gptq_awq.solvers.base import Solution
+from gptq_awq.solvers.base import Solution, Solver
 from gptq_awq.solvers.rtn import RTN
 
 
@@ -148,6 +148,12 @@ class GPTQ:
             elif hessian is not None:
                 hessian = reordered(hessian, order)
         return _Stack(members, [len(w) for w in weights], W, factor, hessian, group_of_column, groups)
+
+    def two_sided(self, curvature: Float[Tensor, "out n"], tile: int, damping: float) -> Solver:
+        """This solver with feedback among the rows of one weight, whose output-side curvature is H_O."""
+        from gptq_awq.solvers.yaqa import TwoSided  # which imports this module
+
+        return TwoSided(self, curvature, tile, damping)
 
     def target(
         self,
