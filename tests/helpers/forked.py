@@ -27,7 +27,7 @@ FORKS = multiprocessing.get_context("forkserver")
 
 def import_everything() -> None:
     """Begin to, in the process that programs are forked off; to the libraries imported there the hub is unreachable."""
-    FORKS.set_forkserver_preload(["gptq_awq.experiment.run"])
+    FORKS.set_forkserver_preload(["gptq_awq.experiment.run", "helpers.warm"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         forkserver.ensure_running()

@@ -128,6 +128,11 @@ def test_a_file_that_is_missing_or_no_file_is_one_line(name, tmp_path, capsys):
     assert "no regular file" in refused(tmp_path, capsys)
 
 
+def test_names_that_no_terminal_takes_are_shown_escaped(tmp_path, capsys):
+    config = changed(CONFIG, ("model",), {"\ud800": None})
+    assert "\\ud800" in refused(stored(tmp_path, json.dumps(config)), capsys)
+
+
 @FUZZ
 @given(st.sampled_from(list(places(CONFIG))), values | st.just(nested(200)))
 def test_any_config_is_one_line(tmp_path, capsys, place, value):
