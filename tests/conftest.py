@@ -14,10 +14,15 @@ for variable in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "RAYON_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
 import helpers.auto_dtype  # noqa: E402, F401  (forces what compute_dtype=auto means)
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 from helpers.forked import call_run, import_everything  # noqa: E402
 from helpers.paths import ROOT  # noqa: E402
 from helpers.skips import pytest_runtest_makereport  # noqa: E402, F401  (a hook)
+
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("GPTQ_AWQ_CI"):  # the same examples each time: what fails there can be repeated here
+    hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")

@@ -84,7 +84,7 @@ def kill_after(process, cache, blocks):
     assert process.returncode == -signal.SIGKILL, process.communicate()
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("method", ["gptq", pytest.param("awq", marks=pytest.mark.slow)])
 def test_runs_killed_at_random_blocks_end_as_an_uninterrupted_one(cli, start, deep, tmp_path, method):
     assert cli(f"method={method}", "bits=3", *deep, f"out={tmp_path / 'whole'}").returncode == 0
     cache, out = tmp_path / "cache", tmp_path / "killed"

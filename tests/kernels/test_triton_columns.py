@@ -353,6 +353,8 @@ def test_on_a_gpu_the_range_search_finds_the_least_error(arithmetic, with_hessia
     assert_best(search, searched_by_triton(moved(search, "cuda")).cpu())
 
 
+@pytest.mark.slow
+@pytest.mark.fresh
 def test_the_benchmark_takes_every_step_at_toy_size_without_a_gpu(tmp_path):
     command = [sys.executable, str(BENCHMARK), "--device", "cpu", "--tiny", "--out", str(tmp_path / "gpu.md")]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
@@ -367,6 +369,8 @@ def test_the_benchmark_takes_every_step_at_toy_size_without_a_gpu(tmp_path):
 
 
 @pytest.mark.skipif(CUDA, reason="there is a CUDA device")
+@pytest.mark.slow
+@pytest.mark.fresh
 def test_the_benchmark_says_that_it_needs_a_gpu():
     done = subprocess.run([sys.executable, str(BENCHMARK)], check=False, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
