@@ -210,9 +210,9 @@ def test_a_failed_run_leaves_an_earlier_runs_results_alone(cli, tiny, tmp_path):
 def test_a_real_model_loses_less_with_calibrated_methods_than_with_rtn(cli, shared, stories15m, tmp_path):
     stories = shared / "data" / "tinystories"
     done = cli(
-        *("-m", "method=rtn,gptq,awq,awq_gptq", "bits=3", "group_size=32", "sym=false", "seed=0"),
+        *("-m", "method=rtn,gptq,awq", "bits=3", "group_size=32", "sym=false", "seed=0"),
         *("model=local", f"model.path={stories15m}", "data=local", f"data.path={stories / 'tinystories_10k.txt'}"),
-        *("data.samples=32", "data.seqlen=256", f"eval.perplexity.path={stories / 'tinystories_val.txt'}"),
+        *("data.samples=16", "data.seqlen=256", f"eval.perplexity.path={stories / 'tinystories_val.txt'}"),
         *("eval.perplexity.seqlen=256", "eval.perplexity.windows=16", f"hydra.sweep.dir={tmp_path / 'sweep'}"),
     )
     assert done.returncode == 0, done.stderr
@@ -220,7 +220,7 @@ def test_a_real_model_loses_less_with_calibrated_methods_than_with_rtn(cli, shar
     rows = {row["method"]: row["metrics"] for row in stored}
     name = "tinystories_val/ppl@256"
     assert rows["rtn"][f"{name}/baseline"] == pytest.approx(3.9, abs=0.3)
-    for method in ("gptq", "awq", "awq_gptq"):
+    for method in ("gptq", "awq"):
         assert rows[method][f"{name}/delta_ci95"][1] < rows["rtn"][f"{name}/delta_ci95"][0], rows
         assert rows[method]["tinystories_val/kl"] < rows["rtn"]["tinystories_val/kl"]
         assert rows[method]["tinystories_val/top1_agreement"] > rows["rtn"]["tinystories_val/top1_agreement"]
