@@ -160,6 +160,19 @@ def load(*roots: Path | str, copies: bool = False) -> "pd.DataFrame":
         return pd.DataFrame(rows, columns=None if rows else [*KEYS, "path"])
 
 
+def count(root: Path | str) -> int:
+    """Number of results.json files below `root`, hidden folders excepted, whether or not they can be read."""
+    return len(set(_find(root)))
+
+
+def without_copies(table: "pd.DataFrame") -> "pd.DataFrame":
+    """Keep one row per computation of a table of `load(…, copies=True)`, as `load` does."""
+    columns = (table[name] for name in ("manifest", "status", "path"))
+    rows: list[dict[str, Any]] = [{"manifest": m, "status": s, "path": p} for m, s, p in zip(*columns, strict=True)]
+    kept = [row["path"] for row in _computations(rows)]
+    return table.loc[table["path"].isin(kept)].reset_index(drop=True)
+
+
 def _rows(paths: Iterable[str]) -> Iterator[dict[str, Any]]:
     for path in paths:
         try:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gptq_awq.errors import UserError
-from gptq_awq.results import Ledger, Result, load, read_ledger
+from gptq_awq.results import Ledger, Result, count, load, read_ledger, without_copies
 
 CONTRACT = [
     *("method", "bits", "bits_per_weight", "group_size", "sym", "model", "status", "metrics", "size_bytes"),
@@ -211,3 +211,14 @@ def test_a_row_of_before_there_were_number_formats_is_read(tmp_path: Path) -> No
     del row["grid"]
     (tmp_path / "results.json").write_text(json.dumps(row))
     assert Result.read(tmp_path / "results.json").grid is None
+
+
+def test_a_table_of_all_rows_less_its_copies_is_what_load_gives(tmp_path) -> None:
+    row = replace(RESULT, manifest={"run": "a"})
+    for name in ("one", "two", "three/.hidden", "four"):
+        (tmp_path / name).mkdir(parents=True)
+        row.write(tmp_path / name)
+    (tmp_path / "four" / "results.json").write_text("{}")
+    every = load(tmp_path, copies=True)
+    assert (len(every), count(tmp_path)) == (2, 3)
+    assert list(without_copies(every)["path"]) == list(load(tmp_path)["path"])

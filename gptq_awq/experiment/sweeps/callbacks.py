@@ -49,16 +49,17 @@ class SweepEnd(Callback):
         """Print the table; exit with code 2 where a run failed, 1 where a figure isn't met."""
         from gptq_awq.numerics.distributed import rank_and_size
         from gptq_awq.report import comparison
-        from gptq_awq.results import FAILURE, FILE_NAME, load
+        from gptq_awq.results import FAILURE, count, load, without_copies
 
         root = Path(config.hydra.sweep.dir)
         if rank_and_size()[0] > 0:  # rank 0 has the table
             return
         if not root.is_dir():
             return
-        table = load(root)
+        every = load(root, copies=True)
+        unreadable = count(root) - len(every)
+        table = without_copies(every)
         failed = table[table["status"] != "done"]
-        unreadable = sum(1 for _ in root.rglob(FILE_NAME)) - len(load(root, copies=True))
         failures = len(failed) + unreadable + sum(1 for _ in root.rglob(FAILURE))
         if 0 < len(table) - len(failed) <= SHOWN:
             try:
