@@ -104,11 +104,7 @@ def load(plan: Plan) -> RunContext:
     if calibrates:
         corpus, loaded = fitted_corpus(plan.data, loaded)
         tokens = readable(corpus.tokens(loaded.tokenizer, seed=plan.seed), loaded, "data")
-    own = plan.method.self_calibration
-    if own is not None and tokens is not None:
-        own.check(loaded.model, tokens)
-    if plan.method.output_curvature is not None:
-        plan.method.output_curvature.check(loaded.model)
+    check_method(plan, loaded, tokens)
     grids = assign_grids(loaded.model, plan.grid, plan.method.head) if plan.method.solver is not None else {}
     natural = getattr(plan.method.solver, "natural_groups", True)
     if plan.exports.formats and (plan.act.label or plan.kv.label):
@@ -119,6 +115,14 @@ def load(plan: Plan) -> RunContext:
     _check_memory(loaded, tokens, plan)
     run_ = Run(run_sha256(plan.config, _content(plan, loaded, windows, tasks, tokens), code), plan.out)
     return RunContext(loaded, windows, tasks, tokens, grids, package, run_, baseline_bytes)
+
+
+def check_method(plan: Plan, loaded: LoadedModel, tokens: TokenSet | None) -> None:
+    """Raise UserError where the method can't do with this model or these tokens what it does before quantizing."""
+    if plan.method.self_calibration is not None and tokens is not None:
+        plan.method.self_calibration.check(loaded.model, tokens)
+    if plan.method.output_curvature is not None:
+        plan.method.output_curvature.check(loaded.model)
 
 
 def _content(
@@ -151,15 +155,25 @@ def self_calibrated(plan: Plan, context: RunContext, track: Track) -> RunContext
     own, given = plan.method.self_calibration, context.tokens
     if own is None or given is None:
         return context
-    key = written_sha256(context.loaded.model, context.loaded.sha256, given.sha256, own, plan.compute_dtype)
 
     def write() -> ChecksummedFile:
         return ChecksummedFile({"ids": own.write(context.loaded.model, given, plan.compute_dtype, track)})
 
     kept = plan.settings.ranks.from_first(
-        lambda: once(cache_dir() / "tokens" / f"{key}.safetensors", "model's own calibration text", write)
+        lambda: once(_text_file(plan, context, given), "model's own calibration text", write)
     )
     return replace(context, tokens=own.added(given, kept.tensors["ids"]))
+
+
+def known_text(plan: Plan, context: RunContext) -> bool:
+    """Whether the text that the model is to write for these calibration windows is in the cache."""
+    return context.tokens is not None and _text_file(plan, context, context.tokens).exists()
+
+
+def _text_file(plan: Plan, context: RunContext, given: TokenSet) -> Path:
+    loaded, own = context.loaded, plan.method.self_calibration
+    key = written_sha256(loaded.model, loaded.sha256, given.sha256, own, plan.compute_dtype)
+    return cache_dir() / "tokens" / f"{key}.safetensors"
 
 
 def curvature_file(plan: Plan, context: RunContext) -> Path | None:
@@ -170,6 +184,12 @@ def curvature_file(plan: Plan, context: RunContext) -> Path | None:
     loaded, transforms = context.loaded, plan.method.model_transforms
     key = curvature_sha256(loaded.model, loaded.sha256, tokens.sha256, settings, plan.compute_dtype, transforms)
     return cache_dir() / "curvatures" / f"{key}.safetensors"
+
+
+def known_curvature(plan: Plan, context: RunContext) -> bool:
+    """Whether the output curvature for these calibration windows is in the cache."""
+    path = curvature_file(plan, context)
+    return path is not None and path.exists()
 
 
 def record_of(plan: Plan, context: RunContext) -> ObservationCache | None:

@@ -56,6 +56,8 @@ class RunOptions:
     profile: bool = False
     cache_gb: NonNegative = 20
     ranks_timeout_minutes: Annotated[float, Ge(0)] = 30
+    time_budget: PositiveFloat | str | None = None
+    recipes: list[str] | None = None
     objective: str | list[str | None] | None = None
     out: str = "."
 

@@ -39,6 +39,7 @@ from gptq_awq.experiment.sweeps.sweep import (
     sweep_folder,
 )
 from gptq_awq.experiment.sweeps.tracking import Tracker, run_name
+from gptq_awq.experiment.time_budget import within_budget
 from gptq_awq.export.base import Source
 from gptq_awq.export.verify import Probe
 from gptq_awq.export.write import Exported
@@ -82,6 +83,7 @@ def _run(cfg: DictConfig, ranks: Ranks) -> Result:
         cfg.out = ranks.from_first(lambda: cfg.out)
     console = Console(stderr=True, quiet=not ranks.first)
     try:
+        cfg = within_budget(cfg, ranks, lambda line: console.print(line, soft_wrap=True, highlight=False, markup=False))
         plan = preflight(cfg, ranks)
         check_objective(cfg.get("objective"), plan.evaluation)
         remove_unused_hydra_folder(plan.out)
