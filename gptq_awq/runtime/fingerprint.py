@@ -24,6 +24,7 @@ from gptq_awq.runtime.source import Code, package_versions
 
 NOT_COMPUTED = (
     *("out", "tracking", "resume", "profile", "objective", "ranks_timeout_minutes", "cache_gb"),
+    *("tables", "dry_run"),
     *("activations", "memory_budget", "stream", "forecast"),
 )
 """Options that change no number."""
