@@ -14,6 +14,7 @@ from gptq_awq.calibration.activations import batches_of
 from gptq_awq.calibration.observation import ObservationCache
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.evaluation.perplexity import checked_windows
+from gptq_awq.evaluation.samples.prompts import Prompt
 from gptq_awq.experiment.fitting import fitted_corpus, readable
 from gptq_awq.experiment.forecasting.memory_model import MemoryModel
 from gptq_awq.experiment.plan import Plan
@@ -59,6 +60,7 @@ class RunContext:
         loaded: the model and its tokenizer.
         windows: to score.
         tasks: lm-eval's, None for none.
+        prompts: to go on from, for text to read.
         tokens: calibration data, None where the method looks at none.
         grids: module name → where its weight will land.
         code: hash of this program's source, as it was when the run began.
@@ -69,6 +71,7 @@ class RunContext:
     loaded: LoadedModel
     windows: tuple[TokenSet, ...]
     tasks: Any
+    prompts: tuple[Prompt, ...]
     tokens: TokenSet | None
     grids: Mapping[str, Grid]
     code: str
@@ -99,6 +102,7 @@ def load(plan: Plan) -> RunContext:
     for window in windows:
         checked_windows(loaded.model, window)
     tasks = plan.evaluation.load_tasks(plan.seed)
+    prompts = plan.evaluation.prompts()
     calibrates = needs_calibration(plan.method, plan.grid)
     tokens = None
     if calibrates:
@@ -113,8 +117,11 @@ def load(plan: Plan) -> RunContext:
         )
     plan.exports.check(linear_specs(loaded.model, grids, natural), loaded.model, loaded.tokenizer)
     _check_memory(loaded, tokens, plan)
-    run_ = Run(run_sha256(plan.config, _content(plan, loaded, windows, tasks, tokens), code), plan.out)
-    return RunContext(loaded, windows, tasks, tokens, grids, package, run_, baseline_bytes)
+    content = _content(plan, loaded, windows, tasks, tokens)
+    if prompts:
+        content["prompts"] = [prompt.encode(loaded.tokenizer).tolist() for prompt in prompts]
+    run_ = Run(run_sha256(plan.config, content, code), plan.out)
+    return RunContext(loaded, windows, tasks, prompts, tokens, grids, package, run_, baseline_bytes)
 
 
 def check_method(plan: Plan, loaded: LoadedModel, tokens: TokenSet | None) -> None:
