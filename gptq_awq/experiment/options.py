@@ -41,6 +41,7 @@ class RunOptions:
     bits: Bits = 4
     group_size: GroupSize = 64
     sym: bool = False
+    budget: str | float = "q4_k_m"
     head: Literal["rtn", "solve"] | None = None
     untie_head: bool = False
     seed: Seed = 0

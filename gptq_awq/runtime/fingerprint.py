@@ -28,7 +28,7 @@ NOT_COMPUTED = (
     *("tables", "dry_run"),
 )
 """Options that change no number."""
-BUDGET = ("budget_bits", "budget_bytes", "budget_uniform", "tie", "allocated")
+BUDGET = ("budget", "budget_bits", "budget_bytes", "budget_uniform", "tie", "allocated")
 """Fields of a grid that choose among widths by what each costs, and change no cost."""
 COMPUTED_BY = {
     "observations": ("gptq_awq.calibration.block_inputs", "gptq_awq.models.load"),
