@@ -233,10 +233,7 @@ class MomentsSum:
         if x.device.type == "cuda" and x.dtype != torch.float32:
             self._xx += torch.mm(x.T, x, out_dtype=torch.float32)
         else:
-            x = x.float()
-            for a in range(0, x.shape[1], BLOCK):
-                b = min(a + BLOCK, x.shape[1])
-                self._xx[a:b, a:].addmm_(x[:, a:b].T, x[:, a:])
+            add_upper_products(self._xx, x.float())
         self._abs += x.abs().sum(0, dtype=torch.float32)
 
     def _add_cross(self, x: Float[Tensor, "tokens in"], full: Float[Tensor, "tokens in"]) -> None:
@@ -276,7 +273,7 @@ class MomentsSum:
             )
         cross = None if cross is None else cross.div_(self._tokens)
         mean = self._abs / self._tokens
-        return Moments(_mirrored(products.div_(self._tokens)), mean, self._tokens, self._max, cross)
+        return Moments(mirrored(products.div_(self._tokens)), mean, self._tokens, self._max, cross)
 
     def _sum_over_ranks(
         self, products: Tensor | None, cross: Tensor | None, ranks: Ranks
@@ -307,7 +304,14 @@ def _real_tokens(x: Float[Tensor, "*batch in"], mask: Bool[Tensor, "*batch"] | N
     return x[mask if mask.numel() != x.shape[:-1].numel() else mask.view(x.shape[:-1])]  # batch 1 tokens: MLA
 
 
-def _mirrored(upper: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+def add_upper_products(into: Float[Tensor, "n n"], x: Float[Tensor, "tokens n"]) -> None:
+    """Add Σ x xᵀ to the blocks on and above the diagonal, which is half the work of the whole."""
+    for a in range(0, x.shape[1], BLOCK):
+        b = min(a + BLOCK, x.shape[1])
+        into[a:b, a:].addmm_(x[:, a:b].T, x[:, a:])
+
+
+def mirrored(upper: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """Complete a symmetric matrix, in place, from its part on and above the diagonal."""
     for a in range(0, len(upper), BLOCK):
         b = min(a + BLOCK, len(upper))

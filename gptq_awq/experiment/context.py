@@ -17,6 +17,7 @@ from gptq_awq.calibration.activations import batches_of
 from gptq_awq.calibration.observation import ObservationCache
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.evaluation.perplexity import checked_windows
+from gptq_awq.evaluation.samples.prompts import Prompt
 from gptq_awq.experiment.fitting import fitted_corpus, readable
 from gptq_awq.experiment.forecasting.memory_model import MemoryModel
 from gptq_awq.experiment.input_squares import given_squares
@@ -64,6 +65,7 @@ class RunContext:
         loaded: the model and its tokenizer.
         windows: to score.
         tasks: lm-eval's, None for none.
+        prompts: to go on from, for text to read.
         tokens: calibration data, None where the method looks at none.
         grids: module name → where its weight will land.
         code: hash of this program's source, as it was when the run began.
@@ -76,6 +78,7 @@ class RunContext:
     loaded: LoadedModel
     windows: tuple[TokenSet, ...]
     tasks: Any
+    prompts: tuple[Prompt, ...]
     tokens: TokenSet | None
     grids: Mapping[str, Grid]
     code: str
@@ -111,17 +114,14 @@ def load(plan: Plan) -> RunContext:
     for window in windows:
         checked_windows(loaded.model, window)
     tasks = plan.evaluation.load_tasks(plan.seed)
+    prompts = plan.evaluation.prompts()
     squares = given_squares(plan, loaded)
     calibrates = (needs_calibration(plan.method, plan.grid) and squares is None) or plan.exports.calibrate
     tokens = None
     if calibrates:
         corpus, loaded = fitted_corpus(plan.data, loaded)
         tokens = readable(corpus.tokens(loaded.tokenizer, seed=plan.seed), loaded, "data")
-    own = plan.method.self_calibration
-    if own is not None and tokens is not None:
-        own.check(loaded.model, tokens)
-    if plan.method.output_curvature is not None:
-        plan.method.output_curvature.check(loaded.model)
+    check_method(plan, loaded, tokens)
     grids = assign_grids(loaded.model, plan.grid, plan.method.head) if plan.method.solver is not None else {}
     natural = getattr(plan.method.solver, "natural_groups", True)
     if plan.exports.formats and (plan.act.label or plan.kv.label):
@@ -130,8 +130,19 @@ def load(plan: Plan) -> RunContext:
         )
     plan.exports.check(linear_specs(loaded.model, grids, natural), loaded.model, loaded.tokenizer)
     _check_memory(loaded, tokens, plan)
-    run_ = Run(run_sha256(plan.config, _content(plan, loaded, windows, tasks, tokens), code), plan.out)
-    return RunContext(loaded, windows, tasks, tokens, grids, package, run_, baseline_bytes, squares, beside)
+    content = _content(plan, loaded, windows, tasks, tokens)
+    if prompts:
+        content["prompts"] = [prompt.encode(loaded.tokenizer).tolist() for prompt in prompts]
+    run_ = Run(run_sha256(plan.config, content, code), plan.out)
+    return RunContext(loaded, windows, tasks, prompts, tokens, grids, package, run_, baseline_bytes, squares, beside)
+
+
+def check_method(plan: Plan, loaded: LoadedModel, tokens: TokenSet | None) -> None:
+    """Raise UserError where the method can't do with this model or these tokens what it does before quantizing."""
+    if plan.method.self_calibration is not None and tokens is not None:
+        plan.method.self_calibration.check(loaded.model, tokens)
+    if plan.method.output_curvature is not None:
+        plan.method.output_curvature.check(loaded.model)
 
 
 def bytes_beside(loaded: LoadedModel, grid: BudgetedGrid) -> int:
@@ -173,15 +184,25 @@ def self_calibrated(plan: Plan, context: RunContext, track: Track) -> RunContext
     own, given = plan.method.self_calibration, context.tokens
     if own is None or given is None:
         return context
-    key = written_sha256(context.loaded.model, context.loaded.sha256, given.sha256, own, plan.compute_dtype)
 
     def write() -> ChecksummedFile:
         return ChecksummedFile({"ids": own.write(context.loaded.model, given, plan.compute_dtype, track)})
 
     kept = plan.settings.ranks.from_first(
-        lambda: once(cache_dir() / "tokens" / f"{key}.safetensors", "model's own calibration text", write)
+        lambda: once(_text_file(plan, context, given), "model's own calibration text", write)
     )
     return replace(context, tokens=own.added(given, kept.tensors["ids"]))
+
+
+def known_text(plan: Plan, context: RunContext) -> bool:
+    """Whether the text that the model is to write for these calibration windows is in the cache."""
+    return context.tokens is not None and _text_file(plan, context, context.tokens).exists()
+
+
+def _text_file(plan: Plan, context: RunContext, given: TokenSet) -> Path:
+    loaded, own = context.loaded, plan.method.self_calibration
+    key = written_sha256(loaded.model, loaded.sha256, given.sha256, own, plan.compute_dtype)
+    return cache_dir() / "tokens" / f"{key}.safetensors"
 
 
 def curvature_file(plan: Plan, context: RunContext) -> Path | None:
@@ -192,6 +213,12 @@ def curvature_file(plan: Plan, context: RunContext) -> Path | None:
     loaded, transforms = context.loaded, plan.method.model_transforms
     key = curvature_sha256(loaded.model, loaded.sha256, tokens.sha256, settings, plan.compute_dtype, transforms)
     return cache_dir() / "curvatures" / f"{key}.safetensors"
+
+
+def known_curvature(plan: Plan, context: RunContext) -> bool:
+    """Whether the output curvature for these calibration windows is in the cache."""
+    path = curvature_file(plan, context)
+    return path is not None and path.exists()
 
 
 def record_of(plan: Plan, context: RunContext) -> ObservationCache | None:

@@ -88,6 +88,7 @@ def _evaluated(evaluation: Evaluation) -> Iterator[Path]:
     if evaluation.tasks or type(evaluation) is not Evaluation:  # lm-eval fetches what it likes
         raise _UnknownError
     own = evaluation.perplexity
+    yield from () if evaluation.samples is None else (Path(evaluation.samples).expanduser(),)
     if own is None:
         return
     texts = [evaluation.texts] if isinstance(evaluation.texts, str) else evaluation.texts

@@ -55,8 +55,12 @@ class RunOptions:
     activations: Literal["auto", "keep", "recompute"] = "auto"
     resume: bool = True
     profile: bool = False
+    tables: bool = False
+    dry_run: bool = False
     cache_gb: NonNegative = 20
     ranks_timeout_minutes: Annotated[float, Ge(0)] = 30
+    time_budget: PositiveFloat | str | None = None
+    recipes: list[str] | None = None
     objective: str | list[str | None] | None = None
     out: str = "."
 
