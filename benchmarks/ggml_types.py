@@ -60,13 +60,12 @@ class GGML:
         return torch.from_numpy(gguf.quants.dequantize(packed, ggml))
 
 
-def theirs(full: Any, kind: str, ggml: GGML, squares: dict[str, torch.Tensor] | None) -> Any:
+def theirs(full: Any, kind: str, ggml: GGML, squares: dict[str, torch.Tensor]) -> Any:
     """A copy of the model with llama.cpp's weights."""
     model = copy.deepcopy(full)
     for name, module in model.model.layers.named_modules():
         if isinstance(module, torch.nn.Linear):
-            own = None if squares is None else squares[f"model.layers.{name}"]
-            module.weight.data.copy_(ggml.rounded(kind, module.weight.data, own))
+            module.weight.data.copy_(ggml.rounded(kind, module.weight.data, squares[f"model.layers.{name}"]))
     return model
 
 
@@ -84,12 +83,9 @@ def ours(full: Any, kind: str, method: str, search: str, tokens: Any) -> Any:
 def cases(full: Any, kind: str, ggml: GGML, squares: dict[str, torch.Tensor], tokens: Any) -> Iterator[tuple[str, Any]]:
     """Names and models of all ways to round to a type."""
     yield "llama.cpp, imatrix", theirs(full, kind, ggml, squares)
-    if kind not in ("iq2_xxs", "iq2_xs"):  # which want an importance matrix
-        yield "llama.cpp", theirs(full, kind, ggml, None)
-    yield "nearest, mse", ours(full, kind, "rtn", "mse", tokens)
-    yield "GPTQ, mse", ours(full, kind, "gptq", "mse", tokens)
-    yield "GPTQ, hessian", ours(full, kind, "gptq", "hessian", tokens)
-    yield "Qronos, mse", ours(full, kind, "qronos", "mse", tokens)
+    yield "nearest", ours(full, kind, "rtn", "mse", tokens)
+    yield "GPTQ", ours(full, kind, "gptq", "mse", tokens)
+    yield "Qronos", ours(full, kind, "qronos", "mse", tokens)
 
 
 def main() -> None:
