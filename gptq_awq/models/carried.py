@@ -1,7 +1,7 @@
 """Tensors of a model's files that transformers has no place for, such as layers that predict further tokens.
 
-They go into a checkpoint as they are in the source, so that an engine which knows them still finds them. Adapters and old
-copies of buffers, which are computed, are no such tensors.
+They go into a checkpoint as they are in the source, so that an engine which knows them still finds them. Adapters and
+old copies of buffers, which are computed, are no such tensors.
 """
 
 import re
