@@ -79,7 +79,7 @@ def _main(options: argparse.Namespace) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "samples.md").write_text(markdown(found) + "\n", encoding="utf-8")
         report = make_report(records(load(*runs)), samples={each.path: each.samples for each in found})
-        (options.out / "report.html").write_text(report.text("html"), encoding="utf-8")
+        (options.out / "report.html").write_text(report.text("html", options.out), encoding="utf-8")
         sys.stderr.write(f"wrote {options.out / 'samples.md'} and report.html\n")
 
 

@@ -175,7 +175,7 @@ def test_commands_have_options_that_exist(page, given):
 
 
 def test_every_page_is_in_the_index():
-    for folder, index in ((DOCS, "index.md"), (DOCS / "methods", "README.md")):
+    for folder, index in ((DOCS, "index.md"), (DOCS / "methods", "README.md"), (DOCS / "tutorials", "README.md")):
         linked = set(re.findall(r"\]\(([^)#]+)", (folder / index).read_text()))
         assert linked >= {path.name for path in folder.glob("*.md")} - {index}
 
