@@ -98,10 +98,9 @@ def draw(
         axes = figure.add_subplot()
         for name, line in lines.items():
             look = look_of(name)
-            _draw_line(axes, line, floor, color=look.colour, marker=look.marker)
-        for name, bits, value in peers:
-            axes.plot(bits, value, "*", color=MUTED[0], markersize=9, markerfacecolor="#ffffff")
-            axes.annotate(name, (bits, value), (7, 3), textcoords="offset points", fontsize=8, color=MUTED[0])
+            dashes = "--" if "," in name else "-"
+            _draw_line(axes, line, floor, color=look.colour, marker=look.marker, linestyle=dashes)
+        _draw_peers(axes, peers)
         _dress(axes, floor)
         _label_lines(axes, lines, floor)
     axes.set_ylabel(f"Δ {metric} from full precision, log" if _is_perplexity(metric) else f"{metric}, log")
@@ -111,6 +110,19 @@ def draw(
         axes.plot([], [], "o", color=MUTED[0], markerfacecolor="#ffffff", markersize=5, label=label)
         axes.legend(frameon=False, loc="upper right", fontsize=8)
     return figure
+
+
+def _draw_peers(axes: Any, peers: Sequence[tuple[str, float, float]]) -> None:
+    """Draw points of other programs; those that nearly cover each other share a label."""
+    left = sorted(peers, key=lambda peer: (peer[1], peer[2]))
+    while left:
+        _, bits, value = left[0]
+        near = [peer for peer in left if peer[1] == bits and peer[2] <= value * 1.3]
+        left = [peer for peer in left if peer not in near]
+        for _, at, height in near:
+            axes.plot(at, height, "*", color=MUTED[0], markersize=9, markerfacecolor="#ffffff", zorder=4)
+        names = " · ".join(name for name, _, _ in near)
+        axes.annotate(names, (bits, near[-1][2]), (9, -1), textcoords="offset points", fontsize=8, color=MUTED[0])
 
 
 def _label_lines(axes: Any, lines: dict[str, list[Point]], floor: float) -> None:
@@ -128,6 +140,10 @@ def _label_lines(axes: Any, lines: dict[str, list[Point]], floor: float) -> None
     axes.set_xlim(left - 1.75, right)
     axes.set_xticks([bits for bits in range(1, 17) if left - 0.5 <= bits <= right])
     for value, bits, name in ends:
+        if bits > left + 2:  # too far for a line to its label
+            offset = {"xytext": (-6, 8), "textcoords": "offset points", "ha": "right"}
+            axes.annotate(look_of(name).label, (bits, value), fontsize=9, color=look_of(name).colour, **offset)
+            continue
         above = min(math.log(value), above - step)
         look, at = look_of(name), (left - 0.25, math.exp(above))
         axes.annotate(look.label, at, ha="right", va="center", fontsize=9, color=look.colour)

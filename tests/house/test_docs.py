@@ -1,5 +1,6 @@
 """Documentation holds what it says: worked examples run as they stand, links lead somewhere, names and paths exist."""
 
+import importlib
 import os
 import re
 import shlex
@@ -8,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from helpers.forked import call_run
 from helpers.paths import CONFIGS, ROOT
 from hydra import compose, initialize_config_dir
@@ -195,3 +197,28 @@ def test_the_layout_names_every_module_and_no_other():
     assert named <= modules | {"run.py", "__main__.py"}, f"no longer there: {sorted(named - modules)}"
     packages = {path.parent.name for path in (ROOT / "gptq_awq").rglob("__init__.py")}
     assert set(re.findall(r"\b(\w+)/", tree)) >= packages - {"programs"}
+
+
+def test_readmes_numbers_are_those_of_the_stored_runs(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    module = importlib.import_module("readme_numbers")
+    assert module.main(["--check"]) == 0, "make readme-numbers writes them"
+
+
+def test_the_sites_navigation_has_every_page_and_no_other():
+    def pages(node):
+        for entry in node:
+            value = next(iter(entry.values())) if isinstance(entry, dict) else entry
+            yield from pages(value) if isinstance(value, list) else [value]
+
+    nav = yaml.safe_load(re.sub(r"!!python\S+", "", (ROOT / "mkdocs.yml").read_text()))["nav"]
+    joined = {"readme.md", "benchmarks.md", "contributing.md", "changelog.md"}
+    assert set(pages(nav)) == joined | {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+
+
+def test_the_librarys_example_runs(tiny_folder, tiny_text, tmp_path, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", (DOCS / "reference.md").read_text(), flags=re.DOTALL)
+    names = {"FOLDER": str(tiny_folder), "OUT": str(tmp_path / "out"), "texts": tiny_text.read_text().splitlines()[:30]}
+    exec(example.replace("bits=4", "bits=4, group_size=16, seqlen=32"), names)
+    assert "QuantizedModel(" in capsys.readouterr().out
+    assert names["again"].config.model_type == "llama"
