@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gptq_awq.calibration.activations import Activations, keep_block
 from gptq_awq.calibration.expert_policy import ExpertPolicy
-from gptq_awq.calibration.moments import Factor, Keep, Moments, pack_symmetric, unpack_symmetric
+from gptq_awq.calibration.moments import Factor, FactorKey, Keep, Moments, pack_symmetric, unpack_symmetric
 from gptq_awq.calibration.sequential import observe_forward
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import Call
@@ -268,14 +268,15 @@ def _keep(path: Path, device: torch.device) -> Keep:
     A solver that changes H, and then factors it, has a file of its own for that.
     """
 
-    def keep(hessian: Tensor, key: tuple[float, bool], compute: Callable[[], Factor]) -> Factor:
+    def keep(hessian: Tensor, key: FactorKey, compute: Callable[[], Factor]) -> Factor:
         def packed() -> ChecksummedFile:
             U, order, used = compute()
             tensors = {"factor": pack_symmetric(U), "order": torch.empty(0) if order is None else order}
             return ChecksummedFile(tensors, {"used": used, "width": len(U)})
 
-        damping, act_order = key
-        name = f"{path.name}-{factor_sha256(hessian, damping, act_order)[:32]}.safetensors"
+        damping, act_order, unit = key
+        together = "" if unit == 1 else f"-{unit}"
+        name = f"{path.name}-{factor_sha256(hessian, damping, act_order)[:32]}{together}.safetensors"
         kept = once(path.with_name(name), "factor of the Hessian", packed)
         U = unpack_symmetric(kept.tensors["factor"], kept.facts["width"]).triu().to(device)
         return U, kept.tensors["order"].to(device) if act_order else None, kept.facts["used"]

@@ -79,7 +79,8 @@ def _files(plan: Plan) -> Iterator[Path]:
     """Files that a run reads. Raises _UnknownError, OSError."""
     yield from _files_of(plan.model)
     if needs_calibration(plan.method, plan.grid):
-        yield from _files_of(plan.data)
+        own = plan.data.imatrix
+        yield from _files_of(plan.data) if own is None else [Path(own).expanduser()]
     yield from _evaluated(plan.evaluation)
 
 

@@ -25,6 +25,7 @@ from gptq_awq.experiment import lookup
 from gptq_awq.experiment.context import RunContext, curvature_file, load, record_of, self_calibrated
 from gptq_awq.experiment.folder import UNFINISHED, clear_leftovers
 from gptq_awq.experiment.forecasting.forecast import announce, compare
+from gptq_awq.experiment.input_squares import statistics_for_exports
 from gptq_awq.experiment.output_folder import remove_unused_hydra_folder
 from gptq_awq.experiment.plan import Plan, preflight
 from gptq_awq.experiment.registry import Run, alone_in
@@ -41,10 +42,11 @@ from gptq_awq.experiment.sweeps.sweep import (
 )
 from gptq_awq.experiment.sweeps.tracking import Tracker
 from gptq_awq.experiment.telling import Teller, tell_end
+from gptq_awq.experiment.time_budget import within_budget
 from gptq_awq.export.base import Source
 from gptq_awq.export.verify import Probe
 from gptq_awq.export.write import Exported
-from gptq_awq.grids.allocated import AllocatedGrid
+from gptq_awq.grids.allocated import BudgetedGrid
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.models.activations import quantized_activations
 from gptq_awq.models.offload import offloaded
@@ -84,6 +86,7 @@ def _run(cfg: DictConfig, ranks: Ranks) -> Result:
     console, folder = Console(stderr=True, quiet=not ranks.first), sweep_folder()
     began = time.perf_counter()
     try:
+        cfg = within_budget(cfg, ranks, lambda line: console.print(line, soft_wrap=True, highlight=False, markup=False))
         plan = preflight(cfg, ranks)
         check_objective(cfg.get("objective"), plan.evaluation)
         remove_unused_hydra_folder(plan.out)
@@ -246,6 +249,7 @@ def _compute(
             context = self_calibrated(plan, context, track)
     expected = announce(plan, context, clock)
     with clock.phase("baseline"):
+        inputs = statistics_for_exports(plan, loaded, context.tokens, track)
         baseline = full_precision(
             loaded.model,
             loaded.tokenizer,
@@ -267,7 +271,7 @@ def _compute(
     checkpoints: list[Exported] = []
     if plan.exports.formats:
         with clock.phase("export"):
-            checkpoints = _export(plan, context, quantized.weights, track)
+            checkpoints = _export(plan, context, quantized.weights, inputs, track)
             quantized = replace(quantized, weights={})
     with clock.phase("evaluate"), quantized_activations(loaded.model, plan.act, plan.kv):
         scored = score(loaded.model, loaded.tokenizer, baseline, plan.seed, track)
@@ -290,7 +294,7 @@ def _written(plan: Plan, context: RunContext, track: Track) -> list[Continuation
 
 def allocated(plan: Plan, context: RunContext, clock: Clock, track: Track) -> tuple[Plan, Allocation | None]:
     """Replace a grid that has a budget by the widths that the budget allows each linear."""
-    if not isinstance(plan.grid, AllocatedGrid) or plan.method.solver is None or context.tokens is None:
+    if not isinstance(plan.grid, BudgetedGrid) or plan.method.solver is None or context.tokens is None:
         return plan, None
     loaded = context.loaded
     with clock.phase("allocate"):
@@ -304,6 +308,7 @@ def allocated(plan: Plan, context: RunContext, clock: Clock, track: Track) -> tu
             model_sha256=loaded.sha256,
             cache=cache_dir(),
             track=track,
+            beside=context.beside,
         )
     return replace(plan, grid=allocation.grid), allocation
 
@@ -358,6 +363,7 @@ def _steps(plan: Plan, context: RunContext, track: Track) -> Generator[BlockResu
         progress=context.run.journal if plan.resume or offloaded(context.loaded.model) else None,
         experts=plan.experts,
         curvature_file=curvature_file(plan, context),
+        squares=context.squares,
     )
 
 
@@ -375,7 +381,9 @@ def _agreed(plan: Plan) -> Plan:
     return plan
 
 
-def _export(plan: Plan, context: RunContext, weights: Mapping[str, QuantizedWeight], track: Track) -> list[Exported]:
+def _export(
+    plan: Plan, context: RunContext, weights: Mapping[str, QuantizedWeight], inputs: Any, track: Track
+) -> list[Exported]:
     """Write and verify the checkpoints that were asked for."""
     loaded, tokens = context.loaded, context.tokens
     known = next((t for t in (*context.windows, tokens) if t is not None), None)
@@ -388,5 +396,5 @@ def _export(plan: Plan, context: RunContext, weights: Mapping[str, QuantizedWeig
         "calibration": None if tokens is None else {"source": tokens.source, "sha256": tokens.sha256},
         "code": context.code,
     }
-    source = Source(loaded.model, loaded.tokenizer, loaded.name, weights)
+    source = Source(loaded.model, loaded.tokenizer, loaded.name, weights, inputs)
     return plan.exports.write(source, plan.out, probe, facts, track)

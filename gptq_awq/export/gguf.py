@@ -25,9 +25,11 @@ from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.kquant import KGrid
+from gptq_awq.grids.scaled_float import ScaledFloatGrid
 from gptq_awq.grids.signed import SignedGrid
 from gptq_awq.grids.table import TableGrid
 from gptq_awq.grids.ternary import TernaryGrid
+from gptq_awq.grids.vectors import VectorGrid
 from gptq_awq.models.offload import offloaded
 from gptq_awq.runtime.options import checked_dataclass
 
@@ -52,6 +54,10 @@ class GGUFFormat:
         check_architecture(config)
         for linear in linears:
             kind = ggml_type(linear.grid)
+            if kind is None and getattr(linear.grid, "shared_by_tensor", False):
+                raise UserError(
+                    "export.formats=gguf: NVFP4's blocks hold no scale of the tensor; set +grid.tensor_scale=1"
+                )
             if kind is None:
                 raise UserError(f"export.formats=gguf: llama.cpp has no block type for {linear.grid}; {FITS}")
             if not linear.natural_order:
@@ -102,8 +108,10 @@ class GGUFFormat:
 
 def ggml_type(grid: Grid) -> str | None:
     """Block type that stores a grid's codes and scales exactly; None where there is none."""
-    if isinstance(grid, KGrid):
+    if isinstance(grid, KGrid | VectorGrid):
         return grid.type.upper()
+    if isinstance(grid, ScaledFloatGrid):
+        return _float_type(grid)
     if isinstance(grid, TableGrid):
         return "IQ4_NL" if (grid.table, grid.group_size) == ("iq4_nl", 32) else None
     if getattr(grid, "scale_dtype", "float16") != "float16":
@@ -117,6 +125,14 @@ def ggml_type(grid: Grid) -> str | None:
     if isinstance(grid, SignedGrid) or (isinstance(grid, IntGrid) and grid.sym):
         return {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}.get(grid.bits)
     return None
+
+
+def _float_type(grid: ScaledFloatGrid) -> str | None:
+    """MXFP4, or NVFP4 without a scale of the tensor."""
+    if (grid.element, grid.scale, grid.group_size) == ("e2m1", "e8m0", 32):
+        return "MXFP4"
+    without = grid.tensor_scale == 1
+    return "NVFP4" if (grid.element, grid.scale, grid.group_size) == ("e2m1", "e4m3", 16) and without else None
 
 
 def _packed(source: Source) -> dict[str, tuple[str, np.ndarray]]:

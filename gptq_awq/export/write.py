@@ -5,7 +5,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,15 @@ class Exports:
     formats: tuple[Format, ...] = ()
     decode: bool = True
 
+    @property
+    def calibrate(self) -> bool:
+        """Whether a format stores what calibration sees of the full-precision model's inputs."""
+        return any(getattr(each, "calibrates", False) for each in self.formats)
+
     def check(self, linears: Sequence[LinearSpec], model: PreTrainedModel, tokenizer: Any) -> None:
         """Raise UserError for models or grids that a format can't store exactly; runs before calibration."""
         for format_ in self.formats:
-            if not linears and format_.name not in ("hf", "gguf"):
+            if not linears and format_.name not in ("hf", "gguf", "imatrix"):
                 raise UserError(f"export.formats={format_.name}: nothing is quantized; hf and gguf hold plain weights")
             if format_.name != "hf" and experts_in(model):
                 raise UserError(
@@ -110,6 +115,8 @@ class Exports:
         scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
         try:
             scratch.mkdir(parents=True)
+            if not getattr(format_, "holds_weights", True):
+                source = replace(source, weights={})
             started = time.perf_counter()
             format_.write(source, scratch)
             seconds = time.perf_counter() - started

@@ -47,6 +47,8 @@ class BlockStep:
         prepared: details of the whole model's transforms, by name, for the ledger.
         ranks: the processes that share the work.
         curvatures: H_O (out, n) by the name of the linear in the model, each forgotten once it is used; None: of none.
+        fused: full names of linears that read one input, for grids that fuse them without calibration.
+        squares: mean squares of the linears' inputs by full name, for range searches without calibration.
     """
 
     def __init__(
@@ -59,12 +61,18 @@ class BlockStep:
         prepared: dict[str, Scaling],
         ranks: Ranks = ONE,
         curvatures: dict[str, Tensor] | None = None,
+        fused: Sequence[tuple[str, ...]] = (),
+        squares: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.block, self.runner, self.index, self.name, self.method = block, block, index, name, method
         self.grids = {n.removeprefix(f"{name}."): grid for n, grid in grids.items() if n.startswith(f"{name}.")}
         self.weights: dict[str, QuantizedWeight] = {}
         self.rows: list[Row] = []
         self._prepared, self._ranks, self._curvatures = prepared, ranks, curvatures or {}
+        self._fused = [
+            tuple(n.removeprefix(f"{name}.") for n in names) for names in fused if names[0].startswith(f"{name}.")
+        ]
+        self._squares = squares or {}
         self._scalings: dict[str, dict[str, Scaling]] = {}
         self._full: nn.Module | None = None
 
@@ -72,7 +80,8 @@ class BlockStep:
         """Transform, solve and tune the block, and advance `inputs` to the next one; None: without calibration."""
         assert self.method.solver is not None
         if inputs is None:
-            self._solve_sites([(site, None) for site in _each_linear(self.block)])
+            for site in _each_linear(self.block):
+                self._solve_sites([(site, self._diagonal(site.linears[0]))])
             return
         if inputs.activations is not None:
             self.runner = inputs.runner(self.block)
@@ -81,6 +90,14 @@ class BlockStep:
         self._transform_and_solve(inputs)
         if tuning and inputs.activations is not None:
             self._tune(inputs.activations, block_inputs)
+
+    def _diagonal(self, linear: str) -> Moments | None:
+        """Moments of which only the mean squares are known, of an importance matrix; None: it has none."""
+        squares = self._squares.get(f"{self.name}.{linear}")
+        if squares is None:
+            return None
+        squares = squares.to(matrix(self.block.get_submodule(linear)).device)
+        return Moments(squares.diag(), squares.sqrt(), 1)
 
     def _transform_and_solve(self, inputs: Inputs) -> None:
         """Transform the block and solve its sites: site by site on quantized inputs, or all from one observation."""
@@ -202,6 +219,8 @@ class BlockStep:
 
     def _solve_sites(self, sites: Sequence[tuple[Site, Moments | None]]) -> None:
         """Quantize the linears of some sites: each rank solves its share of rows, then all exchange their results."""
+        for names in self._fused or [site.linears for site, _ in sites]:
+            self._share_scales(names)
         linears = [self._whole_linear(name, site, moments) for site, moments in sites for name in site.linears]
         own: list[_Solved] = []
         mine = batches(shared(linears, self._ranks))
@@ -218,6 +237,13 @@ class BlockStep:
             whole = _joined(solved[linear.name])
             self.weights[f"{self.name}.{linear.name}"] = whole.solution.quantized
             self.rows.append(self._report(linear).row(whole.solution, whole.errors, whole.seconds))
+
+    def _share_scales(self, names: Sequence[str]) -> None:
+        """Let the linears of one input that are on one grid choose together what it stores once per tensor."""
+        for grid in {self.grids[name] for name in names if self.grids[name].shared_by_tensor}:
+            alike = [name for name in names if self.grids[name] == grid]
+            chosen = grid.for_weights([matrix(self.block.get_submodule(name)) for name in alike])
+            self.grids |= dict.fromkeys(alike, chosen)
 
     def _whole_linear(self, name: str, site: Site, moments: Moments | None) -> RowSlice:
         """All rows of a linear; they are rounded to nearest where no token reached it, else solved by the method."""

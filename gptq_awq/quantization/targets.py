@@ -42,6 +42,11 @@ def changes_output(model: nn.Module, grids: Mapping[str, Grid]) -> bool:
     return head is not None and any(model.get_submodule(name).weight is head.weight for name in grids)
 
 
+def all_places(model: nn.Module) -> list[Place]:
+    """Places of the embedding, of an output head with a matrix of its own, and of the blocks' linears."""
+    return [*_outside_places(model, False), *_block_places(model)]
+
+
 def _block_places(model: nn.Module) -> Iterator[Place]:
     """The places of the blocks' linears."""
     prefix, blocks = find_blocks(model)

@@ -22,6 +22,7 @@ from torch import Tensor
 from gptq_awq.calibration.moments import Factor, Moments, factor_together
 from gptq_awq.grids.arithmetic import KINDS, Params, in_numbers
 from gptq_awq.grids.base import Fitted, Grid, QuantizedWeight, concat_stores, fit_all, group_of_columns, row_parts
+from gptq_awq.grids.vectors import VectorGrid
 from gptq_awq.kernels import gpu
 from gptq_awq.kernels.columns import sweep_columns
 from gptq_awq.numerics.linalg import NotPositiveDefiniteError, reordered
@@ -91,15 +92,16 @@ class GPTQ:
         known = [each for each in moments if each is not None]
         if len(known) < len(weights):
             raise ValueError(f"{self.name} needs the moments of the layer's input")
+        grid = grid.for_weights(weights)
         # Factor the inverse Hessians, with columns in rounding order.
         inputs = {id(each.hessian): each for each in known}
-        factor_together(list(inputs.values()), self.damping, self.act_order)
+        factor_together(list(inputs.values()), self.damping, self.act_order, grid.unit)
         solutions: dict[int, Solution] = {}
         stacks: list[_Stack] = []
         for each in inputs.values():
             members = [i for i, own in enumerate(known) if own.hessian is each.hessian]
             try:
-                factor = each.inverse_factor(self.damping, self.act_order)
+                factor = each.inverse_factor(self.damping, self.act_order, grid.unit)
             except NotPositiveDefiniteError as error:
                 if self.fallback == "none":
                     raise
@@ -264,7 +266,7 @@ def sweep(
     losses = W.new_zeros(W.shape[:2], dtype=torch.float64)
     group_of_columns = [stack.group_of_column.to(W.device) for stack in stacks]
     factors = [stack.factor[0] for stack in stacks]
-    round_columns = _rounding(W.device)
+    round_columns = _rounding(W.device, grid)
     for i1 in range(0, columns, block_size):
         i2 = min(i1 + block_size, columns)
         # Ranges are fitted to W, which changes only between blocks: all spans that begin in this one can be fitted now.
@@ -320,10 +322,18 @@ def _permute(matrix: Float[Tensor, "out in"] | UInt8[Tensor, "out in"], order: I
         matrix[rows] = matrix[rows].index_select(1, order)
 
 
-def _rounding(device: torch.device) -> Callable[[Tensor, Tensor, Grid, Params, Tensor, Tensor], None]:
+def _rounding(device: torch.device, grid: Grid) -> Callable[[Tensor, Tensor, Grid, Params, Tensor, Tensor], None]:
+    if grid.unit > 1:
+        return _round_vectors
     if gpu.available(device):
         return _round_triton
     return _round_compiled if device.type == "cpu" else _round_plain
+
+
+def _round_vectors(W1: Tensor, U1: Tensor, grid: Grid, params: Params, Q1: Tensor, E1: Tensor) -> None:
+    """Round the columns of a block vector by vector (grids/vectors.py)."""
+    assert isinstance(grid, VectorGrid)
+    grid.sweep(W1, U1, params[0], Q1, E1)
 
 
 def _round_triton(W1: Tensor, U1: Tensor, grid: Grid, params: Params, Q1: Tensor, E1: Tensor) -> None:

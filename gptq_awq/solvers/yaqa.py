@@ -65,7 +65,7 @@ class TwoSided:
         """
         if moments is None or not grid.rows_independent:
             raise ValueError("feedback among rows needs moments, and a grid that fits each row by itself")
-        factor, columns, _ = moments.inverse_factor(self.solver.damping, self.solver.act_order)
+        factor, columns, _ = moments.inverse_factor(self.solver.damping, self.solver.act_order, grid.unit)
         start = self.solver.target(weight.clone(), moments, factor, columns).masked_fill_(moments.dead(), 0)
         sweep = GPTQ(**{each.name: getattr(self.solver, each.name) for each in fields(GPTQ) if each.init})
         parts, order = [], []
