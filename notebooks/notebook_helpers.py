@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
-from gptq_awq.report.looks import LOOKS, MARKS, PALETTE, look_of
+from gptq_awq.report.looks import MARKS, PALETTE, known_look, look_of
 from gptq_awq.runtime.configs import CONFIGS
 
 if TYPE_CHECKING:
@@ -203,11 +203,17 @@ def image(
 
 
 def _looks(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Colour and mark of each series: methods look as they do everywhere, anything else takes the next ones."""
-    names = list(names)
-    if all(name.partition(",")[0] in LOOKS for name in names):
-        return [(look_of(name).colour, look_of(name).marker) for name in names]
-    return [(PALETTE[i % len(PALETTE)][0], MARKS[i % len(MARKS)]) for i in range(len(names))]
+    """Colour and mark of each series: methods look as they do everywhere, anything else takes the next ones.
+
+    Of several variants of a method all have its colour, and each a mark of its own.
+    """
+    names, taken = list(names), list[str]()
+    if not all(known_look(name.partition(",")[0]) for name in names):
+        return [(PALETTE[i % len(PALETTE)][0], MARKS[i % len(MARKS)]) for i in range(len(names))]
+    for name in names:
+        own = look_of(name).marker
+        taken.append(own if own not in taken else next((mark for mark in MARKS if mark not in taken), own))
+    return [(look_of(name).colour, mark) for name, mark in zip(names, taken, strict=True)]
 
 
 def _figure(title: str, x: str, y: str) -> tuple["Figure", Any]:

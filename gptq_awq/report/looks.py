@@ -68,17 +68,22 @@ LOOKS: Mapping[str, Look] = {
     "smoothquant_gptq": Look("SmoothQuant + GPTQ", 6, 1),
     "quarot": Look("QuaRot + GPTQ", 4, 1),
     "quarot_rtn": Look("QuaRot", 4, 7),
-    "gptq_distill": Look("GPTQ, distilled", 1, 5),
+    "gptq_distill": Look("GPTQ distilled", 1, 5),
     "bf16": Look("BF16", 7, 1),
     "fp16": Look("FP16", 7, 2),
 }
 
 
+def known_look(name: str) -> Look | None:
+    """Look of a method by its name or its label; None for one that isn't in the table."""
+    return LOOKS.get(name) or next((look for look in LOOKS.values() if look.label == name), None)
+
+
 def look_of(method: str) -> Look:
     """Look of a method, or of a variant of one (`fast, mixed`); of an unknown name, one that depends on it alone."""
     base = method.partition(",")[0].strip()
-    if base in LOOKS:
-        known = LOOKS[base]
+    known = known_look(base)
+    if known is not None:
         return Look(f"{known.label}{method.strip()[len(base) :]}", known.hue, known.mark)
     number = zlib.crc32(base.encode())
     return Look(method, number % (len(PALETTE) - 1), number // 7 % len(MARKS))

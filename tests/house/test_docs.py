@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors.torch import load_file, save_file
 
 from gptq_awq import results
+from gptq_awq.__main__ import SUBCOMMANDS
 from gptq_awq.experiment.options import check_options
 
 DOCS = ROOT / "docs"
@@ -153,8 +154,18 @@ def commands(page):
     for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             found = re.search(r"(?<!\S)(?:run\.py|gptq-awq) (.*)", line.partition(" # ")[0])
-            if found and "…" not in line and "PYTHONPATH" not in line and "--help" not in line:
-                yield [word for word in shlex.split(found[1]) if word not in ("-m", "--cfg", "job")]
+            if found is None or re.match(r"[a-z]+( |$)", found[1]) or re.search("…|PYTHONPATH|--help", line):
+                continue
+            yield [word for word in shlex.split(found[1]) if word not in ("-m", "--cfg", "job", "--dry-run")]
+
+
+def subcommands(page):
+    """Words after `gptq-awq` or `python -m gptq_awq.` in a page's bash blocks, where they are a command of its own."""
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            found = re.search(r"(?<!\S)(?:gptq-awq |python -m gptq_awq\.)([a-z]+(?: .*|$))", line.partition(" # ")[0])
+            if found:
+                yield shlex.split(found[1].removesuffix(')"').replace("[ROOT …]", ""))
 
 
 COMMANDS = [(page_id(page), each) for page in PAGES if page.name not in HISTORY for each in commands(page)]
@@ -174,6 +185,17 @@ def test_commands_have_options_that_exist(page, given):
     ]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         check_options(compose("config", overrides=[*first, "out=somewhere"]))
+
+
+OF_THEIR_OWN = [(page_id(page), each) for page in PAGES if page.name not in HISTORY for each in subcommands(page)]
+
+
+@pytest.mark.parametrize(("page", "given"), OF_THEIR_OWN, ids=[f"{p}: {' '.join(each)}" for p, each in OF_THEIR_OWN])
+def test_subcommands_exist_and_take_what_pages_give_them(page, given):
+    module, _, _ = SUBCOMMANDS[given[0]].partition(":")
+    parser = getattr(importlib.import_module(module), "parser", None)
+    if parser is not None:
+        parser().parse_args(given[1:])
 
 
 def test_every_page_is_in_the_index():

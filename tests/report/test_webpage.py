@@ -340,6 +340,7 @@ def test_a_method_looks_the_same_in_every_report() -> None:
     assert len({(look.hue, look.mark) for look in looks}) == len(looks)
     assert look_of("mine") == look_of("mine")
     assert look_of("gptq, mixed").colour == look_of("gptq").colour
+    assert all(look_of(look.label) == look for look in LOOKS.values())
 
 
 def test_the_pages_data_is_json_that_ends_no_script(page: Path) -> None:
