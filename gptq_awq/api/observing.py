@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from gptq_awq.calibration.activations import open_activations
-from gptq_awq.calibration.chain import check_chain
+from gptq_awq.calibration.chain import check_chain, why_not_alone
 from gptq_awq.calibration.moments import Moments
 from gptq_awq.calibration.observation import Observer, passing
 from gptq_awq.data.tokens import TokenSet, make_token_set
@@ -16,6 +16,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.models.blocks import find_blocks, heads_of
 from gptq_awq.models.experts import unfuse
+from gptq_awq.models.left import mark_left
 from gptq_awq.models.linear import Site, matrix
 from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.quantization.quantize import Settings
@@ -62,10 +63,12 @@ def observe_moments(
     if isinstance(calibration, Tensor):
         calibration = make_token_set("calibration", calibration.cpu(), None, "memory")
     unfuse(model)
+    mark_left(model, calibrates=True)
     check_chain(model, calibration, calibrates=True)
     prefix, blocks = find_blocks(model)
     dtype = resolve_compute_dtype(settings.compute_dtype, next(model.parameters()).device)
-    activations = open_activations(model, blocks, calibration, settings.tokens_per_batch, dtype)
+    walked = why_not_alone(model, calibration) is not None
+    activations = open_activations(model, blocks, calibration, settings.tokens_per_batch, dtype, walked=walked)
     heads = heads_of(model)
     for block, seen in enumerate(passing(Observer(activations, absorbers, heads), blocks, dtype)):
         for site, moments in zip(seen.sites, seen.moments, strict=True):

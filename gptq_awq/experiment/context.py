@@ -31,6 +31,7 @@ from gptq_awq.models.activations import check_activations
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.embeddings import untie
 from gptq_awq.models.experts import compute_eagerly, unfuse
+from gptq_awq.models.left import mark_left
 from gptq_awq.models.linear import widest
 from gptq_awq.models.load import LoadedModel
 from gptq_awq.numerics.dtypes import resolve_compute_dtype
@@ -100,6 +101,8 @@ def load(plan: Plan) -> RunContext:
     compute_eagerly(loaded.model)
     if plan.method.solver is not None or plan.act.label is not None:
         unfuse(loaded.model)
+    if plan.method.solver is not None:
+        mark_left(loaded.model, needs_calibration(plan.method, plan.grid))
     check_activations(loaded.model, plan.act, plan.kv)
     baseline_bytes = Footprint().model_bytes(loaded.model)
     if plan.method.model_transforms:  # which give a tied head weights of its own: formats and grids shall see it so

@@ -17,6 +17,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.export.base import Source
 from gptq_awq.export.public import names_only
 from gptq_awq.models.blocks import find_blocks
+from gptq_awq.models.carried import carried
 from gptq_awq.models.experts import experts_in, fused_tensors
 from gptq_awq.models.offload import each_tensor
 from gptq_awq.runtime.memory import parse_bytes
@@ -54,6 +55,8 @@ def write_folder(
         tensors = _fused(source, dtype, packed)
     for name, tensor in tensors:
         shards.add(rename(name), tensor)
+    for name, tensor in carried(source.model, dtype):  # under the names of the source's files
+        shards.add(name, tensor)
     shards.finish()
     write_config(source, folder, dtype, quantization_config)
     source.tokenizer.save_pretrained(folder)

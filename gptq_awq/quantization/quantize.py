@@ -27,14 +27,15 @@ from torch import Tensor, nn
 
 from gptq_awq.calibration.block_inputs import Inputs, Settings
 from gptq_awq.calibration.chain import check_chain
-from gptq_awq.calibration.expert_policy import ExpertPolicy, no_pairing
+from gptq_awq.calibration.expert_policy import ExpertPolicy
 from gptq_awq.calibration.observation import ObservationCache
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, GridChoice
 from gptq_awq.kernels.threads import match_torch
 from gptq_awq.models.blocks import find_blocks
-from gptq_awq.models.experts import experts_in, unfuse
+from gptq_awq.models.experts import unfuse
+from gptq_awq.models.left import mark_left
 from gptq_awq.models.offload import offloaded, read_ahead, resident
 from gptq_awq.models.shared_inputs import linears_by_input
 from gptq_awq.numerics.distributed import Ranks
@@ -71,10 +72,16 @@ def examine(model: nn.Module, tokens: TokenSet | None, method: Method, grid: Gri
     """
     if method.solver is None:
         return None
-    unfuse(model)
+    prepare(model, method, grid)
     check_chain(model, tokens, needs_calibration(method, grid))
     free_head(model, method)
     return coverage_of(model, assign_grids(model, grid, method.head))
+
+
+def prepare(model: nn.Module, method: Method, grid: GridChoice) -> None:
+    """Make a model's fused experts linears, and mark what a method leaves: routers, and what no token passes."""
+    unfuse(model)
+    mark_left(model, needs_calibration(method, grid))
 
 
 def quantize(
@@ -128,9 +135,7 @@ def quantize(
         if method.cast is not None:
             _cast(model, getattr(torch, method.cast))
         return
-    unfuse(model)
-    if method.needs_cross and experts_in(model):
-        raise no_pairing(f"method={method.name}")
+    prepare(model, method, grid)
     loop = _BlockLoop(model, tokens, method, grid, settings, track, record, progress, experts, curvature_file, squares)
     if not method.model_tunings:
         yield from loop.run()
