@@ -31,7 +31,7 @@ from gptq_awq.experiment.plan import Plan, preflight
 from gptq_awq.experiment.registry import Run, alone_in
 from gptq_awq.experiment.store import store, told, writing
 from gptq_awq.experiment.summary import results_row, run_manifest
-from gptq_awq.experiment.sweeps.following import follow, follow_finished
+from gptq_awq.experiment.sweeps.following import finish, follow, follow_finished, log_block
 from gptq_awq.experiment.sweeps.sweep import (
     check_objective,
     failed,
@@ -236,7 +236,7 @@ def compute(plan: Plan, context: RunContext, clock: Clock, track: Track, examine
     except Exception as error:
         tracker.finish(failed(plan.config, error))
         raise
-    tracker.finish(result)
+    finish(tracker, result, plan.out)
     return result
 
 
@@ -345,9 +345,7 @@ def _quantize(plan: Plan, context: RunContext, tracker: Tracker, track: Track) -
                 ledger.append(block.rows)
             tracker.ledger(block.rows)
             restored += block.restored
-            errors = [row["error_after"] for row in block.rows if "error_after" in row]
-            if errors:
-                tracker.log({"quantize/relative_error": sum(errors) / len(errors)}, step=block.index)
+            log_block(tracker, block.index, block.rows)
     if restored:
         log.info("resumed after %d finished blocks", restored)
     return Quantized(footprint, codes.weights(), [restored] if restored else [])
