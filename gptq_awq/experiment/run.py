@@ -271,7 +271,8 @@ def _compute(
     checkpoints: list[Exported] = []
     if plan.exports.formats:
         with clock.phase("export"):
-            checkpoints = _export(plan, context, quantized.weights, inputs, track)
+            source = Source(loaded.model, loaded.tokenizer, loaded.name, quantized.weights, inputs)
+            checkpoints = _export(plan, context, source, track)
             quantized = replace(quantized, weights={})
     with clock.phase("evaluate"), quantized_activations(loaded.model, plan.act, plan.kv):
         scored = score(loaded.model, loaded.tokenizer, baseline, plan.seed, track)
@@ -381,9 +382,7 @@ def _agreed(plan: Plan) -> Plan:
     return plan
 
 
-def _export(
-    plan: Plan, context: RunContext, weights: Mapping[str, QuantizedWeight], inputs: Any, track: Track
-) -> list[Exported]:
+def _export(plan: Plan, context: RunContext, source: Source, track: Track) -> list[Exported]:
     """Write and verify the checkpoints that were asked for."""
     loaded, tokens = context.loaded, context.tokens
     known = next((t for t in (*context.windows, tokens) if t is not None), None)
@@ -396,5 +395,4 @@ def _export(
         "calibration": None if tokens is None else {"source": tokens.source, "sha256": tokens.sha256},
         "code": context.code,
     }
-    source = Source(loaded.model, loaded.tokenizer, loaded.name, weights, inputs)
     return plan.exports.write(source, plan.out, probe, facts, track)

@@ -136,12 +136,12 @@ def test_blocks_that_change_or_remember_are_refused_before_anything_is_rounded(f
 
 
 def inputs_in_the_own_forward(model, data, site):
-    """Rows that a linear is called with first, in a forward of the whole model."""
+    """Rows that a linear is called with, in all its calls in a forward of the whole model."""
     seen = []
     hook = model.get_submodule(site).register_forward_pre_hook(lambda _m, args: seen.append(args[0].detach()))
     model(data.ids)
     hook.remove()
-    return seen[0].reshape(-1, seen[0].shape[-1])
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in seen])
 
 
 @pytest.mark.parametrize("fault", FOLLOWED)
