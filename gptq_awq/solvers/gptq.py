@@ -76,7 +76,11 @@ class GPTQ:
         return GPTQ.solve_together(self, [weight], [moments], grid)[0]
 
     def solve_together(
-        self, weights: Sequence[Float[Tensor, "_ in"]], moments: Sequence[Moments | None], grid: Grid
+        self,
+        weights: Sequence[Float[Tensor, "_ in"]],
+        moments: Sequence[Moments | None],
+        grid: Grid,
+        coupled: "Coupled | None" = None,
     ) -> list[Solution]:
         """Quantize several weights in one column sweep, whose rows are independent; weights of one H form a stack.
 
@@ -84,6 +88,7 @@ class GPTQ:
             weights: all of one width; the weights of each H have equally many rows in total.
             moments: moments of each weight's input; weights that read one input share one object.
             grid: grid of all weights; it must fit rows independently, unless there is only one weight.
+            coupled: makes of the rounding of a block of columns one whose rows see each other's errors (yaqa.py).
 
         Raises:
             NotPositiveDefiniteError: an H could not be factored and no fallback is declared.
@@ -111,14 +116,16 @@ class GPTQ:
             else:
                 stacks.append(self._make_stack(members, [weights[i] for i in members], each, factor, grid))
         if stacks:
-            solutions |= self._sweep_stacks(stacks)
+            solutions |= self._sweep_stacks(stacks, coupled)
         return [solutions[i] for i in range(len(weights))]
 
-    def _sweep_stacks(self, stacks: list["_Stack"]) -> dict[int, Solution]:
+    def _sweep_stacks(self, stacks: list["_Stack"], coupled: "Coupled | None") -> dict[int, Solution]:
         """Run the column sweep on all stacks, and return each weight's solution by its index among the weights."""
         W = _stacked([stack.W for stack in stacks])
+        rounding = _rounding(W.device, stacks[0].groups.grid)
+        rounding = coupled(rounding) if coupled else rounding
         with phase("solve", W.shape[0] * W.shape[1], W.shape[2]):
-            codes, losses = sweep(W, stacks, self.block_size)
+            codes, losses = sweep(W, stacks, self.block_size, rounding)
         solutions = {}
         for stack, own, lost in zip(stacks, codes, losses, strict=True):
             damping = stack.factor[2]
@@ -169,6 +176,11 @@ class GPTQ:
         Solvers that run the same sweep from another starting point (gptaq.py, qronos.py) override this.
         """
         return W
+
+
+Rounding = Callable[[Tensor, Tensor, Grid, Params, Tensor, Tensor], None]
+"""Rounds a block of columns: (W, U, grid, scales and zeros per column, codes, errors); it fills the last two."""
+Coupled = Callable[[Rounding], Rounding]
 
 
 @dataclass
@@ -251,7 +263,7 @@ class _Stack:
 
 
 def sweep(
-    W: Float[Tensor, "stacks out in"], stacks: Sequence[_Stack], block_size: int
+    W: Float[Tensor, "stacks out in"], stacks: Sequence[_Stack], block_size: int, round_columns: Rounding
 ) -> tuple[list[UInt8[Tensor, "out in"]], Float[Tensor, "stacks out"]]:
     """Round all columns of all stacks by the blocked column sweep, in the order in which columns are given.
 
@@ -266,7 +278,6 @@ def sweep(
     losses = W.new_zeros(W.shape[:2], dtype=torch.float64)
     group_of_columns = [stack.group_of_column.to(W.device) for stack in stacks]
     factors = [stack.factor[0] for stack in stacks]
-    round_columns = _rounding(W.device, grid)
     for i1 in range(0, columns, block_size):
         i2 = min(i1 + block_size, columns)
         # Ranges are fitted to W, which changes only between blocks: all spans that begin in this one can be fitted now.
@@ -322,7 +333,7 @@ def _permute(matrix: Float[Tensor, "out in"] | UInt8[Tensor, "out in"], order: I
         matrix[rows] = matrix[rows].index_select(1, order)
 
 
-def _rounding(device: torch.device, grid: Grid) -> Callable[[Tensor, Tensor, Grid, Params, Tensor, Tensor], None]:
+def _rounding(device: torch.device, grid: Grid) -> Rounding:
     if grid.unit > 1:
         return _round_vectors
     if gpu.available(device):

@@ -13,9 +13,13 @@ from tokenizers.pre_tokenizers import ByteLevel, Split
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.engines import answer, find
+from gptq_awq.export.gguf import pack_weight
 from gptq_awq.export.gguf_blocks import BLOCK_TYPES, pack
 from gptq_awq.export.gguf_file import read_gguf, write_gguf
 from gptq_awq.export.gguf_tokenizer import PRE_TOKENIZERS, modelfile, vocabulary
+from gptq_awq.grids.mix import llama_grid
+from gptq_awq.grids.scaled_float import ScaledFloatGrid
+from gptq_awq.solvers.rtn import RTN
 
 TEXTS = [
     *CORPUS,
@@ -189,6 +193,10 @@ def test_llama_cpp_computes_the_same_logits(variant, llama_cpp, tmp_path):
 def random_blocks(ggml_type, out, columns, draw):
     """The bytes of a matrix of weights of about 0.05."""
     kind = BLOCK_TYPES[ggml_type]
+    if kind.levels or kind.float_scale:  # which don't take any code, or any scale
+        grid = ScaledFloatGrid(tensor_scale=1.0) if ggml_type == "NVFP4" else llama_grid(ggml_type.lower())
+        weight = 0.05 * torch.randn(out, columns, generator=draw)
+        return pack_weight(RTN().solve(weight, None, grid).quantized)[1]
     low, high = kind.scale_range
     codes = torch.randint(0, kind.max_code + 1, (out, columns), generator=draw, dtype=torch.uint8)
     blocks = columns // kind.block
