@@ -304,7 +304,7 @@ def page(found: Mapping[str, Found]) -> str:
         [
             "# Architectures",
             "",
-            f"{len(found)} architectures of transformers {transformers.__version__}, and variants of them, were looked at. Of",
+            f"{len(found)} architectures of transformers {transformers.__version__}, or variants, were looked at. Of",
             f"{numbers['built']} a tiny random model could be built and run on text alone (`benchmarks/architectures.py`).",
             "",
             f"**{told}.**",
