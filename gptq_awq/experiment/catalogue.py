@@ -9,6 +9,7 @@ Both read the first comment of each yaml in configs, so a preset of one's own is
 import argparse
 import re
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,6 +26,8 @@ KINDS = {
 }
 """Kind, as `ls` calls it → group of configs."""
 GROUPS = ("method", "grid", "model", "data", "eval", "act", "kv", "export", "tracking", "experiment", "hydra/launcher")
+WIDTH = 110
+"""Characters of a line on a choice, at most."""
 COMMANDS = ("report", "replay", "export", "cache", "frontier", "generate", "compare", "ls", "completion")
 SCRIPTS = {
     "bash": r"""_gptq_awq() {
@@ -63,7 +66,7 @@ def told(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     lines = [line[1:].strip() for line in text.splitlines() if line.startswith("#") and "@package" not in line]
     if lines:
-        return re.split(r"(?<=[.:]) (?=[A-Z0-9])", " ".join(lines))[0].rstrip(":")
+        return textwrap.shorten(re.split(r"(?<=\.) (?=[A-Z])", " ".join(lines))[0], WIDTH, placeholder=" …")
     named = re.search(r"^(?:id|repo|asset|_target_): *(\S+)", text, flags=re.MULTILINE)
     return named[1] if named else ""
 

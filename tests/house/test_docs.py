@@ -174,7 +174,9 @@ COMMANDS = [(page_id(page), each) for page in PAGES if page.name not in HISTORY 
 @pytest.mark.parametrize(("page", "given"), COMMANDS, ids=[f"{page}: {' '.join(each)}" for page, each in COMMANDS])
 def test_commands_have_options_that_exist(page, given):
     """Each composes, with the first value of every sweep, and its options are those that classes declare."""
-    given = [re.sub(r"(path=)(DIR|FILE)\b", rf"\g<1>{ROOT}", word) for word in given]  # which have to be there
+    given = [
+        re.sub(r"((?:path|samples)=)(DIR|FILE)\b", rf"\g<1>{ROOT}", word) for word in given
+    ]  # which have to be there
     parsed = [each for each in OverridesParser.create().parse_overrides(given) if "hydra" not in each.key_or_group]
     first = [
         f"{each.get_key_element()}={next(each.sweep_string_iterator())}"
