@@ -305,7 +305,7 @@ def page(found: Mapping[str, Found]) -> str:
             "# Architectures",
             "",
             f"{len(found)} architectures of transformers {transformers.__version__}, or variants, were looked at. Of",
-            f"{numbers['built']} a tiny random model could be built and run on text alone (`benchmarks/architectures.py`).",
+            f"{numbers['built']} a tiny random model could be built and run on text (`benchmarks/architectures.py`).",
             "",
             f"**{told}.**",
             "",

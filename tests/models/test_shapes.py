@@ -104,7 +104,7 @@ def test_observed_moments_are_those_that_hooks_see_in_the_whole_model(name):
     for site in observe_moments(model, ids):
         for linear in site.linears:
             assert same_moments(site.moments.hessian, seen.pop(linear)), linear
-    assert not seen
+    assert not [name for name in seen if is_linear(model.get_submodule(name))]  # others stay as they are
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -121,7 +121,7 @@ def test_staged_moments_are_those_that_hooks_see_in_the_whole_model(name):
                 assert same_moments(moments.hessian, seen.pop(f"{prefix}.{index}.{linear}")), linear
 
         staged_forward(block, index, [each.site for each in sites[index]], activations, check)
-    assert not seen
+    assert not [name for name in seen if is_linear(model.get_submodule(name))]  # others stay as they are
 
 
 def test_weights_that_blocks_share_are_rounded_once():
