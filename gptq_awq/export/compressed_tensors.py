@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
@@ -39,8 +39,10 @@ from gptq_awq.export.packing import (
     unpack_words,
     unquantized,
 )
+from gptq_awq.export.saved import saved_weights
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
+from gptq_awq.models.experts import experts_in
 from gptq_awq.runtime.options import ByteSize, Dtype, checked_dataclass
 
 FORMATS = {"pack": "pack-quantized", "int8": "int-quantized"}
@@ -83,7 +85,7 @@ class CompressedTensorsFormat:
 
     def write(self, source: Source, folder: Path) -> None:
         """Write the folder. Raises UserError where an unquantized parameter overflows the dtype."""
-        dtype, weights = torch_dtype(self.dtype, "export.compressed_tensors.dtype"), source.weights
+        dtype, weights = torch_dtype(self.dtype, "export.compressed_tensors.dtype"), self.stored(source)
         packer = pack if self.layout == "pack" else pack_int8
         packed = (
             (f"{name}.{part}", tensor)
@@ -91,8 +93,20 @@ class CompressedTensorsFormat:
             for part, tensor in packer(weight, dtype).items()
         )
         grids = {name: weight.grid.without_search() for name, weight in weights.items()}
-        config = quantization_config(grids, FORMATS[self.layout], unquantized(source))
-        write_folder(source, folder, packed, dtype, config, self.shard)
+        model = source.model
+        head = [name for name in source.weights if model.get_submodule(name) is model.get_output_embeddings()]
+        config = quantization_config(grids, FORMATS[self.layout], unquantized(source), head)
+        write_folder(source, folder, packed, dtype, config, self.shard, replaced=weights)
+
+    def stored(self, source: Source) -> Mapping[str, QuantizedWeight]:
+        """Weights under the names that the folder has for them: readers want one linear for each expert's matrix."""
+        return saved_weights(source.model, source.weights) if experts_in(source.model) else source.weights
+
+    def check_model(self, linears: Sequence[LinearSpec], model: PreTrainedModel, tokenizer: Any) -> list[str]:  # noqa: ARG002
+        """Raise UserError for a mixture whose checkpoints keep experts in one tensor."""
+        if experts_in(model):
+            saved_weights(model, {linear.name: blank(linear) for linear in linears})
+        return []
 
     def decoder(self) -> str:
         """Name of the decoder: the library where it is installed and packs without gaps, else our own reader."""
@@ -108,6 +122,14 @@ class CompressedTensorsFormat:
             parts = {part: tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in tensors}
             _check_shape(name, parts)
             yield Decoded(name, *read(parts, by_target.get(name) or by_target[ALL]))
+
+
+def blank(linear: LinearSpec) -> QuantizedWeight:
+    """A weight without content, in a linear's shape, to ask where it would go."""
+    codes, scales = torch.empty(1, dtype=torch.uint8), torch.empty(1, 1)
+    groups = torch.zeros(1, dtype=torch.int64).expand(linear.columns)
+    parts = codes.expand(linear.rows, linear.columns), scales.expand(linear.rows, 1), scales.expand(linear.rows, 1)
+    return QuantizedWeight(*parts, groups, linear.grid)
 
 
 def _check_shape(name: str, parts: Mapping[str, Tensor]) -> None:
@@ -158,13 +180,16 @@ def is_symmetric(weight: QuantizedWeight) -> bool:
     return weight.grid.sym
 
 
-def quantization_config(grids: Mapping[str, Grid], format_: str, ignore: Sequence[str]) -> dict[str, Any]:
+def quantization_config(
+    grids: Mapping[str, Grid], format_: str, ignore: Sequence[str], heads: Sequence[str] = ()
+) -> dict[str, Any]:
     """Build config.json's `quantization_config`.
 
     Args:
         grids: linear's name → `IntGrid`, without its search options.
         format_: pack-quantized or int-quantized.
         ignore: names of the linears that stay unquantized.
+        heads: names of quantized output heads: vLLM's is no Linear, and is found by its name only.
     """
     named: dict[Grid, list[str]] = {}
     for name, grid in grids.items():
@@ -172,7 +197,7 @@ def quantization_config(grids: Mapping[str, Grid], format_: str, ignore: Sequenc
     # Each group repeats the format, as the library would guess pack-quantized where activations are unquantized.
     groups = {
         f"group_{number}": {
-            "targets": [ALL] if len(named) == 1 else names,
+            "targets": [ALL, *heads] if len(named) == 1 else names,
             "weights": _weights(grid),
             "format": format_,
         }
