@@ -1,6 +1,6 @@
 """gptq_awq: calibration-based weight quantization of language models.
 
-    from gptq_awq import quantize_weight, quantize_model
+    from gptq_awq import load_quantized, quantize_model, quantize_weight
 
 The command line is `python run.py`; `gptq_awq.results.load(root)` reads what it stores.
 """
@@ -8,7 +8,7 @@ The command line is `python run.py`; `gptq_awq.results.load(root)` reads what it
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["quantize_model", "quantize_weight"]
+__all__ = ["load_quantized", "quantize_model", "quantize_weight"]
 
 
 def __getattr__(name: str) -> Any:

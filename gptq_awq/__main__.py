@@ -14,6 +14,8 @@ SUBCOMMANDS = {
     "export": "gptq_awq.export.__main__",
     "cache": "gptq_awq.cache.cache",
     "frontier": "gptq_awq.frontier.frontier",
+    "generate": "gptq_awq.playground.generate",
+    "compare": "gptq_awq.playground.compare",
 }
 """Word → module whose `main(arguments)` returns an exit code."""
 

@@ -10,11 +10,15 @@ fisher   ½ Σ_r E[g_r²] e_r, nats per token: the second-order KL from the full
 kl       the measured KL with that linear alone at the width in the middle of the choices, carried to the other widths
          in proportion to Σ_r e_r. One forward per linear.
 error    Σ_r e_r / tr(WHWᵀ): the linear's relative output error, whatever its effect on the rest of the model.
+
+A weight outside of the blocks (the embedding, an output head), where a budget counts it, costs the KL that is measured
+with it alone rounded to nearest (`error`: its relative error).
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -29,13 +33,14 @@ from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.divergence import divergence
 from gptq_awq.evaluation.perplexity import TokenScores, token_losses
-from gptq_awq.grids.allocated import AllocatedGrid
-from gptq_awq.grids.base import Grid
+from gptq_awq.grids.allocated import BudgetedGrid
+from gptq_awq.grids.base import Grid, Place
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import matrix
 from gptq_awq.models.offload import offloaded, read_ahead, resident
 from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.numerics.linalg import NotPositiveDefiniteError
+from gptq_awq.quantization.targets import all_places
 from gptq_awq.runtime.fingerprint import observations_sha256, sensitivities_sha256
 from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.solvers.base import Solver
@@ -65,7 +70,7 @@ class SensitivityAnalysis:
     model: PreTrainedModel
     tokens: TokenSet
     solver: Solver | None
-    grid: AllocatedGrid
+    grid: BudgetedGrid
     settings: Settings
     seed: int
 
@@ -107,7 +112,8 @@ class SensitivityAnalysis:
         _, blocks = find_blocks(model)
         measure = Measure(grid.sensitivity, model, first_windows(tokens, grid.windows), self.seed, track)
         inputs = Inputs(model, blocks, tokens, self.settings, error_propagation=False, absorbers=False, track=track)
-        for cost in measured_costs(inputs, model, self._rounds(), grid, measure, track):
+        outside = outside_costs(model, grid, measure.tokens)
+        for cost in chain(measured_costs(inputs, model, self._rounds(), grid, measure, track), outside):
             if not all(c is None or math.isfinite(c) for c in cost.costs):
                 raise UserError(
                     f"grid.sensitivity={grid.sensitivity}: rounding {cost.name} costs {cost.costs}, which is not "
@@ -116,7 +122,7 @@ class SensitivityAnalysis:
             yield cost
 
 
-def check_offloaded(model: nn.Module, grid: AllocatedGrid) -> None:
+def check_offloaded(model: nn.Module, grid: BudgetedGrid) -> None:
     """Refuse a measure that needs the whole model in memory, for a model that is offloaded block by block.
 
     Raises:
@@ -141,7 +147,7 @@ class Measure:
     """
 
     def __init__(self, kind: str, model: PreTrainedModel, tokens: TokenSet, seed: int, track: Track) -> None:
-        self._model, self._tokens = model, tokens
+        self._model, self.tokens = model, tokens
         self._fisher: Mapping[str, Tensor] = output_fisher(model, tokens, seed, track) if kind == "fisher" else {}
         self._full: TokenScores | None = None
         if kind == "kl":
@@ -172,7 +178,7 @@ class Measure:
         own = weight.clone()
         try:
             weight.copy_(rounded)
-            return max(0.0, float(divergence(self._model, self._tokens, full).kl.double().mean()))
+            return max(0.0, float(divergence(self._model, self.tokens, full).kl.double().mean()))
         finally:
             weight.copy_(own)
 
@@ -181,7 +187,7 @@ def measured_costs(
     inputs: Inputs,
     model: nn.Module,
     solver: Solver,
-    grid: AllocatedGrid,
+    grid: BudgetedGrid,
     measure: Measure,
     track: Track = no_track,
 ) -> Iterator[Cost]:
@@ -209,6 +215,35 @@ def measured_costs(
                     rounded = _rounded(name, weight, solver, moments, [grid.grid(width) for width in widths])
                     costs = dict(zip(widths, measure(name, rounded, moments), strict=True))
                     yield Cost(name, f"{prefix}.{index}.{site.name}", tuple(map(costs.get, grid.widths)))
+
+
+def allocated_places(model: PreTrainedModel, grid: BudgetedGrid) -> list[Place]:
+    """Places of the weights that a grid allocates: of the blocks, and outside of them where the budget counts those."""
+    places = all_places(model)
+    return [p for p in places if p.block >= 0 or (grid.counts_file and grid.fitting(p.columns))]
+
+
+@torch.no_grad()
+def outside_costs(model: PreTrainedModel, grid: BudgetedGrid, tokens: TokenSet) -> Iterator[Cost]:
+    """Yield the cost of each weight outside of the blocks at every type that fits it: the measured KL."""
+    places = [place for place in allocated_places(model, grid) if place.block < 0]
+    if not places:
+        return
+    head = model.get_output_embeddings()
+    output = {name: parameter.detach().clone() for name, parameter in head.named_parameters()}
+    full = token_losses(model, tokens) if grid.sensitivity != "error" else None
+    for place in places:
+        weight = model.get_submodule(place.name).get_parameter("weight").data
+        own, costs = weight.clone(), {}
+        for width in grid.fitting(place.columns):
+            chosen = grid.resolved({place.name: width}).at(place)
+            weight.copy_(RTN().solve(own.float(), None, chosen).quantized.dequantize())
+            if full is None:
+                costs[width] = float((weight - own).square().sum() / own.square().sum())
+            else:
+                costs[width] = max(0.0, float(divergence(model, tokens, full, output=output).kl.double().mean()))
+            weight.copy_(own)
+        yield Cost(place.name, place.name, tuple(map(costs.get, grid.widths)))
 
 
 def output_fisher(

@@ -8,6 +8,7 @@ hidden states as well. Before block k is solved, `hidden` enters it in the quant
 full-precision model; afterwards both are its outputs.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,67 +18,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gptq_awq.calibration.offload import Spilled
+from gptq_awq.calibration.batch_activations import BatchActivations
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.models.attention import faster_attention_of
-from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call, text_config
+from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls
 from gptq_awq.models.offload import resident
+from gptq_awq.models.walk import Walk
 from gptq_awq.numerics.distributed import ONE, Ranks
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.storage.checksummed import DamagedError
 from gptq_awq.storage.journal import Journal
-
-
-class BatchActivations:
-    """Hidden states of one batch of calibration windows between two blocks; mutable, as each block replaces them.
-
-    Attributes:
-        number: index of the batch, in the order of the calibration windows; -1 for the probe.
-        calls: for each block, its arguments other than the hidden states.
-        mask: True at real tokens; None when all are.
-        hidden: hidden states that enter the next block.
-        full: hidden states that enter the next block of the full-precision model; None where the method needs none.
-        spill: folder of the files that hold the hidden states; None keeps them in memory.
-    """
-
-    def __init__(
-        self,
-        number: int,
-        hidden: Float[Tensor, "batch tokens width"],
-        calls: list[Call],
-        mask: Bool[Tensor, "batch tokens"] | None,
-        full: Float[Tensor, "batch tokens width"] | None = None,
-        spill: Path | None = None,
-    ) -> None:
-        self.number, self.calls, self.mask, self.spill = number, calls, mask, spill
-        self.hidden, self.full = hidden, full
-
-    @property
-    def hidden(self) -> Float[Tensor, "batch tokens width"]:
-        """Hidden states that enter the next block, read from their file where they are spilled."""
-        return _read(self._hidden)
-
-    @hidden.setter
-    def hidden(self, x: Float[Tensor, "batch tokens width"]) -> None:
-        self._hidden = self._put(x, "hidden")
-
-    @property
-    def full(self) -> Float[Tensor, "batch tokens width"] | None:
-        """Hidden states that enter the next block of the full-precision model; None where they are not carried."""
-        return None if self._full is None else _read(self._full)
-
-    @full.setter
-    def full(self, x: Float[Tensor, "batch tokens width"] | None) -> None:
-        self._full = None if x is None else self._put(x, "full")
-
-    def _put(self, x: Tensor, name: str) -> Tensor | Spilled:
-        return x if self.spill is None else Spilled.of(x, self.spill / f"{self.number:06d}-{name}")
-
-
-def _read(states: Tensor | Spilled) -> Tensor:
-    return states.read() if isinstance(states, Spilled) else states
 
 
 @dataclass(frozen=True)
@@ -88,18 +40,37 @@ class Activations:
         batches: all batches; of several ranks, those of this one.
         probe: a batch of `PROBE_TOKENS` tokens, whose calls a block's topology is observed with.
         ranks: the processes that the batches are spread over.
+        repeated: numbers of the blocks that the model calls more than once.
     """
 
     batches: list[BatchActivations]
     probe: BatchActivations
     ranks: Ranks = ONE
+    repeated: frozenset[int] = frozenset()
+
+    @torch.no_grad()
+    def enter(self, index: int) -> bool:
+        """Let all batches go on to block `index`; false where the model does not call it.
+
+        Where the model calls it again, further batches are what it is called with then, as the model is now.
+        """
+        self.batches[:] = self.own
+        entered = all([batch.enter(index) for batch in (*self.batches, self.probe)])
+        if entered and index in self.repeated:
+            self.batches += [later for batch in self.own for later in batch.later(index, len(self.own))]
+        return entered
+
+    @property
+    def own(self) -> list[BatchActivations]:
+        """The batches without those of later calls of a block."""
+        return [batch for batch in self.batches if not batch.again]
 
     @torch.no_grad()
     def advance(self, block: nn.Module, index: int, full: nn.Module | None = None) -> None:
         """Replace every batch's hidden states by the outputs of `block` (number `index`), and `full`'s likewise."""
         for batch in self.batches:
             with phase("forward", *batch.hidden.shape[:2]), faster_attention_of(block):
-                batch.hidden = batch.calls[index].run(block, batch.hidden)
+                batch.pass_through(block, index)
         if full is not None:
             self.advance_full(full, index)
 
@@ -107,13 +78,12 @@ class Activations:
     def advance_full(self, full: nn.Module, index: int) -> None:
         """Replace every batch's full-precision hidden states by the outputs of `full`; `hidden` stays as it is."""
         for batch in self.batches:
-            assert batch.full is not None
             with phase("forward", *batch.hidden.shape[:2]), faster_attention_of(full):
-                batch.full = batch.calls[index].run(full, batch.full)
+                batch.pass_full_through(full, index)
 
     def keep(self, journal: Journal, index: int) -> None:
         """Write the hidden states that block `index` returned to the journal, one file per batch. Raises OSError."""
-        for batch in self.batches:
+        for batch in self.own:
             states = [batch.hidden] if batch.full is None else [batch.hidden, batch.full]
             journal.keep_batch(index, batch.number, states)
 
@@ -131,12 +101,21 @@ class Activations:
 
         self.ranks.together(check, FileNotFoundError, DamagedError)
         for batch in self.batches:
+            if batch.walk is not None:  # it passes the finished blocks again when it enters the next one
+                if batch.full_walk is not None:  # which are in full precision until then
+                    batch.full_walk.go_to(index + 1, batch.hidden.dtype)
+                continue
             hidden, *full = journal.batch(index, batch.number)
             batch.hidden = hidden.to(batch.hidden.device)
             batch.full = full[0].to(batch.hidden.device) if full else None
 
     def probe_input(self) -> Float[Tensor, "1 tokens width"]:
-        """The probe's length of hidden states that enter the next block, from the start of this rank's first batch."""
+        """A few tokens' hidden states that enter the next block, for which the probe's calls hold the other arguments.
+
+        They are the start of this rank's first batch; where a forward is walked along, the probe's own.
+        """
+        if self.probe.walk is not None:
+            return self.probe.hidden
         return self.batches[0].hidden[:1, : self.probe.hidden.shape[1]]
 
 
@@ -199,19 +178,6 @@ def batches_of(ranks: Ranks, tokens: TokenSet, tokens_per_batch: int) -> range:
     return range(ranks.rank, count, ranks.size)
 
 
-def check_key_value_sharing(model: nn.Module) -> None:
-    """Refuse a model whose blocks read keys and values of earlier blocks: calibration runs each block by itself.
-
-    Raises:
-        UserError: naming the config's entry.
-    """
-    if shared := getattr(text_config(model), "num_kv_shared_layers", None):
-        raise UserError(
-            f"model: the last {shared} blocks read keys and values of earlier ones (num_kv_shared_layers), which "
-            "calibration, block by block, can't follow; method=rtn needs no data"
-        )
-
-
 def check_hidden(hidden: Tensor, model: str) -> None:
     """Refuse hidden states that are not (batch, tokens, width); `model` names the model's class. Raises UserError."""
     if hidden.dim() != 3:
@@ -232,6 +198,7 @@ def open_activations(
     full: bool = False,
     spill: Path | None = None,
     ranks: Ranks = ONE,
+    walked: bool = False,
 ) -> Activations:
     """Embed the calibration tokens, and record the arguments that each block is called with.
 
@@ -247,12 +214,14 @@ def open_activations(
         full: carry the full-precision model's hidden states too; before the first block they are the same.
         spill: folder for files of hidden states; None keeps them in memory.
         ranks: the processes that share the batches.
+        walked: run the blocks within the model's own forwards, which wait at them, and not each by itself.
 
     Raises:
         UserError: blocks that can't be run one by one, each on its own input; fewer batches than ranks.
     """
+    if walked:
+        return _open_walks(model, blocks, tokens, tokens_per_batch, compute_dtype, track, full, ranks)
     with resident(model.get_input_embeddings()):  # pyright: ignore[reportCallIssue]
-        check_key_value_sharing(model)
         embed = _Embedding(BlockCalls(model, blocks), type(model).__name__, compute_dtype, full)
         per_batch = max(1, tokens_per_batch // tokens.ids.shape[1])
         numbers = batches_of(ranks, tokens, tokens_per_batch)
@@ -262,6 +231,45 @@ def open_activations(
             mask = None if tokens.mask is None else tokens.mask[rows]
             batches.append(embed.batch(number, tokens.ids[rows], mask, spill))
         return Activations(batches, embed.batch(-1, tokens.ids[:1, :PROBE_TOKENS]), ranks)
+
+
+def _open_walks(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    tokens: TokenSet,
+    tokens_per_batch: int,
+    compute_dtype: torch.dtype,
+    track: Track,
+    full: bool,
+    ranks: Ranks,
+) -> Activations:
+    """Activations of forwards of the whole model that wait at its first block; arguments as `open_activations` has."""
+    per_batch = max(1, tokens_per_batch // tokens.ids.shape[1])
+
+    def batch(number: int, rows: slice, length: int | None = None) -> BatchActivations:
+        ids = tokens.ids[rows, :length].long()
+        mask = None if tokens.mask is None else tokens.mask[rows, :length]
+        walks = [Walk(model, blocks, ids, mask) for _ in range(1 + full)]
+        hidden = walks[0].hidden.to(compute_dtype)
+        on_device = None if mask is None else mask.to(hidden.device)
+        rest = {"walk": walks[0], "full_walk": walks[1] if full else None}
+        return BatchActivations(number, hidden, [walks[0].call], on_device, hidden if full else None, **rest)
+
+    numbers = batches_of(ranks, tokens, tokens_per_batch)
+    batches = [
+        batch(number, slice(number * per_batch, (number + 1) * per_batch))
+        for number in track(numbers, "embed calibration text", len(numbers))
+    ]
+    return Activations(batches, batch(-1, slice(1), PROBE_TOKENS), ranks, _repeated(model, blocks, tokens.ids))
+
+
+def _repeated(model: nn.Module, blocks: nn.ModuleList, ids: Int[Tensor, "batch tokens"]) -> frozenset[int]:
+    """Numbers of the blocks that the model calls more than once."""
+    walk, counts = Walk(model, blocks, ids[:1, :PROBE_TOKENS].long()), Counter[int]()
+    while walk.index is not None:
+        counts[walk.index] += 1
+        walk.leave(walk.call.whole(blocks[walk.index], walk.hidden))
+    return frozenset(index for index, count in counts.items() if count > 1)
 
 
 @phase("embed")
@@ -279,10 +287,15 @@ def embed_again(
     """
     per_batch = max(1, tokens_per_batch // tokens.ids.shape[1])
     with resident(model.get_input_embeddings()):  # pyright: ignore[reportCallIssue]
-        recorder = BlockCalls(model, blocks)
+        walked = activations.batches[0].walk is not None
+        recorder = None if walked else BlockCalls(model, blocks)
         for batch in activations.batches:
             rows = slice(batch.number * per_batch, (batch.number + 1) * per_batch)
-            hidden, batch.calls = recorder.record(tokens.ids[rows], None if tokens.mask is None else tokens.mask[rows])
+            ids, mask = tokens.ids[rows], None if tokens.mask is None else tokens.mask[rows]
+            if recorder is None:
+                batch.walk = Walk(model, blocks, ids.long(), mask)
+                continue
+            hidden, batch.calls = recorder.record(ids, mask)
             batch.hidden = hidden.to(batch.hidden.dtype)
 
 

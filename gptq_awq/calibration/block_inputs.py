@@ -9,17 +9,17 @@ import torch
 from torch import nn
 
 from gptq_awq.calibration.activations import Activations, embed_again, open_activations
+from gptq_awq.calibration.chain import why_not_alone
 from gptq_awq.calibration.expert_policy import ExpertPolicy
 from gptq_awq.calibration.observation import (
     Observation,
     ObservationCache,
     Observer,
     complete_cache,
-    in_dtype,
     read_observation,
 )
 from gptq_awq.data.tokens import TokenSet
-from gptq_awq.models.blocks import find_blocks, heads_of
+from gptq_awq.models.blocks import find_blocks, heads_of, in_dtype
 from gptq_awq.models.linear import Site, is_linear, matrix, widest
 from gptq_awq.models.offload import offloaded
 from gptq_awq.numerics.distributed import ONE, Ranks
@@ -97,6 +97,7 @@ class Inputs:
     ) -> None:
         self.dtype = resolve_compute_dtype(settings.compute_dtype, next(model.parameters()).device)
         self.experts, self._advance = experts, not error_propagation
+        walked = why_not_alone(model, tokens) is not None
         self._opened = model, blocks, tokens, settings.tokens_per_batch
         self.keeps_activations = keeps_activations(model, tokens, settings, error_propagation, full)
         if error_propagation and not self.keeps_activations:
@@ -115,11 +116,12 @@ class Inputs:
                 full=full,
                 spill=_spill(model, tokens, self.dtype, 1 + full, settings),
                 ranks=settings.ranks,
+                walked=walked,
             )
             return Observer(activations, absorbers, heads, experts)
 
         # The cache serves all methods, so it has absorbers whether this one needs them or not.
-        cache = record if self._advance else None
+        cache = record if self._advance and not walked else None
         if cache and complete_cache(cache, blocks, lambda: observer(True), self.dtype, track, settings.ranks):
             self._cache, self._observer = cache, None
             first = first_batch(tokens, settings.tokens_per_batch)
@@ -137,6 +139,10 @@ class Inputs:
     def activations(self) -> Activations | None:
         """The activations that enter the next block; None where observations are read from the cache."""
         return self._observer.activations if self._observer else None
+
+    def enter(self, index: int) -> bool:
+        """Let the activations enter block `index`; false where the model calls no such block for text."""
+        return self.activations is None or self.activations.enter(index)
 
     def runner(self, block: nn.Module) -> nn.Module:
         """The block in the compute dtype: itself, or a copy."""

@@ -7,7 +7,7 @@ forwards of a few tokens.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from gptq_awq.calibration.activations import check_hidden, check_key_value_sharing
+from gptq_awq.calibration.activations import check_hidden
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
-from gptq_awq.models.blocks import BlockCalls, Call, find_blocks, hooks, update_error
+from gptq_awq.models.blocks import BlockCalls, Call, find_blocks, hidden_of, hooks, take, update_error
 from gptq_awq.models.offload import offloaded
+from gptq_awq.models.walk import Walk
 
 log = logging.getLogger(__name__)
 WINDOWS, TOKENS = 2, 8
@@ -28,8 +29,9 @@ WINDOWS, TOKENS = 2, 8
 
 @torch.no_grad()
 def check_chain(model: nn.Module, tokens: TokenSet | None, calibrates: bool) -> None:
-    """Check that the model's blocks, run one by one as calibration runs them, are the model's own forward.
+    """Check that calibration gives the model's blocks the inputs that they have in the model's own forward.
 
+    Blocks that can't be run one by one are run within the model's own forwards (`models.walk`); that is checked, too.
     An offloaded model is not checked, as each forward would read it from disk once more; the log says so.
 
     Args:
@@ -44,18 +46,38 @@ def check_chain(model: nn.Module, tokens: TokenSet | None, calibrates: bool) -> 
     if offloaded(model):
         log.info("chain check: skipped, as the weights of %s are read from disk for each forward", name)
         return
-    ids, mask = _probe(model, tokens)
+    if (alone := why_not_alone(model, tokens)) is None:
+        return
+    within = _broken_by(lambda: _compare_walk(model, *_probe(model, tokens)), name)
+    if within is None:
+        log.info("%s: so they are run within the model's own forward", alone)
+    elif calibrates:
+        raise within
+    else:
+        level = logging.WARNING if isinstance(within, _OrderError) else logging.INFO
+        log.log(level, "%s: this run looks at none, and rounds them all the same", within)
+
+
+@torch.no_grad()
+def why_not_alone(model: nn.Module, tokens: TokenSet | None) -> UserError | None:
+    """What goes wrong where a model's blocks are run one by one on recorded arguments; None: nothing, or offloaded."""
+    if offloaded(model):
+        return None
+    return _broken_by(lambda: _compare(model, *_probe(model, tokens)), type(model).__name__)
+
+
+def _broken_by(compare: Callable[[], None], name: str) -> UserError | None:
+    """The error of a comparison, as the user is told of it; None where all is equal."""
     try:
-        _compare(model, ids, mask)
+        compare()
     except torch.OutOfMemoryError:
         raise
-    except (UserError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except UserError as error:
+        return error
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError, StopIteration) as error:
         own = f"blocks of {name} can't be run one by one ({type(error).__name__}: {' '.join(str(error).split())})"
-        said = str(error) if isinstance(error, UserError) else f"model: {own}; method=rtn needs no data"
-        if calibrates:
-            raise UserError(said) from error
-        level = logging.WARNING if isinstance(error, _OrderError) else logging.INFO
-        log.log(level, "%s: this run looks at none, and rounds them all the same", said)
+        return UserError(f"model: {own}; method=rtn needs no data")
+    return None
 
 
 def _probe(
@@ -89,7 +111,6 @@ def _compare(model: nn.Module, ids: Tensor, mask: Tensor | None) -> None:
     Raises:
         UserError: blocks that are not called once each, in order; naming the first block that differs.
     """
-    check_key_value_sharing(model)
     _, blocks = find_blocks(model)
     passages = _own_forward(model, blocks, ids, mask)
     _check_order([each.index for each in passages], len(blocks))
@@ -112,6 +133,46 @@ def _compare(model: nn.Module, ids: Tensor, mask: Tensor | None) -> None:
         _check_arguments(index, call, each.call)
         call.run(blocks[index], entered.flip(1))  # another batch: blocks that remember would hand its states on
         given = returned
+
+
+def _compare_walk(model: nn.Module, ids: Tensor, mask: Tensor | None) -> None:
+    """Compare forwards that wait at each block with the model's own forward; two batches take turns.
+
+    Raises:
+        UserError: blocks that are called in another order than they are listed, change what they are given, or
+            remember; hidden states that a mask doesn't fit.
+    """
+    _, blocks = find_blocks(model)
+    passages = _own_forward(model, blocks, ids, mask)
+    first = list(dict.fromkeys(each.index for each in passages))
+    if first != sorted(first) or not first:
+        said = f"calls its {len(blocks)} blocks in another order than they are listed, block {first[:1]} first"
+        raise _OrderError(str(_broken(said)))
+    walk, other = Walk(model, blocks, ids, mask), Walk(model, blocks, ids.flip(1), mask)
+    if mask is not None and walk.hidden.shape[:2] != ids.shape:
+        raise _broken(f"block 0 gets hidden states of shape {tuple(walk.hidden.shape)} for {tuple(ids.shape)} ids")
+    for each in passages:
+        if walk.index != each.index or other.index != each.index:
+            raise _broken(f"calls block {each.index} for some texts only")
+        block, kept = blocks[each.index], walk.hidden.clone()
+        if not bool(torch.isfinite(each.returned).all()):
+            return  # calibration names the values that aren't finite
+        _check_all(each.index, "gets other hidden states than in the model's forward", kept, each.entered)
+        walk.call.whole(block, walk.hidden)
+        if not torch.equal(walk.hidden, kept):
+            raise _broken(f"block {each.index} overwrites its input")
+        others = other.call.whole(block, other.hidden)
+        output = walk.call.whole(block, walk.hidden)
+        _check_all(each.index, "returns something else when it is called again", hidden_of(output), each.returned)
+        walk.leave(output)
+        other.leave(others)
+
+
+def _check_all(index: int, what: str, found: Tensor, expected: Tensor) -> None:
+    """Raise UserError where hidden states differ in shape, or by more than rounding."""
+    rounding = torch.finfo(expected.dtype).eps ** 0.5
+    if found.shape != expected.shape or not float((found - expected).norm()) <= rounding * float(expected.norm()):
+        raise _broken(f"block {index} {what}")
 
 
 def _check_order(order: list[int], count: int) -> None:
@@ -162,13 +223,12 @@ def _own_forward(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, mask: Ten
     entered: list[Tensor] = []
 
     def enter(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        entered.append((args[0] if args else kwargs["hidden_states"]).clone())
+        entered.append(take(args, kwargs)[0].clone())
 
     def leave(index: int):
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            returned = output[0] if isinstance(output, tuple) else output
-            others = Call(args[1:], {k: v for k, v in kwargs.items() if args or k != "hidden_states"})
-            passages.append(_Passage(index, entered.pop(), returned.clone(), others))
+            returned = hidden_of(output).clone()
+            passages.append(_Passage(index, entered.pop(), returned, take(args, kwargs)[1]))
 
         return hook
 

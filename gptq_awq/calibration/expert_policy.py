@@ -12,8 +12,9 @@ An expert that no token reaches, and whose moments the policy does not replace, 
 what was done.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -31,6 +32,8 @@ from gptq_awq.models.linear import Site, is_linear
 from gptq_awq.numerics.distributed import ONE, Ranks
 from gptq_awq.runtime.options import checked_dataclass
 from gptq_awq.runtime.profiling import phase
+
+log = logging.getLogger(__name__)
 
 
 @checked_dataclass
@@ -50,10 +53,10 @@ class ExpertPolicy:
 
 
 def no_pairing(who: str) -> UserError:
-    """The error where `who` would pair a token's inputs with full precision's, in a mixture of experts."""
+    """The error where `who` would pair experts' inputs with full precision's, and these experts can't be called so."""
     return UserError(
-        f"{who} compares every token with full precision, which sends it to other experts; mixtures of experts need a "
-        "method without that, such as method=gptq"
+        f"{who} compares every token with full precision, which sends it to other experts, and these experts can't be "
+        "called with the quantized router's choices; choose a method without that, such as method=gptq"
     )
 
 
@@ -78,6 +81,7 @@ class Routes:
         policy: which experts have too few tokens, and what calibrates them.
         where: names the block in errors.
         ranks: the processes whose tokens count together.
+        full: the block in full precision, where its inputs are paired with the quantized block's.
     """
 
     def __init__(
@@ -88,13 +92,17 @@ class Routes:
         policy: ExpertPolicy,
         where: str,
         ranks: Ranks = ONE,
+        full: nn.Module | None = None,
     ) -> None:
+        self._full = full
+        self._full_calls: dict[str, dict[int, Arguments]] = {}
         self._block, self._policy, self._where, self._ranks = block, policy, where, ranks
         self._masks = {batch.number: batch.mask for batch in batches}
         self._batches = {batch.number: batch for batch in batches}
         self._experts = {site.linears: _Expert.of(block, site) for site in sites if site.expert is not None}
         self._calls: dict[str, dict[int, Arguments]] = {}
         self._shared: dict[str, Moments] = {}
+        self._told: set[str] = set()  # owners whose experts can't be made up for, which was said
         self._rows: dict[str, bool] = {}  # owner → whether its experts read rows of its input, one for each token
         self._entries: set[tuple[str, ...]] = set()  # linears of each expert's first site
         known: set[tuple[str, int]] = set()
@@ -104,13 +112,13 @@ class Routes:
             known.add((expert.owner, expert.number))
 
     def hooked(self, number: Callable[[], int | None]) -> AbstractContextManager[None]:
-        """Context in which every batch's arguments of the experts are kept, if the policy is "route" or "shared".
+        """Context in which every batch's arguments of the experts are kept, where they may be wanted.
 
         `number` returns the number of the batch whose forward is running; None outside of such a forward.
         """
 
-        def keep(path: str):
-            calls = self._calls.setdefault(path, {})
+        def keep(kept: dict[str, dict[int, Arguments]], path: str):
+            calls = kept.setdefault(path, {})
 
             def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
                 batch = number()
@@ -119,11 +127,31 @@ class Routes:
 
             return hook
 
-        wanted = self._policy.policy in ("route", "shared")
+        wanted = self._policy.policy in ("route", "shared") or self._full is not None
         paths = {path for each in self._experts.values() for path in each.above} if wanted else set()
+        blocks = [(self._block, self._calls)]
+        blocks += [(self._full, self._full_calls)] if self._full not in (None, self._block) else []
         return hooks(
-            self._block.get_submodule(path).register_forward_pre_hook(keep(path), with_kwargs=True) for path in paths
+            block.get_submodule(path).register_forward_pre_hook(keep(kept, path), with_kwargs=True)
+            for block, kept in blocks
+            for path in paths
         )
+
+    def forced(self, site: Site, number: int) -> Callable[[], Any]:
+        """A call of full precision's experts, on its own inputs, with the choices of the quantized router.
+
+        Raises:
+            UserError: experts that are not called together, with one row for each token.
+        """
+        owner = self._experts[site.linears].owner
+        own, full = self._calls.get(owner, {}).get(number), self._full_calls.get(owner, {}).get(number)
+        if own is None or full is None or self._full is None or not self._rows.get(owner, False):
+            raise no_pairing(f"{self._where}: the method")
+        module, (args, kwargs), inputs = self._full.get_submodule(owner), own, _first_tensor(full)
+        given = _first_tensor(own)
+        args = tuple(inputs if each is given else each for each in args)
+        kwargs = {key: inputs if each is given else each for key, each in kwargs.items()}
+        return lambda: module(*args, **kwargs)
 
     def finish(self, site: Site, total: MomentsSum) -> Moments:
         """The moments of a site's input, as the policy has it for an expert that few tokens reached.
@@ -139,11 +167,16 @@ class Routes:
         routed = int(ranks.sum_(torch.tensor(total.tokens)))
         if routed >= max(1, self._policy.min_tokens):
             return replace(total.finish(where, ranks), routed=routed)
-        entry = site.linears in self._entries
-        if policy in ("route", "shared") and entry:
-            return replace(self._moments_of_all_tokens(site), routed=routed, policy=policy)
-        if policy == "route":
-            return replace(self._moments_of_rerouted(site), routed=routed, policy=policy)
+        try:
+            if policy in ("route", "shared") and site.linears in self._entries:
+                return replace(self._moments_of_all_tokens(site), routed=routed, policy=policy)
+            if policy == "route":
+                return replace(self._moments_of_rerouted(site), routed=routed, policy=policy)
+        except UserError as error:
+            owner = self._experts[site.linears].owner
+            if owner not in self._told:
+                log.warning("%s: so they keep the moments of the tokens that reach them", error)
+                self._told.add(owner)
         if policy == "rtn" or not routed:
             return Moments.none(routed, "rtn")
         return replace(total.finish(where, ranks), routed=routed, policy="keep")
@@ -159,7 +192,7 @@ class Routes:
         expert = self._experts[site.linears]
         if expert.owner in self._rows or site.linears not in self._entries or not len(x) or not self._calls:
             return
-        source = self._find_input(expert, number)
+        source = self._find_input(expert, number, self._calls)
         self._rows[expert.owner] = (
             source is not None
             and source.shape == (self._batches[number].hidden.shape[:2].numel(), x.shape[-1])
@@ -172,49 +205,63 @@ class Routes:
         if expert.owner not in self._shared:
             total = MomentsSum(site.width, next(self._block.parameters()).device)
             for number, mask in self._masks.items():
-                total.add(_real_tokens(self._input(expert, number), mask), None)
+                rows = [_real_tokens(self._input(expert, number, calls), mask) for calls in self._each_calls()]
+                total.add(rows[0], None, *rows[1:])
             self._shared[expert.owner] = total.finish(f"{self._where}, {site.name}", self._ranks)
         return self._shared[expert.owner]
+
+    def _each_calls(self) -> list[dict[str, dict[int, Arguments]]]:
+        """Arguments of the experts in the quantized block and, where the two are paired, in full precision."""
+        return [self._calls] if self._full is None else [self._calls, self._full_calls]
 
     def _moments_of_rerouted(self, site: Site) -> Moments:
         """The moments of an expert's later site, with all calibration tokens sent through that expert."""
         total = MomentsSum(site.width, next(self._block.parameters()).device)
-
-        def reached(_module: nn.Module, args: tuple) -> None:
-            total.add(args[0].reshape(-1, site.width), None)
-            raise _ReachedError
-
-        with hooks([self._block.get_submodule(site.linears[0]).register_forward_pre_hook(reached)]):
-            for number in self._masks:
-                with phase("forward"):
-                    self._call_expert(site, number)
+        blocks = [self._block] if self._full is None else [self._block, self._full]
+        for number in self._masks:
+            with phase("forward"):
+                rows = [
+                    self._inner_input(block, calls, site, number)
+                    for block, calls in zip(blocks, self._each_calls(), strict=True)
+                ]
+            total.add(rows[0], None, *rows[1:])
         return total.finish(f"{self._where}, {site.name}", self._ranks)
 
-    def _call_expert(self, site: Site, number: int) -> None:
-        """Call one expert with all tokens of batch `number`, up to the site."""
+    def _inner_input(self, block: nn.Module, calls: dict[str, dict[int, Arguments]], site: Site, number: int) -> Tensor:
+        """Input of an expert's later site, as all tokens of batch `number` that enter the experts meet it."""
         expert = self._experts[site.linears]
-        hidden, mask = self._input(expert, number), self._masks[number]
-        try:
-            if expert.alone is not None:
-                self._block.get_submodule(expert.alone)(_real_tokens(hidden, mask))
-            else:
-                args, kwargs = self._calls[expert.owner][number]
-                args, kwargs = _routed_to(expert.number, args, kwargs, hidden, mask)
-                self._block.get_submodule(expert.owner)(*args, **kwargs)
-        except _ReachedError:
-            return
-        raise UserError(
-            f"{self._where}: {expert.owner} can't be called for one expert alone; "
-            "choose experts.policy=shared, rtn or keep"
-        )
+        hidden, mask = self._input(expert, number, calls), self._masks[number]
+        seen: list[Tensor] = []
 
-    def _input(self, expert: "_Expert", number: int) -> Float[Tensor, "tokens width"]:
+        def reached(_module: nn.Module, args: tuple) -> None:
+            seen.append(args[0].reshape(-1, site.width))
+            raise _ReachedError
+
+        with hooks([block.get_submodule(site.linears[0]).register_forward_pre_hook(reached)]), suppress(_ReachedError):
+            if expert.alone is not None:
+                block.get_submodule(expert.alone)(_real_tokens(hidden, mask))
+            else:
+                owner, (args, kwargs) = block.get_submodule(expert.owner), calls[expert.owner][number]
+                for choices in (1, 2):  # some can't be called with a single choice for each token
+                    own, named = _routed_to(expert.number, args, kwargs, hidden, mask, choices)
+                    with suppress(ValueError, IndexError, RuntimeError):
+                        owner(*own, **named)
+        if not seen:
+            raise UserError(
+                f"{self._where}: {expert.owner} can't be called for one expert alone; "
+                "choose experts.policy=shared, rtn or keep"
+            )
+        return seen[0]
+
+    def _input(
+        self, expert: "_Expert", number: int, calls: dict[str, dict[int, Arguments]]
+    ) -> Float[Tensor, "tokens width"]:
         """Hidden states of all tokens of batch `number` that enter the experts, padding included.
 
         Raises:
             UserError: the experts do not read rows of it.
         """
-        hidden = self._find_input(expert, number)
+        hidden = self._find_input(expert, number, calls)
         if hidden is None or not self._rows.get(expert.owner, False):
             raise UserError(
                 f"{self._where}: the experts of {expert.owner} do not read rows of what enters it, so few tokens "
@@ -222,12 +269,14 @@ class Routes:
             )
         return hidden
 
-    def _find_input(self, expert: "_Expert", number: int) -> Float[Tensor, "tokens width"] | None:
+    def _find_input(
+        self, expert: "_Expert", number: int, calls: dict[str, dict[int, Arguments]]
+    ) -> Float[Tensor, "tokens width"] | None:
         """Hidden states that batch `number` calls the experts with; None where no module above them was called."""
         for path in expert.above:
-            call = self._calls.get(path, {}).get(number)
+            call = calls.get(path, {}).get(number)
             if call is not None:
-                hidden = next(t for t in (*call[0], *call[1].values()) if isinstance(t, Tensor))
+                hidden = _first_tensor(call)
                 return hidden.reshape(-1, hidden.shape[-1])
         return None
 
@@ -262,6 +311,11 @@ class _Expert:
         return cls(int(site.expert or 0), own, above[0], tuple(above))
 
 
+def _first_tensor(call: Arguments) -> Tensor:
+    """The first tensor among a call's arguments: hidden states."""
+    return next(t for t in (*call[0], *call[1].values()) if isinstance(t, Tensor))
+
+
 def _real_tokens(
     x: Float[Tensor, "tokens width"], mask: Bool[Tensor, "batch tokens"] | None
 ) -> Float[Tensor, "real width"]:
@@ -269,9 +323,9 @@ def _real_tokens(
 
 
 def _routed_to(
-    expert: int, args: tuple, kwargs: Mapping[str, Any], hidden: Tensor, mask: Tensor | None
+    expert: int, args: tuple, kwargs: Mapping[str, Any], hidden: Tensor, mask: Tensor | None, choices: int
 ) -> tuple[tuple, dict[str, Any]]:
-    """A call's arguments with all real tokens routed to one expert, in place of the router's choices (tokens, k)."""
+    """A call's arguments with all real tokens routed to one expert, as often as `choices`, in place of the router's."""
     chosen = [t for t in _integers((*args, *kwargs.values())) if t.dim() == 2 and len(t) == len(hidden)]
     shape = chosen[0].shape if chosen else None
 
@@ -279,7 +333,7 @@ def _routed_to(
         if not isinstance(value, Tensor) or value.dim() != 2 or len(value) != len(hidden):
             return value
         if value.shape == shape:
-            value = value[:, :1] if value.is_floating_point() else torch.full_like(value[:, :1], expert)
+            value = value[:, :choices] if value.is_floating_point() else torch.full_like(value[:, :choices], expert)
         return _real_tokens(value, mask)
 
     return tuple(map(changed, args)), {key: changed(value) for key, value in kwargs.items()}

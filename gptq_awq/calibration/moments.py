@@ -97,12 +97,13 @@ class Moments:
         """True at columns whose input was always zero: diag(H) = 0."""
         return self.hessian.diagonal() == 0
 
-    def inverse_factor(self, damping: float, act_order: bool) -> "Factor":
+    def inverse_factor(self, damping: float, act_order: bool, unit: int = 1) -> "Factor":
         """Upper Cholesky factor U of the damped inverse Hessian, shared by the site's linears.
 
         Args:
             damping: λ, relative to the mean of diag(H); raised where H + λ mean(diag H) I does not factor.
             act_order: permute columns by descending diag(H) first.
+            unit: number of neighbouring columns that stay together in that order, by their mean.
 
         Returns:
             U (in, in); the column order it is in (None: natural); the damping used.
@@ -110,12 +111,12 @@ class Moments:
         Raises:
             NotPositiveDefiniteError: see `linalg.inverse_cholesky`.
         """
-        key = (damping, act_order)
+        key = (damping, act_order, unit if act_order else 1)
         if key not in self._factors:
-            self._remember(key, lambda: self._factor(damping, act_order))
+            self._remember(key, lambda: self._factor(*key))
         return self._factors[key]
 
-    def _remember(self, key: tuple[float, bool], compute: Callable[[], "Factor"]) -> None:
+    def _remember(self, key: "FactorKey", compute: Callable[[], "Factor"]) -> None:
         factor = self.keep(self.hessian, key, compute)
         self._factors.clear()  # one factor at a time: they are as large as H
         self._factors[key] = factor
@@ -125,44 +126,54 @@ class Moments:
         self._factors.clear()
         self._shared.clear()
 
-    def _factor(self, damping: float, act_order: bool) -> "Factor":
-        order = self._order(act_order)
+    def _factor(self, damping: float, act_order: bool, unit: int) -> "Factor":
+        order = self._order(act_order, unit)
         with phase("factor", len(self.hessian)):
             factor, used = inverse_cholesky(self.hessian, damping, order)
         return factor, order, used
 
-    def _order(self, act_order: bool) -> Int[Tensor, "in"] | None:
-        """Order in which GPTQ visits columns: descending diag(H) with act_order, else None (natural order)."""
+    def _order(self, act_order: bool, unit: int = 1) -> Int[Tensor, "in"] | None:
+        """Order in which GPTQ visits columns: descending diag(H) with act_order, else None (natural order).
+
+        Columns of a unit stay together, in their natural order, by their mean.
+        """
+        if not act_order:
+            return None
         diagonal = torch.where(self.dead(), 1.0, self.hessian.diagonal())
-        return torch.argsort(diagonal, descending=True) if act_order else None
+        if unit == 1:
+            return torch.argsort(diagonal, descending=True)
+        order = torch.argsort(diagonal.view(-1, unit).mean(1), descending=True)
+        return (order[:, None] * unit + torch.arange(unit, device=order.device)).flatten()
 
 
-def factor_together(sites: Sequence[Moments], damping: float, act_order: bool) -> None:
+def factor_together(sites: Sequence[Moments], damping: float, act_order: bool, unit: int = 1) -> None:
     """Compute `inverse_factor` of several sites of one width in one batched factorization, for later calls.
 
     A site for which this damping does not suffice is factored by itself; one that does not factor at all is left out.
     """
-    key = (damping, act_order)
+    key = (damping, act_order, unit if act_order else 1)
     missing = [site for site in sites if key not in site._factors]
     if len(missing) < 2:
         return
 
     @functools.cache
     def found() -> list[Factor | None]:
-        orders = [site._order(act_order) for site in missing]
+        orders = [site._order(act_order, unit) for site in missing]
         with phase("factor", len(missing[0].hessian), len(missing)):
             factors = inverse_choleskys([site.hessian for site in missing], damping, orders)
         return [None if U is None else (U, order, damping) for U, order in zip(factors, orders, strict=True)]
 
     for i, site in enumerate(missing):
         with suppress(NotPositiveDefiniteError):
-            site._remember(key, lambda i=i, site=site: found()[i] or site._factor(damping, act_order))
+            site._remember(key, lambda i=i, site=site: found()[i] or site._factor(*key))
 
 
 Factor = tuple[Float[Tensor, "in in"], Int[Tensor, "in"] | None, float]
 """Upper factor U of the damped inverse Hessian, the column order it is in (None: natural), and the damping used."""
-Keep = Callable[[Tensor, tuple[float, bool], Callable[[], Factor]], Factor]
-"""Maps H, (damping, act_order) and a function that computes that factor to the factor, kept from earlier or new."""
+FactorKey = tuple[float, bool, int]
+"""Damping, act_order, and the number of columns that stay together in that order."""
+Keep = Callable[[Tensor, FactorKey, Callable[[], Factor]], Factor]
+"""Maps H, what a factor is asked for by, and a function that computes it to the factor, kept from earlier or new."""
 
 
 class MomentsSum:
@@ -222,10 +233,7 @@ class MomentsSum:
         if x.device.type == "cuda" and x.dtype != torch.float32:
             self._xx += torch.mm(x.T, x, out_dtype=torch.float32)
         else:
-            x = x.float()
-            for a in range(0, x.shape[1], BLOCK):
-                b = min(a + BLOCK, x.shape[1])
-                self._xx[a:b, a:].addmm_(x[:, a:b].T, x[:, a:])
+            add_upper_products(self._xx, x.float())
         self._abs += x.abs().sum(0, dtype=torch.float32)
 
     def _add_cross(self, x: Float[Tensor, "tokens in"], full: Float[Tensor, "tokens in"]) -> None:
@@ -265,7 +273,7 @@ class MomentsSum:
             )
         cross = None if cross is None else cross.div_(self._tokens)
         mean = self._abs / self._tokens
-        return Moments(_mirrored(products.div_(self._tokens)), mean, self._tokens, self._max, cross)
+        return Moments(mirrored(products.div_(self._tokens)), mean, self._tokens, self._max, cross)
 
     def _sum_over_ranks(
         self, products: Tensor | None, cross: Tensor | None, ranks: Ranks
@@ -296,7 +304,14 @@ def _real_tokens(x: Float[Tensor, "*batch in"], mask: Bool[Tensor, "*batch"] | N
     return x[mask if mask.numel() != x.shape[:-1].numel() else mask.view(x.shape[:-1])]  # batch 1 tokens: MLA
 
 
-def _mirrored(upper: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+def add_upper_products(into: Float[Tensor, "n n"], x: Float[Tensor, "tokens n"]) -> None:
+    """Add Σ x xᵀ to the blocks on and above the diagonal, which is half the work of the whole."""
+    for a in range(0, x.shape[1], BLOCK):
+        b = min(a + BLOCK, x.shape[1])
+        into[a:b, a:].addmm_(x[:, a:b].T, x[:, a:])
+
+
+def mirrored(upper: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """Complete a symmetric matrix, in place, from its part on and above the diagonal."""
     for a in range(0, len(upper), BLOCK):
         b = min(a + BLOCK, len(upper))

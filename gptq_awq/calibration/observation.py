@@ -5,7 +5,6 @@ these observations are computed once and kept in a journal, the `ObservationCach
 reads instead of calibrating.
 """
 
-import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,10 +19,10 @@ from torch import Tensor, nn
 
 from gptq_awq.calibration.activations import Activations, keep_block
 from gptq_awq.calibration.expert_policy import ExpertPolicy
-from gptq_awq.calibration.moments import Factor, Keep, Moments, pack_symmetric, unpack_symmetric
+from gptq_awq.calibration.moments import Factor, FactorKey, Keep, Moments, pack_symmetric, unpack_symmetric
 from gptq_awq.calibration.sequential import observe_forward
 from gptq_awq.errors import UserError
-from gptq_awq.models.blocks import Call
+from gptq_awq.models.blocks import Call, in_dtype
 from gptq_awq.models.linear import Absorber, Site
 from gptq_awq.models.offload import read_ahead, resident
 from gptq_awq.models.topology import observe_sites
@@ -68,11 +67,6 @@ class ObservationCache:
     room: int
 
 
-def in_dtype(block: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The block in `dtype`: itself where its parameters have it, else a copy."""
-    return block if next(block.parameters()).dtype == dtype else copy.deepcopy(block).to(dtype)
-
-
 @dataclass(frozen=True)
 class Observer:
     """Observes one block after the other on the activations that enter it.
@@ -111,6 +105,9 @@ def passing(observer: Observer, blocks: nn.ModuleList, dtype: torch.dtype, start
     for index in range(start, len(blocks)):
         if index + 1 < len(blocks):
             read_ahead(blocks[index + 1])
+        if not observer.activations.enter(index):
+            yield Observation([], [], observer.activations.probe.hidden, Call())
+            continue
         with torch.no_grad(), resident(blocks[index]):
             sites = observer.sites(blocks[index], index, sites)
             seen = observer.observe(in_dtype(blocks[index], dtype), index, sites, advance=True)
@@ -268,14 +265,15 @@ def _keep(path: Path, device: torch.device) -> Keep:
     A solver that changes H, and then factors it, has a file of its own for that.
     """
 
-    def keep(hessian: Tensor, key: tuple[float, bool], compute: Callable[[], Factor]) -> Factor:
+    def keep(hessian: Tensor, key: FactorKey, compute: Callable[[], Factor]) -> Factor:
         def packed() -> ChecksummedFile:
             U, order, used = compute()
             tensors = {"factor": pack_symmetric(U), "order": torch.empty(0) if order is None else order}
             return ChecksummedFile(tensors, {"used": used, "width": len(U)})
 
-        damping, act_order = key
-        name = f"{path.name}-{factor_sha256(hessian, damping, act_order)[:32]}.safetensors"
+        damping, act_order, unit = key
+        together = "" if unit == 1 else f"-{unit}"
+        name = f"{path.name}-{factor_sha256(hessian, damping, act_order)[:32]}{together}.safetensors"
         kept = once(path.with_name(name), "factor of the Hessian", packed)
         U = unpack_symmetric(kept.tensors["factor"], kept.facts["width"]).triu().to(device)
         return U, kept.tensors["order"].to(device) if act_order else None, kept.facts["used"]

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gptq_awq.calibration.moments import add_upper_products, mirrored
 from gptq_awq.calibration.output_gradients import mean_over_tokens
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
@@ -68,6 +69,8 @@ class OutputCurvature:
         observed = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
         found = mean_over_tokens(observed, tokens, self._products, self.seed, self.draws, track)
         for name, curvature in found.items():
+            for block in curvature.split(curvature.shape[1]):
+                mirrored(block[:, : len(block)])
             if not torch.isfinite(curvature).all():
                 raise UserError(
                     f"method.output_curvature: gradients at {name} are not finite; try compute_dtype=float32"
@@ -83,6 +86,10 @@ class OutputCurvature:
         compute = partial(self.gather, model, tokens, dtype, track)
         return dict(once(path, "output curvature", lambda: ChecksummedFile(compute())).tensors)
 
+    def unit(self, out: int) -> Float[Tensor, "out n"]:
+        """H_O of a linear whose outputs all count alike, in the layout of `gather`: no feedback among rows."""
+        return self._blocks([torch.eye(len(rows)) for rows in torch.arange(out).split(self.rows)])
+
     def needed_bytes(self, model: Any, length: int, dtype: torch.dtype) -> int:
         """Bytes that gathering H_O allocates, about: the curvature itself, one window's activations, and a copy.
 
@@ -96,9 +103,15 @@ class OutputCurvature:
         return kept + 2 * activations + logits + copied * dtype.itemsize
 
     def _products(self, gradients: Float[Tensor, "tokens out"]) -> Float[Tensor, "out n"]:
-        """Sum of g gᵀ over tokens, in diagonal blocks below each other; the last one is padded with zeros."""
-        parts = gradients.split(self.rows, 1)
-        if len(parts) == 1:
-            return gradients.T @ gradients
-        blocks = [part.T @ part for part in parts]
+        """Sum of g gᵀ over tokens on and above the diagonal, in diagonal blocks; half the work of the whole."""
+        blocks = []
+        for part in gradients.split(self.rows, 1):
+            blocks.append(part.new_zeros(part.shape[1], part.shape[1]))
+            add_upper_products(blocks[-1], part)
+        return self._blocks(blocks)
+
+    def _blocks(self, blocks: list[Float[Tensor, "_ _"]]) -> Float[Tensor, "out n"]:
+        """Diagonal blocks below each other; the last one is padded with zeros."""
+        if len(blocks) == 1:
+            return blocks[0]
         return torch.cat([torch.nn.functional.pad(each, (0, self.rows - each.shape[1])) for each in blocks])

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.models.blocks import find_blocks, hooks
 from gptq_awq.models.linear import is_linear
+from gptq_awq.numerics.sampling import sampled
 from gptq_awq.runtime.progress import Track, no_track
 
 Statistic = Callable[[Float[Tensor, "tokens out"]], Tensor]
@@ -66,9 +67,8 @@ def _backward(
 ) -> None:
     with torch.enable_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0].float()
-        p = logits.detach().softmax(-1).cpu()
         for left in reversed(range(draws)):
-            drawn = torch.multinomial(p, 1, generator=draw)[:, 0].to(logits.device)
+            drawn = sampled(logits.detach(), draw)[:, 0]
             loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
             loss.backward(inputs=entering, retain_graph=left > 0)
 

@@ -25,6 +25,7 @@ from gptq_awq.data.tokens import TokenSet, make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import head_size, key_value_heads, text_config
 from gptq_awq.models.offload import offloaded
+from gptq_awq.numerics.sampling import sampled
 from gptq_awq.runtime.options import PositiveFloat, PositiveInt, Seed, checked_dataclass
 from gptq_awq.runtime.progress import Track, no_track
 
@@ -133,10 +134,9 @@ def _continued(model: Any, prompts: Int[Tensor, "n prompt"], new: int, drawn: "_
 
 
 class _Drawn(LogitsProcessor):
-    """Samples one token per window from softmax(logits / T), by inverting its cumulative distribution function.
+    """Samples one token per window from softmax(logits / T), with a generator of its own.
 
-    The scores it returns are one-hot, so that greedy generation takes the sampled token. On a CPU this is twelve times
-    as fast as torch.multinomial, and it has a generator of its own.
+    The scores it returns are one-hot, so that greedy generation takes the sampled token.
     """
 
     def __init__(self, temperature: float, seed: int, device: torch.device, steps: Iterator[int]) -> None:
@@ -145,7 +145,5 @@ class _Drawn(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:  # noqa: ARG002
         next(self._steps, None)
-        cumulative = (scores.float() / self._temperature).softmax(-1).cumsum(-1)
-        u = torch.rand(len(cumulative), 1, generator=self._generator, device=cumulative.device) * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, u, right=True).clamp_(max=cumulative.shape[1] - 1)
-        return torch.zeros_like(cumulative).scatter_(1, token, 1.0)
+        token = sampled(scores, self._generator, self._temperature)
+        return torch.zeros_like(scores, dtype=torch.float32).scatter_(1, token, 1.0)

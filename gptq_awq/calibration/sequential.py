@@ -12,11 +12,13 @@ An expert is reached by some batches only, so a batch pauses at the next site th
 paused inside of the experts are kept even where activations are recomputed: they hold little, and experts are many.
 
 Where the method compares with full precision, each batch has two forwards, of the quantized block and of a copy from
-before it was solved. Both pause at the same sites, where their inputs are paired.
+before it was solved. Both pause at the same sites, where their inputs are paired; within experts, a third one takes the
+quantized router's choices (`_Batch`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -33,6 +35,7 @@ from gptq_awq.models.blocks import hooks
 from gptq_awq.models.linear import Site
 from gptq_awq.runtime.profiling import phase
 
+QUANTIZED, FULL, FORCED = "quantized", "full", "forced"
 OnSite = Callable[[Site, Moments], None]
 """Called with a site and the moments of its input, once all batches wait there; it may change the site's weights."""
 
@@ -61,13 +64,12 @@ def staged_forward(
         policy: policy for experts that few tokens reach.
 
     Raises:
-        UserError: a batch that doesn't pass an ordinary site, or passes sites in another order; experts, with `full`.
+        UserError: a batch that doesn't pass an ordinary site, or passes sites in another order; experts that can't be
+            called with the tokens of others, with `full`.
     """
-    if full is not None and any(site.expert is not None for site in sites):
-        raise no_pairing(f"block {index}: the method")
-    routes = Routes(block, sites, activations.batches, policy, f"block {index}", activations.ranks)
+    routes = Routes(block, sites, activations.batches, policy, f"block {index}", activations.ranks, full)
     stage = _Stage(sites, routes, f"block {index}")
-    batches = [_Batch(batch, index, block, full) for batch in activations.batches]
+    batches = [_Batch(batch, index, block, full, sites, routes) for batch in activations.batches]
     device, end = next(block.parameters()).device, len(sites)
     with stage.hooked(block, full, batches), faster_attention_of(block):
         for position, site in enumerate(sites):
@@ -90,17 +92,20 @@ class _Forward(greenlet):
 
     Attributes:
         activations: the batch.
+        role: QUANTIZED, FULL or FORCED, as `_Batch` has them.
         at: index of the site that it passed last, or is paused at; -1 before the first.
         x: input of the site that it is paused at.
         mask: True at real tokens of `x`; None when all are.
+        earlier: inputs of sites that are called again, by the site's index.
         modes: torch's function modes outside of the forward.
     """
 
-    def __init__(self, run: Callable[[], None], batch: BatchActivations) -> None:
+    def __init__(self, run: Callable[[], Any], batch: BatchActivations, role: str) -> None:
         super().__init__(run)
-        self.activations, self.at = batch, -1
+        self.activations, self.role, self.at = batch, role, -1
         self.x: Tensor | None = None
         self.mask: Tensor | None = None
+        self.earlier: dict[int, list[Tensor]] = {}
         self.modes = _get_current_function_mode_stack()
 
     def wait(self) -> None:
@@ -121,48 +126,95 @@ class _Forward(greenlet):
 
 
 class _Batch:
-    """One batch's forwards through a block: of its full-precision copy, if there is one, and of the block itself.
+    """One batch's forwards through a block: of the block itself, and of its full-precision copy, if there is one.
+
+    A full-precision token may go to other experts than its quantized self. So its forward does not wait at experts;
+    there, the quantized forward has another companion: full precision's experts, called with full precision's inputs
+    and the quantized router's choices.
 
     Attributes:
         activations: the batch.
-        at: index of the site that the forwards are paused at; at the block's end, the number of sites.
-        forwards: the paused forwards; none where they were given up.
+        at: index of the site that the forward is paused at; at the block's end, the number of sites.
+        own: the quantized block's forward; None where it was given up.
+        forced: full precision's experts on the tokens of the quantized ones; None outside of experts.
     """
 
-    def __init__(self, batch: BatchActivations, index: int, block: nn.Module, full: nn.Module | None) -> None:
+    def __init__(
+        self,
+        batch: BatchActivations,
+        index: int,
+        block: nn.Module,
+        full: nn.Module | None,
+        sites: Sequence[Site],
+        routes: Routes,
+    ) -> None:
         self.activations, self.at = batch, -1
-        self.forwards: list[_Forward] = []
-        self._call, self._block, self._full = batch.calls[index], block, full
+        self.own: _Forward | None = None
+        self.forced: _Forward | None = None
+        self._paired: _Forward | None = None
+        self._index, self._block, self._full, self._sites, self._routes = index, block, full, sites, routes
 
     def run(self, position: int, end: int) -> None:
         """Run on to the first site, from index `position` on, that this batch reaches, or to the block's `end`."""
-        if self.at > position or (self.at == position and self.forwards):
+        if self.at > position or (self.at == position and self.own is not None):
             return
-        self.forwards = self.forwards or self._begin()
-        for forward in self.forwards:
-            forward.switch()
-        reached = {end if forward.dead else forward.at for forward in self.forwards}
-        self.at = reached.pop() if len(reached) == 1 else -1  # they part: `_Stage.add` raises, as no site is at -1
+        own, paired = self._begin() if self.own is None else (self.own, self._paired)
+        if paired is not None and not paired.dead and paired.at == own.at:
+            paired.switch()
+        own.switch()
+        self.at = end if own.dead else own.at
+        if self.at < end and self._sites[self.at].expert is not None:
+            if paired is not None:
+                self._force(self._sites[self.at])
+        elif paired is not None:
+            self._drop_forced()
+            if (end if paired.dead else paired.at) != self.at:
+                self.at = -1  # they part: `_Stage.add` raises, as no site is at -1
+
+    def full_input(self) -> Tensor | None:
+        """Full precision's input at the site that the forwards are paused at; None where there is none."""
+        if self._paired is None:
+            return None
+        at_expert = self._sites[self.at].expert is not None
+        return self.forced.x if at_expert and self.forced is not None else self._paired.x
 
     def drop(self) -> None:
         """Give the paused forwards up, with the activations that they hold; they begin anew at the next `run`."""
-        for forward in self.forwards:
-            forward.throw()  # raises GreenletExit where it is paused
-        self.forwards = []
+        self._drop_forced()
+        for forward in (self.own, self._paired):
+            if forward is not None:
+                forward.throw()  # raises GreenletExit where it is paused
+        self.own = self._paired = None
 
-    def _begin(self) -> list[_Forward]:
-        batch, call = self.activations, self._call
+    def _force(self, site: Site) -> None:
+        """Bring full precision's experts to the site that the quantized ones wait at."""
+        if self.forced is None or self.forced.dead:
+            run = self._routes.forced(site, self.activations.number)
+            self.forced = _Forward(run, self.activations, FORCED)
+        assert self.own is not None
+        if self.forced.at < self.own.at:
+            self.forced.switch()
+        if self.forced.dead or self.forced.at != self.at or self.forced.x is None:
+            raise no_pairing(f"block {self._index}: the method")
+
+    def _drop_forced(self) -> None:
+        if self.forced is not None and not self.forced.dead:
+            self.forced.throw()
+        self.forced = None
+
+    def _begin(self) -> tuple[_Forward, _Forward | None]:
+        batch, index = self.activations, self._index
 
         def quantized() -> None:
-            batch.hidden = call.run(self._block, batch.hidden)
+            batch.pass_through(self._block, index)
 
         def full_precision() -> None:
             assert self._full is not None
-            assert batch.full is not None
-            batch.full = call.run(self._full, batch.full)
+            batch.pass_full_through(self._full, index)
 
-        runs = [quantized] if self._full is None else [full_precision, quantized]
-        return [_Forward(run, batch) for run in runs]
+        self._paired = None if self._full is None else _Forward(full_precision, batch, FULL)
+        self.own = _Forward(quantized, batch, QUANTIZED)
+        return self.own, self._paired
 
 
 class _Stage:
@@ -192,9 +244,9 @@ class _Stage:
         assert self._sum is not None
         site = self._sites[self._position]
         if batch.at == self._position:
-            *full, own = batch.forwards
-            assert own.x is not None
-            self._sum.add(own.x, own.mask, full[0].x if full else None)
+            assert batch.own is not None
+            assert batch.own.x is not None
+            self._sum.add(batch.own.x, batch.own.mask, batch.full_input())
         elif site.expert is None:
             raise UserError(f"{self._where}: not every calibration batch passes {site.name}, which is no expert's")
 
@@ -219,17 +271,27 @@ class _Stage:
             forward = getcurrent()
             if not isinstance(forward, _Forward):
                 return  # an expert called by `Routes`, outside of any batch's forward
+            if forward.role == FULL and site.expert is not None:
+                return
+            earlier = forward.earlier.setdefault(position, []) if site.calls > 1 else []
+            if len(earlier) + 1 < site.calls:
+                earlier.append(args[0])
+                return
             if position <= forward.at:
                 raise UserError(
                     f"{self._where}: passes {site.name} after {self._sites[forward.at].name}, which a few tokens "
                     "showed in another order; its inputs would be lost"
                 )
             forward.at = position
-            if site.expert is not None:
+            if site.expert is not None and forward.role == QUANTIZED:
                 self._routes.check(site, args[0], forward.activations.number)
             if position < self._position:
                 return
-            forward.x, forward.mask = args[0], self._mask(site, args[0], forward.activations)
+            mask = None if forward.role == FORCED else self._mask(site, args[0], forward.activations)
+            forward.x, forward.mask = args[0], mask
+            if earlier:
+                forward.x, forward.mask = _joined([*earlier, args[0]], forward.mask)
+                earlier.clear()
             forward.wait()
             forward.x = forward.mask = None
 
@@ -242,10 +304,16 @@ class _Stage:
         return self._picked.mask(site, x, batch.mask, self._where)
 
 
+def _joined(inputs: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The rows of a site's inputs of several calls, and the mask of them all."""
+    rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
+    return rows, None if mask is None else torch.cat([mask.flatten()] * len(inputs))
+
+
 def _number() -> int | None:
-    """Number of the batch whose forward is running; None outside of forwards."""
+    """Number of the batch whose forward is running; None outside of forwards, and within what is forced."""
     forward = getcurrent()
-    return forward.activations.number if isinstance(forward, _Forward) else None
+    return forward.activations.number if isinstance(forward, _Forward) and forward.role != FORCED else None
 
 
 @torch.no_grad()
@@ -295,7 +363,8 @@ def observe_forward(
         for batch in activations.batches:
             now = batch
             with phase("forward", *batch.hidden.shape[:2]):
-                out = batch.calls[index].run(block, batch.hidden)
-            if advance:
-                batch.hidden = out
+                if advance:
+                    batch.pass_through(block, index)
+                else:
+                    batch.calls[index].run(block, batch.hidden)
     return [routes.finish(site, total) for site, total in zip(sites, sums, strict=True)]

@@ -29,6 +29,7 @@ class Corpus(ABC):
         packing: "windows" (random windows of the joined text) or "documents" (one row each, padded, masked).
         chat_template: whether to make each document a user's turn of a chat.
         add_bos: whether to begin each row with the BOS token.
+        imatrix: llama.cpp's importance matrix, read instead of any text by grid.search=hessian; None: none.
     """
 
     samples: PositiveInt = 32
@@ -36,6 +37,7 @@ class Corpus(ABC):
     packing: Literal["windows", "documents"] = "windows"
     chat_template: bool = False
     add_bos: bool = False
+    imatrix: InputPath | None = None
 
     @abstractmethod
     def text(self, option: str = "data") -> Text:

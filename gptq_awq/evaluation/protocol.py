@@ -18,6 +18,7 @@ from gptq_awq.runtime.options import ComputeDtype, InputPath, PositiveInt, check
 
 if TYPE_CHECKING:
     from gptq_awq.evaluation.harness import Tasks
+    from gptq_awq.evaluation.samples.prompts import Prompt
 
 
 @checked_keywords
@@ -66,6 +67,8 @@ class Evaluation:
         num_fewshot: examples in the prompt; None: as the task says.
         include_path: folder of the user's own task yaml files.
         batch_size: items per forward.
+        samples: file of prompts that both models go on from, greedily: text to read, in OUT/samples.jsonl.
+        sample_tokens: most tokens that they write after each.
         compute_dtype: dtype of both models' forwards: auto, float32 (as the weights are), bfloat16 or float16.
 
     Raises:
@@ -83,6 +86,8 @@ class Evaluation:
     include_path: InputPath | None = None
     batch_size: PositiveInt = 8
     compute_dtype: ComputeDtype = "float32"
+    samples: InputPath | None = None
+    sample_tokens: PositiveInt = 64
 
     def __post_init__(self) -> None:
         chosen(self.metrics, self.metric)
@@ -117,6 +122,14 @@ class Evaluation:
             return (corpus or LocalText(path=entry, field=self.perplexity.field)).text("eval.texts")
         except UserError as error:
             raise UserError(_in_options_of_texts(str(error), entry, corpus is None)) from error
+
+    def prompts(self) -> "tuple[Prompt, ...]":
+        """Prompts of `samples`; none without. Raises UserError naming the option."""
+        if self.samples is None:
+            return ()
+        from gptq_awq.evaluation.samples.prompts import read_prompts
+
+        return read_prompts(Path(self.samples).expanduser(), "eval.samples")
 
     def load_tasks(self, seed: int) -> "Tasks | None":
         """Load lm-eval's tasks with their data; None if there are none. Raises UserError."""

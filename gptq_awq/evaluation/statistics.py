@@ -65,6 +65,33 @@ def resampled_means(
     return (sums @ draws.T) / (draws @ lengths)
 
 
+def resampled_quantiles(
+    series: Float[np.ndarray, "windows tokens"],
+    levels: Sequence[float],
+    block: int = BLOCK,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Float[np.ndarray, "levels resamples"]:
+    """Quantiles over tokens of one series in every bootstrap resample of blocks.
+
+    A quantile here is the smallest value that at least its share of the drawn tokens don't exceed. Raises ValueError
+    if there are fewer than `MIN_BLOCKS` blocks.
+    """
+    windows, tokens = series.shape
+    per_window = -(-tokens // block)
+    if (count := windows * per_window) < MIN_BLOCKS:
+        raise ValueError(f"{count} blocks of {block} tokens are too few to bootstrap")
+    order = np.argsort(series, axis=None, kind="stable")
+    block_of_token = order // tokens * per_window + order % tokens // block
+    ranked, found = series.ravel()[order], []
+    size = max(1, _CHUNK // series.size)
+    draws = _draws(count, resamples, seed).astype(np.int32)
+    for first in range(0, resamples, size):
+        drawn = draws[first : first + size, block_of_token].cumsum(1, dtype=np.int32)
+        found.append([[np.searchsorted(own, level * own[-1]) for own in drawn] for level in levels])
+    return ranked[np.concatenate(found, axis=1)]
+
+
 def interval(samples: Float[np.ndarray, "resamples"]) -> Interval:
     """95% percentile interval (low, high) of bootstrap samples."""
     low, high = np.quantile(samples, [LEVEL / 2, 1 - LEVEL / 2])

@@ -30,7 +30,8 @@ def token_metrics(tokens: PairedTokens, metrics: Sequence[TokenMetric], seed: in
         log.warning("%s: no intervals (%s); more eval.perplexity.windows would give them", name, error)
         return found
     for prefix, metric in zip(prefixes, metrics, strict=True):
-        found |= {f"{prefix}{suffix}": list(interval(of)) for suffix, of in metric.intervals(means).items()}
+        samples = metric.intervals(means) | metric.resampled(tokens, seed)
+        found |= {f"{prefix}{suffix}": list(interval(of)) for suffix, of in samples.items()}
     return found
 
 

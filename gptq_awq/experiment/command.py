@@ -33,10 +33,13 @@ def main() -> None:
         sys.stdout.write(help_text(_config_dir(arguments)))
         return
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come out of `task` instead of being printed by Hydra
-    sys.argv += _folder_of_hydra(arguments)
     try:
         check_plugins(arguments)
-        task()
+        if "--dry-run" in arguments:
+            _list_runs(arguments)
+        else:
+            sys.argv += _folder_of_hydra(arguments)
+            task()
     except UserError as error:
         _refuse(str(error))
     except (HydraException, OmegaConfBaseException) as error:
@@ -48,13 +51,23 @@ def main() -> None:
         _refuse(f"{option}={error.filename or '?'}: cannot be written ({error.strerror}); name another folder")
 
 
+def _list_runs(arguments: list[str]) -> None:
+    from gptq_awq.experiment.forecasting.listing import listing
+
+    with listing(arguments) as composed:
+        sys.argv[1:] = composed
+        task()
+
+
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
 def task(cfg: DictConfig) -> float | tuple[float, ...]:
     """Run one experiment; returns what a search minimizes."""
     try:
         check_options(cfg)  # before the imports below, which take seconds
     except UserError as error:
-        return _failed(cfg, error, stored=False)
+        return _listed(cfg, error) if cfg.dry_run is True else _failed(cfg, error, stored=False)
+    if cfg.dry_run:
+        return _listed(cfg)
     from gptq_awq.experiment.run import run
     from gptq_awq.experiment.sweeps.sweep import objective
 
@@ -66,6 +79,24 @@ def task(cfg: DictConfig) -> float | tuple[float, ...]:
         end(stop, f"what is finished is kept for {cfg.out}; type the same command again to go on")
 
 
+def _listed(cfg: DictConfig, mistake: UserError | None = None) -> float:
+    """Note a run instead of computing it; one with a mistake is listed with it."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from gptq_awq.experiment.forecasting.listing import ListedRun, check_listable, list_run, note
+
+    check_listable(HydraConfig.get().runtime.choices["hydra/sweeper"])
+    out = Path(HydraConfig.get().runtime.output_dir)
+    folder = out if out.name == "one" else Path(HydraConfig.get().sweep.dir)
+    try:
+        if mistake is not None:
+            raise mistake
+        list_run(cfg, folder)
+    except UserError as error:
+        note(ListedRun(HydraConfig.get().job.override_dirname, f"error: {error}"), folder)
+    return 0.0
+
+
 def _failed(cfg: DictConfig, error: UserError, stored: bool) -> float | tuple[float, ...]:
     """End the command; in a sweep, whose other runs go on, the objective's worst value for this run."""
     from hydra.core.hydra_config import HydraConfig
@@ -74,14 +105,17 @@ def _failed(cfg: DictConfig, error: UserError, stored: bool) -> float | tuple[fl
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         remove_empty_folder(Path(HydraConfig.get().runtime.output_dir))
         _refuse(str(error))
+    from gptq_awq.experiment.sweeps.progress import tell_failed
     from gptq_awq.experiment.sweeps.sweep import no_objective, store_failure
     from gptq_awq.numerics.distributed import RankLostError
 
     if isinstance(error, RankLostError):
         _refuse(str(error))
-    sys.stderr.write(f"error: {error}\n")
     if not stored:
         store_failure(cfg, error)
+    log = Path(cfg.out) / "run.log"
+    folder, number = Path(HydraConfig.get().sweep.dir), HydraConfig.get().job.num
+    tell_failed(cfg, folder, number, str(error).splitlines()[0], log if log.is_file() else None)
     return no_objective(cfg.objective)
 
 

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 LEDGER = "ledger.jsonl"
 UNFINISHED = "ledger.partial.jsonl"
 CHECKPOINTS = "checkpoints"
-FILES = ("config.yaml", LEDGER, "allocation.json", "scores.npz", FILE_NAME)
+FILES = ("config.yaml", LEDGER, "allocation.json", "scores.npz", "samples.jsonl", FILE_NAME)
 """Files that a finished run is made of, beside its checkpoints; the row is last, so that it never stands alone."""
 CARD = "README.md"
 VERIFICATION = "verification.json"

@@ -79,7 +79,8 @@ def _files(plan: Plan) -> Iterator[Path]:
     """Files that a run reads. Raises _UnknownError, OSError."""
     yield from _files_of(plan.model)
     if needs_calibration(plan.method, plan.grid):
-        yield from _files_of(plan.data)
+        own = plan.data.imatrix
+        yield from _files_of(plan.data) if own is None else [Path(own).expanduser()]
     yield from _evaluated(plan.evaluation)
 
 
@@ -87,6 +88,7 @@ def _evaluated(evaluation: Evaluation) -> Iterator[Path]:
     if evaluation.tasks or type(evaluation) is not Evaluation:  # lm-eval fetches what it likes
         raise _UnknownError
     own = evaluation.perplexity
+    yield from () if evaluation.samples is None else (Path(evaluation.samples).expanduser(),)
     if own is None:
         return
     texts = [evaluation.texts] if isinstance(evaluation.texts, str) else evaluation.texts

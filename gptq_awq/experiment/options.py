@@ -41,6 +41,7 @@ class RunOptions:
     bits: Bits = 4
     group_size: GroupSize = 64
     sym: bool = False
+    budget: str | float = "q4_k_m"
     head: Literal["rtn", "solve"] | None = None
     untie_head: bool = False
     seed: Seed = 0
@@ -54,8 +55,12 @@ class RunOptions:
     activations: Literal["auto", "keep", "recompute"] = "auto"
     resume: bool = True
     profile: bool = False
+    tables: bool = False
+    dry_run: bool = False
     cache_gb: NonNegative = 20
     ranks_timeout_minutes: Annotated[float, Ge(0)] = 30
+    time_budget: PositiveFloat | str | None = None
+    recipes: list[str] | None = None
     objective: str | list[str | None] | None = None
     out: str = "."
 

@@ -11,7 +11,7 @@ RENAMED = {
     "gptq_awq.self_calibration": "gptq_awq.calibration.self_calibration",
     "gptq_awq.tracking": "gptq_awq.experiment.sweeps.tracking",
     "gptq_awq.sweep.SweepEnd": "gptq_awq.experiment.sweeps.callbacks.SweepEnd",
-    "gptq_awq.plugins.SweepFolder": "gptq_awq.experiment.sweeps.callbacks.SweepFolder",
+    "gptq_awq.plugins.SweepFolder": "gptq_awq.experiment.sweeps.callbacks.SweepBegin",
 }
 """Pattern of a `_target_`'s beginning → what stands there today."""
 

@@ -4,32 +4,34 @@ Whatever can be known to be wrong is found before anything slow starts: options 
 and model when they are loaded, memory by a forecast. A mistake is a `UserError`, and leaves no results behind.
 """
 
-import json
 import logging
-from collections.abc import Callable, Generator, Iterator, Mapping
+import time
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.markdown import Markdown
 
 from gptq_awq.allocation.allocate import Allocation, allocate
 from gptq_awq.cache import leftovers
 from gptq_awq.cache.cache import prune
 from gptq_awq.evaluation.evaluate import full_precision, score
+from gptq_awq.evaluation.samples.continuation import Continuation, continue_greedily
+from gptq_awq.evaluation.samples.difference import compared
 from gptq_awq.experiment import lookup
 from gptq_awq.experiment.context import RunContext, curvature_file, load, record_of, self_calibrated
-from gptq_awq.experiment.folder import LEDGER, UNFINISHED, clear_leftovers
+from gptq_awq.experiment.folder import UNFINISHED, clear_leftovers
 from gptq_awq.experiment.forecasting.forecast import announce, compare
+from gptq_awq.experiment.input_squares import statistics_for_exports
 from gptq_awq.experiment.output_folder import remove_unused_hydra_folder
 from gptq_awq.experiment.plan import Plan, preflight
 from gptq_awq.experiment.registry import Run, alone_in
 from gptq_awq.experiment.store import store, told, writing
 from gptq_awq.experiment.summary import results_row, run_manifest
+from gptq_awq.experiment.sweeps.following import follow, follow_finished
 from gptq_awq.experiment.sweeps.sweep import (
     check_objective,
     failed,
@@ -38,11 +40,13 @@ from gptq_awq.experiment.sweeps.sweep import (
     store_failure,
     sweep_folder,
 )
-from gptq_awq.experiment.sweeps.tracking import Tracker, run_name
+from gptq_awq.experiment.sweeps.tracking import Tracker
+from gptq_awq.experiment.telling import Teller, tell_end
+from gptq_awq.experiment.time_budget import within_budget
 from gptq_awq.export.base import Source
 from gptq_awq.export.verify import Probe
 from gptq_awq.export.write import Exported
-from gptq_awq.grids.allocated import AllocatedGrid
+from gptq_awq.grids.allocated import BudgetedGrid
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.models.activations import quantized_activations
 from gptq_awq.models.offload import offloaded
@@ -52,10 +56,9 @@ from gptq_awq.quantization.footprint import Footprint
 from gptq_awq.quantization.quantize import examine, quantize
 from gptq_awq.quantization.resume import BlockResult
 from gptq_awq.quantization.targets import changes_output
-from gptq_awq.report import final_table
 from gptq_awq.results import FAILURE, FILE_NAME, Ledger, Result
 from gptq_awq.runtime import memory
-from gptq_awq.runtime.profiling import REPORT, Recorder, phase
+from gptq_awq.runtime.profiling import Recorder, phase
 from gptq_awq.runtime.progress import Track, no_track, rich_track
 from gptq_awq.runtime.runlog import Clock, RunLog
 from gptq_awq.storage.assets import cache_dir
@@ -80,67 +83,73 @@ def _run(cfg: DictConfig, ranks: Ranks) -> Result:
     cfg.out = str(cfg.out)  # out=2 is a number to the command line
     if ranks.size > 1:  # the folder is named by the time, which each looked up for itself
         cfg.out = ranks.from_first(lambda: cfg.out)
-    console = Console(stderr=True, quiet=not ranks.first)
+    console, folder = Console(stderr=True, quiet=not ranks.first), sweep_folder()
+    began = time.perf_counter()
     try:
+        cfg = within_budget(cfg, ranks, lambda line: console.print(line, soft_wrap=True, highlight=False, markup=False))
         plan = preflight(cfg, ranks)
         check_objective(cfg.get("objective"), plan.evaluation)
         remove_unused_hydra_folder(plan.out)
         recorder = Recorder(plan.profile and ranks.first)
-        with RunLog(console) as run_log, rich_track(console) as track, recorder:
-            result = execute(plan, run_log, track, console, recorder)
+        with RunLog(console) as run_log, rich_track(console, brief=folder is not None) as track, recorder:
+            try:
+                result, taken = execute(plan, run_log, track, Teller(console, folder is not None), recorder)
+            except Exception:
+                _keep_traceback(plan, run_log)
+                raise
     except Exception as error:
         known = told(error)
-        if ranks.first and sweep_folder() is not None:
+        if ranks.first and folder is not None:
             store_failure(cfg, known)
         if known is error:
             raise
         raise known from error
     if not ranks.first:
         return result
-    if plan.profile:
-        Console().print(Markdown((plan.out / REPORT).read_text()))
-    Console().print(final_table(result))
-    console.print(f"results: {plan.out / 'results.json'}", highlight=False, soft_wrap=True)
+    tell_end(plan, result, console, taken, time.perf_counter() - began, bool(cfg.get("tables", False)))
     return result
 
 
-def execute(plan: Plan, run_log: RunLog, track: Track, console: Console, recorder: Recorder) -> Result:
-    """Load and compute a planned run, or take over the finished one; the console hears what it waits for."""
+def _keep_traceback(plan: Plan, run_log: RunLog) -> None:
+    """Write the traceback of an error to run.log, of a run that has a folder: one computed, or one of a sweep."""
+    with suppress(OSError):
+        if sweep_folder() is not None:
+            run_log.open(plan.out, plan.settings.ranks.rank)
+        log.debug("stopped by an error", exc_info=True)
 
-    def say(line: str) -> None:
-        log.info("%s", line)
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
+def execute(plan: Plan, run_log: RunLog, track: Track, teller: Teller, recorder: Recorder) -> tuple[Result, bool]:
+    """Load and compute a planned run, or take over the finished one: the row, and whether it was taken over."""
     clock, ranks = Clock(), plan.settings.ranks
     memory.reset_peak(plan.device)
     key = lookup.key_of(plan) if ranks.first else None
-    if (result := ranks.from_first(lambda: _known(plan, lookup.known(key, plan.out), run_log, say))) is not None:
-        return result
+    if (result := ranks.from_first(lambda: _known(plan, lookup.known(key, plan.out), run_log, teller))) is not None:
+        return result, True
     with clock.phase("load"), phase("load"):
         context = load(plan)
     check_objective(plan.config.get("objective"), plan.evaluation, context.windows, context.tasks)
     lookup.remember(key, context.run)
-    with _alone(plan, context.run, say) if ranks.first else nullcontext():
-        if (result := ranks.from_first(lambda: _earlier(plan, context.run, run_log, say))) is not None:
-            return result
+    with _alone(plan, context.run, teller) if ranks.first else nullcontext():
+        if (result := ranks.from_first(lambda: _earlier(plan, context.run, run_log, teller))) is not None:
+            return result, True
         with _logged(plan, run_log):
             if not ranks.first:
                 _assist(plan, context)
-            result = ranks.from_first(lambda: _computed(plan, context, clock, track, say))
+            result = ranks.from_first(lambda: _computed(plan, context, clock, track, teller))
         if ranks.first:
             prune(plan.cache_bytes)
             if plan.profile:
                 with writing(plan.out):
                     recorder.write(plan.out, context.run.sha256, plan.device)
-    return result
+    return result, False
 
 
 @contextmanager
-def _alone(plan: Plan, run: Run, say: Callable[[str], None]) -> Iterator[None]:
+def _alone(plan: Plan, run: Run, teller: Teller) -> Iterator[None]:
     """Hold the locks of this run: no other process is in its folder or computes it; leftovers of kills are cleared."""
 
     def wait(what: str) -> None:
-        say(f"{what}: waiting for it")
+        teller.say(f"{what}: waiting for it")
 
     with ExitStack() as held:
         with writing(plan.out):
@@ -163,7 +172,7 @@ def _logged(plan: Plan, run_log: RunLog) -> Iterator[None]:
         log.info("%s", str(stop) or "stopped")
         raise
     except Exception as error:
-        log.debug("stopped: %s", error)
+        log.info("stopped: %s", error)
         if rank == 0:
             with suppress(OSError):
                 (plan.out / UNFINISHED).unlink()
@@ -175,35 +184,35 @@ def _reuses(plan: Plan) -> bool:
     return plan.resume and not plan.profile
 
 
-def _known(plan: Plan, run: Run | None, run_log: RunLog, say: Callable[[str], None]) -> Result | None:
+def _known(plan: Plan, run: Run | None, run_log: RunLog, teller: Teller) -> Result | None:
     """Row of the finished run that was found without loading anything; None where the run must be loaded."""
     if run is None or not _reuses(plan) or run.finished() is None:
         return None
-    with _alone(plan, run, say):
-        return _earlier(plan, run, run_log, say)
+    with _alone(plan, run, teller):
+        return _earlier(plan, run, run_log, teller)
 
 
-def _earlier(plan: Plan, run: Run, run_log: RunLog, say: Callable[[str], None]) -> Result | None:
+def _earlier(plan: Plan, run: Run, run_log: RunLog, teller: Teller) -> Result | None:
     """Row of this very run where it is finished already: its files and its log are taken over."""
-    folder = run.finished(say) if _reuses(plan) else None
+    folder = run.finished(teller.say) if _reuses(plan) else None
     if folder is None:
         return None
     objective(Result.read(folder / FILE_NAME), plan.config.get("objective"))  # refused before
-    say(f"done already, taken from {folder} (resume=false computes it anew)")
+    teller.note(f"done already, taken from {folder} (resume=false computes it anew)")
     with writing(plan.out):
         result = run.adopt(folder)
         run_log.open(plan.out)
         (plan.out / FAILURE).unlink(missing_ok=True)
     run.settle()
-    _track_finished(plan, run, result)
+    follow_finished(plan, run, result)
     return result
 
 
-def _computed(plan: Plan, context: RunContext, clock: Clock, track: Track, say: Callable[[str], None]) -> Result:
+def _computed(plan: Plan, context: RunContext, clock: Clock, track: Track, teller: Teller) -> Result:
     """Compute the run; only when later runs can find it is its progress deleted."""
     coverage = examine(context.loaded.model, context.tokens, plan.method, plan.grid)
     if coverage is not None:
-        coverage.tell(say)
+        coverage.tell(teller.note)
     result = compute(plan, context, clock, track, {} if coverage is None else {"coverage": coverage.row()})
     (plan.out / FAILURE).unlink(missing_ok=True)
     context.run.remember()
@@ -221,7 +230,7 @@ def compute(plan: Plan, context: RunContext, clock: Clock, track: Track, examine
         track: reports progress.
         examined: facts for the manifest, found before anything was computed.
     """
-    tracker = _tracker(plan, context.loaded.name, context.run)
+    tracker = follow(plan, context.loaded.name, context.run)
     try:
         result = _compute(plan, context, tracker, clock, track, examined)
     except Exception as error:
@@ -240,6 +249,7 @@ def _compute(
             context = self_calibrated(plan, context, track)
     expected = announce(plan, context, clock)
     with clock.phase("baseline"):
+        inputs = statistics_for_exports(plan, loaded, context.tokens, track)
         baseline = full_precision(
             loaded.model,
             loaded.tokenizer,
@@ -251,7 +261,8 @@ def _compute(
             keep_output=_changes_output(plan, context),
             compute_dtype=plan.evaluation.compute_dtype,
         )
-    plan, allocation = _allocated(plan, context, clock, track)
+        written = _written(plan, context, track)
+    plan, allocation = allocated(plan, context, clock, track)
     if not plan.resume:
         context.run.journal.clear()
     _agreed(plan)
@@ -260,21 +271,30 @@ def _compute(
     checkpoints: list[Exported] = []
     if plan.exports.formats:
         with clock.phase("export"):
-            checkpoints = _export(plan, context, quantized.weights, track)
+            checkpoints = _export(plan, context, quantized.weights, inputs, track)
             quantized = replace(quantized, weights={})
     with clock.phase("evaluate"), quantized_activations(loaded.model, plan.act, plan.kv):
         scored = score(loaded.model, loaded.tokenizer, baseline, plan.seed, track)
+        samples = compared(written, _written(plan, context, track))
     manifest = run_manifest(plan, context, baseline, checkpoints) | {"resumed": quantized.resumed, **examined}
     if allocation is not None:
         manifest |= {"allocation": allocation.summary()}
     result = results_row(plan, context, quantized.footprint, scored.metrics, clock, manifest, expected)
     compare(result)
-    return store(plan, result, scored.scores, allocation, checkpoints)
+    return store(plan, result, scored.scores, allocation, checkpoints, samples)
 
 
-def _allocated(plan: Plan, context: RunContext, clock: Clock, track: Track) -> tuple[Plan, Allocation | None]:
+def _written(plan: Plan, context: RunContext, track: Track) -> list[Continuation]:
+    """Text that the model as it is writes after the prompts of eval.samples."""
+    if not context.prompts:
+        return []
+    model, tokenizer = context.loaded.model, context.loaded.tokenizer
+    return continue_greedily(model, tokenizer, context.prompts, plan.evaluation.sample_tokens, track)
+
+
+def allocated(plan: Plan, context: RunContext, clock: Clock, track: Track) -> tuple[Plan, Allocation | None]:
     """Replace a grid that has a budget by the widths that the budget allows each linear."""
-    if not isinstance(plan.grid, AllocatedGrid) or plan.method.solver is None or context.tokens is None:
+    if not isinstance(plan.grid, BudgetedGrid) or plan.method.solver is None or context.tokens is None:
         return plan, None
     loaded = context.loaded
     with clock.phase("allocate"):
@@ -288,6 +308,7 @@ def _allocated(plan: Plan, context: RunContext, clock: Clock, track: Track) -> t
             model_sha256=loaded.sha256,
             cache=cache_dir(),
             track=track,
+            beside=context.beside,
         )
     return replace(plan, grid=allocation.grid), allocation
 
@@ -298,24 +319,6 @@ def _changes_output(plan: Plan, context: RunContext) -> bool:
     return (
         method.cast is not None or bool(method.model_transforms) or changes_output(context.loaded.model, context.grids)
     )
-
-
-def _tracker(plan: Plan, model: str, run: Run) -> Tracker:
-    """Follow this run, as part of the sweep that asks for it."""
-    folder, grid = sweep_folder(), plan.grid
-    on_grid: dict[str, Any] = {"grid": grid.label, "bits": grid.bits, "group_size": grid.group_size}
-    on_grid["sym"] = getattr(grid, "sym", None)
-    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
-    name = run_name(model, plan.method.name, **(on_grid if plan.method.solver else {}), overrides=overrides)
-    group = None if folder is None else "/".join(folder.parts[-2:])
-    return plan.tracking.start(plan.config, name, group, run.sha256)
-
-
-def _track_finished(plan: Plan, run: Run, result: Result) -> None:
-    """Open and close a tracker for a run that is taken over, so that it belongs to this sweep's group too."""
-    tracker = _tracker(plan, result.model, run)
-    tracker.ledger([json.loads(line) for line in (plan.out / LEDGER).read_text().splitlines()])
-    tracker.finish(result)
 
 
 @dataclass(frozen=True)
@@ -362,6 +365,7 @@ def _steps(plan: Plan, context: RunContext, track: Track) -> Generator[BlockResu
         progress=context.run.journal if plan.resume or offloaded(context.loaded.model) else None,
         experts=plan.experts,
         curvature_file=curvature_file(plan, context),
+        squares=context.squares,
     )
 
 
@@ -379,7 +383,9 @@ def _agreed(plan: Plan) -> Plan:
     return plan
 
 
-def _export(plan: Plan, context: RunContext, weights: Mapping[str, QuantizedWeight], track: Track) -> list[Exported]:
+def _export(
+    plan: Plan, context: RunContext, weights: Mapping[str, QuantizedWeight], inputs: Any, track: Track
+) -> list[Exported]:
     """Write and verify the checkpoints that were asked for."""
     loaded, tokens = context.loaded, context.tokens
     known = next((t for t in (*context.windows, tokens) if t is not None), None)
@@ -392,5 +398,5 @@ def _export(plan: Plan, context: RunContext, weights: Mapping[str, QuantizedWeig
         "calibration": None if tokens is None else {"source": tokens.source, "sha256": tokens.sha256},
         "code": context.code,
     }
-    source = Source(loaded.model, loaded.tokenizer, loaded.name, weights)
+    source = Source(loaded.model, loaded.tokenizer, loaded.name, weights, inputs)
     return plan.exports.write(source, plan.out, probe, facts, track)

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from gptq_awq.allocation.allocate import Allocation
 from gptq_awq.errors import UserError
+from gptq_awq.evaluation.samples.difference import Sample, write_samples
 from gptq_awq.evaluation.scores import Scores
 from gptq_awq.experiment.folder import CHECKPOINTS, FILES, LEDGER, UNFINISHED, clear_earlier, write_recorded
 from gptq_awq.experiment.plan import Plan
@@ -40,7 +41,12 @@ def told(error: Exception) -> Exception:
 
 
 def store(
-    plan: Plan, result: Result, scores: Scores, allocation: Allocation | None, checkpoints: Sequence[Exported]
+    plan: Plan,
+    result: Result,
+    scores: Scores,
+    allocation: Allocation | None,
+    checkpoints: Sequence[Exported],
+    samples: Sequence[Sample] = (),
 ) -> Result:
     """Store all files of a finished run in its folder, and return its row with their records.
 
@@ -51,6 +57,8 @@ def store(
         scores.write(aside)
         if allocation is not None:
             allocation.write(aside)
+        if samples:
+            write_samples(samples, aside)
         (aside / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(dict(plan.config))))
         row = json.loads(result.write(aside).read_text())
         for checkpoint in checkpoints:

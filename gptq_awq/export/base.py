@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from gptq_awq.calibration.input_statistics import InputStatistics
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.models.linear import is_linear, matrix
@@ -61,12 +62,14 @@ class Source:
         tokenizer: transformers tokenizer of the model.
         name: display name of the model, as result tables print it.
         weights: module name → quantized weight (codes, scales, zeros).
+        inputs: module name → what calibration saw of the linear's input, for formats that store it; None: nothing.
     """
 
     model: PreTrainedModel
     tokenizer: Any
     name: str
     weights: Mapping[str, QuantizedWeight] = field(repr=False)
+    inputs: Mapping[str, InputStatistics] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

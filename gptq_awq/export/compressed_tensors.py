@@ -9,13 +9,15 @@ Tensors of a linear with `out` rows, `in` columns, codes of b bits and G groups 
                      weight_zero_point  (out, G)          int8    zero point - 128 (asymmetric)
     both             weight_scale       (out, G)
 
-Where linears are on different grids, config.json has one config group per grid, which lists its linears by name.
+Floating-point formats are in compressed_floats.py. Where linears are on different grids, config.json has one config
+group per grid, which lists its linears by name.
 
 The library packs 3, 5, 6 and 7 bits without gaps since 0.18; before, it left the last bits of a word unused. Version
 0.19 removed g_idx from the format.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +29,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
+from gptq_awq.export.compressed_floats import (
+    Scheme,
+    activation_scheme,
+    check_float,
+    float_format,
+    float_scheme,
+    input_scale,
+    kv_cache_scheme,
+    pack_float,
+    read_floats,
+    read_floats_with_library,
+)
 from gptq_awq.export.folder import FolderTensors, read_config, write_folder
 from gptq_awq.export.packing import (
     PRODUCER,
@@ -42,6 +56,7 @@ from gptq_awq.export.packing import (
 from gptq_awq.export.saved import saved_weights
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
+from gptq_awq.grids.scaled_float import ScaledFloatGrid
 from gptq_awq.models.experts import experts_in
 from gptq_awq.runtime.options import ByteSize, Dtype, checked_dataclass
 
@@ -53,12 +68,14 @@ ALL = "Linear"
 
 @checked_dataclass
 class CompressedTensorsFormat:
-    """Export to a compressed-tensors folder, weight-only (W2A16 to W8A16).
+    """Export to a compressed-tensors folder: integers of 2 to 8 bits, NVFP4, MXFP4, MXFP8 or FP8.
 
     Attributes:
         dtype: dtype of the scales and of unquantized parameters: float16, bfloat16 or float32.
         layout: pack (codes of 2 to 8 bits in 32-bit words) or int8 (8-bit codes, one byte each; transformers
-            reads it, vLLM accepts it only with quantized activations).
+            reads it, vLLM accepts it only with quantized activations). Floating-point formats have one layout.
+        activations: number format that engines round the linears' inputs to, as the config says; null: none (A16).
+        kv_cache: number format of keys and values in the config; null: none.
         shard: maximum size of a safetensors file.
 
     Raises:
@@ -67,13 +84,20 @@ class CompressedTensorsFormat:
 
     dtype: Dtype = "float16"
     layout: Literal["pack", "int8"] = "pack"
+    activations: Literal["int8", "fp8", "nvfp4", "mxfp4"] | None = None
+    kv_cache: Literal["fp8"] | None = None
     shard: ByteSize = "4GB"
     name: str = "compressed_tensors"
 
     def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:
         """Raise UserError for grids, bits, column orders or architectures that the format can't store."""
-        grids = int_grids(linears, self.name, self.dtype, ("float16", "bfloat16", "float32"))
         require_whole_groups(linears, self.name)
+        floats = [linear.grid for linear in linears if isinstance(linear.grid, ScaledFloatGrid)]
+        for grid in floats:
+            check_float(grid)
+        if floats and len(floats) < len(linears):
+            raise UserError("export.formats=compressed_tensors: integers and floats in one model have no common layout")
+        grids = [] if floats else int_grids(linears, self.name, self.dtype, ("float16", "bfloat16", "float32"))
         require_natural_order(linears, self.name, " (g_idx left it in 0.19), or export.formats=[gptq]")
         other = next((grid.bits for grid in grids if grid.bits != 8), None)
         if self.layout == "int8" and other is not None:
@@ -87,15 +111,18 @@ class CompressedTensorsFormat:
         """Write the folder. Raises UserError where an unquantized parameter overflows the dtype."""
         dtype, weights = torch_dtype(self.dtype, "export.compressed_tensors.dtype"), self.stored(source)
         packer = pack if self.layout == "pack" else pack_int8
-        packed = (
-            (f"{name}.{part}", tensor)
-            for name, weight in weights.items()
-            for part, tensor in packer(weight, dtype).items()
-        )
-        grids = {name: weight.grid.without_search() for name, weight in weights.items()}
+
+        def parts(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+            own = pack_float(weight) if isinstance(weight.grid, ScaledFloatGrid) else packer(weight, dtype)
+            return own | self._input_scale(source, name)
+
+        packed = ((f"{name}.{part}", x) for name, weight in weights.items() for part, x in parts(name, weight).items())
+        grids = {name: stored_grid(weight.grid) for name, weight in weights.items()}
         model = source.model
-        head = [name for name in source.weights if model.get_submodule(name) is model.get_output_embeddings()]
-        config = quantization_config(grids, FORMATS[self.layout], unquantized(source), head)
+        heads = [name for name in source.weights if model.get_submodule(name) is model.get_output_embeddings()]
+        config = quantization_config(grids, FORMATS[self.layout], unquantized(source), self.activations, heads)
+        if self.kv_cache is not None:
+            config["kv_cache_scheme"] = kv_cache_scheme()
         write_folder(source, folder, packed, dtype, config, self.shard, replaced=weights)
 
     def stored(self, source: Source) -> Mapping[str, QuantizedWeight]:
@@ -108,6 +135,18 @@ class CompressedTensorsFormat:
             saved_weights(model, {linear.name: blank(linear) for linear in linears})
         return []
 
+    def _input_scale(self, source: Source, name: str) -> dict[str, Tensor]:
+        """NVFP4's static scale of a linear's input, from the largest that calibration saw."""
+        if self.activations != "nvfp4":
+            return {}
+        assert source.inputs is not None  # `calibrates`: the run gathers them
+        return {"input_global_scale": input_scale(float(source.inputs[name].largest))}
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the format stores what calibration saw of the linears' inputs."""
+        return self.activations == "nvfp4"
+
     def decoder(self) -> str:
         """Name of the decoder: the library where it is installed and packs without gaps, else our own reader."""
         return f"compressed-tensors {version('compressed-tensors')}" if library_reads() else PRODUCER
@@ -116,12 +155,13 @@ class CompressedTensorsFormat:
         """Decode every quantized weight."""
         groups, tensors = read_config(folder)["quantization_config"]["config_groups"], FolderTensors(folder)
         by_target = {target: group for group in groups.values() for target in group["targets"]}
-        read = read_with_library if library_reads() else read_with_own_decoder
         for key in [key for key in tensors if key.endswith(".weight_scale")]:
             name = key.removesuffix(".weight_scale")
             parts = {part: tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in tensors}
             _check_shape(name, parts)
-            yield Decoded(name, *read(parts, by_target.get(name) or by_target[ALL]))
+            group = by_target.get(name) or by_target[ALL]
+            library, own = READERS[group["weights"]["type"]]
+            yield Decoded(name, *(library if library_reads() else own)(parts, group))
 
 
 def blank(linear: LinearSpec) -> QuantizedWeight:
@@ -134,13 +174,19 @@ def blank(linear: LinearSpec) -> QuantizedWeight:
 
 def _check_shape(name: str, parts: Mapping[str, Tensor]) -> None:
     """Raise ValueError where a linear's stored shape is not that of its packed codes: readers allocate by it."""
-    if "weight_packed" in parts:
+    if "weight_shape" in parts:
         (rows, columns), packed = parts["weight_shape"].tolist(), parts["weight_packed"]
         if rows != len(packed) or not 1 <= columns <= packed.shape[1] * 32:
             raise ValueError(f"{name}: its weight_shape {rows} x {columns} is not that of its codes")
 
 
-PARTS = ("weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point")
+PARTS = ("weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_global_scale")
+
+
+def stored_grid(grid: Grid) -> Grid:
+    """The grid as a config describes it: without its range search, or a scale of its tensor."""
+    grid = grid.without_search()
+    return replace(grid, tensor_scale=None) if isinstance(grid, ScaledFloatGrid) else grid
 
 
 def pack(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -181,16 +227,22 @@ def is_symmetric(weight: QuantizedWeight) -> bool:
 
 
 def quantization_config(
-    grids: Mapping[str, Grid], format_: str, ignore: Sequence[str], heads: Sequence[str] = ()
+    grids: Mapping[str, Grid],
+    format_: str,
+    ignore: Sequence[str],
+    activations: Scheme | None = None,
+    heads: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Build config.json's `quantization_config`.
 
     Args:
-        grids: linear's name → `IntGrid`, without its search options.
-        format_: pack-quantized or int-quantized.
+        grids: linear's name → grid, without its search options.
+        format_: pack-quantized or int-quantized, for integers; floats have one format each.
         ignore: names of the linears that stay unquantized.
+        activations: number format of the linears' inputs.
         heads: names of quantized output heads: vLLM's is no Linear, and is found by its name only.
     """
+    inputs = {} if activations is None else {"input_activations": activation_scheme(activations)}
     named: dict[Grid, list[str]] = {}
     for name, grid in grids.items():
         named.setdefault(grid, []).append(name)
@@ -199,13 +251,15 @@ def quantization_config(
         f"group_{number}": {
             "targets": [ALL, *heads] if len(named) == 1 else names,
             "weights": _weights(grid),
-            "format": format_,
+            "format": float_format(grid) or format_,
+            **inputs,
         }
         for number, (grid, names) in enumerate(named.items())
     }
+    formats = {group["format"] for group in groups.values()}
     config = {
         "quant_method": "compressed-tensors",
-        "format": format_,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(ignore),
@@ -218,6 +272,8 @@ def quantization_config(
 
 
 def _weights(grid: Grid) -> dict[str, Any]:
+    if isinstance(grid, ScaledFloatGrid):
+        return float_scheme(grid)
     assert isinstance(grid, IntGrid)
     channel = grid.group_size == -1
     return {
@@ -271,3 +327,7 @@ def read_with_own_decoder(parts: dict[str, Tensor], group: dict[str, Any]) -> tu
     size = codes.shape[1] // scale.shape[1]
     scale, zeros = (values.repeat_interleave(size, 1) for values in (scale, zeros))
     return codes, scale * (codes.float() - zeros)
+
+
+READERS = {"int": (read_with_library, read_with_own_decoder), "float": (read_floats_with_library, read_floats)}
+"""Decoders of a linear by the type of its codes: with the library, and our own."""

@@ -19,6 +19,7 @@ from gptq_awq.export.base import Source
 from gptq_awq.export.public import names_only
 from gptq_awq.export.saved import SavedTensors, read_state
 from gptq_awq.models.blocks import find_blocks
+from gptq_awq.models.carried import carried
 from gptq_awq.models.experts import experts_in, fused_tensors
 from gptq_awq.models.offload import each_tensor
 from gptq_awq.runtime.memory import parse_bytes
@@ -60,6 +61,8 @@ def write_folder(
         tensors = _fused(source, dtype, packed)
     for name, tensor in tensors:
         shards.add(rename(name), tensor)
+    for name, tensor in carried(source.model, dtype):  # under the names of the source's files
+        shards.add(name, tensor)
     shards.finish()
     write_config(source.model, folder, dtype, quantization_config)
     write_tokenizer(source.tokenizer, folder)

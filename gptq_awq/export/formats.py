@@ -12,12 +12,11 @@ from gptq_awq.export.compressed_tensors import CompressedTensorsFormat
 from gptq_awq.export.gguf import GGUFFormat
 from gptq_awq.export.gptq import GPTQFormat
 from gptq_awq.export.hf import HFFormat
+from gptq_awq.export.imatrix import ImatrixFormat
 from gptq_awq.export.mlx import MLXFormat
 
-FORMATS: Mapping[str, Any] = {
-    kind.name: kind
-    for kind in (GPTQFormat, AWQFormat, CompressedTensorsFormat, GGUFFormat, MLXFormat, BnbFormat, HFFormat)
-}
+_KINDS = (GPTQFormat, AWQFormat, CompressedTensorsFormat, GGUFFormat, MLXFormat, BnbFormat, HFFormat, ImatrixFormat)
+FORMATS: Mapping[str, Any] = {kind.name: kind for kind in _KINDS}
 """Name of a format, as in export.formats → its class."""
 
 

@@ -4,12 +4,10 @@ Each grid has at most one block type that stores it bit for bit; grids without o
 so is a model that llama.cpp's converter doesn't know, or whose tokenizer llama.cpp would not reproduce.
 """
 
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,12 +21,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source
-from gptq_awq.export.folder import write_config, write_tokenizer
+from gptq_awq.export.folder import write_config
 from gptq_awq.export.gguf_blocks import BLOCK_TYPES, pack
 from gptq_awq.export.gguf_check import check_llama_cpp
 from gptq_awq.export.gguf_converter import converter_root, known_architectures
 from gptq_awq.export.gguf_file import Packed, read_gguf, write_gguf
-from gptq_awq.export.gguf_layout import Layout, observe
+from gptq_awq.export.gguf_layout import Layout, observe, skeleton
 from gptq_awq.export.gguf_tokenizer import pre_tokenizer
 from gptq_awq.export.modelfile import modelfile
 from gptq_awq.export.text_part import text_linears, text_part, text_source
@@ -36,9 +34,11 @@ from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.kquant import KGrid
+from gptq_awq.grids.scaled_float import ScaledFloatGrid
 from gptq_awq.grids.signed import SignedGrid
 from gptq_awq.grids.table import TableGrid
 from gptq_awq.grids.ternary import TernaryGrid
+from gptq_awq.grids.vectors import VectorGrid
 from gptq_awq.models.auto_class import also_sees
 from gptq_awq.models.offload import offloaded
 from gptq_awq.runtime.options import checked_dataclass
@@ -68,6 +68,10 @@ class GGUFFormat:
         """Raise UserError for a grid or a width that llama.cpp doesn't support."""
         for linear in linears:
             kind = ggml_type(linear.grid)
+            if kind is None and getattr(linear.grid, "shared_by_tensor", False):
+                raise UserError(
+                    "export.formats=gguf: NVFP4's blocks hold no scale of the tensor; set +grid.tensor_scale=1"
+                )
             if kind is None:
                 raise UserError(f"export.formats=gguf: llama.cpp has no block type for {linear.grid}; {FITS}")
             if not linear.natural_order:
@@ -89,7 +93,7 @@ class GGUFFormat:
         """
         if (shell := self._text(model)) is not model:
             linears, model = text_linears(linears, model, shell), shell
-        with self._skeleton(model, tokenizer) as folder:
+        with skeleton(model, tokenizer) as folder:
             layout = observe(converter_root(self.converter), folder, model)
             types = layout.types({f"{linear.name}.weight": str(ggml_type(linear.grid)) for linear in linears})
             pre = None if tokenizer is None else self._pre(folder, tokenizer)
@@ -112,43 +116,25 @@ class GGUFFormat:
         """llama.cpp's name of the pre-tokenizer, unless its converter knows it."""
         return pre_tokenizer(converter_root(self.converter), folder, tokenizer, self.pre, self.other_ids == "allow")
 
-    @contextmanager
-    def _skeleton(self, model: PreTrainedModel, tokenizer: Any) -> Iterator[Path]:
-        """Context manager of a folder with all that the converter reads of a model, but its tensors."""
-        with TemporaryDirectory(prefix="gguf-") as path:
-            folder = Path(path)
-            write_config(model, folder, torch.float32, None)
-            config = json.loads((folder / "config.json").read_text())
-            config.pop("auto_map", None)  # code of the folder that the model came from
-            (folder / "config.json").write_text(json.dumps(config))
-            if tokenizer is None:  # of which the converter looks at the files, too
-                (folder / "tokenizer.json").write_text('{"added_tokens": [], "model": {"vocab": {}}}')
-                (folder / "tokenizer_config.json").write_text("{}")
-            else:
-                write_tokenizer(tokenizer, folder)
-            yield folder
-
     def write(self, source: Source, folder: Path) -> None:
         """Write model.gguf, its Modelfile, layout.npz, and the model's config.json, which the verifier needs."""
         if (shell := self._text(source.model)) is not source.model:
             source = text_source(source, shell)
         path, model, root = folder / "model.gguf", source.model, converter_root(self.converter)
         with (
-            self._skeleton(model, source.tokenizer) as skeleton,
+            skeleton(model, source.tokenizer) as files,
             TemporaryDirectory(dir=folder, prefix=".packed-") as scratch,
         ):
             packed = _packed_to_disk(source, Path(scratch)) if offloaded(model) else _packed(source)
-            layout = observe(root, skeleton, model)
+            layout = observe(root, files, model)
             with_tokenizer = source.tokenizer is not None
             options = {
                 "dtype": self.plain_dtype,
                 "model_name": source.name,
-                "pre": self._pre(skeleton, source.tokenizer) if with_tokenizer else None,
+                "pre": self._pre(files, source.tokenizer) if with_tokenizer else None,
                 "tokenizer": with_tokenizer,
             }
-            write_gguf(path, root, skeleton, model, layout, packed, _exact(source, layout, packed), options).write(
-                folder
-            )
+            write_gguf(path, root, files, model, layout, packed, _exact(source, layout, packed), options).write(folder)
         if with_tokenizer:
             (folder / "Modelfile").write_text(modelfile(path.name, source.tokenizer))
         write_config(model, folder, torch.float16, None)
@@ -175,8 +161,10 @@ class GGUFFormat:
 
 def ggml_type(grid: Grid) -> str | None:
     """Block type that stores a grid's codes and scales exactly; None where there is none."""
-    if isinstance(grid, KGrid):
+    if isinstance(grid, KGrid | VectorGrid):
         return grid.type.upper()
+    if isinstance(grid, ScaledFloatGrid):
+        return _float_type(grid)
     if isinstance(grid, TableGrid):
         return "IQ4_NL" if (grid.table, grid.group_size) == ("iq4_nl", 32) else None
     if getattr(grid, "scale_dtype", "float16") != "float16":
@@ -190,6 +178,14 @@ def ggml_type(grid: Grid) -> str | None:
     if isinstance(grid, SignedGrid) or (isinstance(grid, IntGrid) and grid.sym):
         return {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}.get(grid.bits)
     return None
+
+
+def _float_type(grid: ScaledFloatGrid) -> str | None:
+    """MXFP4, or NVFP4 without a scale of the tensor."""
+    if (grid.element, grid.scale, grid.group_size) == ("e2m1", "e8m0", 32):
+        return "MXFP4"
+    without = grid.tensor_scale == 1
+    return "NVFP4" if (grid.element, grid.scale, grid.group_size) == ("e2m1", "e4m3", 16) and without else None
 
 
 def _notes(layout: Layout, types: Mapping[str, str], quantized: Set[str]) -> list[str]:

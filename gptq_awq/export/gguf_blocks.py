@@ -10,6 +10,9 @@ Codes are unsigned, 0..2^bits-1. A code stands for this weight (ggml/src/ggml-co
     Q4_K Q5_K         d·sc code - dmin·mn           256 in 8 sub-blocks; sc, mn 6 bits
     Q3_K              d·sc (code - 4)               256 in 16 sub-blocks; sc -32..31
     Q6_K              d·sc (code - 32)              256 in 16 sub-blocks; sc int8
+    IQ4_XS            d·sc table[code]              256 in 8 sub-blocks; sc -32..31
+    MXFP4 NVFP4       d float[code]                 32; 64 in 4 sub-blocks; d E8M0; E4M3
+    IQ2_* IQ3_*       d·u (2 sc + 1) ± level        256 in 8 or 16 sub-blocks; sc 4 bits; a level and sign by code
 
 `pack` lays bits out field by field. `unpack_codes` reads them back weight by weight, from tables of each weight's bit
 positions: two independent descriptions of one layout, so that one checks the other.
@@ -24,6 +27,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+
+from gptq_awq.export.gguf_vectors import LAYOUTS, vector_codes
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -43,6 +48,8 @@ class BlockType:
         scale_range: smallest and largest stored integer scale of a sub-block.
         minimum: whether a block (or sub-block) stores a minimum besides its scale.
         ternary: whether codes are 0, 1 and 2 only.
+        levels: number of magnitudes of a vector type, whose codes are a level and a sign; 0 for other types.
+        float_scale: dtype of the scale where it isn't fp16: e8m0 or e4m3.
     """
 
     bits: int
@@ -52,10 +59,14 @@ class BlockType:
     scale_range: tuple[int, int] = (0, 0)
     minimum: bool = False
     ternary: bool = False
+    levels: int = 0
+    float_scale: str = ""
 
     @property
     def max_code(self) -> int:
-        """Largest code: 2 for ternary types, else 2^bits - 1."""
+        """Largest code: 2 for ternary types, the last level with a sign for vector types, else 2^bits - 1."""
+        if self.levels:
+            return 2 * self.levels - 1
         return 2 if self.ternary else 2**self.bits - 1
 
 
@@ -73,6 +84,14 @@ BLOCK_TYPES: Mapping[str, BlockType] = {
     "Q6_K": BlockType(6, 256, 210, 16, (-128, 127)),
     "TQ1_0": BlockType(2, 256, 54, ternary=True),
     "TQ2_0": BlockType(2, 256, 66, ternary=True),
+    "IQ4_XS": BlockType(4, 256, 136, 8, (-32, 31)),
+    "MXFP4": BlockType(4, 32, 17, float_scale="e8m0"),
+    "NVFP4": BlockType(4, 64, 36, float_scale="e4m3"),
+    "IQ2_XXS": BlockType(2, 256, 66, 8, (0, 15), levels=3),
+    "IQ2_XS": BlockType(2, 256, 74, 16, (0, 15), levels=3),
+    "IQ2_S": BlockType(2, 256, 82, 16, (0, 15), levels=3),
+    "IQ3_XXS": BlockType(3, 256, 98, 8, (0, 15), levels=8),
+    "IQ3_S": BlockType(3, 256, 110, 8, (0, 15), levels=8),
 }
 
 
@@ -100,7 +119,9 @@ def pack(
     kind = _kind(ggml_type)
     q = _codes(codes, kind, ggml_type)
     blocks = q.shape[1] // kind.block
-    if kind.sub_blocks:
+    if kind.float_scale:
+        fields = {"d": _float_scales(kind, scales, len(q), blocks)}
+    elif kind.sub_blocks:
         fields = _k_fields(kind, store, len(q), blocks, ggml_type)
     else:
         fields = {"d": _fp16(scales, (len(q), blocks), "scale", ggml_type)}
@@ -147,6 +168,20 @@ def _fp16(values: Tensor | None, shape: tuple[int, int], what: str, ggml_type: s
     if not (np.isfinite(half).all() and (half.astype(given.dtype) == given).all()):
         raise ValueError(f"{ggml_type} stores a {what} in fp16: round it to fp16 before rounding weights")
     return half.view(np.uint8).reshape(*shape, 2)
+
+
+def _float_scales(kind: BlockType, scales: Tensor, rows: int, blocks: int) -> Array:
+    """Scales in E8M0 or E4M3 as bytes, (out, blocks, scales of a block). Raises ValueError if they would be rounded."""
+    given = scales.detach().cpu().float()
+    if kind.float_scale == "e8m0":
+        exponent = torch.frexp(given).exponent + 126
+        stored, same = exponent.to(torch.uint8), torch.exp2(exponent.float() - 127)
+    else:
+        small = given.to(torch.float8_e4m3fn)
+        stored, same = small.view(torch.uint8), small.float()
+    if not torch.equal(same, given):
+        raise ValueError(f"scales are not all {kind.float_scale} numbers")
+    return stored.numpy().reshape(rows, blocks, -1)
 
 
 def _k_fields(kind: BlockType, store: Mapping[str, Tensor], rows: int, blocks: int, name: str) -> dict[str, Array]:
@@ -303,6 +338,7 @@ _LAYOUTS = {
     "Q6_K": _q6_k,
     "TQ1_0": _tq1_0,
     "TQ2_0": _tq2_0,
+    **LAYOUTS,
 }
 
 
@@ -312,7 +348,10 @@ def unpack_codes(ggml_type: str, packed: UInt8[np.ndarray, "out row_bytes"]) -> 
     if packed.ndim != 2 or packed.shape[1] % kind.size:
         raise ValueError(f"{ggml_type} rows are a multiple of {kind.size} bytes, not {packed.shape}")
     blocks = np.ascontiguousarray(packed).reshape(-1, kind.size)
-    codes = _ternary_digits(blocks) if ggml_type == "TQ1_0" else _gathered(blocks, ggml_type)
+    if kind.levels:
+        codes = vector_codes(ggml_type, blocks)
+    else:
+        codes = _ternary_digits(blocks) if ggml_type == "TQ1_0" else _gathered(blocks, ggml_type)
     return codes.reshape(len(packed), -1)
 
 
@@ -345,6 +384,9 @@ def _bit_fields(ggml_type: str) -> BitFields:
         "Q5_0": [(6, low4, 0), (2, high1, 4)],
         "Q5_1": [(8, low4, 0), (4, high1, 4)],
         "Q8_0": [(2, (j, 0 * j, 8), 0)],
+        "IQ4_XS": [(8, (j // 32 * 16 + j % 16, j % 32 // 16 * 4, 4), 0)],
+        "MXFP4": [(1, low4, 0)],
+        "NVFP4": [(4, (j // 16 * 8 + j % 8, j % 16 // 8 * 4, 4), 0)],
         "Q2_K": [(16, pairs, 0)],
         "Q3_K": [(32, pairs, 0), (0, planes, 2)],
         "Q4_K": [(16, nibbles, 0)],

@@ -82,7 +82,9 @@ def write_gguf(
         writer.add_tensor = add_tensor
         with refusing():
             instance.prepare_tensors()
-            instance.ftype = type(instance.ftype)[_file_type(layout, types, options["dtype"])]
+            wanted = _file_type(layout, types, options["dtype"])
+            known = type(instance.ftype).__members__
+            instance.ftype = known.get(wanted) or known.get(f"{wanted}_MOE") or instance.ftype
             instance.prepare_metadata(vocab_only=False)
             _complete(writer, model)
             writer.write_header_to_file(path=path)

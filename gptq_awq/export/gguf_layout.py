@@ -8,18 +8,22 @@ be read back into a transformers model without the converter.
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gptq_awq.errors import UserError
+from gptq_awq.export.folder import write_config, write_tokenizer
 from gptq_awq.export.gguf_blocks import BLOCK_TYPES
-from gptq_awq.export.gguf_converter import conversion, imported, refusing
+from gptq_awq.export.gguf_converter import conversion, converter_root, imported, refusing
 from gptq_awq.export.placement import Indices, Numbering, Runs
 from gptq_awq.export.saved import SavedTensors, state_shapes
 
@@ -140,6 +144,40 @@ class Layout:
 def conv1d_weights(model: PreTrainedModel) -> set[str]:
     """Names of weights that modules hold as (in, out)."""
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+
+
+@contextmanager
+def skeleton(model: PreTrainedModel, tokenizer: Any) -> Iterator[Path]:
+    """Context manager of a folder with all that the converter reads of a model, but its tensors."""
+    with TemporaryDirectory(prefix="gguf-") as path:
+        folder = Path(path)
+        write_config(model, folder, torch.float32, None)
+        config = json.loads((folder / "config.json").read_text())
+        config.pop("auto_map", None)  # code of the folder that the model came from
+        (folder / "config.json").write_text(json.dumps(config))
+        if tokenizer is None:  # of which the converter looks at the files, too
+            rows = len(model.get_input_embeddings().get_parameter("weight"))
+            content = {"added_tokens": [], "model": {"vocab": {str(row): row for row in range(rows)}}}
+            (folder / "tokenizer.json").write_text(json.dumps(content))
+            (folder / "tokenizer_config.json").write_text("{}")
+        else:
+            write_tokenizer(tokenizer, folder)
+        yield folder
+
+
+def modules_by_tensor(model: PreTrainedModel) -> dict[str, list[str]]:
+    """GGUF tensor, without ".weight" → modules whose weights it consists of: one, or experts in order.
+
+    Raises:
+        UserError: an architecture that llama.cpp's converter doesn't know.
+    """
+    with skeleton(model, None) as folder:
+        layout = observe(converter_root(None), folder, model)
+    parts = {tensor: layout.parts(tensor) for tensor in layout.runs if tensor.endswith(".weight")}
+    return {
+        tensor.removesuffix(".weight"): [part.name.removesuffix(".weight") for part in own]
+        for tensor, own in parts.items()
+    }
 
 
 def observe(root: Path, folder: Path, model: PreTrainedModel) -> Layout:

@@ -18,6 +18,7 @@ import gptq_awq
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import LinearSpec, Source, require_dtype
 from gptq_awq.grids.integer import IntGrid
+from gptq_awq.models.carried import carried_names
 
 WORD = 32
 CONV1D_MODELS = ("gpt2", "openai-gpt")
@@ -156,6 +157,7 @@ def require_plain_head(linears: Sequence[LinearSpec], name: str, others: str) ->
 
 
 def unquantized(source: Source) -> list[str]:
-    """Names of the linears that stay unquantized, including an unquantized output head."""
-    linears = (name for name, module in source.model.named_modules() if isinstance(module, nn.Linear))
-    return [name for name in linears if name not in source.weights]
+    """Names of the linears that stay unquantized, an unquantized output head and what is carried along included."""
+    linears = [name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)]
+    carried = [name.removesuffix(".weight") for name, x in carried_names(source.model).items() if len(x.shape) == 2]
+    return [name for name in (*linears, *carried) if name not in source.weights]

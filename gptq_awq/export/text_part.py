@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import LinearSpec, Source
-from gptq_awq.models.blocks import language_model
 
 
 def text_part(model: PreTrainedModel) -> PreTrainedModel:
@@ -18,7 +17,7 @@ def text_part(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         UserError: transformers has no causal language model of this decoder.
     """
-    config, decoder = model.config.get_text_config(), language_model(model)
+    config, decoder = model.config.get_text_config(), model.get_decoder()
     try:
         with torch.device("meta"):
             shell = AutoModelForCausalLM.from_config(config)

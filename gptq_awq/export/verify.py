@@ -301,7 +301,8 @@ def _reference_model(folder: Path, format_: Format) -> PreTrainedModel:
     model = auto_class(made).from_config(made, dtype=torch.float32).eval()
     own = {name: parameter for name, parameter in model.state_dict().items()}
     if any(".experts." in name and name not in own for name in decoded):
-        return _loaded(made, plain | decoded)
+        packed = tuple(f"{name.removesuffix('weight')}weight_" for name in decoded)
+        return _loaded(made, {n: tensor for n, tensor in plain.items() if not n.startswith(packed)} | decoded)
     state = {name: t for name, t in plain.items() if name in own and t.shape == own[name].shape}
     state |= decoded
     missing, _ = model.load_state_dict(state, strict=False)

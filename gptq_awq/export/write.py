@@ -5,7 +5,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,15 @@ class Exports:
     formats: tuple[Format, ...] = ()
     decode: bool = True
 
+    @property
+    def calibrate(self) -> bool:
+        """Whether a format stores what calibration sees of the full-precision model's inputs."""
+        return any(getattr(each, "calibrates", False) for each in self.formats)
+
     def check(self, linears: Sequence[LinearSpec], model: PreTrainedModel, tokenizer: Any) -> None:
         """Raise UserError for models or grids that a format can't store exactly; runs before calibration."""
         for format_ in self.formats:
-            if not linears and format_.name not in ("hf", "gguf"):
+            if not linears and format_.name not in ("hf", "gguf", "imatrix"):
                 raise UserError(f"export.formats={format_.name}: nothing is quantized; hf and gguf hold plain weights")
             if format_.name not in MIXTURES and experts_in(model):
                 raise UserError(
@@ -101,29 +106,35 @@ class Exports:
             UserError: a folder that can't be written; a checkpoint that doesn't decode to the packed weights.
         """
         formats = track(self.formats, "export", len(self.formats)) if self.formats else ()
-        return [self._write(format_, source, out / "checkpoints", probe, facts) for format_ in formats]
+        return [self._write(format_, source, out / "checkpoints" / format_.name, probe, facts) for format_ in formats]
 
-    def _write(self, format_: Format, source: Source, parent: Path, probe: Probe, facts: Mapping[str, Any]) -> Exported:
+    def write_folder(self, source: Source, folder: Path, probe: Probe, facts: Mapping[str, Any]) -> Exported:
+        """Write the one format as `folder`, which it replaces; see `write`."""
+        (format_,) = self.formats
+        return self._write(format_, source, folder, probe, facts)
+
+    def _write(self, format_: Format, source: Source, folder: Path, probe: Probe, facts: Mapping[str, Any]) -> Exported:
         """Write one format into a scratch folder, verify it there, and rename it into place."""
-        scratch = parent / f".{format_.name}.{uuid.uuid4().hex[:8]}"
+        scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
         try:
             scratch.mkdir(parents=True)
+            if not getattr(format_, "holds_weights", True):
+                source = replace(source, weights={})
             started = time.perf_counter()
             format_.write(source, scratch)
             seconds = time.perf_counter() - started
             VerificationRecord.of(format_, source, scratch, probe, facts).write(scratch)
             verified = str(verify(scratch, format_)) if self.decode else "not decoded again (export.decode=false)"
             write_card(scratch, None, [verified])
-            _replace(scratch, parent / format_.name)
+            _replace(scratch, folder)
         except (OSError, SafetensorError) as error:  # the latter where the disk is full
             why = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
-            raise UserError(f"out: {parent} cannot be written ({why:.200})") from error
+            raise UserError(f"out: {folder.parent} cannot be written ({why:.200})") from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        path = parent / format_.name
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        log.info("%s: %.1f MB in %.1f s, %s", path, size / 1e6, seconds, verified)
-        return Exported(format_.name, path, size, round(seconds, 3), verified)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        log.info("%s: %.1f MB in %.1f s, %s", folder, size / 1e6, seconds, verified)
+        return Exported(format_.name, folder, size, round(seconds, 3), verified)
 
 
 def make_exports(formats: NamesBeside = (), decode: bool = True, **available: Format) -> Exports:

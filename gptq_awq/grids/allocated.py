@@ -7,7 +7,7 @@ quantization, the bits of each linear.
 from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, Place
@@ -117,8 +117,114 @@ class AllocatedGrid:
         group_size = self.group_size if self.budget_uniform is not None else usual
         return replace(self, allocated=allocated, group_size=group_size)
 
+    def name_of(self, width: Width) -> str:
+        """Name of a width in reports: its bits, and its group size where the grid has several."""
+        bits, group_size = width
+        return f"{bits}g{group_size}" if self.group_sizes else str(bits)
+
+    def facts_of(self, width: Width) -> dict[str, Any]:
+        """What reports say of a linear's width."""
+        bits, group_size = width
+        return {"bits": bits, "group_size": group_size}
+
+    @property
+    def budget_option(self) -> str:
+        """The budget as an option, for messages."""
+        given = ("budget_bits", "budget_bytes", "budget_uniform")
+        option = next(name for name in given if getattr(self, name) is not None)
+        return f"grid.{option}={getattr(self, option)}"
+
+    @property
+    def counts_file(self) -> bool:
+        """Whether the budget is of a whole file: it is of the linears alone."""
+        return False
+
+    def budget_in_bits(self, places: Sequence[Place], rows: Mapping[str, int], order: int = 0, beside: int = 0) -> int:
+        """Bits that all linears may take together.
+
+        Args:
+            places: places of the linears.
+            rows: rows of each linear's weight, by its full name.
+            order: bits that each column's group takes, where groups aren't neighbouring columns.
+            beside: bits of the file that hold other things, which this budget does not count.
+        """
+        del beside
+        if self.budget_uniform is not None:
+            uniform = self.grid((self.budget_uniform, self.group_size))
+            return sum(stored_bits(uniform, rows[place.name], place.columns, order) for place in places)
+        if self.budget_bytes is not None:
+            return 8 * self.budget_bytes
+        assert self.budget_bits is not None
+        return int(self.budget_bits * sum(rows[place.name] * place.columns for place in places) + 1e-6)
+
     def grid(self, width: Width) -> IntGrid:
         """Integer grid of one width."""
         options: dict[str, Any] = {"search": self.search, "scale_dtype": self.scale_dtype}
         bits, group_size = width
         return IntGrid(bits, group_size, self.sym, **options)
+
+
+def stored_bits(grid: Grid | None, rows: int, columns: int, order: int = 0) -> int:
+    """Bits that a checkpoint stores for one weight: 16 per weight without a grid.
+
+    Each column's group takes `order` bits more, unless one group holds all columns.
+    """
+    if grid is None:
+        return 16 * rows * columns
+    groups = 1 if grid.group_size == -1 else -(-columns // grid.group_size)
+    codes = rows * (columns * grid.bits + groups * grid.overhead_bits)
+    return round(codes) + (order * columns if groups > 1 else 0)
+
+
+@runtime_checkable
+class BudgetedGrid(Protocol):
+    """A choice of grids whose widths are allocated under a budget: `AllocatedGrid`, or `GGUFGrid`."""
+
+    tie: str
+    sensitivity: str
+    rounding: str
+    windows: int
+
+    @property
+    def widths(self) -> list[Any]:
+        """All widths to choose among."""
+        ...
+
+    @property
+    def allocated(self) -> Mapping[str, Any]:
+        """Width by a weight's full name; empty before allocation."""
+        ...
+
+    @property
+    def budget_option(self) -> str:
+        """The budget as an option, for messages."""
+        ...
+
+    @property
+    def counts_file(self) -> bool:
+        """Whether the budget is of a whole file, and weights outside of the blocks count."""
+        ...
+
+    def fitting(self, columns: int) -> list[Any]:
+        """Widths that a weight of so many columns can have."""
+        ...
+
+    def grid(self, width: Any) -> Grid:
+        """Grid of one width."""
+        ...
+
+    def name_of(self, width: Any) -> str:
+        """Name of a width in reports."""
+        ...
+
+    def facts_of(self, width: Any) -> dict[str, Any]:
+        """What reports say of a weight's width."""
+        ...
+
+    def budget_in_bits(self, places: Sequence[Place], rows: Mapping[str, int], order: int = 0, beside: int = 0) -> int:
+        """Bits that all weights at these places may take together."""
+        ...
+
+    def resolved(self, allocated: Mapping[str, Any]) -> Any:
+        """This grid with the allocated widths filled in."""
+        ...

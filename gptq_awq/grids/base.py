@@ -163,9 +163,26 @@ class Grid(ABC):
         return self.group_size
 
     @property
+    def unit(self) -> int:
+        """Number of neighbouring columns that are rounded together: 1, or those of a vector."""
+        return 1
+
+    @property
     def rows_independent(self) -> bool:
         """Whether fitting a part of a weight's rows gives them the same scales as fitting all rows."""
         return self.span != -1 or self.group_size == -1
+
+    @property
+    def shared_by_tensor(self) -> bool:
+        """Whether the format stores something once per weight, which `for_weights` chooses."""
+        return False
+
+    def for_weights(self, weights: Sequence[Float[Tensor, "_ in"]]) -> "Grid":  # noqa: ARG002
+        """This grid for some whole weights, with what they share: NVFP4's scale of the tensor. Else the grid itself.
+
+        The linears of a site are given together, as engines fuse them.
+        """
+        return self
 
     def check_columns(self, columns: int, where: str) -> None:  # noqa: B027 (most grids take any width)
         """Raise UserError where the format cannot hold a weight of that many columns; `where` names the weight."""
@@ -202,7 +219,7 @@ def fit_all(grid: Grid, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "c
     size = columns if grid.span == -1 else grid.span
     count = columns // size
     whole = count * size
-    if count <= 1:
+    if count <= 1 or not grid.rows_independent:
         spans = group_spans(columns, size)
         return concat_columns([grid.fit(w[:, a:b], None if hessian is None else hessian[a:b, a:b]) for a, b in spans])
     blocks = None if hessian is None else diagonal_blocks(hessian[:whole, :whole], count)
@@ -229,7 +246,7 @@ def _fit_rows(
 
 def nearest(grid: Grid, w: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
     """Weights rounded to nearest and dequantized, on the grid fitted without a search."""
-    grid = grid.without_search()
+    grid = grid.without_search().for_weights([w])
     out = torch.empty_like(w)
     for rows in row_parts(w) if grid.rows_independent else [slice(None)]:
         out[rows] = _nearest(grid, w[rows])

@@ -7,19 +7,26 @@ arXiv 2404.00456), one head's part of a cached key or value, or groups of either
     asymmetric  s = c (max(x, 0) - min(x, 0)) / (2^B - 1)    x̂ = s · (clamp(round(x / s) + z, 0, 2^B - 1) - z)
                 z = round(-c min(x, 0) / s)
     fp8         s = max|x| / 448                             x̂ = s · E4M3(x / s)
+    mxfp4       s = 2^(⌊log₂ max|x|⌋ - 2)                    x̂ = s · E2M1(x / s)        in groups of 32
+    nvfp4       s = t E4M3(max|x| / 6t)                      x̂ = s · E2M1(x / s)        in groups of 16
+
+NVFP4's scale t of a whole token is the power of two that brings its largest block's scale to the top of E4M3's range.
+Engines take a t for all tokens from calibration instead; it matters where E4M3 underflows only.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
 from annotated_types import Interval
 from jaxtyping import Float
 from torch import Tensor
 
+from gptq_awq.grids.floats import FLOAT_TYPES, nearest_float
 from gptq_awq.runtime.options import GroupSize, checked_dataclass
 
-E4M3_MAX = 448.0
+E2M1, E4M3 = FLOAT_TYPES["e2m1"], FLOAT_TYPES["e4m3"]
+E4M3_MAX = E4M3.largest
 TINY = torch.finfo(torch.float32).tiny
 """Smallest scale, so that a row of zeros stays zero."""
 
@@ -119,6 +126,39 @@ class DynamicFP8:
         scale = (rows.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp_(min=TINY)
         near = (rows / scale).clamp_(-E4M3_MAX, E4M3_MAX)  # x / s may exceed the largest number by a rounding error
         return near.to(torch.float8_e4m3fn).float().mul_(scale).reshape(x.shape).to(x.dtype)
+
+
+@checked_dataclass
+class DynamicFloat4:
+    """NVFP4 or MXFP4 format of activations: E2M1 numbers with a scale per group of channels.
+
+    Attributes:
+        scale: e4m3 (NVFP4, groups of 16), or e8m0 (MXFP4, groups of 32).
+
+    Raises:
+        UserError: an unknown scale.
+    """
+
+    scale: Literal["e4m3", "e8m0"] = "e4m3"
+
+    @property
+    def label(self) -> str:
+        """Name of the format in tables."""
+        return "nvfp4" if self.scale == "e4m3" else "mxfp4"
+
+    def rounded(self, x: Float[Tensor, "*rows channels"]) -> Float[Tensor, "*rows channels"]:
+        """Round `x` to the grid and back, in its dtype. Raises ValueError where groups don't divide the channels."""
+        rows = _rows(x, 16 if self.scale == "e4m3" else 32)
+        largest = rows.abs().amax(-1, keepdim=True)
+        if self.scale == "e8m0":
+            exponent = torch.frexp(largest.clamp(min=TINY)).exponent - 1 - E2M1.largest_exponent
+            scale = torch.ldexp(torch.ones_like(largest), exponent.clamp(min=-126))
+        else:
+            top = largest.amax(-2, keepdim=True).clamp(min=2.0**-100) / (E2M1.largest * E4M3_MAX)
+            token = torch.exp2(torch.log2(top).ceil())
+            scale = token * nearest_float(largest / E2M1.largest / token, E4M3).clamp(min=2.0**-9)
+        near = scale * nearest_float(rows / scale, E2M1)
+        return torch.where(rows < 0, -near, near).reshape(x.shape).to(x.dtype)
 
 
 def _rows(x: Float[Tensor, "*rows channels"], group_size: int) -> Float[Tensor, "*groups row"]:

@@ -1,7 +1,8 @@
-"""llama.cpp's k-quants, Q2_K to Q6_K: blocks of 256 columns, with the scales of their sub-blocks quantized too.
+"""llama.cpp's k-quants, Q2_K to Q6_K, and IQ4_XS: blocks of 256 columns; the scales of sub-blocks are quantized too.
 
   with a minimum (Q2_K, Q4_K, Q5_K)    ŵ = d σ c - d' μ      σ, μ unsigned integers per sub-block
   symmetric      (Q3_K, Q6_K)          ŵ = d σ (c - 2^(b-1)) σ a signed integer per sub-block
+  table          (IQ4_XS)              ŵ = d σ t_c           σ a signed integer per sub-block, t IQ4_NL's levels
 
 d and d' are float16, one each per block. Fitting has three steps: each sub-block's own range; d and d' such that the
 largest scale and minimum just fit; then σ and μ again, chosen among the neighbours of their nearest codes to round the
@@ -20,6 +21,7 @@ from gptq_awq.grids.arithmetic import Arithmetic
 from gptq_awq.grids.base import Fitted, Grid, extremes, group_spans
 from gptq_awq.grids.search import search_ranges, shrinks
 from gptq_awq.grids.signed import signed_scales
+from gptq_awq.grids.table import LEVELS
 from gptq_awq.runtime.options import Search, checked_dataclass
 
 BLOCK = 256
@@ -34,12 +36,14 @@ class KType:
         sub_block: columns that share σ and μ.
         scale_bits: bits of σ and of μ.
         minimum: whether sub-blocks have a minimum, μ.
+        levels: t by code; empty without a table.
     """
 
     bits: int
     sub_block: int
     scale_bits: int
     minimum: bool
+    levels: tuple[float, ...] = ()
 
 
 TYPES = {
@@ -48,6 +52,7 @@ TYPES = {
     "q4_k": KType(4, 32, 6, minimum=True),
     "q5_k": KType(5, 32, 6, minimum=True),
     "q6_k": KType(6, 16, 8, minimum=False),
+    "iq4_xs": KType(4, 32, 6, minimum=False, levels=LEVELS["iq4_nl"]),
 }
 
 
@@ -56,14 +61,14 @@ class KGrid(Grid):
     """One of llama.cpp's k-quants as a grid.
 
     Attributes:
-        type: q2_k, q3_k, q4_k, q5_k or q6_k.
+        type: q2_k, q3_k, q4_k, q5_k, q6_k or iq4_xs.
         search: how sub-blocks' ranges are chosen: minmax, mse or hessian (search.py).
 
     Raises:
         UserError: an unknown type or search.
     """
 
-    type: Literal["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"] = "q4_k"
+    type: Literal["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"] = "q4_k"
     search: Search = "minmax"
 
     @property
@@ -92,7 +97,9 @@ class KGrid(Grid):
 
     @property
     def arithmetic(self) -> Arithmetic:
-        """Arithmetic of codes above a minimum, or around the middle code in symmetric formats."""
+        """Arithmetic of codes above a minimum, around the middle code in symmetric formats, or of a table."""
+        if self._type.levels:
+            return Arithmetic("table", 2**self.bits - 1, self._type.levels)
         return Arithmetic("minimum" if self._type.minimum else "affine", 2**self.bits - 1)
 
     @property
@@ -134,7 +141,7 @@ class KGrid(Grid):
         own = [self._own_range(w, h) for w, h in blocks]
         scales, minimums = (torch.cat(parts, 1) for parts in zip(*own, strict=True))
         # 2. The block's two scales.
-        d, dmin = (_half(x.amax(1, keepdim=True) / most) for x in (scales, -minimums))
+        d, dmin = (half(x.amax(1, keepdim=True) / most) for x in (scales, -minimums))
         sigma, mu = _units(scales, d).clamp(0, most), _units(-minimums, dmin).clamp(0, most)
         # 3. The nearest codes of the scales, or their best neighbours.
         if self.search != "minmax":
@@ -163,13 +170,13 @@ class KGrid(Grid):
         # 1. Every sub-block's own scale, of either sign.
         own = []
         for w, h in blocks:
-            scales = signed_scales(w, self.bits, self.search)
+            scales = self._signed_scales(w)
             if self.search != "minmax":
                 scales, _ = search_ranges(w, scales, torch.full_like(scales, middle), self.arithmetic, self.search, h)
             own.append(scales)
         scales = torch.cat(own, 1)
         # 2. The block's scale: the largest sub-block gets the code that reaches furthest.
-        d = _half(-scales.gather(1, scales.abs().argmax(1, keepdim=True)) / reach)
+        d = half(-scales.gather(1, scales.abs().argmax(1, keepdim=True)) / reach)
         sigma = _units(scales, d).clamp(-reach, reach - 1)
         # 3. The nearest codes of the scales, or their best neighbours.
         if self.search != "minmax":
@@ -179,12 +186,23 @@ class KGrid(Grid):
                 sigma[:, i] = _units(scale, d)[:, 0]
         return Fitted(d * sigma, torch.full_like(sigma, middle), {"d": d, "scale_codes": sigma})
 
+    def _signed_scales(self, w: Tensor) -> Float[Tensor, "rows n"]:
+        """Candidate scales of either sign for one sub-block."""
+        levels = self._type.levels
+        if not levels:
+            return signed_scales(w, self.bits, self.search)
+        scale = w.gather(1, w.abs().argmax(1, keepdim=True)) / levels[0]
+        if self.search == "minmax":
+            return scale
+        p = shrinks(w)
+        return torch.cat([scale * p, scale * p * (levels[0] / levels[-1])], 1)
+
 
 # The code itself first, so that it wins a tie.
 _NEIGHBOURS = torch.tensor(sorted(((i, j) for i in (-1, 0, 1) for j in (-2, -1, 0, 1, 2)), key=lambda n: n != (0, 0)))
 
 
-def _half(x: Tensor) -> Tensor:
+def half(x: Tensor) -> Tensor:
     """Round to float16 and back, clamped to its range."""
     most = torch.finfo(torch.float16).max
     return x.clamp(-most, most).half().to(x.dtype)

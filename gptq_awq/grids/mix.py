@@ -12,9 +12,11 @@ from typing import Literal
 from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.base import Grid, Place
 from gptq_awq.grids.kquant import BLOCK, TYPES, KGrid
+from gptq_awq.grids.scaled_float import ScaledFloatGrid
 from gptq_awq.grids.signed import SignedGrid
 from gptq_awq.grids.table import TableGrid
 from gptq_awq.grids.ternary import TernaryGrid
+from gptq_awq.grids.vectors import VECTOR_TYPES, VectorGrid
 from gptq_awq.runtime.options import Search, checked_dataclass
 
 ROLES = {
@@ -122,6 +124,10 @@ def role_of(name: str) -> str:
 
 def llama_grid(kind: str, search: str = "minmax") -> Grid:
     """Grid of one of llama.cpp's formats, by its name there."""
+    if kind in VECTOR_TYPES:
+        return VectorGrid(kind, search)  # pyright: ignore[reportArgumentType]
+    if kind == "mxfp4":
+        return ScaledFloatGrid("e2m1", 32, scale="e8m0", search=search)  # pyright: ignore[reportArgumentType]
     if kind in TYPES:
         return KGrid(kind, search)  # pyright: ignore[reportArgumentType]
     if kind.startswith("tq"):

@@ -6,7 +6,7 @@ hessian  least output error (ŵ - w) H_gg (ŵ - w)ᵀ, H_gg the group's diagonal
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gptq_awq.grids.arithmetic import KINDS, Arithmetic, in_numbers
@@ -87,6 +87,31 @@ def _by_candidate(w: Tensor, scales: Tensor, zeros: Tensor, arithmetic: Arithmet
         least = torch.where(better, error, least)
         chosen = torch.where(better, i, chosen)
     return chosen
+
+
+def least_error_together(
+    w: Float[Tensor, "rows cols"],
+    scales: Float[Tensor, "sets n"],
+    set_of_row: Int[Tensor, "rows"],
+    arithmetic: Arithmetic,
+    search: str,
+    hessian: Float[Tensor, "cols cols"] | None,
+) -> Float[Tensor, "sets 1"]:
+    """Scale of each set of rows, among n candidates, that rounds its rows with the least error; the first on a tie.
+
+    Raises:
+        ValueError: `search` is "hessian" and no Hessian block is given.
+    """
+    if search == "hessian" and hessian is None:
+        raise ValueError("grid.search=hessian needs the group's diagonal block of the Hessian")
+    h = None if search != "hessian" or hessian is None else hessian.to(w).reshape(1, *hessian.shape[-2:])
+    errors = torch.zeros_like(scales)
+    for i in range(scales.shape[1]):
+        params = scales[set_of_row, i, None], torch.zeros_like(w[:, :1])
+        e = arithmetic.decode(arithmetic.encode(w, params), params) - w
+        rows = e.abs().pow(MSE_NORM).sum(1) if h is None else _output_error(e, h)
+        errors[:, i].index_add_(0, set_of_row, rows)
+    return scales.gather(1, errors.argmin(1, keepdim=True))
 
 
 def _output_error(e: Float[Tensor, "rows cols"], h: Float[Tensor, "spans cols cols"]) -> Float[Tensor, "rows"]:

@@ -8,9 +8,11 @@ are those of the plain PyTorch loop in solvers/gptq.py: the two agree bit for bi
 import numba
 import numpy as np
 
-AFFINE, MINIMUM, TABLE = range(3)  # as in grids/arithmetic.py
+AFFINE, MINIMUM, TABLE, FLOAT = range(4)  # as in grids/arithmetic.py
 BITS_OF_ONE = 0x3F800000
 """Bits of the float32 1.0: in its exponent field, 0 stands for 2⁰."""
+EXPONENT_BITS = 0x7F800000
+"""Bits of a float32's exponent: by themselves, the power of two at or below a number."""
 LANES = 64
 """Rows side by side. With fewer, LLVM unrolls the inner loops before it has vectorized them: four times as slow."""
 
@@ -21,7 +23,7 @@ def nearest(x, s, z, max_code, kind, levels, code, value):  # pragma: no cover (
 
     Args:
         x, s, z: (LANES,) float32: numbers, their scales and zeros.
-        max_code, kind, levels: the grid's arithmetic; levels (n,) float32, empty except for tables.
+        max_code, kind, levels: the grid's arithmetic; levels (n,) float32, empty except for tables and floats.
         code, value: (LANES,) float32, written.
     """
     zero = np.float32(0.0)
@@ -37,6 +39,8 @@ def nearest(x, s, z, max_code, kind, levels, code, value):  # pragma: no cover (
             c = min(max(np.rint(units), zero), max_code)
             code[r] = c
             value[r] = s[r] * c + z[r]
+    elif kind == FLOAT:
+        nearest_float(x, s, max_code, levels, code, value)
     else:
         least = np.full(LANES, np.float32(np.inf))
         level = np.zeros(LANES, np.float32)
@@ -51,6 +55,31 @@ def nearest(x, s, z, max_code, kind, levels, code, value):  # pragma: no cover (
                 code[r] = np.float32(c) if closer else code[r]
         for r in range(LANES):
             value[r] = s[r] * level[r]
+
+
+@numba.njit(inline="always")
+def nearest_float(x, s, max_code, levels, code, value):  # pragma: no cover (compiled)
+    """Round x to multiples s of a small floating-point type's numbers, halves to even; arguments as in `nearest`."""
+    mantissa, largest = np.int32(levels[0]), levels[2]
+    smallest = np.float32(2.0) ** levels[1]  # normal number
+    step, steps = np.float32(2.0) ** -levels[0], np.float32(2.0) ** (levels[0] - levels[1])
+    sign, zero = np.float32((max_code + 1) / 2), np.float32(0.0)
+    shift, offset = np.int32(23) - mantissa, np.int32(levels[1] + 126) << mantissa
+    a, power, v = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    bits, exponent, rounded = a.view(np.int32), power.view(np.int32), v.view(np.int32)
+    for r in range(LANES):
+        a[r] = min(abs(x[r] / s[r] if s[r] != zero else zero), largest)
+    for r in range(LANES):
+        exponent[r] = bits[r] & np.int32(EXPONENT_BITS)
+    for r in range(LANES):
+        quantum = max(power[r], smallest) * step
+        v[r] = np.rint(a[r] / quantum) * quantum
+    for r in range(LANES):
+        normal = np.float32((rounded[r] >> shift) - offset)
+        c = normal if v[r] >= smallest else v[r] * steps
+        below = (x[r] < zero) != (s[r] < zero) and c > zero
+        code[r] = c + sign if below else c
+        value[r] = s[r] * (-v[r] if below else v[r])
 
 
 @numba.njit(parallel=True, cache=True)

@@ -18,13 +18,30 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gptq_awq.kernels.columns import MINIMUM, TABLE
+from gptq_awq.kernels.columns import EXPONENT_BITS, FLOAT, MINIMUM, TABLE
 
-_MINIMUM, _TABLE = tl.constexpr(MINIMUM), tl.constexpr(TABLE)
+_MINIMUM, _TABLE, _FLOAT = tl.constexpr(MINIMUM), tl.constexpr(TABLE), tl.constexpr(FLOAT)
+_EXPONENT_BITS = tl.constexpr(EXPONENT_BITS)
 # x + _SHIFT - _SHIFT rounds a float32 below 2^22 to the nearest integer, halves to even. Larger numbers stay above
 # 2^22 or so, which every grid clips.
 _SHIFT = tl.constexpr(1.5 * 2**23)
 _MSE_NORM = tl.constexpr(2.4)
+
+
+@triton.jit
+def _nearest_float(units, s, max_code, levels):
+    """Codes and values of the nearest numbers of a small floating-point type, halves to even."""
+    mantissa, least = tl.load(levels).to(tl.int32), tl.load(levels + 1).to(tl.int32)
+    smallest = ((least + 127) << 23).to(tl.float32, bitcast=True)  # normal number
+    step = ((127 - mantissa) << 23).to(tl.float32, bitcast=True)
+    a = tl.minimum(tl.abs(units), tl.load(levels + 2))
+    power = (a.to(tl.int32, bitcast=True) & _EXPONENT_BITS).to(tl.float32, bitcast=True)
+    quantum = tl.maximum(power, smallest) * step
+    v = (tl.div_rn(a, quantum) + _SHIFT - _SHIFT) * quantum
+    normal = ((v.to(tl.int32, bitcast=True) >> (23 - mantissa)) - ((least + 126) << mantissa)).to(tl.float32)
+    code = tl.where(v >= smallest, normal, tl.div_rn(v, tl.zeros_like(v) + smallest * step))
+    below = (units < 0) & (code > 0)
+    return tl.where(below, code + (max_code + 1) / 2, code), s * tl.where(below, -v, v)
 
 
 @triton.jit
@@ -44,6 +61,8 @@ def _nearest(x, s, z, max_code, levels, KIND: tl.constexpr, LEVELS: tl.constexpr
             level = tl.where(distance < least, candidate, level)
             least = tl.minimum(distance, least)
         value = s * level
+    elif KIND == _FLOAT:
+        code, value = _nearest_float(units, s, max_code, levels)
     else:
         code = (units + _SHIFT) - _SHIFT
         if KIND == _MINIMUM:
@@ -120,7 +139,7 @@ def sweep_columns(
         zero: zeros of the columns to round.
         max_code: largest code of the grid.
         kind: number of the grid's arithmetic, as in columns.py.
-        levels: the grid's levels; empty except for tables.
+        levels: the grid's levels; empty except for tables and floats.
         first: index of the first column to round within the block.
         codes: written in the rounded columns.
         errors: written in the rounded columns: (w - q) / U_ii.
@@ -241,7 +260,7 @@ def best_range(
         zero: float32 zeros of the candidates.
         max_code: largest code of the grid.
         kind: number of the grid's arithmetic, as in columns.py.
-        levels: the grid's levels; empty except for tables.
+        levels: the grid's levels; empty except for tables and floats.
         hessian: float32; None: minimize Σ |Δ|^2.4.
         best: int64, contiguous, written: index of the best candidate.
     """

@@ -5,7 +5,8 @@ arguments (positions, masks, per-layer attention kinds) are recorded from a real
 replaced by a stub that passes the hidden states through.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,8 @@ from gptq_awq.models.linear import is_linear
 
 PROBE_TOKENS = 16
 """Length of the short forwards by which a model's structure is observed."""
+TEXT = ("input_ids", "inputs_embeds", "decoder_input_ids")
+"""What the main input of a model of text is called."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +33,48 @@ class Call:
     Attributes:
         args: positional arguments after the hidden states.
         kwargs: keyword arguments.
+        keyword: name of the argument that the hidden states are passed by; None: they are the first positional one.
     """
 
     args: tuple = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    keyword: str | None = None
 
     def run(self, block: nn.Module, hidden: Float[Tensor, "batch tokens width"]) -> Tensor:
         """Call `block` on `hidden` with these arguments, cast to `hidden`'s dtype; return its output hidden states."""
+        return hidden_of(self.whole(block, hidden))
+
+    def whole(self, block: nn.Module, hidden: Float[Tensor, "batch tokens width"]) -> Any:
+        """Call `block` as `run` does; return all that it returns."""
         dtype = hidden.dtype
         args = tuple(_cast(a, dtype) for a in self.args)
         kwargs = {k: _cast(v, dtype) for k, v in self.kwargs.items()}
-        out = block(hidden, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        if self.keyword is None:
+            return block(hidden, *args, **kwargs)
+        return block(*args, **kwargs, **{self.keyword: hidden})
+
+
+def take(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, Call]:
+    """Split a block's arguments into its hidden states and the others.
+
+    Hidden states are the argument of that name, else the first one, else the first tensor of numbers.
+    """
+    others = dict(kwargs)
+    if "hidden_states" in others:
+        hidden = others.pop("hidden_states")
+        return hidden, Call(args, others, "hidden_states")
+    if args:
+        return args[0], Call(args[1:], others)
+    name = next(n for n, x in others.items() if isinstance(x, Tensor) and x.is_floating_point())
+    return others.pop(name), Call((), others, name)
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a block returns: by themselves, under that name, or first of several."""
+    if isinstance(output, Tensor):
+        return output
+    named = getattr(output, "hidden_states", None)
+    return output[0] if named is None else named
 
 
 def update_error(
@@ -79,8 +112,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     def size(modules: nn.ModuleList) -> int:
         return sum(p.numel() for p in modules.parameters())
 
-    decoder = language_model(model)
-    within = {id(m) for m in decoder.modules()}
+    within = {id(m) for m in language_modules(model)}
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and id(m) in within]
     lists = [(name, m) for name, m in lists if any(is_linear(x) for x in m.modules())]
     if not lists:
@@ -109,10 +141,22 @@ def key_value_heads(config: Any) -> int:
     return getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None) or 1
 
 
-def language_model(model: nn.Module) -> nn.Module:
-    """The decoder, which turns tokens into hidden states; the model itself where it names none."""
+def language_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of the decoder, which turns tokens into hidden states, without towers that see or hear.
+
+    What a model names its decoder is believed where it holds a list of modules; else all of the model is looked at.
+    """
     decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
-    return model if decoder is None else decoder
+    if decoder is None or not any(isinstance(m, nn.ModuleList) for m in decoder.modules()):
+        decoder = model
+    others = [m for m in decoder.modules() if isinstance(m, PreTrainedModel) and m.main_input_name not in TEXT]
+    towers = {id(part) for tower in others if tower is not decoder for part in tower.modules()}
+    return [m for m in decoder.modules() if id(m) not in towers]
+
+
+def in_dtype(block: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The block in `dtype`: itself where its parameters have it, else a copy."""
+    return block if next(block.parameters()).dtype == dtype else copy.deepcopy(block).to(dtype)
 
 
 @contextmanager
@@ -126,7 +170,7 @@ def hooks(handles: Iterable[Any]) -> Iterator[None]:
             handle.remove()
 
 
-class _Stub(nn.Module):
+class Stub(nn.Module):
     """Replacement of a block while the model runs: calls go to `answer`, attributes are the block's."""
 
     def __init__(self, block: nn.Module, answer: Callable[..., Any]) -> None:
@@ -177,9 +221,8 @@ class BlockCalls:
         calls: dict[int, Call] = {}
 
         def answer(index: int, *args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs.pop("hidden_states")
+            hidden, calls[index] = take(args, kwargs)
             entered.append(hidden)
-            calls[index] = Call(args[1:], kwargs)
             if len(calls) == len(self._there):
                 raise _AllSeenError
             return self._like(index, hidden)
@@ -196,7 +239,7 @@ class BlockCalls:
 
         def answer(index: int, *args: Any, **kwargs: Any) -> Any:
             last = index == len(self._there) - 1
-            return self._like(index, hidden if last else args[0] if args else kwargs["hidden_states"])
+            return self._like(index, hidden if last else take(args, kwargs)[0])
 
         with self._answering(answer):
             return self._run(ids)
@@ -206,7 +249,7 @@ class BlockCalls:
         """Context manager under which every block returns the hidden states it is given."""
 
         def answer(index: int, *args: Any, **kwargs: Any) -> Any:
-            return self._like(index, args[0] if args else kwargs["hidden_states"])
+            return self._like(index, take(args, kwargs)[0])
 
         with self._answering(answer):
             yield
@@ -222,7 +265,7 @@ class BlockCalls:
         def answer(index: int, *args: Any, **kwargs: Any) -> Any:
             block = self._there[index]
             if type(block) in self._outputs:
-                return self._like(index, args[0] if args else kwargs["hidden_states"])
+                return self._like(index, take(args, kwargs)[0])
             output = self._outputs.setdefault(type(block), block(*args, **kwargs))
             if len(self._outputs) == len(classes):
                 raise _AllSeenError
@@ -234,6 +277,8 @@ class BlockCalls:
     def _like(self, index: int, hidden: Tensor) -> Any:
         """Put `hidden` into the output format of block `index`: by itself, or first in a tuple."""
         output = self._outputs[type(self._there[index])]
+        if isinstance(output, list):
+            return [hidden, *output[1:]]
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _run(self, ids: Tensor, mask: Tensor | None = None) -> Any:
@@ -246,7 +291,7 @@ class BlockCalls:
         """Context manager under which `answer(i, …)` is called in place of block i and its hooks."""
         try:
             for i, block in enumerate(self._there):
-                self._blocks[i] = _Stub(block, partial(answer, i))
+                self._blocks[i] = Stub(block, partial(answer, i))
             yield
         finally:
             for i, block in enumerate(self._there):

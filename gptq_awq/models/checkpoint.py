@@ -23,6 +23,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from gptq_awq.errors import UserError
+from gptq_awq.models.quantized_source import decoded, quantization_of
 from gptq_awq.models.tensor_files import stored_tensors
 from gptq_awq.storage.headers import safetensors_places
 
@@ -81,7 +82,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, model: PreTrainedModel, option: str) -> None:
         self._model = model
-        self._stored = stored_tensors(folder, option)
+        self._stored = decoded(stored_tensors(folder, option), quantization_of(folder), option)
         if not self._stored or any(tensor.file.suffix != ".safetensors" for tensor in self._stored.values()):
             raise UserError(
                 f"{option}: has no safetensors files, which alone can be offloaded; leave memory_budget out"
@@ -135,12 +136,14 @@ class Checkpoint:
         with ExitStack() as stack:
             handles: dict[Path, Any] = {}
 
-            def tensor(source: str) -> Tensor:
-                path = self._stored[source].file
+            def get(path: Path, part: str) -> Tensor:
                 if path not in handles:
                     # Not mapped: pages of a mapped file would count as this process' memory.
                     handles[path] = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
-                return handles[path].get_tensor(source)
+                return handles[path].get_tensor(part)
+
+            def tensor(source: str) -> Tensor:
+                return self._stored[source].read(source, get)
 
             for name in names:
                 if name not in made:
@@ -178,14 +181,14 @@ class Checkpoint:
         """File, first byte and end of every tensor in the files that the named ones are made of."""
         recipes = {id(recipe): recipe for recipe in (self._recipes[name] for name in names)}
         sources = [source for recipe in recipes.values() for source, _ in recipe.sources]
-        files = {source: self._stored[source].file for source in sources}
-        headers = {path: safetensors_places(path) for path in set(files.values())}
-        return [(path, *headers[path][source]) for source, path in files.items()]
+        parts = [place for source in sources for place in self._stored[source].places(source)]
+        headers = {path: safetensors_places(path) for path in {path for path, _ in parts}}
+        return [(path, *headers[path][name]) for path, name in parts]
 
 
 def folder_numbers(folder: Path, option: str = "model.path") -> int:
     """Number of parameters in a folder's safetensors files; 0 where it has none."""
-    stored = stored_tensors(folder, option).values()
+    stored = decoded(stored_tensors(folder, option), quantization_of(folder), option).values()
     return sum(math.prod(tensor.shape) for tensor in stored if tensor.file.suffix == ".safetensors")
 
 

@@ -47,7 +47,8 @@ def completed(seen: Sequence[Seen], widths: Mapping[str, int], tokens: int) -> l
             continue
         done.add(template)
         for number in sorted(members[template[0]]):
-            sites += [_of_expert(site, number, routed) for site in visit]
+            of_expert = [_of_expert(site, number, routed) for site in visit]
+            sites += [site for site in of_expert if widths.keys() >= set(site.linears)]
     return sites
 
 

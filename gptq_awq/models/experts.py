@@ -13,6 +13,7 @@ A module beside the experts whose only linear has one output per expert, or a si
 stays in full precision: `is_linear` is false for its linear.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +23,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call, find_blocks, update_error
-from gptq_awq.models.linear import is_linear, matrix
-from gptq_awq.models.offload import residence, resident
+from gptq_awq.models.linear import ROUTER, is_linear, matrix
+from gptq_awq.models.offload import offloaded, residence, resident
+from gptq_awq.models.walk import Walk
+
+log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-2
 """Largest relative change of what a block adds to a token in 16 bits: only the rounding of products may differ."""
@@ -41,6 +46,7 @@ PRODUCTS = {
     torch.Tensor.__rmatmul__,
 }
 PLAIN, TRANSPOSED = "plain", "transposed"
+LAYOUTS = {PLAIN, TRANSPOSED}
 Kind = tuple[type[nn.Module], str]
 """Class of the module that holds a parameter, and the parameter's name there; a kind has one layout."""
 
@@ -109,6 +115,19 @@ class Experts(nn.ModuleList):
     def weights(self) -> list[nn.Parameter]:
         """Weights of the linears, (out, in) each."""
         return [linear.weight for linear in self._linears()]  # pyright: ignore[reportReturnType]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """Multiply a batch of inputs, one of each expert, as `torch.bmm(x, fused)` does."""
+        if func not in (torch.bmm, torch.Tensor.bmm) or kwargs or not isinstance(args[1], cls):
+            raise UserError(f"model: experts' weights were seen in products of one kind, now in {func.__name__}")
+        return torch.stack([linear(x) for linear, x in zip(args[1]._linears(), args[0], strict=True)])
+
+    def transpose(self, *_dims: int) -> "Experts":
+        """Stand-in for the parameter's transpose in `torch.bmm(x, fused.transpose(1, 2))`."""
+        return self
 
     def _linears(self) -> list[nn.Module]:
         return list(self._modules.values())  # pyright: ignore[reportReturnType]
@@ -185,6 +204,8 @@ class _Watch(TorchFunctionMode):
                 continue
             as_expert = product is not None and tensor is product.weight and id(tensor) in self._slices
             use = (TRANSPOSED if product.transposed else PLAIN) if product and as_expert else func.__name__
+            if func in (torch.bmm, torch.Tensor.bmm) and tensor is args[1]:
+                use = TRANSPOSED if tensor.is_contiguous() else PLAIN  # by the parameter itself, or by its transpose
             self.uses[name].add(use)
 
 
@@ -213,21 +234,16 @@ def experts_in(module: nn.Module) -> dict[str, Experts]:
 def observe_layout(block: nn.Module, hidden: Float[Tensor, "1 tokens width"], call: Call) -> dict[str, bool]:
     """Map each fused-expert parameter of a block to whether its layout is transposed, as observed in one call.
 
-    3-D parameters that take part in no product (kernels of convolutions) are left out.
-
-    Raises:
-        UserError: a 3-D parameter takes part in a product other than one expert at a time.
+    3-D parameters that take part in no product (kernels of convolutions), or in another one than of one expert's matrix
+    or of a batch of them, are left out: they stay as they are.
     """
     watch = _Watch(fused_parameters(block))
     with watch:
         call.run(block, hidden)
-    for name, uses in watch.uses.items():
-        if uses - {PLAIN, TRANSPOSED} or len(uses) > 1:
-            raise UserError(
-                f"model: {type(block).__name__} multiplies by {name} in {', '.join(sorted(uses))}, not by one expert "
-                "at a time, so its experts can't be quantized (method=fp scores the model as it is)"
-            )
-    return {name: TRANSPOSED in uses for name, uses in watch.uses.items() if uses}
+    found = {name: TRANSPOSED in uses for name, uses in watch.uses.items() if len(uses) == 1 and uses <= LAYOUTS}
+    for name in sorted(name for name, uses in watch.uses.items() if uses and name not in found):
+        log.debug("%s multiplies by %s in %s", type(block).__name__, name, ", ".join(sorted(watch.uses[name])))
+    return found
 
 
 def unfuse_block(block: nn.Module, layout: Mapping[str, bool]) -> None:
@@ -249,7 +265,7 @@ def unfuse(model: nn.Module) -> None:
     Fused experts are computed one after the other from then on, as the model's own code does ("eager").
 
     Raises:
-        UserError: a 3-D parameter takes part in a product other than one expert at a time; a block's output changes.
+        UserError: a block's output changes.
     """
     prefix, blocks = find_blocks(model)
     pending = [(i, block) for i, block in enumerate(blocks) if fused_parameters(block)]
@@ -258,26 +274,43 @@ def unfuse(model: nn.Module) -> None:
         _unfuse_all(model, prefix, blocks, pending)
     for block in blocks:
         for router in _routers(block):
-            router.routes = True  # pyright: ignore[reportArgumentType]
+            router.left = ROUTER  # pyright: ignore[reportArgumentType]
 
 
 @torch.no_grad()
 def _unfuse_all(model: nn.Module, prefix: str, blocks: nn.ModuleList, pending: Sequence[tuple[int, nn.Module]]) -> None:
     """Unfuse the experts of the pending blocks; one block of each kind is observed and verified."""
     ids = torch.arange(1, PROBE_TOKENS + 1, device=next(model.parameters()).device)[None]
-    hidden, calls = BlockCalls(model, blocks).record(ids)
     known: dict[Kind, bool | None] = {}
-    for index, block in pending:
+    for index, block, hidden, call in _entered(model, blocks, ids, dict(pending)):
         kinds = {name: _kind(block, name) for name in fused_parameters(block)}
         if all(kind in known for kind in kinds.values()):
             unfuse_block(block, {name: bool(known[kind]) for name, kind in kinds.items() if known[kind] is not None})
             continue
         with resident(block):
-            expected = calls[index].run(block, hidden)
-            seen = observe_layout(block, hidden, calls[index])
+            expected = call.run(block, hidden)
+            seen = observe_layout(block, hidden, call)
             unfuse_block(block, seen)
-            _check_same(calls[index].run(block, hidden), expected, hidden, f"{prefix}.{index}")
+            _check_same(call.run(block, hidden), expected, hidden, f"{prefix}.{index}")
         known |= {kind: seen.get(name) for name, kind in kinds.items()}
+
+
+def _entered(
+    model: nn.Module, blocks: nn.ModuleList, ids: Tensor, pending: Mapping[int, nn.Module]
+) -> Iterator[tuple[int, nn.Module, Tensor, Call]]:
+    """The pending blocks, with hidden states and arguments of a call of each, whichever way they can be had."""
+    try:
+        hidden, calls = BlockCalls(model, blocks).record(ids)
+        if not offloaded(model):
+            for index, block in pending.items():
+                calls[index].run(block, hidden)
+    except (UserError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        walk = Walk(model, blocks, ids)
+        for index, block in pending.items():
+            if walk.go_to(index, walk.hidden.dtype):
+                yield index, block, walk.hidden, walk.call
+        return
+    yield from ((index, block, hidden, calls[index]) for index, block in pending.items())
 
 
 def _routers(block: nn.Module) -> Iterator[nn.Module]:
@@ -296,9 +329,10 @@ def _routers(block: nn.Module) -> Iterator[nn.Module]:
 
 def compute_eagerly(model: nn.Module) -> None:
     """Set a transformers model to compute its experts one by one; models without that setting are left alone."""
-    config = getattr(model, "config", None)
-    if config is not None and getattr(config, "_experts_implementation", "eager") != "eager":
-        model.set_experts_implementation("eager")  # pyright: ignore[reportCallIssue]
+    if not isinstance(model, PreTrainedModel):
+        return
+    if any(each not in (None, "eager") for each in model.get_experts_implementation().values()):
+        model.set_experts_implementation("eager")
 
 
 def fuse(model: nn.Module) -> None:

@@ -7,10 +7,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+ROUTER = "routers stay in full precision"
+NOT_PASSED = "no calibration token passes it"
+CHOOSES = "it only chooses, and nothing else depends on it"
+COEFFICIENTS = "coefficients, no channels"
+SHARED = "its weight is another one's, which is rounded there"
+
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is a linear whose weight may be quantized: routers of experts stay in full precision."""
-    return isinstance(module, nn.Linear | Conv1D) and not getattr(module, "routes", False)
+    """Whether `module` is a linear whose weight may be quantized, and is not left for a reason (its `left`)."""
+    return isinstance(module, nn.Linear | Conv1D) and getattr(module, "left", None) is None
 
 
 def matrix(module: nn.Module) -> Float[Tensor, "out in"]:
@@ -76,6 +82,7 @@ class Site:
             function unchanged.
         expert: number of the expert that the linears belong to, which only some tokens reach; None: every token does.
         analogous: whether the absorber was found, and verified, on another expert of the same structure.
+        calls: how often one forward calls the site's linears, with another input each time.
     """
 
     linears: tuple[str, ...]
@@ -83,6 +90,7 @@ class Site:
     absorber: Absorber | None = None
     expert: int | None = None
     analogous: bool = False
+    calls: int = 1
 
     @property
     def name(self) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -28,6 +28,8 @@ from gptq_awq.models.embeddings import correct_tie
 from gptq_awq.models.gguf_claims import checked_gguf
 from gptq_awq.models.load_report import ADAPTER_CONFIG, LoadReport, examine, tokens_beyond
 from gptq_awq.models.offloaded_model import offload, skeleton
+from gptq_awq.models.quantized_source import decoded, quantization_of
+from gptq_awq.models.tensor_files import stored_tensors
 from gptq_awq.runtime.memory import return_large
 from gptq_awq.runtime.options import InputPath, checked_keywords
 from gptq_awq.storage.assets import ASSETS, cache_dir, fetch, hub_reachable, scratch_folder
@@ -156,7 +158,7 @@ def load_reported(
     with _quietly(), _naming(option):
         code = {"trust_remote_code": trust_remote_code, "local_files_only": True}
         config = AutoConfig.from_pretrained(folder, **code)
-        _check_unquantized(config, option)
+        _forget_quantization(config)
         if also_sees(config):
             log.info("%s: a %s; its language model alone is quantized and scored", option, config.model_type)
         tokenizer = AutoTokenizer.from_pretrained(folder, **code)
@@ -172,11 +174,26 @@ def load_reported(
     return LoadedFolder(model, tokenizer, report)
 
 
-def _check_unquantized(config: Any, option: str) -> None:
+def _forget_quantization(config: Any) -> None:
+    """Take the quantization of the files out of a config: they are decoded when they are read."""
     for part in (config, config.get_text_config()):
         for name in ("quantization_config", "compression_config"):
             if getattr(part, name, None) is not None:
-                raise UserError(f"{option}: is quantized already; name the full-precision model")
+                delattr(part, name)
+
+
+def _decoded_weights(folder: Path, option: str) -> dict[str, torch.Tensor] | None:
+    """All tensors of a folder that comes quantized, decoded one by one; None of another folder."""
+    quantization = quantization_of(folder)
+    if quantization is None:
+        return None
+
+    def get(path: Path, name: str) -> torch.Tensor:
+        with safe_open(path, framework="pt", backend="pread") as file:
+            return file.get_tensor(name)
+
+    stored = decoded(stored_tensors(folder, option), quantization, option)
+    return {name: tensor.read(name, get) for name, tensor in stored.items()}
 
 
 def _in_memory(
@@ -184,8 +201,10 @@ def _in_memory(
 ) -> tuple[PreTrainedModel, LoadReport]:
     """A folder's whole model in memory."""
     try:
+        weights = _decoded_weights(folder, option)
+        given = {"state_dict": weights} if weights is not None else {}
         loaded: Any = auto_class(config).from_pretrained(
-            folder, config=config, dtype=DTYPES[dtype], output_loading_info=True, **code
+            None if given else folder, config=config, dtype=DTYPES[dtype], output_loading_info=True, **given, **code
         )
     except Exception:
         remote = {"trust_remote_code": True} if code["trust_remote_code"] else {}

@@ -19,6 +19,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from gptq_awq.errors import UserError
 from gptq_awq.models.checkpoint import placed
 from gptq_awq.models.context_length import context_length
+from gptq_awq.models.quantized_source import decoded, quantization_of, told
 from gptq_awq.models.tensor_files import StoredTensor, stored_tensors
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -41,6 +42,7 @@ class LoadReport:
         tokens_beyond: tokens of the tokenizer that have no row there.
         context: number of tokens that the model was made for.
         notes: sentences on how the run's data fit the model.
+        quantized_source: format that the weights came in, and were decoded from; None for plain weights.
     """
 
     unplaced: tuple[str, ...] = ()
@@ -52,6 +54,7 @@ class LoadReport:
     tokens_beyond: tuple[str, ...] = ()
     context: int | None = None
     notes: tuple[str, ...] = ()
+    quantized_source: str | None = None
 
     def row(self) -> dict[str, Any]:
         """Findings for the manifest; kinds of which nothing was found are left out."""
@@ -61,6 +64,8 @@ class LoadReport:
 
     def warnings(self) -> Iterator[str]:
         """A sentence for each finding that may not be what the user means."""
+        if self.quantized_source:
+            yield f"its weights came quantized, and are only as good as that: {self.quantized_source}"
         if self.unplaced:
             yield f"the model has no place for tensors of its files, which are left out: {_listed(self.unplaced)}"
         if self.adapters:
@@ -87,7 +92,8 @@ def examine(folder: Path, model: PreTrainedModel, option: str) -> LoadReport:
     Raises:
         UserError: naming `option`, where the files hold codes instead of weights, or layers that no config counts.
     """
-    stored, places = stored_tensors(folder, option), model.state_dict()
+    quantization = quantization_of(folder)
+    stored, places = decoded(stored_tensors(folder, option), quantization, option), model.state_dict()
     pairs = [(place.source, place.target) for place in placed(model, stored)]
     homeless = {source: target for source, target in pairs if target not in places}
     housed = {source: target for source, target in pairs if target in places}
@@ -105,6 +111,7 @@ def examine(folder: Path, model: PreTrainedModel, option: str) -> LoadReport:
         small_floats=_patterns(small),
         vocabulary=len(model.get_input_embeddings().get_parameter("weight")),
         context=context_length(model),
+        quantized_source=told(stored, quantization),
     )
 
 

@@ -1,12 +1,13 @@
 """Tensors of a transformers folder's files by name, with dtype and shape, as transformers chooses among the files."""
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from gptq_awq.errors import UserError
 
@@ -22,11 +23,25 @@ class StoredTensor:
         file: the file that holds it.
         dtype: kind and bits, as safetensors spells them: F32, BF16, F8_E4M3, I8.
         shape: its shape.
+        parts: of a tensor that is decoded when it is read, what each part is, its file and its name there.
+        decode: makes the tensor of its parts; None: it is in the file as it is.
     """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    parts: Mapping[str, tuple[Path, str]] = field(default_factory=dict, compare=False)
+    decode: Callable[[Mapping[str, Tensor]], Tensor] | None = field(default=None, compare=False)
+
+    def read(self, name: str, get: Callable[[Path, str], Tensor]) -> Tensor:
+        """The tensor of this name; `get` reads one of a file, by its name there."""
+        if self.decode is None:
+            return get(self.file, name)
+        return self.decode({what: get(*place) for what, place in self.parts.items()})
+
+    def places(self, name: str) -> list[tuple[Path, str]]:
+        """Files, and names there, of all that is read for the tensor of this name."""
+        return list(self.parts.values()) or [(self.file, name)]
 
     @property
     def holds_numbers(self) -> bool:

@@ -18,7 +18,8 @@ There is no table of architectures, and no wrong guess passes silently.
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -69,10 +70,14 @@ def observe_sites(
     """
     probe = _Probe(copy.deepcopy(block).float(), hidden.float(), call)
     known = {site.linears: site.absorber for site in like}
+    names = {name for name, _ in block.named_modules()}
 
     def absorber(site: Site, before: list[str]) -> Absorber | None:
         guess = known.get(site.linears)
-        if site.linears in known and (guess is None or _verify(probe, site, guess)):
+        if site.calls > 1:
+            return None
+        there = guess is None or guess.producer in names
+        if site.linears in known and there and (guess is None or _verify(probe, site, guess)):
             return guess
         return _find_absorber(probe, site, before, heads)
 
@@ -112,6 +117,7 @@ def _watch(probe: _Probe) -> tuple[list[str], list[Site]]:
     readers: dict[int, list[str]] = {}
     held: list[Tensor] = []  # keeps every input alive, so that ids stay unique
     arrived: dict[str, int] = {}
+    calls: dict[str, int] = Counter()
 
     def hook(name: str):
         def watch(module, args, _output):
@@ -120,6 +126,7 @@ def _watch(probe: _Probe) -> tuple[list[str], list[Site]]:
                 held.append(args[0])
                 readers.setdefault(id(args[0]), []).append(name)
                 arrived[name] = args[0].shape[:-1].numel()
+                calls[name] += 1
 
         return watch
 
@@ -127,8 +134,22 @@ def _watch(probe: _Probe) -> tuple[list[str], list[Site]]:
     with hooks([m.register_forward_hook(hook(n)) for n, m in leaves]):
         probe.run()
     widths = {name: matrix(module).shape[1] for name, module in leaves if is_linear(module)}
-    seen = [Seen(Site(tuple(names), widths[names[0]]), arrived[names[0]]) for names in readers.values()]
-    return order, completed(seen, widths, probe.hidden.shape[:-1].numel())
+    seen = [Seen(site, arrived[site.linears[0]]) for site in _by_input(list(readers.values()), widths, calls)]
+    tokens = min(probe.hidden.shape[:-1].numel(), max(arrived.values(), default=0))  # of several states for each: once
+    return order, completed(seen, widths, tokens)
+
+
+def _by_input(readers: Sequence[list[str]], widths: Mapping[str, int], calls: Mapping[str, int]) -> Iterator[Site]:
+    """Sites of the linears that read each input in turn; one that is called again is a site at its last call."""
+    left = dict(calls)
+    for names in readers:
+        for name in names:
+            left[name] -= 1
+        if once := tuple(name for name in names if calls[name] == 1):
+            yield Site(once, widths[once[0]])
+        for name in names:
+            if calls[name] > 1 and not left[name]:
+                yield Site((name,), widths[name], calls=calls[name])
 
 
 def _find_absorber(probe: _Probe, site: Site, before: list[str], heads: int | None) -> Absorber | None:
@@ -149,7 +170,7 @@ def _find_absorber(probe: _Probe, site: Site, before: list[str], heads: int | No
 def _proposals(module: nn.Module, width: int, heads: int | None) -> list[Int[Tensor, "part"]]:
     """Sets of output channels of `module` that might feed a site of `width` columns."""
     weight = getattr(module, "weight", None)
-    if weight is None or not (is_linear(module) or weight.dim() == 1):
+    if not isinstance(weight, nn.Parameter) or not (is_linear(module) or weight.dim() == 1):
         return []
     n = channels(module)
     every = torch.arange(n)
@@ -176,7 +197,7 @@ def _trace(probe: _Probe, site: Site, producer: str, rows: Int[Tensor, "part"]) 
         def inject(_module, _args, output):
             if not noise:
                 noise.append(0.5 + torch.rand(output.shape, generator=generator).to(output))
-            return noise[0] * factor.to(output)
+            return noise[0] * factor.to(output) if output.shape == noise[0].shape else output
 
         return _site_input(probe, site, module.register_forward_hook(inject))
 

@@ -2,9 +2,10 @@
 
 import copy
 import functools
+import logging
 import operator
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,10 +20,11 @@ from gptq_awq.calibration.sequential import staged_forward
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.models.blocks import hooks
-from gptq_awq.models.linear import Site, is_linear, matrix
+from gptq_awq.models.left import MARKS
+from gptq_awq.models.linear import NOT_PASSED, Site, is_linear, matrix
 from gptq_awq.numerics.distributed import ONE, Ranks
 from gptq_awq.quantization.batching import RowSlice, batches, shared
-from gptq_awq.quantization.ledger import Errors, LinearReport
+from gptq_awq.quantization.ledger import Errors, LinearReport, left_row
 from gptq_awq.quantization.method import Method, solved_together
 from gptq_awq.quantization.resume import Row
 from gptq_awq.quantization.tuning_step import examples, hidden_states, with_tuning
@@ -30,6 +32,8 @@ from gptq_awq.runtime.profiling import phase
 from gptq_awq.solvers.base import Coupling, Solution, Solver
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.transforms.base import ModuleInputs, Scaling, SiteTransform, Transform, absorb_scaling
+
+log = logging.getLogger(__name__)
 
 UNREACHED = Scaling(None, {"skipped": "no calibration token reaches this expert"})
 """A transform's scaling at a site that no token reached: none."""
@@ -47,6 +51,8 @@ class BlockStep:
         prepared: details of the whole model's transforms, by name, for the ledger.
         ranks: the processes that share the work.
         curvatures: H_O (out, n) by the name of the linear in the model, each forgotten once it is used; None: of none.
+        fused: full names of linears that read one input, for grids that fuse them without calibration.
+        squares: mean squares of the linears' inputs by full name, for range searches without calibration.
     """
 
     def __init__(
@@ -59,21 +65,32 @@ class BlockStep:
         prepared: dict[str, Scaling],
         ranks: Ranks = ONE,
         curvatures: dict[str, Tensor] | None = None,
+        fused: Sequence[tuple[str, ...]] = (),
+        squares: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.block, self.runner, self.index, self.name, self.method = block, block, index, name, method
         self.grids = {n.removeprefix(f"{name}."): grid for n, grid in grids.items() if n.startswith(f"{name}.")}
         self.weights: dict[str, QuantizedWeight] = {}
         self.rows: list[Row] = []
         self._prepared, self._ranks, self._curvatures = prepared, ranks, curvatures or {}
+        self._fused = [
+            tuple(n.removeprefix(f"{name}.") for n in names) for names in fused if names[0].startswith(f"{name}.")
+        ]
+        self._squares = squares or {}
         self._scalings: dict[str, dict[str, Scaling]] = {}
         self._full: nn.Module | None = None
 
     def run(self, inputs: Inputs | None) -> None:
         """Transform, solve and tune the block, and advance `inputs` to the next one; None: without calibration."""
         assert self.method.solver is not None
+        left = [(name, m) for name, m in self.block.named_modules() if getattr(m, "left", None) in MARKS]
+        self.rows += [left_row(f"{self.name}.{name}", self.index, name, self.method, m) for name, m in left]
         if inputs is None:
-            self._solve_sites([(site, None) for site in _each_linear(self.block)])
+            for site in self._own(_each_linear(self.block)):
+                self._solve_sites([(site, self._diagonal(site.linears[0]))])
             return
+        if not inputs.enter(self.index):
+            return  # the model calls it for images only
         if inputs.activations is not None:
             self.runner = inputs.runner(self.block)
         tuning = self.method.block_tunings
@@ -81,6 +98,14 @@ class BlockStep:
         self._transform_and_solve(inputs)
         if tuning and inputs.activations is not None:
             self._tune(inputs.activations, block_inputs)
+
+    def _diagonal(self, linear: str) -> Moments | None:
+        """Moments of which only the mean squares are known, of an importance matrix; None: it has none."""
+        squares = self._squares.get(f"{self.name}.{linear}")
+        if squares is None:
+            return None
+        squares = squares.to(matrix(self.block.get_submodule(linear)).device)
+        return Moments(squares.diag(), squares.sqrt(), 1)
 
     def _transform_and_solve(self, inputs: Inputs) -> None:
         """Transform the block and solve its sites: site by site on quantized inputs, or all from one observation."""
@@ -103,8 +128,8 @@ class BlockStep:
             self._transform(seen)
             sites = seen.sites
         else:
-            sites = inputs.sites(self.block, self.index)
-            _check_coverage(self.block, sites, self.name)
+            sites = self._own(inputs.sites(self.block, self.index))
+            self._leave_missed(sites)
         full = self._full_precision()
         paired = self.method.needs_cross
         staged_forward(
@@ -144,8 +169,25 @@ class BlockStep:
 
     def _observe(self, inputs: Inputs) -> Observation:
         seen = inputs.observe(self.block, self.runner, self.index)
-        _check_coverage(self.block, seen.sites, self.name)
-        return seen
+        known = dict(zip([site.linears for site in seen.sites], seen.moments, strict=True))
+        own = self._own(seen.sites)
+        self._leave_missed(own)
+        if len(own) == len(seen.sites):
+            return seen
+        return replace(seen, sites=own, moments=[known[site.linears] for site in own])
+
+    def _own(self, sites: Iterable[Site]) -> list[Site]:
+        """Leave out the sites of weights that an earlier block shares, where they were solved."""
+        return [site for site in sites if site.linears[0] in self.grids]
+
+    def _leave_missed(self, sites: Sequence[Site]) -> None:
+        """Leave, and name in log and ledger, linears that are in no site: no token passed them here."""
+        reached = {linear for site in sites for linear in site.linears}
+        for name in (name for name in self.grids if name not in reached):
+            module = self.block.get_submodule(name)
+            module.left = NOT_PASSED  # pyright: ignore[reportArgumentType]
+            log.warning("%s.%s stays as it is: %s", self.name, name, NOT_PASSED)
+            self.rows.append(left_row(f"{self.name}.{name}", self.index, name, self.method, module))
 
     def _transform(self, seen: Observation) -> list[Moments]:
         """Apply the block's transforms in place; returns the moments of all sites' transformed inputs."""
@@ -202,6 +244,8 @@ class BlockStep:
 
     def _solve_sites(self, sites: Sequence[tuple[Site, Moments | None]]) -> None:
         """Quantize the linears of some sites: each rank solves its share of rows, then all exchange their results."""
+        for names in self._fused or [site.linears for site, _ in sites]:
+            self._share_scales(names)
         linears = [self._whole_linear(name, site, moments) for site, moments in sites for name in site.linears]
         own: list[_Solved] = []
         mine = batches(shared(linears, self._ranks))
@@ -218,6 +262,13 @@ class BlockStep:
             whole = _joined(solved[linear.name])
             self.weights[f"{self.name}.{linear.name}"] = whole.solution.quantized
             self.rows.append(self._report(linear).row(whole.solution, whole.errors, whole.seconds))
+
+    def _share_scales(self, names: Sequence[str]) -> None:
+        """Let the linears of one input that are on one grid choose together what it stores once per tensor."""
+        for grid in {self.grids[name] for name in names if self.grids[name].shared_by_tensor}:
+            alike = [name for name in names if self.grids[name] == grid]
+            chosen = grid.for_weights([matrix(self.block.get_submodule(name)) for name in alike])
+            self.grids |= dict.fromkeys(alike, chosen)
 
     def _whole_linear(self, name: str, site: Site, moments: Moments | None) -> RowSlice:
         """All rows of a linear; they are rounded to nearest where no token reached it, else solved by the method."""
@@ -311,20 +362,6 @@ def _joined(parts: "Sequence[_Solved]") -> "_Solved":
     solution = replace(first.solution, quantized=QuantizedWeight.concat_rows([p.solution.quantized for p in parts]))
     errors = functools.reduce(operator.add, (part.errors for part in parts))
     return _Solved(first.name, 0, solution, errors, sum(part.seconds for part in parts))
-
-
-def _check_coverage(block: nn.Module, sites: list[Site], name: str) -> None:
-    """Refuse a block with a linear that is in no site, as it would stay unquantized without notice.
-
-    Raises:
-        UserError: no token reached a linear, nor one that differs from it in the number of an expert only.
-    """
-    reached = {linear for site in sites for linear in site.linears}
-    missed = [site.linears[0] for site in _each_linear(block) if site.linears[0] not in reached]
-    if missed:
-        raise UserError(
-            f"model: no token passes {name}.{missed[0]}, so nothing calibrates it; method=rtn needs no data"
-        )
 
 
 def _each_linear(block: nn.Module) -> Iterator[Site]:

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from gptq_awq.models.blocks import find_blocks, language_model
-from gptq_awq.models.linear import is_linear
+from gptq_awq.models.blocks import find_blocks, language_modules
+from gptq_awq.models.linear import ROUTER, is_linear
 
 log = logging.getLogger(__name__)
 LITTLE = 0.9
@@ -80,7 +80,7 @@ def coverage_of(model: nn.Module, rounded: Set[str] | Mapping[str, Any]) -> Cove
     """The coverage of a model, given the names of the modules whose weights are rounded."""
     total = done = 0
     kinds: dict[tuple[str, str, bool], list[int]] = {}
-    decoder = {id(p) for p in language_model(model).parameters()}
+    decoder = {id(p) for module in language_modules(model) for p in module.parameters(recurse=False)}
     ends, (prefix, _) = _ends(model), find_blocks(model)
     for name, module, weight in _matrices(model):
         size, key = weight.numel(), id(weight)
@@ -132,8 +132,10 @@ def _reason(module: nn.Module, name: str, in_decoder: bool, prefix: str) -> str:
     """Reason that a matrix in the module of this name stays as it is."""
     if not in_decoder:
         return "no part of the language model"
-    if getattr(module, "routes", False) or "router" in type(module).__name__.lower():
-        return "routers stay in full precision"
+    if (left := getattr(module, "left", None)) is not None:
+        return left
+    if "router" in type(module).__name__.lower():
+        return ROUTER
     if not name.startswith(f"{prefix}."):
         return f"outside of the blocks, {prefix}"
     return "the grid has none for it" if is_linear(module) else "no linear layer"

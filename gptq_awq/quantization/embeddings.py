@@ -170,7 +170,12 @@ def head_moments(model: Any, name: str, activations: Activations, cross: bool = 
         return seen[0].to(hidden.dtype)
 
     with resident(head, model.get_input_embeddings()):  # the forward calls both, though their outputs are not used
-        for batch in activations.batches:
+        for batch in activations.own:
+            if batch.walk is not None:
+                with _recorded_inputs(head) as seen:
+                    inputs = [x.to(batch.hidden.dtype) for _ in batch.finish() for x in seen[-1:]]
+                total.add(inputs[0], batch.mask, inputs[1] if cross and len(inputs) > 1 else None)
+                continue
             x, full = head_input(batch.hidden), batch.full
             total.add(x, batch.mask, head_input(full) if cross and full is not None else None)
     return total.finish(name, activations.ranks)

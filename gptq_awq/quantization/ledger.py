@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptq_awq.calibration.moments import Moments
 from gptq_awq.grids.base import QuantizedWeight, nearest, row_parts
@@ -110,6 +110,24 @@ class LinearReport:
             signal = max(errors.signal, 1e-30)
             row |= {"error_after": errors.after / signal, "error_before": errors.before / signal}
         return row
+
+
+def left_row(name: str, block: int, site: str, method: Method, module: nn.Module) -> dict[str, Any]:
+    """Ledger row of a linear that stays as it is; its `left` says why, and it has no codes."""
+    weight = module.get_parameter("weight")
+    return {
+        "name": name,
+        "block": block,
+        "site": site,
+        "shape": list(weight.shape),
+        "requested": method.name,
+        "solver": None,
+        "left": module.left,
+        "bits": None,
+        "bits_per_weight": 8 * weight.dtype.itemsize,
+        "codes_sha256": "",
+        "seconds": 0.0,
+    }
 
 
 @dataclass(frozen=True)

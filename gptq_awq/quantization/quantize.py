@@ -18,7 +18,7 @@ model has another dtype.
 """
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,15 +27,17 @@ from torch import Tensor, nn
 
 from gptq_awq.calibration.block_inputs import Inputs, Settings
 from gptq_awq.calibration.chain import check_chain
-from gptq_awq.calibration.expert_policy import ExpertPolicy, no_pairing
+from gptq_awq.calibration.expert_policy import ExpertPolicy
 from gptq_awq.calibration.observation import ObservationCache
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, GridChoice
 from gptq_awq.kernels.threads import match_torch
 from gptq_awq.models.blocks import find_blocks
-from gptq_awq.models.experts import experts_in, unfuse
+from gptq_awq.models.experts import unfuse
+from gptq_awq.models.left import mark_left
 from gptq_awq.models.offload import offloaded, read_ahead, resident
+from gptq_awq.models.shared_inputs import linears_by_input
 from gptq_awq.numerics.distributed import Ranks
 from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.quantization.block import BlockStep
@@ -70,10 +72,16 @@ def examine(model: nn.Module, tokens: TokenSet | None, method: Method, grid: Gri
     """
     if method.solver is None:
         return None
-    unfuse(model)
+    prepare(model, method, grid)
     check_chain(model, tokens, needs_calibration(method, grid))
     free_head(model, method)
     return coverage_of(model, assign_grids(model, grid, method.head))
+
+
+def prepare(model: nn.Module, method: Method, grid: GridChoice) -> None:
+    """Make a model's fused experts linears, and mark what a method leaves: routers, and what no token passes."""
+    unfuse(model)
+    mark_left(model, needs_calibration(method, grid))
 
 
 def quantize(
@@ -87,6 +95,7 @@ def quantize(
     progress: Journal | None = None,
     experts: ExpertPolicy = ExpertPolicy(),  # noqa: B008 (frozen)
     curvature_file: Path | None = None,
+    squares: Mapping[str, Tensor] | None = None,
 ) -> Generator[BlockResult]:
     """Quantize every linear in the model's blocks, in place, one block per step of the iterator.
 
@@ -109,6 +118,8 @@ def quantize(
         progress: journal of finished blocks; those that it holds are restored, not computed.
         experts: policy for experts that few tokens reach.
         curvature_file: file that output curvature is kept in for later runs; None: none.
+        squares: mean squares of the linears' inputs by full name, instead of tokens: the diagonal of H, for range
+            searches; None: none.
 
     Raises:
         UserError: no calibration data where the method needs some; non-finite values; an H that does not factor; a
@@ -124,10 +135,8 @@ def quantize(
         if method.cast is not None:
             _cast(model, getattr(torch, method.cast))
         return
-    unfuse(model)
-    if method.needs_cross and experts_in(model):
-        raise no_pairing(f"method={method.name}")
-    loop = _BlockLoop(model, tokens, method, grid, settings, track, record, progress, experts, curvature_file)
+    prepare(model, method, grid)
+    loop = _BlockLoop(model, tokens, method, grid, settings, track, record, progress, experts, curvature_file, squares)
     if not method.model_tunings:
         yield from loop.run()
         return
@@ -151,6 +160,7 @@ class _BlockLoop:
     journal: Journal | None
     experts: ExpertPolicy
     curvature_file: Path | None
+    squares: Mapping[str, Tensor] | None
 
     def run(self) -> Iterator[BlockResult]:
         """Quantize the embedding, the blocks and the output head; yields each result once it is finished."""
@@ -166,7 +176,7 @@ class _BlockLoop:
         grids = assign_grids(model, self.grid, method.head)
         _check_tunings(method, {grid for name, grid in grids.items() if name.startswith(f"{prefix}.")})
         head = HeadStep.of(model, method, grids, prepared, ranks)
-        curvatures = self._curvatures()
+        curvatures, fused = self._curvatures(), self._fused(grids)
         inputs = self._inputs(blocks, with_head=head is not None)  # full precision's begin before anything is rounded
         outside = round_embeddings(model, grids, prefix, method)
         if inputs is not None and _rounds_embedding(model, outside):
@@ -180,7 +190,7 @@ class _BlockLoop:
         rest = range(finished, count)
         for index in self.track(rest, f"quantize ({method.name})", len(rest)):
             name, block = f"{prefix}.{index}", blocks[index]
-            step = BlockStep(block, index, name, method, grids, prepared, ranks, curvatures)
+            step = BlockStep(block, index, name, method, grids, prepared, ranks, curvatures, fused, self.squares)
             if index + 1 < count:
                 read_ahead(blocks[index + 1])
             with torch.no_grad(), resident(block):
@@ -197,6 +207,15 @@ class _BlockLoop:
             progress.save_head(count, done)
             yield done
 
+    def _fused(self, grids: Mapping[str, Grid]) -> list[tuple[str, ...]]:
+        """Linears that read one input, where a grid has to know and no calibration will tell."""
+        calibrates = needs_calibration(self.method, self.grid) and self.squares is None
+        return (
+            []
+            if calibrates or not any(grid.shared_by_tensor for grid in grids.values())
+            else linears_by_input(self.model)
+        )
+
     def _curvatures(self) -> dict[str, Tensor]:
         """H_O of the linears, where the method rounds by it; of none else."""
         settings = self.method.output_curvature
@@ -211,7 +230,7 @@ class _BlockLoop:
         Raises:
             UserError: the method calibrates, and there are no tokens.
         """
-        if not needs_calibration(self.method, self.grid):
+        if not needs_calibration(self.method, self.grid) or self.squares is not None:
             return None
         if self.tokens is None:
             raise _missing_tokens(self.method)

@@ -190,13 +190,17 @@ def _packed(prefix: str, block: nn.Module, done: BlockResult) -> tuple[dict[str,
         tensors |= {f"{name}/store/{key}": value for key, value in weight.store.items()}
         if not weight.natural_order:
             tensors[f"{name}/group_of_column"] = weight.group_of_column
-    return tensors, {"rows": done.rows, "losses": {name: weight.loss for name, weight in done.weights.items()}}
+    facts = {"rows": done.rows, "losses": {name: weight.loss for name, weight in done.weights.items()}}
+    shared = {name: weight.grid.tensor_scale for name, weight in done.weights.items() if weight.grid.shared_by_tensor}
+    return tensors, facts | {"tensor_scales": shared}
 
 
 def weights_in(content: ChecksummedFile, grids: Mapping[str, Grid]) -> Iterator[tuple[str, QuantizedWeight]]:
     """Names and quantized weights of one finished block, read from its file in the journal."""
     for name, loss in content.facts["losses"].items():
         kept, grid = _under(f"{name}/", content.tensors), grids[name]
+        if grid.shared_by_tensor:
+            grid = replace(grid, tensor_scale=content.facts["tensor_scales"][name])  # pyright: ignore
         groups = kept.get("group_of_column")
         if groups is None:
             groups = group_of_columns(kept["codes"].shape[1], grid.group_size)

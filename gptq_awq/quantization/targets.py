@@ -19,8 +19,7 @@ def assign_grids(model: nn.Module, choice: GridChoice, head: str | None = None) 
         head: quantization of the output head, as `Method.head` has it.
 
     Raises:
-        UserError: a grid whose format does not take a weight's width; names in a grid's options that no weight has;
-            a linear that several blocks share.
+        UserError: a grid whose format does not take a weight's width; names in a grid's options that no weight has.
     """
     grids: dict[str, Grid] = {}
     places = [*_outside_places(model, head is not None), *_block_places(model)]
@@ -42,18 +41,21 @@ def changes_output(model: nn.Module, grids: Mapping[str, Grid]) -> bool:
     return head is not None and any(model.get_submodule(name).weight is head.weight for name in grids)
 
 
+def all_places(model: nn.Module) -> list[Place]:
+    """Places of the embedding, of an output head with a matrix of its own, and of the blocks' linears."""
+    return [*_outside_places(model, False), *_block_places(model)]
+
+
 def _block_places(model: nn.Module) -> Iterator[Place]:
-    """The places of the blocks' linears."""
+    """The places of the blocks' linears; a weight that several of them share has one."""
     prefix, blocks = find_blocks(model)
     shared_kv = (heads_of(model) or 1) // key_value_heads(text_config(model))
-    names: dict[int, str] = {}
+    seen: set[int] = set()  # weights that several blocks share have the place of the first
     for index, block in enumerate(blocks):
         for name, module in block.named_modules():
-            if is_linear(module):
-                columns, full_name = matrix(module).shape[1], f"{prefix}.{index}.{name}"
-                if (first := names.setdefault(id(module.weight), full_name)) != full_name:
-                    raise UserError(f"model: {first} and {full_name} share one weight, which can't be quantized twice")
-                yield Place(full_name, columns, index, len(blocks), shared_kv)
+            if is_linear(module) and id(module.weight) not in seen:
+                seen.add(id(module.weight))
+                yield Place(f"{prefix}.{index}.{name}", matrix(module).shape[1], index, len(blocks), shared_kv)
 
 
 def _outside_places(model: nn.Module, head_wanted: bool) -> Iterator[Place]:

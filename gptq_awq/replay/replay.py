@@ -90,7 +90,7 @@ def replay(run_dir: Path, track: Track, scores: bool = False, device: str | None
         UserError: no finished run in the folder; a config that names code of others without `trust`; a model or data
             that can no longer be loaded.
     """
-    stored, config = _stored(run_dir, trust)
+    stored, config = stored_run(run_dir, trust)
     ledger = _ledger(run_dir)
     with tempfile.TemporaryDirectory() as scratch, _naming(run_dir):
         config.out, config.resume = scratch, False
@@ -120,8 +120,8 @@ def replay(run_dir: Path, track: Track, scores: bool = False, device: str | None
     return Replay(len(ledger), difference, circumstances)
 
 
-def _stored(run_dir: Path, trust: bool) -> tuple[Result, DictConfig]:
-    """The row and config of a finished run, with today's names of classes. Raises UserError where there is none."""
+def stored_run(run_dir: Path, trust: bool) -> tuple[Result, DictConfig]:
+    """Read row and config of a finished run, with today's names of classes. Raises UserError where there is none."""
     try:
         stored = Result.read(run_dir / FILE_NAME)
         content = current_targets(read_yaml(run_dir / CONFIG, CONFIG_BYTES))

@@ -3,11 +3,12 @@
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gptq_awq.errors import UserError
+from gptq_awq.evaluation.samples.difference import Sample
 from gptq_awq.report import render
 from gptq_awq.report.anchors import Anchors, check, markdown, met
 from gptq_awq.report.rows import (
@@ -20,6 +21,7 @@ from gptq_awq.report.rows import (
     records,
     warnings,
 )
+from gptq_awq.report.samples import RunSamples, labelled, stored_samples
 from gptq_awq.report.settings import averaged, flat, is_setting
 from gptq_awq.report.table import Table, make_table
 from gptq_awq.report.verdicts import Verdicts, read_scores, verdicts
@@ -37,6 +39,7 @@ class Report:
     tables: Sequence[Table]
     verdicts: Verdicts
     warnings: Sequence[str]
+    samples: Sequence[RunSamples] = ()
 
     def markdown(self) -> str:
         """Render warnings and tables as Markdown, without a final line break."""
@@ -45,14 +48,18 @@ class Report:
     def text(self, kind: str) -> str:
         """Render the report as the content of a file; `kind` is a key of `FORMATS`."""
         if kind == "html":
-            return page(self.tables, self.verdicts, self.warnings)
+            return page(self.tables, self.verdicts, self.warnings, self.samples)
         if kind == "csv":
             return render.tidy(self.tables, self.verdicts)
         return render.latex(self.tables, self.warnings) if kind == "latex" else self.markdown() + "\n"
 
 
 def make_report(
-    rows: Sequence[Row], folders: Folders = NO_FOLDERS, metrics: Sequence[str] = (), over: str | None = None
+    rows: Sequence[Row],
+    folders: Folders = NO_FOLDERS,
+    metrics: Sequence[str] = (),
+    over: str | None = None,
+    samples: Mapping[str, Sequence[Sample]] | None = None,
 ) -> Report:
     """Test and tabulate runs, one table per model.
 
@@ -61,6 +68,7 @@ def make_report(
         folders: folders of runs without a results row, for the warnings.
         metrics: metrics to show; empty: all.
         over: setting to average over (`averaged`); None: each run is a row of its own.
+        samples: text samples by the run's path; None: those that runs stored.
 
     Raises:
         UserError: runs of one model were scored by different protocols; no run has the metric or setting asked for.
@@ -76,7 +84,8 @@ def make_report(
         else:
             found |= verdicts(runs, read_scores)
         tables.append(make_table(model, runs, found, metrics))
-    return Report(tables, found, warnings(rows, folders))
+    known = stored_samples(done) if samples is None else samples
+    return Report(tables, found, warnings(rows, folders), labelled(tables, known))
 
 
 def _check_asked(runs: Sequence[Row], metrics: Sequence[str], over: str | None) -> None:

@@ -152,3 +152,22 @@ def _baselines(runs: Iterable[Row], names: Sequence[str]) -> str:
                 found[name].add(text.number(run["metrics"][f"{name}/baseline"]))
     values = ", ".join(f"{name} {' or '.join(sorted(numbers))}" for name, numbers in found.items())
     return f"Full precision: {values}." if found else ""
+
+
+def labels(table: Table) -> list[str]:
+    """Labels of the runs in plots: method, bits, and the settings that distinguish them."""
+    varies = [
+        index
+        for index, (name, kind) in enumerate(table.columns)
+        if kind == "setting"
+        and name not in ("method", "bits")
+        and len({row[index].text for row in table.cells} - {""}) > 1
+    ]
+    labels = []
+    for run, row in zip(table.runs, table.cells, strict=True):
+        parts = [run["method"], "" if run["bits"] is None else f"{run['bits']:g} bits"]
+        for index in varies:
+            name, text = table.columns[index][0], row[index].text
+            parts.append(text and (text if name == "grid" else f"{name} {text}"))
+        labels.append(", ".join(part for part in parts if part))
+    return labels

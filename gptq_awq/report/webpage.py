@@ -14,21 +14,27 @@ import orjson
 from gptq_awq.report.profile import profiles
 from gptq_awq.report.provenance import provenance
 from gptq_awq.report.rows import Row, is_full_precision, measured
-from gptq_awq.report.table import Cell, Table
+from gptq_awq.report.samples import RunSamples, by_prompt, parting_in_words
+from gptq_awq.report.table import Cell, Table, labels
 from gptq_awq.report.verdicts import Verdict, Verdicts, higher_is_better
 
 SCRIPTS = ("base.js", "tables.js", "frontier.js", "layers.js", "costs.js", "main.js")
 BEST, TIES, SAME = 1, 2, 4
 
 
-def page(tables: Sequence[Table], verdicts: Verdicts, warnings: Sequence[str] = ()) -> str:
+def page(
+    tables: Sequence[Table],
+    verdicts: Verdicts,
+    warnings: Sequence[str] = (),
+    samples: Sequence[RunSamples] = (),
+) -> str:
     """Render the report as HTML; the same runs give the same bytes."""
     source = files("gptq_awq.report") / "page"
     parts = {
         "TITLE": _escaped(f"Quantization report: {', '.join(table.model for table in tables) or 'no finished run'}"),
         "STYLE": (source / "page.css").read_text("utf-8"),
         "SCRIPT": "\n".join((source / name).read_text("utf-8") for name in SCRIPTS),
-        "DATA": _json(_data(tables, verdicts, warnings)),
+        "DATA": _json(_data(tables, verdicts, warnings) | {"samples": _samples(samples)}),
     }
     html = (source / "page.html").read_text("utf-8")
     # In one pass, so that nothing is replaced inside of what was inserted: a model may be called @DATA@.
@@ -43,7 +49,7 @@ def _data(tables: Sequence[Table], verdicts: Verdicts, warnings: Sequence[str]) 
             higher.setdefault(name, higher_is_better(name, run))
     names = list(higher)
     layers = profiles(runs)
-    labels = [label for table in tables for label in _labels(table)]
+    named = [label for table in tables for label in labels(table)]
     first, shown = 0, []
     for table in tables:
         cells = [[_cell(cell) for cell in row] for row in table.cells]
@@ -56,10 +62,26 @@ def _data(tables: Sequence[Table], verdicts: Verdicts, warnings: Sequence[str]) 
         "tables": shown,
         "metrics": [{"name": name, "higher": higher[name]} for name in names],
         "runs": [
-            _run(run, label, layer, verdicts, names) for run, label, layer in zip(runs, labels, layers, strict=True)
+            _run(run, label, layer, verdicts, names) for run, label, layer in zip(runs, named, layers, strict=True)
         ],
         "provenance": provenance(runs),
     }
+
+
+def _samples(runs: Sequence[RunSamples]) -> list[dict[str, Any]]:
+    """Texts by prompt: full precision's, and [label, text, [at, length of the first other piece] or None, words]."""
+    return [
+        {
+            "prompt": texts.prompt,
+            "full": texts.full,
+            "runs": [
+                [label, sample.own, part and [part.at, len(part.own)], parting_in_words(sample)]
+                for label, sample in texts.runs
+                for part in [sample.parting]
+            ],
+        }
+        for texts in by_prompt(runs)
+    ]
 
 
 def _cell(cell: Cell) -> list[Any]:
@@ -96,25 +118,6 @@ def _point(metrics: Mapping[str, Any], name: str, verdict: Verdict) -> list[Any]
     delta = metrics.get(f"{name}/delta")
     low, high = metrics.get(f"{name}/delta_ci95" if delta is not None else f"{name}/ci95") or (None, None)
     return [*(_plain(number) for number in (metrics[name], delta, low, high)), int(verdict.same)]
-
-
-def _labels(table: Table) -> list[str]:
-    """Labels of the runs in plots: method, bits, and the settings that distinguish them."""
-    varies = [
-        index
-        for index, (name, kind) in enumerate(table.columns)
-        if kind == "setting"
-        and name not in ("method", "bits")
-        and len({row[index].text for row in table.cells} - {""}) > 1
-    ]
-    labels = []
-    for run, row in zip(table.runs, table.cells, strict=True):
-        parts = [run["method"], "" if run["bits"] is None else f"{run['bits']:g} bits"]
-        for index in varies:
-            name, text = table.columns[index][0], row[index].text
-            parts.append(text and (text if name == "grid" else f"{name} {text}"))
-        labels.append(", ".join(part for part in parts if part))
-    return labels
 
 
 def _plain(value: Any) -> Any:

@@ -24,10 +24,11 @@ from gptq_awq.runtime.source import Code, package_versions
 
 NOT_COMPUTED = (
     *("out", "tracking", "resume", "profile", "objective", "ranks_timeout_minutes", "cache_gb"),
-    *("activations", "memory_budget", "stream", "forecast"),
+    *("activations", "memory_budget", "stream", "forecast", "time_budget", "recipes"),
+    *("tables", "dry_run"),
 )
 """Options that change no number."""
-BUDGET = ("budget_bits", "budget_bytes", "budget_uniform", "tie", "allocated")
+BUDGET = ("budget", "budget_bits", "budget_bytes", "budget_uniform", "tie", "allocated")
 """Fields of a grid that choose among widths by what each costs, and change no cost."""
 COMPUTED_BY = {
     "observations": ("gptq_awq.calibration.block_inputs", "gptq_awq.models.load"),

@@ -31,15 +31,15 @@ def no_track(items: Iterable[T], description: str, total: int) -> Iterable[T]:  
 
 
 @contextmanager
-def rich_track(console: Console) -> Iterator[Track]:
+def rich_track(console: Console, brief: bool = False) -> Iterator[Track]:
     """A `Track` that reports each phase on `console`, with elapsed and remaining time.
 
     On a terminal or in a notebook: one bar per phase, and a bar for a loop inside it while that runs.
     Elsewhere (a CI log, a file): a line when a phase ends and one each half minute before that; nothing for
-    inner loops.
+    inner loops. `brief`: bars are gone when all is done, and a phase that took less than half a minute has no line.
     """
     if not (console.is_interactive or console.is_jupyter):
-        yield line_track(console)
+        yield line_track(console, brief=brief)
         return
     columns = (
         TextColumn("{task.description}", justify="left", markup=False),
@@ -50,12 +50,17 @@ def rich_track(console: Console) -> Iterator[Track]:
         TimeRemainingColumn(),
     )
     # The remaining time is estimated from all steps: rich's default window of 30 s is shorter than one large block.
-    with Progress(*columns, console=console, speed_estimate_period=math.inf) as progress:
+    with Progress(*columns, console=console, speed_estimate_period=math.inf, transient=brief) as progress:
         yield _bar_track(progress)
 
 
-def line_track(console: Console, every: float = 30.0, clock: Callable[[], float] = time.monotonic) -> Track:
-    """A `Track` that prints plain lines: when a phase ends, and every `every` seconds of `clock` until then."""
+def line_track(
+    console: Console, every: float = 30.0, clock: Callable[[], float] = time.monotonic, brief: bool = False
+) -> Track:
+    """A `Track` that prints plain lines: when a phase ends, and every `every` seconds of `clock` until then.
+
+    `brief`: the end of a phase that was not spoken of before isn't, either.
+    """
     open_phases: list[str] = []
 
     def say(line: str) -> None:
@@ -79,7 +84,8 @@ def line_track(console: Console, every: float = 30.0, clock: Callable[[], float]
                     last = now
         finally:  # also where the loop is left early: the log says how far it came
             open_phases.remove(description)
-            say(f"{description}: {done}/{total} in {clock() - start:.1f} s")
+            if not brief or last > start:
+                say(f"{description}: {done}/{total} in {clock() - start:.1f} s")
 
     return track
 

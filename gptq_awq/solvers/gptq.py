@@ -22,6 +22,7 @@ from torch import Tensor
 from gptq_awq.calibration.moments import Factor, Moments, factor_together
 from gptq_awq.grids.arithmetic import KINDS, Params, in_numbers
 from gptq_awq.grids.base import Fitted, Grid, QuantizedWeight, concat_stores, fit_all, group_of_columns, row_parts
+from gptq_awq.grids.vectors import VectorGrid
 from gptq_awq.kernels import gpu
 from gptq_awq.kernels.columns import sweep_columns
 from gptq_awq.numerics.linalg import NotPositiveDefiniteError, reordered
@@ -75,7 +76,11 @@ class GPTQ:
         return GPTQ.solve_together(self, [weight], [moments], grid)[0]
 
     def solve_together(
-        self, weights: Sequence[Float[Tensor, "_ in"]], moments: Sequence[Moments | None], grid: Grid
+        self,
+        weights: Sequence[Float[Tensor, "_ in"]],
+        moments: Sequence[Moments | None],
+        grid: Grid,
+        coupled: "Coupled | None" = None,
     ) -> list[Solution]:
         """Quantize several weights in one column sweep, whose rows are independent; weights of one H form a stack.
 
@@ -83,6 +88,7 @@ class GPTQ:
             weights: all of one width; the weights of each H have equally many rows in total.
             moments: moments of each weight's input; weights that read one input share one object.
             grid: grid of all weights; it must fit rows independently, unless there is only one weight.
+            coupled: makes of the rounding of a block of columns one whose rows see each other's errors (yaqa.py).
 
         Raises:
             NotPositiveDefiniteError: an H could not be factored and no fallback is declared.
@@ -91,15 +97,16 @@ class GPTQ:
         known = [each for each in moments if each is not None]
         if len(known) < len(weights):
             raise ValueError(f"{self.name} needs the moments of the layer's input")
+        grid = grid.for_weights(weights)
         # Factor the inverse Hessians, with columns in rounding order.
         inputs = {id(each.hessian): each for each in known}
-        factor_together(list(inputs.values()), self.damping, self.act_order)
+        factor_together(list(inputs.values()), self.damping, self.act_order, grid.unit)
         solutions: dict[int, Solution] = {}
         stacks: list[_Stack] = []
         for each in inputs.values():
             members = [i for i, own in enumerate(known) if own.hessian is each.hessian]
             try:
-                factor = each.inverse_factor(self.damping, self.act_order)
+                factor = each.inverse_factor(self.damping, self.act_order, grid.unit)
             except NotPositiveDefiniteError as error:
                 if self.fallback == "none":
                     raise
@@ -109,14 +116,16 @@ class GPTQ:
             else:
                 stacks.append(self._make_stack(members, [weights[i] for i in members], each, factor, grid))
         if stacks:
-            solutions |= self._sweep_stacks(stacks)
+            solutions |= self._sweep_stacks(stacks, coupled)
         return [solutions[i] for i in range(len(weights))]
 
-    def _sweep_stacks(self, stacks: list["_Stack"]) -> dict[int, Solution]:
+    def _sweep_stacks(self, stacks: list["_Stack"], coupled: "Coupled | None") -> dict[int, Solution]:
         """Run the column sweep on all stacks, and return each weight's solution by its index among the weights."""
         W = _stacked([stack.W for stack in stacks])
+        rounding = _rounding(W.device, stacks[0].groups.grid)
+        rounding = coupled(rounding) if coupled else rounding
         with phase("solve", W.shape[0] * W.shape[1], W.shape[2]):
-            codes, losses = sweep(W, stacks, self.block_size)
+            codes, losses = sweep(W, stacks, self.block_size, rounding)
         solutions = {}
         for stack, own, lost in zip(stacks, codes, losses, strict=True):
             damping = stack.factor[2]
@@ -167,6 +176,11 @@ class GPTQ:
         Solvers that run the same sweep from another starting point (gptaq.py, qronos.py) override this.
         """
         return W
+
+
+Rounding = Callable[[Tensor, Tensor, Grid, Params, Tensor, Tensor], None]
+"""Rounds a block of columns: (W, U, grid, scales and zeros per column, codes, errors); it fills the last two."""
+Coupled = Callable[[Rounding], Rounding]
 
 
 @dataclass
@@ -249,7 +263,7 @@ class _Stack:
 
 
 def sweep(
-    W: Float[Tensor, "stacks out in"], stacks: Sequence[_Stack], block_size: int
+    W: Float[Tensor, "stacks out in"], stacks: Sequence[_Stack], block_size: int, round_columns: Rounding
 ) -> tuple[list[UInt8[Tensor, "out in"]], Float[Tensor, "stacks out"]]:
     """Round all columns of all stacks by the blocked column sweep, in the order in which columns are given.
 
@@ -264,7 +278,6 @@ def sweep(
     losses = W.new_zeros(W.shape[:2], dtype=torch.float64)
     group_of_columns = [stack.group_of_column.to(W.device) for stack in stacks]
     factors = [stack.factor[0] for stack in stacks]
-    round_columns = _rounding(W.device)
     for i1 in range(0, columns, block_size):
         i2 = min(i1 + block_size, columns)
         # Ranges are fitted to W, which changes only between blocks: all spans that begin in this one can be fitted now.
@@ -320,10 +333,18 @@ def _permute(matrix: Float[Tensor, "out in"] | UInt8[Tensor, "out in"], order: I
         matrix[rows] = matrix[rows].index_select(1, order)
 
 
-def _rounding(device: torch.device) -> Callable[[Tensor, Tensor, Grid, Params, Tensor, Tensor], None]:
+def _rounding(device: torch.device, grid: Grid) -> Rounding:
+    if grid.unit > 1:
+        return _round_vectors
     if gpu.available(device):
         return _round_triton
     return _round_compiled if device.type == "cpu" else _round_plain
+
+
+def _round_vectors(W1: Tensor, U1: Tensor, grid: Grid, params: Params, Q1: Tensor, E1: Tensor) -> None:
+    """Round the columns of a block vector by vector (grids/vectors.py)."""
+    assert isinstance(grid, VectorGrid)
+    grid.sweep(W1, U1, params[0], Q1, E1)
 
 
 def _round_triton(W1: Tensor, U1: Tensor, grid: Grid, params: Params, Q1: Tensor, E1: Tensor) -> None:

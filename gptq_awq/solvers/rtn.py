@@ -22,6 +22,7 @@ class RTN:
 
     def solve(self, weight: Float[Tensor, "out in"], moments: Moments | None, grid: Grid) -> Solution:
         """Fit and round each group independently; moments serve the grid's range search and the reported loss only."""
+        grid = grid.for_weights([weight])
         fitted = fit_all(grid, weight, moments.hessian if moments else None)
         groups = group_of_columns(weight.shape[1], grid.group_size)
         params = fitted.per_column(groups)

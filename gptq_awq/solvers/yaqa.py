@@ -11,17 +11,19 @@ and it is rounded onto A_t as any row is, by the column sweep. Rows are taken in
 many cheap rows make up for the errors of few dear ones, and in tiles whose rows don't see each other's errors.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from gptq_awq.calibration.moments import Moments
-from gptq_awq.grids.base import Grid, QuantizedWeight
+from gptq_awq.grids.arithmetic import Params
+from gptq_awq.grids.base import Grid
+from gptq_awq.numerics.linalg import NotPositiveDefiniteError
 from gptq_awq.solvers.base import Solution
-from gptq_awq.solvers.gptq import GPTQ
+from gptq_awq.solvers.gptq import GPTQ, Rounding
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class TwoSided:
         return self.solver.needs_cross
 
     def solve(self, weight: Float[Tensor, "out in"], moments: Moments | None, grid: Grid) -> Solution:
-        """Quantize one weight, tile by tile.
+        """Quantize one weight by the column sweep, whose blocks of columns are rounded tile by tile of rows.
 
         Raises:
             NotPositiveDefiniteError: H could not be factored and no fallback is declared.
@@ -65,23 +67,21 @@ class TwoSided:
         """
         if moments is None or not grid.rows_independent:
             raise ValueError("feedback among rows needs moments, and a grid that fits each row by itself")
-        factor, columns, _ = moments.inverse_factor(self.solver.damping, self.solver.act_order)
-        start = self.solver.target(weight.clone(), moments, factor, columns).masked_fill_(moments.dead(), 0)
+        try:
+            factor, columns, _ = moments.inverse_factor(self.solver.damping, self.solver.act_order, grid.unit)
+        except NotPositiveDefiniteError:
+            return self.solver.solve(weight, moments, grid)  # which raises too, or falls back and says so
+        blocks = list(self._blocks())
+        rows = torch.cat([order for order, _ in blocks])
+        start = self.solver.target(weight.clone(), moments, factor, columns).masked_fill_(moments.dead(), 0)[rows]
         sweep = GPTQ(**{each.name: getattr(self.solver, each.name) for each in fields(GPTQ) if each.init})
-        parts, order = [], []
-        for rows, U in self._blocks():
-            W = start[rows]
-            E = torch.zeros_like(W)
-            for first in range(0, len(rows), self.tile):
-                tile = slice(first, first + self.tile)
-                target = W[tile] + U[:first, tile].T @ E[:first]
-                parts.append(sweep.solve(target, moments, grid))
-                E[tile] = W[tile] - parts[-1].quantized.dequantize()
-            order.append(rows)
-        quantized = QuantizedWeight.concat_rows([part.quantized for part in parts])
-        return Solution(
-            quantized.rows(torch.argsort(torch.cat(order))), parts[0].algorithm, parts[0].damping, parts[0].fallback
-        )
+        ordered = start if columns is None else start.index_select(1, columns)
+
+        def coupled(rounding: Rounding) -> Rounding:
+            return _RowFeedback(rounding, ordered, [U for _, U in blocks], self.tile)
+
+        (found,) = sweep.solve_together([start], [moments], grid, coupled)
+        return replace(found, quantized=found.quantized.rows(torch.argsort(rows)))
 
     def _blocks(self) -> Iterator[tuple[Int[Tensor, "rows"], Float[Tensor, "rows rows"]]]:
         """Rows of each block in the order of rounding, and the factor U of their part of H_O."""
@@ -90,6 +90,43 @@ class TwoSided:
             H = self.curvature[first : first + n, : min(n, out - first)]
             order = torch.argsort(H.diagonal(), descending=True)
             yield first + order, unit_upper_factor(H[order][:, order], self.damping)
+
+
+class _RowFeedback:
+    """Rounding of a block of columns, tile by tile of rows: each tile's target takes up the errors of those before it.
+
+    Called with the blocks of columns from left to right.
+
+    Args:
+        rounding: rounds some rows of a block of columns.
+        start: W, that errors are measured from, with rows and columns in the order of rounding.
+        factors: U of each block of rows.
+        tile: number of rows in a tile.
+    """
+
+    def __init__(
+        self, rounding: Rounding, start: Float[Tensor, "out in"], factors: Sequence[Tensor], tile: int
+    ) -> None:
+        self._rounding, self._start, self._factors, self._tile = rounding, start, factors, tile
+        self._column = 0
+
+    def __call__(self, W: Tensor, U: Tensor, grid: Grid, params: Params, codes: Tensor, errors: Tensor) -> None:
+        """Round a block of columns of one stack."""
+        wanted = self._start[:, self._column : self._column + W.shape[2]]
+        self._column += W.shape[2]
+        top, E = 0, torch.empty_like(wanted)
+        for factor in self._factors:
+            for first in range(0, len(factor), self._tile):
+                last = min(first + self._tile, len(factor))
+                tile = slice(top + first, top + last)
+                target = W[:, tile]
+                target[0] += factor[:first, first:last].T @ E[top : top + first]
+                moved = wanted[tile] - target[0]
+                own = (params[0][:, tile], params[1][:, tile])
+                self._rounding(target, U, grid, own, codes[:, tile], errors[:, tile])
+                # The sweep leaves target - errors U on the grid, so that W - Q needs no decoding.
+                E[tile] = moved + errors[0, tile] @ U[0]
+            top += len(factor)
 
 
 def unit_upper_factor(H: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:

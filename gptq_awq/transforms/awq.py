@@ -162,7 +162,8 @@ def _linear_loss(weights: list[tuple[Float[Tensor, "out in"], Grid]], stats: Mom
     def error(W: Tensor, grid: Grid, s: Tensor) -> float:
         if form is None:
             return quadratic(nearest(grid, W * s) / s - W, stats.hessian, rough=True)
-        grid, scaled = grid.without_search(), W * s
+        scaled = W * s
+        grid = grid.without_search().for_weights([scaled])
         fitted, size = fit_all(grid, scaled, None), W.shape[1] if grid.group_size == -1 else grid.group_size
         scales, zeros = fitted.scales.contiguous().numpy(), fitted.zeros.contiguous().numpy()
         return form.of_rounding(

@@ -1,6 +1,8 @@
 """The chain check: a model whose blocks can't be calibrated one by one is refused, by the first block that differs."""
 
+import copy
 import logging
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,10 @@ from helpers.tiny_models import CONFIGS, MIXTURES, tiny_model, tiny_tokens
 from torch import nn
 
 from gptq_awq import quantize_model
+from gptq_awq.api import observe_moments
+from gptq_awq.calibration.block_inputs import Settings
 from gptq_awq.calibration.chain import check_chain
+from gptq_awq.calibration.moments import MomentsSum
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.models.experts import unfuse
@@ -73,18 +78,21 @@ class Model(nn.Module):
         return SimpleNamespace(logits=self.head(x))
 
 
-FAULTS = {
+FOLLOWED = {
     "between": "block 1 gets other hidden states than the block before returns",
     "one token, beside a massive one": "block 1 gets other hidden states than the block before returns",
     "arguments": "block 1 returns something else by itself",
     "keywords": "block 1 returns something else by itself",
     "no effect so far": "block 1 gets another argument extra than in the model's forward",
-    "memory": "block 1 returns something else by itself",
-    "in place": "block 0 overwrites its input",
     "windows second": r"block 0 gets hidden states of shape \(8, 2, 16\) for \(2, 8\) ids",
-    "reversed": "calls its 3 blocks 3 times, block 2 as number 0",
     "twice": "calls its 3 blocks 6 times, block 0 as number 3",
     "left out": "calls 2 of its 3 blocks; all of them are needed",
+}
+"""What blocks, run one by one, get wrong, and blocks within the model's own forward don't."""
+REFUSED = {
+    "memory": r"block \d returns something else when it is called again",
+    "in place": "block 0 overwrites its input",
+    "reversed": "in another order than they are listed, block",
 }
 
 
@@ -117,14 +125,53 @@ def test_rounding_is_no_fault(dtype):
     check_chain(Model().to(dtype), tokens(), calibrates=True)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_chain_that_breaks_is_refused_by_its_first_block_before_anything_is_rounded(fault):
+@pytest.mark.parametrize("fault", REFUSED)
+def test_blocks_that_change_or_remember_are_refused_before_anything_is_rounded(fault):
     model = Model(fault)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(UserError, match=FAULTS[fault]) as refused:
+    with pytest.raises(UserError, match=REFUSED[fault]) as refused:
         quantize_model(model, tokens(), "gptq", grid=None, bits=4, group_size=16)
     assert "\n" not in str(refused.value)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def inputs_in_the_own_forward(model, data, site):
+    """Rows that a linear is called with first, in a forward of the whole model."""
+    seen = []
+    hook = model.get_submodule(site).register_forward_pre_hook(lambda _m, args: seen.append(args[0].detach()))
+    model(data.ids)
+    hook.remove()
+    return seen[0].reshape(-1, seen[0].shape[-1])
+
+
+@pytest.mark.parametrize("fault", FOLLOWED)
+def test_blocks_are_run_within_the_models_own_forward_where_alone_they_would_get_something_else(fault, caplog):
+    caplog.set_level(logging.INFO, "gptq_awq")
+    data, model = tokens(), Model(fault)
+    sites = list(observe_moments(model, data))
+    assert len(sites) == (4 if fault == "left out" else 6)
+    for site in sites:
+        x = inputs_in_the_own_forward(model, data, site.linears[0])
+        torch.testing.assert_close(
+            site.moments.hessian, x.T @ x / len(x), rtol=1e-4, atol=1e-5 * float(x.square().max())
+        )
+    assert any(re.search(FOLLOWED[fault], r.message) and "own forward" in r.message for r in caplog.records)
+
+
+@pytest.mark.parametrize("method", ["gptq", "qronos"])
+@pytest.mark.parametrize("fault", [None, "between", "keywords"])
+def test_sites_are_calibrated_on_the_quantized_models_own_forward(fault, method, monkeypatch):
+    """The last site of the last block is solved on what a forward of the whole model shows there."""
+    model, data, given = Model(fault), tokens(), []
+    full = copy.deepcopy(model)
+    solve = MomentsSum.finish
+    monkeypatch.setattr(MomentsSum, "finish", lambda self, *args: given.append(solve(self, *args)) or given[-1])
+    quantize_model(model, data, method, bits=4, group_size=16, settings=Settings(compute_dtype="float32"))
+    x, y = (inputs_in_the_own_forward(m, data, "blocks.2.up") for m in (model, full))
+    seen = given[-2]
+    torch.testing.assert_close(seen.hessian, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    if method == "qronos":
+        torch.testing.assert_close(seen.cross, x.T @ y / len(x), rtol=1e-4, atol=1e-5)
 
 
 def test_what_breaks_while_blocks_are_probed_is_one_line(monkeypatch):
@@ -138,12 +185,12 @@ def test_what_breaks_while_blocks_are_probed_is_one_line(monkeypatch):
         check_chain(model, tokens(), calibrates=True)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", REFUSED)
 def test_rounding_to_nearest_needs_no_chain(fault, caplog):
     caplog.set_level(logging.INFO, "gptq_awq")
     result = quantize_model(Model(fault), None, "rtn", bits=4, group_size=16)
     assert len(result.ledger) == 6
     said = [r for r in caplog.records if "rounds them all the same" in r.message]
     assert len(said) == 1
-    not_on_the_way = fault in ("reversed", "twice", "left out")
+    not_on_the_way = fault == "reversed"
     assert (said[0].levelname == "WARNING") == not_on_the_way

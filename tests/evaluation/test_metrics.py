@@ -161,7 +161,8 @@ def test_metrics_are_chosen_by_name_on_the_command_line(choice):
         cfg = compose("config", overrides=[f"eval={choice}", "eval.metrics=[kl,ppl]"])
     evaluation = instantiate(cfg.eval, _convert_="all")
     assert evaluation.metrics == ["kl", "ppl"]
-    assert tuple(evaluation.metric.values()) == STANDARD  # also what a stored config without them stands for
+    # STANDARD is also what a stored config without metrics stands for.
+    assert tuple(metric for name, metric in evaluation.metric.items() if name != "kl_tail") == STANDARD
 
 
 def test_the_worked_examples_of_the_docs_run_as_written(tmp_path, tiny_folder, tiny_text, forks):

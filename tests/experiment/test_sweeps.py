@@ -105,7 +105,7 @@ def test_the_same_command_in_another_folder_takes_the_finished_runs_over(cli, ti
     for name in ("a", "b"):
         done = cli(*sweep, f"hydra.sweep.dir={tmp_path / name}")
         assert done.returncode == 0, done.stderr
-    assert done.stderr.count("done already") == 2
+    assert "2 of 2 runs were finished before" in done.stderr
     for folder in (tmp_path / "a").glob("*_3bit"):
         assert outcome(folder) == outcome(tmp_path / "b" / folder.name)
         assert (tmp_path / "b" / folder.name / "scores.npz").is_file()
@@ -207,7 +207,7 @@ def test_a_failing_run_leaves_a_row_and_the_others_go_on(cli, tiny, tmp_path):
     table = results.load(tmp_path / "sweep").set_index("bits")
     assert table["status"].to_dict() == {3: "done", 8: "done", 9: "failed"}
     assert table["error"][9].startswith("bits=9")
-    assert "| rtn" in done.stdout, "the sweep ends with its table"
+    assert " rtn " in done.stdout, "the sweep ends with its table"
 
 
 def test_a_failure_does_not_replace_a_finished_row(cli, tiny, tmp_path):

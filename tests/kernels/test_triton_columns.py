@@ -20,6 +20,7 @@ from helpers.paths import ROOT
 from torch import Tensor
 
 from gptq_awq.grids.arithmetic import KINDS, Arithmetic
+from gptq_awq.grids.floats import FLOAT_TYPES
 from gptq_awq.grids.table import LEVELS
 from gptq_awq.kernels import columns, gpu
 
@@ -31,6 +32,7 @@ ARITHMETICS = (
     Arithmetic("affine", 15),
     Arithmetic("minimum", 15),
     Arithmetic("table", 15, LEVELS["nf4"]),
+    Arithmetic.of_float(FLOAT_TYPES["e2m3"]),
 )
 kinds = pytest.mark.parametrize("arithmetic", ARITHMETICS, ids=KINDS)
 

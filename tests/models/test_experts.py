@@ -10,7 +10,6 @@ from helpers.quantization_runs import SMALL, tokens
 from helpers.tiny_models import MIXTURES, tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 
-from gptq_awq import quantize_model
 from gptq_awq.api import observe_moments
 from gptq_awq.calibration.activations import open_activations
 from gptq_awq.calibration.expert_policy import ExpertPolicy
@@ -69,13 +68,21 @@ def test_a_slice_that_is_used_in_another_way_is_told():
         torch.randn(5, 4) @ experts[0]
 
 
-def test_experts_in_one_product_are_refused_by_name():
+def test_experts_in_one_product_are_linears_too():
     config = Llama4TextConfig(
         **{"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "intermediate_size_mlp": 96, "head_dim": 16},
         **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4},
     )
-    with pytest.raises(UserError, match=r"experts.gate_up_proj in bmm.*method=fp"):
-        quantize_model(AutoModelForCausalLM.from_config(config).eval(), None, "rtn")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    expected = model(tiny_tokens()).logits
+    unfuse(model)
+    assert sum(".experts." in name and isinstance(m, nn.Linear) for name, m in model.named_modules()) == 2 * 2 * 4
+    assert relative_error(model(tiny_tokens()).logits, expected) < 1e-5
+    fuse(model)
+    assert torch.equal(model(tiny_tokens()).logits, expected)
 
 
 # --------------------------------------------------------------------------------------------------- sites and moments

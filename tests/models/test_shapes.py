@@ -10,7 +10,6 @@ from gptq_awq import quantize_model
 from gptq_awq.api import observe_moments
 from gptq_awq.calibration.activations import open_activations
 from gptq_awq.calibration.sequential import staged_forward
-from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import is_linear
 from gptq_awq.models.topology import relative_error
@@ -125,36 +124,7 @@ def test_staged_moments_are_those_that_hooks_see_in_the_whole_model(name):
     assert not seen
 
 
-def test_blocks_with_several_hidden_states_are_rounded_and_not_calibrated():
-    config = T.Gemma3nTextConfig(
-        **GROUPED | {"intermediate_size": [160, 160]},
-        head_dim=16,
-        vocab_size_per_layer_input=64,
-        hidden_size_per_layer_input=16,
-        num_kv_shared_layers=0,
-        laurel_rank=8,
-        activation_sparsity_pattern=[0.0, 0.0],
-        **ALTERNATING,
-    )
-    assert_rounded_and_not_calibrated(config, r"several hidden states of each token.*method=rtn", error=0.06)
-
-
-def test_blocks_that_read_others_keys_are_rounded_and_not_calibrated():
-    layers = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}
-    config = T.Gemma4TextConfig(**GROUPED | layers, head_dim=16, num_kv_shared_layers=2)
-    assert_rounded_and_not_calibrated(config, r"last 2 blocks read keys .*method=rtn", error=0.15)
-
-
-def assert_rounded_and_not_calibrated(config, refusal, error):
-    with pytest.raises(UserError, match=refusal):
-        quantize_model(shaped(config), tokens(), "gptq")
-    model = shaped(config)
-    expected = model(tiny_tokens()).logits
-    quantize_model(model, None, "rtn", bits=8, group_size=16)
-    assert relative_error(model(tiny_tokens()).logits, expected) < error
-
-
-def test_blocks_that_share_weights_are_refused_whatever_the_method():
+def test_weights_that_blocks_share_are_rounded_once():
     config = T.Zamba2Config(
         **COMMON | {"num_hidden_layers": 4},
         num_mem_blocks=1,
@@ -164,11 +134,22 @@ def test_blocks_that_share_weights_are_refused_whatever_the_method():
         mamba_headdim=16,
         n_mamba_heads=8,
     )
-    with pytest.raises(UserError, match="share one weight"):
-        quantize_model(shaped(config), None, Method("rtn", RTN()))
+    model = shaped(config)
+    shared = model.model.layers[1].shared_transformer.self_attn.q_proj
+    assert model.model.layers[3].shared_transformer.self_attn.q_proj.weight is shared.weight
+    result = quantize_model(model, tokens(), "gptq", group_size=16)
+    names = [name for name in result.weights if name.endswith("shared_transformer.self_attn.q_proj")]
+    assert names == ["model.layers.1.shared_transformer.self_attn.q_proj"]
+    assert torch.equal(shared.weight, result.weights[names[0]].dequantize())
 
 
-def test_linears_that_are_never_called_are_named():
-    config = T.MambaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, state_size=8)
-    with pytest.raises(UserError, match=r"no token passes backbone\.layers\.0\.mixer\.dt_proj.*method=rtn"):
-        quantize_model(shaped(config), tokens(), "gptq")
+def test_linears_that_are_never_called_are_left_and_named():
+    config = T.MambaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, state_size=8, time_step_rank=16)
+    model = shaped(config)
+    before = model.backbone.layers[0].mixer.dt_proj.weight.clone()
+    result = quantize_model(model, tokens(), "gptq", group_size=16)
+    left = {row["name"]: row["left"] for row in result.ledger if "left" in row}
+    assert left == {f"backbone.layers.{i}.mixer.dt_proj": "no calibration token passes it" for i in range(2)}
+    assert torch.equal(model.backbone.layers[0].mixer.dt_proj.weight, before)
+    rounded = quantize_model(model, None, Method("rtn", RTN()), group_size=16)
+    assert "backbone.layers.0.mixer.dt_proj" in rounded.weights  # without data there is nothing to miss

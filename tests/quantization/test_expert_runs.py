@@ -116,12 +116,6 @@ def test_what_waits_in_experts_and_their_moments_are_forecast():
     assert memory.routed_bytes(0, 64, 2, squares=8 * 64**2) == 8 * 64**2 * 4
 
 
-@pytest.mark.parametrize("method", ["gptaq", "qronos", "fast"])
-def test_comparing_tokens_that_are_routed_differently_is_refused(method):
-    with pytest.raises(UserError, match=r"mixtures of experts need a method without that, such as method=gptq"):
-        run("mixtral", method)
-
-
 def test_experts_roundings_are_learned_too():
     method = Method("gptq", GPTQ(), tuning={"rounding": LearnedRounding(epochs=2, tokens_per_step=64)})
     rows = run("mixtral", method).ledger

@@ -9,7 +9,7 @@ from gptq_awq.runtime.source import code_sha256, reports_only
 
 PACKAGE = ROOT / "gptq_awq"
 REPORTS_ONLY = {
-    *("cache", "frontier", "replay", "report", "runtime"),
+    *("cache", "frontier", "playground", "replay", "report", "runtime"),
     *("experiment.forecasting", "experiment.sweeps"),
 }
 """Packages that declare themselves to change no number of a run."""

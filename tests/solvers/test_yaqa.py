@@ -118,7 +118,8 @@ def test_curvature_is_the_mean_product_of_gradients_by_outputs(rows):
             added[name] = torch.zeros(12, module.weight.shape[0], requires_grad=True)
             handles.append(module.register_forward_hook(lambda _m, _i, out, own=added[name]: out + own))
         logits = model(ids[None]).logits[0]
-        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)[:, 0]
+        cumulative = logits.detach().softmax(-1).cumsum(-1)
+        labels = (cumulative <= torch.rand(12, 1, generator=draw) * cumulative[:, -1:]).sum(-1)
         (-logits.log_softmax(-1)[range(12), labels].sum()).backward()
         for handle in handles:
             handle.remove()

@@ -81,6 +81,10 @@ class TokenMetric(ABC):
         """
         return {}
 
+    def resampled(self, tokens: PairedTokens, seed: int) -> dict[str, Samples]:  # noqa: ARG002
+        """Bootstrap samples of numbers that are no function of means, such as percentiles, by suffix as `intervals`."""
+        return {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeanMetric(TokenMetric):

@@ -46,6 +46,8 @@ MORE = 5
 """Blocks of the deeper model: one block's seconds are a small difference, which more blocks make larger."""
 READ_AGAIN = 3
 """Times that an offloaded model's embedding or head comes from disk to score a text."""
+WRITTEN = 5
+"""Tokens that the model writes to be timed, the first of them without the prompt."""
 STEPS = 3
 """Tuning steps that are timed; the fastest counts."""
 T = TypeVar("T")
@@ -160,7 +162,10 @@ class DryRun:
             self._journal(name).clear()
         view = with_blocks(self._model, [self._copy()])
         _, blocks = find_blocks(view)
-        step = BlockStep(blocks[0], 0, f"{self._prefix}.{self.index}", plan.method, context.grids, {})
+        name = f"{self._prefix}.{self.index}"
+        step = BlockStep(
+            blocks[0], 0, name, plan.method, context.grids, {}, curvatures=self._curvatures(name, blocks[0])
+        )
         progress = Progress(self._journal("progress") if plan.resume or self.read else None)
         with measured() as seconds:
             inputs = None if context.tokens is None else self._inputs(view, blocks)
@@ -168,6 +173,35 @@ class DryRun:
             done = BlockResult(0, step.weights, step.rows)
             progress.save(step.name, blocks[0], done, inputs and inputs.activations)
         return seconds, step.weights
+
+    def _curvatures(self, name: str, block: nn.Module) -> dict[str, torch.Tensor] | None:
+        """Unit matrices in place of the linears' output-side curvature: rounding with any takes as long."""
+        if (settings := self._plan.method.output_curvature) is None:
+            return None
+        linears = {f"{name}.{linear}": m for linear, m in block.named_modules() if is_linear(m)}
+        return {full: settings.unit(len(matrix(module))) for full, module in linears.items()}
+
+    def gradients(self) -> float:
+        """Gather the output-side curvature from the first calibration window; scaled to all of them."""
+        settings, tokens = self._plan.method.output_curvature, self._context.tokens
+        assert settings is not None
+        assert tokens is not None
+        first = first_batch(tokens, 1)
+        seconds, _ = timed(lambda: settings.gather(self._model, first, self._plan.compute_dtype))
+        return seconds * len(tokens.ids) / len(first.ids)
+
+    def written(self) -> float:
+        """Let the model write a few tokens behind half a window; scaled to all that it is to write."""
+        own, tokens = self._plan.method.self_calibration, self._context.tokens
+        assert own is not None
+        assert tokens is not None
+        half = max(own.prompt, tokens.ids.shape[1] // 2)
+        few = replace(own, windows=min(own.windows, own.batch_size), prompt=half)
+        part = replace(tokens, ids=tokens.ids[:, : half + WRITTEN])
+        rest = replace(tokens, ids=tokens.ids[:, : half + 1])
+        more, less = (timed(lambda t=t: few.write(self._model, t, self._plan.compute_dtype))[0] for t in (part, rest))
+        token = max(0.0, more - less) / (part.ids.shape[1] - half - 1) if part.ids.shape[1] > half + 1 else more
+        return token * (tokens.ids.shape[1] - own.prompt) * -(-own.windows // own.batch_size)
 
     def _copy(self) -> nn.Module:
         block = self._blocks[self.index]

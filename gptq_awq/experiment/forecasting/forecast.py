@@ -19,7 +19,7 @@ from rich.table import Table
 
 from gptq_awq.evaluation.baseline import knows_scores
 from gptq_awq.evaluation.floor import TRIAL_TOKENS
-from gptq_awq.experiment.context import RunContext, record_of
+from gptq_awq.experiment.context import RunContext, known_curvature, known_text, record_of
 from gptq_awq.experiment.forecasting.dry_run import DryRun, ScoreTimings, Turn, dry_run_of
 from gptq_awq.experiment.forecasting.memory_model import MemoryModel
 from gptq_awq.experiment.plan import Plan
@@ -187,8 +187,16 @@ class Counts:
             parts["rotation"] = self._dry_run.rotation().at(len(self._blocks))
         for tuning in method.model_tunings:
             parts[MODEL_TUNING] += self._dry_run.tuning(tuning).at(len(self._blocks))
+        if method.output_curvature is not None and not known_curvature(self._plan, self._context):
+            parts["gradients"] = self._dry_run.gradients()
         parts["solving"] += self._outside(self._turn)
         return parts
+
+    def written(self) -> float:
+        """Seconds of writing the model's own calibration text, where there is to be some that is not in the cache."""
+        if self._plan.method.self_calibration is None or known_text(self._plan, self._context):
+            return 0.0
+        return self._dry_run.written()
 
     def _block_loop(self, turn: Turn) -> Mapping[str, float]:
         """Seconds by phase of all blocks that are not finished yet."""

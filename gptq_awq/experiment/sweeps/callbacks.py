@@ -3,6 +3,7 @@
 Hydra makes them before every run, so their imports, which take seconds, wait until they are called.
 """
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,14 +19,20 @@ if TYPE_CHECKING:
 
 SHOWN = 40
 """Rows that still fit a screen."""
+PLAIN_WIDTH = 120
+"""Characters a line where the output is no terminal."""
+REPORT = "report.md"
 
 
-class SweepFolder(Callback):
-    """Makes the sweep's folder before the sweep starts: Optuna's study lies in it, and Optuna makes no folders."""
+class SweepBegin(Callback):
+    """Makes the sweep's folder before the sweep starts, and counts its runs; Optuna's study lies in that folder."""
 
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:
         """Called by Hydra."""
-        Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+        from gptq_awq.experiment.sweeps.progress import Sweep
+
+        if int(os.environ.get("RANK", 0)) == 0:
+            Sweep.begin(config)
 
 
 class SweepEnd(Callback):
@@ -48,31 +55,61 @@ class SweepEnd(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print the table; exit with code 2 where a run failed, 1 where a figure isn't met."""
         from gptq_awq.numerics.distributed import rank_and_size
-        from gptq_awq.report import comparison
         from gptq_awq.results import FAILURE, count, load, without_copies
 
         root = Path(config.hydra.sweep.dir)
-        if rank_and_size()[0] > 0:  # rank 0 has the table
-            return
-        if not root.is_dir():
+        if config.dry_run or rank_and_size()[0] > 0 or not root.is_dir():  # rank 0 has the table
             return
         every = load(root, copies=True)
         unreadable = count(root) - len(every)
         table = without_copies(every)
-        failed = table[table["status"] != "done"]
-        failures = len(failed) + unreadable + sum(1 for _ in root.rglob(FAILURE))
-        if 0 < len(table) - len(failed) <= SHOWN:
-            try:
-                sys.stdout.write(f"\n{comparison(table)}\n\n")
-            except UserError as error:
-                sys.stderr.write(f"no table: {error}\n")
+        failures = int((table["status"] != "done").sum()) + unreadable + sum(1 for _ in root.rglob(FAILURE))
+        _print_table(table, root)
         as_expected = self.anchors is None or _checked(table, self.anchors)
-        sys.stderr.write(f"{len(table)} runs in {root}: python -m gptq_awq.report {root}\n")
+        _tell_end(root, len(table), failures)
         if failures:
-            sys.stderr.write(f"{failures} of them failed; the same command runs them again\n")
             sys.exit(2)
         if not as_expected:
             sys.exit(1)
+
+
+def _print_table(table: "pd.DataFrame", root: Path) -> None:
+    """Print the finished runs as far as they fit the terminal, and write all of the table to ROOT/report.md."""
+    from rich.console import Console
+
+    from gptq_awq.report import make_report, records
+    from gptq_awq.report.terminal import terminal_table
+
+    if not (table["status"] == "done").any():
+        return
+    try:
+        report = make_report(records(table))
+        (root / REPORT).write_text(report.markdown() + "\n", encoding="utf-8")
+    except (UserError, OSError) as error:
+        sys.stderr.write(f"no table: {error}\n")
+        return
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    if sum(len(each.runs) for each in report.tables) <= SHOWN:
+        for each in report.tables:
+            console.print(terminal_table(each, console.width))
+
+
+def _tell_end(root: Path, runs: int, failures: int) -> None:
+    """Tell what was taken over, what failed and where its log is, and where the report is."""
+    from gptq_awq.experiment.sweeps.progress import Sweep
+
+    ended = Sweep.read(root).ended()
+    if taken := sum(run.state == "taken over" for run in ended):
+        sys.stderr.write(f"{taken} of {len(ended)} runs were finished before and are taken over\n")
+    for run in ended:
+        if run.state == "failed":
+            sys.stderr.write(f"failed: {run.label}: {run.told.removeprefix('error: ')}")
+            sys.stderr.write(f" (log: {run.log})\n" if run.log else "\n")
+    sys.stderr.write(
+        f"{runs} runs in {root}; the table is in {root / REPORT}, a page: gptq-awq report {root} --out {root}\n"
+    )
+    if failures:
+        sys.stderr.write(f"{failures} of them failed; the same command runs them again\n")
 
 
 def _checked(table: "pd.DataFrame", anchors: Any) -> bool:

@@ -1,0 +1,162 @@
+"""A time instead of a method: the strongest of some recipes that a forecast expects to quantize within a budget.
+
+Recipes are tried from the strongest on, each by a dry run of one block (forecasting/), until one fits; the last one is
+taken whatever it costs. What was chosen is kept, so that the same command goes on with the same recipe after a kill.
+The run that follows is that of the recipe: typed by name it is the same run.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, open_dict
+
+from gptq_awq.errors import UserError
+from gptq_awq.experiment.context import RunContext, check_method, load
+from gptq_awq.experiment.forecasting.dry_run import dry_run_of
+from gptq_awq.experiment.forecasting.forecast import Counts
+from gptq_awq.experiment.plan import Plan, preflight
+from gptq_awq.numerics.distributed import Ranks
+from gptq_awq.runtime.configs import CONFIGS
+from gptq_awq.storage.assets import cache_dir
+from gptq_awq.storage.notes import note, noted
+
+log = logging.getLogger(__name__)
+Say = Callable[[str], None]
+UNITS = {"": 1, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
+NOT_OF_A_METHOD = ("model", "data", "eval", "export", "tracking")
+"""Groups that no method reads; composing them takes as long as all others."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A recipe that was chosen.
+
+    Attributes:
+        method: its name.
+        seconds: forecast of each recipe that was tried, strongest first.
+    """
+
+    method: str
+    seconds: dict[str, float]
+
+    def told(self, budget: str) -> str:
+        """One line: what was chosen, what it is expected to take, and what more time would buy."""
+        own = self.seconds.get(self.method)
+        line = f"time_budget={budget}: method={self.method}" + (f", about {spelled(own)}" if own is not None else "")
+        dearer = [f"{name} would take {spelled(s)}" for name, s in self.seconds.items() if name != self.method]
+        return line + (f" ({'; '.join(dearer)})" if dearer else "")
+
+
+def seconds_of(budget: str | float) -> float:
+    """Seconds of a budget such as 5min, 90s, 1h or 300.
+
+    Raises:
+        UserError: no such time.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([a-z]*)\s*", str(budget).lower())
+    try:
+        seconds = float(match[1]) * UNITS[match[2]] if match else 0.0
+    except (KeyError, ValueError):
+        seconds = 0.0
+    if seconds <= 0:
+        raise UserError(f"time_budget={budget}: give a time above zero, such as 5min, 90s or 1h")
+    return seconds
+
+
+def spelled(seconds: float) -> str:
+    """A time in words: seconds below two minutes, else minutes."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def within_budget(cfg: DictConfig, ranks: Ranks, say: Say) -> DictConfig:
+    """The config with the strongest recipe that fits `time_budget` as its method; unchanged where there is no budget.
+
+    Of several ranks the first one chooses, by the time that it would take alone.
+
+    Raises:
+        UserError: there is no such time or recipe; the model or the data can't be loaded.
+    """
+    if cfg.get("time_budget") is None:
+        return cfg
+    budget, names = seconds_of(cfg.time_budget), list(cfg.get("recipes") or ())
+    if not names:
+        raise UserError(f"time_budget={cfg.time_budget}: name the recipes to choose among, recipes=[best,fast,rtn]")
+    choice = ranks.from_first(lambda: _chosen(cfg, budget, names, say))
+    if ranks.first:
+        say(choice.told(cfg.time_budget))
+    return _with_method(cfg, choice.method)
+
+
+def _chosen(cfg: DictConfig, budget: float, names: Sequence[str], say: Say) -> Choice:
+    plans = [(name, preflight(_with_method(cfg, name))) for name in names]  # mistyped names are told at once
+    first = plans[0][1]
+    plain = replace(first.method, self_calibration=None, output_curvature=None)  # what it adds is checked below
+    context = load(replace(first, method=plain))
+    path = cache_dir() / "choices" / f"{context.run.sha256[:32]}-{budget:.0f}.json"
+    if cfg.resume and isinstance(known := noted(path).get("seconds"), dict):
+        return Choice(str(noted(path).get("method")), known)
+    seconds: dict[str, float] = {}
+    for name, plan in plans:
+        try:
+            check_method(plan, context.loaded, context.tokens)
+            seconds[name] = forecast_seconds(plan, context)
+        except UserError as error:
+            say(f"time_budget: not {name}: {error}")
+            continue
+        if seconds[name] <= budget:
+            break
+    if not seconds:
+        raise UserError(f"time_budget={cfg.time_budget}: none of recipes={list(names)} can be used here")
+    choice = Choice(list(seconds)[-1], seconds)
+    _keep(path, choice)
+    return choice
+
+
+def forecast_seconds(plan: Plan, context: RunContext) -> float:
+    """Seconds that a plan's quantizing is expected to take, with what is written and gathered for it.
+
+    Raises:
+        UserError: the dry run fails, as the run would.
+    """
+    plan, own = replace(plan, resume=False), plan.method.self_calibration
+    context = replace(context, grids=context.grids if plan.method.solver is not None else {})
+    with dry_run_of(plan, context) as dry_run:
+        written = Counts(plan, context, dry_run).written()
+    if own is not None and context.tokens is not None:
+        rows = len(context.tokens.ids) + own.windows
+        ids = context.tokens.ids.repeat(-(-rows // len(context.tokens.ids)), 1)[:rows]
+        context = replace(context, tokens=replace(context.tokens, ids=ids))
+    with dry_run_of(plan, context) as dry_run:
+        return written + sum(Counts(plan, context, dry_run).quantized().values())
+
+
+def _with_method(cfg: DictConfig, name: str) -> DictConfig:
+    """A config with the preset `name` as its method and without a time budget."""
+    try:
+        composed = _composed(name)
+    except Exception as error:
+        raise UserError(f"recipes: there is no method={name}") from error
+    found = cfg.copy()
+    with open_dict(found):
+        found.method, found.time_budget, found.recipes = composed.method, None, None
+    return found
+
+
+def _composed(name: str) -> DictConfig:
+    overrides = [f"method={name}", *(f"~{group}" for group in NOT_OF_A_METHOD)]
+    if GlobalHydra().is_initialized():
+        return compose("config", overrides=overrides)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("config", overrides=overrides)
+
+
+def _keep(path: Path, choice: Choice) -> None:
+    try:
+        note(path, {"method": choice.method, "seconds": choice.seconds})
+    except OSError as error:
+        log.debug("choice not kept: %s", error)
