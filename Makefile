@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run test test-slow lint format
+.PHONY: run test test-slow lint format docs readme-numbers
 
 run: $(INSTALLED)
 	$(BIN)/python run.py method=awq bits=4 $(ARGS)
@@ -23,6 +23,14 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python scripts/check_notebooks.py notebooks
+
+# The documentation as a site, in site/; a link that leads nowhere fails. ARGS=serve: shown while it is written.
+docs: $(INSTALLED)
+	$(BIN)/python -m mkdocs $(if $(ARGS),$(ARGS),build --strict)
+
+# README's tables and plot, from the stored runs in benchmarks/results/readme; FROM=ROOT stores other runs first.
+readme-numbers: $(INSTALLED)
+	$(BIN)/python scripts/readme_numbers.py $(if $(FROM),--store $(FROM))
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

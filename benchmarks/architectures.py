@@ -304,8 +304,8 @@ def page(found: Mapping[str, Found]) -> str:
         [
             "# Architectures",
             "",
-            f"Of {len(found)} architectures of transformers {transformers.__version__}, and variants of them, a tiny",
-            f"random model of {numbers['built']} could be built and run on text alone (`benchmarks/architectures.py`).",
+            f"{len(found)} architectures of transformers {transformers.__version__}, or variants, were looked at. Of",
+            f"{numbers['built']} a tiny random model could be built and run on text alone (`benchmarks/architectures.py`).",
             "",
             f"**{told}.**",
             "",

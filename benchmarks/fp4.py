@@ -1,10 +1,11 @@
 """GPTQ against range searches on NVFP4 and MXFP4: which lowers the KL more, and by how much?
 
-    python benchmarks/fp4.py --model DIR --text FILE --test FILE [--seqlen 256] [--samples 64] [--windows 32]
+    python benchmarks/fp4.py --model DIR --text FILE --test FILE [--seqlen 256] [--samples 64] [--windows 32] [--bytes]
 
 Every grid with every choice of scales, rounded to nearest and by GPTQ and Qronos. KL from full precision is measured on
 the same test windows; Δ and its p are of a paired test (block bootstrap) against rounding to nearest with the best
-search of that grid. Seconds are of quantizing, beside GPTQ's on integers in groups of 32 in the same process.
+search of that grid. Seconds are of quantizing, beside GPTQ's on integers in groups of 32 in the same process. --bytes:
+the model is small_model.py's, whose tokens are bytes.
 """
 
 import argparse
@@ -16,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from small_model import windows
+from transformers import LlamaForCausalLM
 
 from gptq_awq.api import load_method
 from gptq_awq.data.corpora import LocalText
@@ -26,7 +29,7 @@ from gptq_awq.evaluation.statistics import paired_test
 from gptq_awq.grids.base import Grid
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.scaled_float import ScaledFloatGrid
-from gptq_awq.models.load import LoadedModel, LocalModel
+from gptq_awq.models.load import LocalModel
 from gptq_awq.quantization.quantize import quantize
 
 GRIDS = {
@@ -49,13 +52,25 @@ def replaced(grid: Any, search: str) -> Grid:
     return ScaledFloatGrid(grid.element, grid.group_size, grid.rows, grid.scale, search)  # pyright: ignore
 
 
-def rounded(loaded: LoadedModel, tokens: TokenSet, method: str, grid: Grid) -> tuple[Any, float]:
+def rounded(full: Any, tokens: TokenSet, method: str, grid: Grid) -> tuple[Any, float]:
     """A copy of the model on a grid, and the seconds that took."""
-    model, (preset, _) = copy.deepcopy(loaded.model), load_method(method)
+    model, (preset, _) = copy.deepcopy(full), load_method(method)
     started = time.perf_counter()
     for _ in quantize(model, tokens, preset, grid):
         pass
     return model, time.perf_counter() - started
+
+
+def inputs(args: argparse.Namespace) -> tuple[Any, TokenSet, TokenSet]:
+    """The model, calibration tokens and test windows."""
+    if args.bytes:
+        model = LlamaForCausalLM.from_pretrained(args.model).eval().requires_grad_(False)
+        return model, windows(args.text, args.seqlen, args.samples), windows(args.test, args.seqlen, args.windows)
+    loaded = LocalModel(path=args.model).load("float32", "cpu")
+    calibration = LocalText(path=str(args.text), samples=args.samples, seqlen=args.seqlen)
+    text = LocalText(path=str(args.test)).text("--test")
+    test = evaluation_windows(text, loaded.tokenizer, args.seqlen, args.windows, "--windows")
+    return loaded.model, calibration.tokens(loaded.tokenizer, seed=0), test
 
 
 def main() -> None:
@@ -67,13 +82,10 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--bytes", action="store_true")
     args = parser.parse_args()
-    loaded = LocalModel(path=args.model).load("float32", "cpu")
-    calibration = LocalText(path=str(args.text), samples=args.samples, seqlen=args.seqlen)
-    tokens = calibration.tokens(loaded.tokenizer, seed=0)
-    text = LocalText(path=str(args.test)).text("--test")
-    test = evaluation_windows(text, loaded.tokenizer, args.seqlen, args.windows, "--windows")
-    full = token_losses(loaded.model, test)
+    loaded, tokens, test = inputs(args)
+    full = token_losses(loaded, test)
     rounded(loaded, tokens, "gptq", IntGrid(4, 32))  # compiles
     _, integers = rounded(loaded, tokens, "gptq", IntGrid(4, 32, scale_dtype="float16", search="hessian"))
     print(f"GPTQ on integers in groups of 32: {integers:.1f} s\n")

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from gptq_awq.data.tokens import TokenSet, make_token_set
+
 SEQLEN, BATCH, RATE = 128, 6, 2e-3
 
 
@@ -33,6 +35,14 @@ def config() -> LlamaConfig:
 def bytes_of(text: Path) -> torch.Tensor:
     """A text as token ids."""
     return torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8)
+
+
+def windows(text: Path, seqlen: int, count: int, first: int = 0) -> TokenSet:
+    """`count` windows of a text's bytes, evenly spread over it, from byte `first` on."""
+    data = bytes_of(text)
+    step = (len(data) - first - seqlen) // count
+    ids = torch.stack([data[first + i * step : first + i * step + seqlen] for i in range(count)]).long()
+    return make_token_set(text.name, ids, None, str(text))
 
 
 def train(text: Path, minutes: float) -> LlamaForCausalLM:

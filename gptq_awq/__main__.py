@@ -3,6 +3,7 @@
 The main job's options are Hydra's; a first word that is one of `SUBCOMMANDS` is a command of its own.
 """
 
+import re
 import sys
 from importlib import import_module
 
@@ -16,8 +17,11 @@ SUBCOMMANDS = {
     "frontier": "gptq_awq.frontier.frontier",
     "generate": "gptq_awq.playground.generate",
     "compare": "gptq_awq.playground.compare",
+    "ls": "gptq_awq.experiment.catalogue",
+    "completion": "gptq_awq.experiment.catalogue:print_script",
+    "complete": "gptq_awq.experiment.catalogue:print_completions",
 }
-"""Word → module whose `main(arguments)` returns an exit code."""
+"""Word → module, whose `main(arguments)`, or else the function that is named, returns an exit code."""
 
 
 def main() -> None:
@@ -36,9 +40,20 @@ def _main() -> None:
 
         sys.stdout.write(f"gptq_awq {__version__}\n")
     elif first in SUBCOMMANDS:
-        sys.exit(import_module(SUBCOMMANDS[first]).main(rest))
+        module, _, function = SUBCOMMANDS[first].partition(":")
+        sys.exit(getattr(import_module(module), function or "main")(rest))
+    elif re.fullmatch(r"[a-z_]+", first):
+        sys.exit(_unknown(first))
     else:
         import_module("gptq_awq.experiment.command").main()
+
+
+def _unknown(command: str) -> int:
+    from gptq_awq.runtime.options import nearest
+
+    near = nearest(command, [name for name in SUBCOMMANDS if name != "complete"])
+    sys.stderr.write(f"error: {command}: there is no such command{near or '; options are OPTION=VALUE'}; see --help\n")
+    return 2
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
+from gptq_awq.report.looks import MARKS, PALETTE, known_look, look_of
 from gptq_awq.runtime.configs import CONFIGS
 
 if TYPE_CHECKING:
@@ -28,10 +29,8 @@ if TYPE_CHECKING:
 
 VARIABLE = "GPTQ_AWQ_NOTEBOOK"
 SIZES = ("data.samples=16", "data.seqlen=256", "eval.perplexity.seqlen=256", "eval.perplexity.windows=8")
-# Okabe and Ito's colours, told apart by colour-blind readers; markers tell them apart in print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
-DPI, PNG_COLOURS = 90, 64
+DPI = 180
+"""Twice the pixels of a page, for screens that have them."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +82,10 @@ class Plot:
     figure: "Figure"
 
     def _repr_png_(self) -> bytes:
-        """In few colours: notebooks are kept with their pictures, which should be small."""
-        from PIL import Image  # matplotlib needs it
-
-        drawn, small = io.BytesIO(), io.BytesIO()
+        """The whole picture, in all its colours."""
+        drawn = io.BytesIO()
         self.figure.savefig(drawn, format="png", dpi=DPI)
-        Image.open(drawn).convert("RGB").quantize(PNG_COLOURS).save(small, format="png", optimize=True)
-        return small.getvalue()
+        return drawn.getvalue()
 
     def __repr__(self) -> str:
         return f"Plot({self.figure.axes[0].get_title(loc='left')!r})"
@@ -121,7 +117,7 @@ def lines(
         UserError: matplotlib is not installed.
     """
     figure, axes = _figure(title, x, y)
-    for (name, line), colour, marker in zip(series.items(), COLOURS * 9, MARKERS * 9, strict=False):
+    for (name, line), (colour, marker) in zip(series.items(), _looks(series), strict=True):
         look: dict[str, Any] = {"color": colour, "linewidth": 1.5, "markersize": 5}
         if style != "line":
             look["marker"] = marker
@@ -151,7 +147,7 @@ def bars(
     figure, axes = _figure(title, x, y)
     categories = list(dict.fromkeys(category for heights in series.values() for category in heights))
     width = 0.8 / len(series)
-    for i, ((name, heights), colour) in enumerate(zip(series.items(), COLOURS * 9, strict=False)):
+    for i, ((name, heights), (colour, _)) in enumerate(zip(series.items(), _looks(series), strict=True)):
         at = [k + (i - (len(series) - 1) / 2) * width for k, category in enumerate(categories) if category in heights]
         drawn = axes.bar(at, [heights[c] for c in categories if c in heights], width, label=name, color=colour)
         if digits:
@@ -204,6 +200,20 @@ def image(
         axes.set_xticks(range(len(columns)), columns)
     figure.colorbar(drawn, ax=axes, label=label)
     return Plot(figure)
+
+
+def _looks(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Colour and mark of each series: methods look as they do everywhere, anything else takes the next ones.
+
+    Of several variants of a method all have its colour, and each a mark of its own.
+    """
+    names, taken = list(names), list[str]()
+    if not all(known_look(name.partition(",")[0]) for name in names):
+        return [(PALETTE[i % len(PALETTE)][0], MARKS[i % len(MARKS)]) for i in range(len(names))]
+    for name in names:
+        own = look_of(name).marker
+        taken.append(own if own not in taken else next((mark for mark in MARKS if mark not in taken), own))
+    return [(look_of(name).colour, mark) for name, mark in zip(names, taken, strict=True)]
 
 
 def _figure(title: str, x: str, y: str) -> tuple["Figure", Any]:

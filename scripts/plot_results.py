@@ -1,12 +1,15 @@
-"""Draw accuracy loss over bits per weight, one line per method, from a folder of runs.
+"""Draw accuracy loss over bits per weight, one labelled line per method, from a folder of runs.
 
-    python scripts/plot_results.py ROOT --out docs/img/results.svg [--metric wikitext2/kl] [--model NAME]
+    python scripts/plot_results.py ROOT --out docs/img/results.svg [--metric wikitext2/kl] [--model NAME] [--peers FILE]
 
 A metric with a difference from full precision (perplexity) is drawn as that difference with its 95% interval; a hollow
-marker is a difference that is not distinguishable from 0. Any other metric (KL) is drawn as it is.
+marker is a difference that is not distinguishable from 0. Any other metric (KL) is drawn as it is. FILE holds points of
+other programs on the same tokens and settings: a JSON list of {"name", "bits_per_weight", "METRIC"}. SVG files are
+drawn for white and for dark paper.
 """
 
 import argparse
+import json
 import logging
 import math
 import sys
@@ -17,14 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from gptq_awq.errors import UserError
 from gptq_awq.report import Row, check_protocols, distinguishable, is_full_precision, measured, records
+from gptq_awq.report.looks import INK, LINE, MUTED, dark_style, look_of
 from gptq_awq.results import load
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, distinguishable by colour-blind readers; markers distinguish the lines in print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
 # Metadata per file ending, without the date: the same runs give the same bytes.
 FORMATS = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
 
@@ -74,8 +75,10 @@ def choose(rows: Iterable[Row], model: str | None, metric: str | None) -> tuple[
     return done, candidates[0]
 
 
-def draw(lines: dict[str, list[Point]], metric: str, model: str) -> "Figure":
-    """Plot one line per method over bits per weight, logarithmic in the metric.
+def draw(
+    lines: dict[str, list[Point]], metric: str, model: str, peers: Sequence[tuple[str, float, float]] = ()
+) -> "Figure":
+    """Plot one line per method over bits per weight, logarithmic in the metric; `peers` are (name, bits, value).
 
     Raises UserError without matplotlib, or where no value is positive.
     """
@@ -89,19 +92,62 @@ def draw(lines: dict[str, list[Point]], metric: str, model: str) -> "Figure":
     if not shown:
         raise UserError(f"--metric: no run has a positive {metric} to draw")
     floor = min(shown) / 2
-    with rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(7.5, 3.8), layout="constrained")
+    inks = {key: INK[0] for key in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")}
+    with rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, **inks}):
+        figure = Figure(figsize=(7.6, 4.4), layout="constrained")
         axes = figure.add_subplot()
-        for (method, line), colour, marker in zip(lines.items(), COLOURS * 9, MARKERS * 9, strict=False):
-            _draw_line(axes, line, floor, label=method, color=colour, marker=marker)
+        for name, line in lines.items():
+            look = look_of(name)
+            dashes = "--" if "," in name else "-"
+            _draw_line(axes, line, floor, color=look.colour, marker=look.marker, linestyle=dashes)
+        _draw_peers(axes, peers)
         _dress(axes, floor)
-    axes.set_ylabel(f"Δ {metric} from full precision" if _is_perplexity(metric) else metric)
+        _label_lines(axes, lines, floor)
+    axes.set_ylabel(f"Δ {metric} from full precision, log" if _is_perplexity(metric) else f"{metric}, log")
     axes.set_title(model, loc="left", fontsize=11)
     if any(point.hollow for line in lines.values() for point in line):
-        label = "not distinguishable\nfrom full precision"
-        axes.plot([], [], "o", color="0.4", markerfacecolor="white", markersize=5, label=label)
-    figure.legend(frameon=False, loc="outside right upper")
+        label = "not distinguishable from full precision"
+        axes.plot([], [], "o", color=MUTED[0], markerfacecolor="#ffffff", markersize=5, label=label)
+        axes.legend(frameon=False, loc="upper right", fontsize=8)
     return figure
+
+
+def _draw_peers(axes: Any, peers: Sequence[tuple[str, float, float]]) -> None:
+    """Draw points of other programs; those that nearly cover each other share a label."""
+    left = sorted(peers, key=lambda peer: (peer[1], peer[2]))
+    while left:
+        _, bits, value = left[0]
+        near = [peer for peer in left if peer[1] == bits and peer[2] <= value * 1.3]
+        left = [peer for peer in left if peer not in near]
+        for _, at, height in near:
+            axes.plot(at, height, "*", color=MUTED[0], markersize=9, markerfacecolor="#ffffff", zorder=4)
+        names = " · ".join(name for name, _, _ in near)
+        axes.annotate(names, (bits, near[-1][2]), (9, -1), textcoords="offset points", fontsize=8, color=MUTED[0])
+
+
+def _label_lines(axes: Any, lines: dict[str, list[Point]], floor: float) -> None:
+    """Write each line's name beside its end at the fewest bits, where lines are furthest apart, in the lines' order."""
+    ends = []
+    for name, line in lines.items():
+        finite = [point for point in line if point.value < math.inf]
+        if finite:
+            ends.append((max(finite[0].value, floor), finite[0].bits_per_weight, name))
+    ends.sort(reverse=True)
+    low, high = (math.log(limit) for limit in axes.get_ylim())
+    step, above = (high - low) / 19, math.inf
+    left = min((bits for _, bits, _ in ends), default=2.0)
+    right = axes.get_xlim()[1]
+    axes.set_xlim(left - 1.75, right)
+    axes.set_xticks([bits for bits in range(1, 17) if left - 0.5 <= bits <= right])
+    for value, bits, name in ends:
+        if bits > left + 2:  # too far for a line to its label
+            offset = {"xytext": (-6, 8), "textcoords": "offset points", "ha": "right"}
+            axes.annotate(look_of(name).label, (bits, value), fontsize=9, color=look_of(name).colour, **offset)
+            continue
+        above = min(math.log(value), above - step)
+        look, at = look_of(name), (left - 0.25, math.exp(above))
+        axes.annotate(look.label, at, ha="right", va="center", fontsize=9, color=look.colour)
+        axes.plot([at[0] + 0.04, bits - 0.05], [at[1], value], color=look.colour, linewidth=0.5, alpha=0.6)
 
 
 def _draw_line(axes: Any, line: list[Point], floor: float, **style: Any) -> None:
@@ -115,7 +161,7 @@ def _draw_line(axes: Any, line: list[Point], floor: float, **style: Any) -> None
     axes.errorbar(x, y, [below, above], fmt="none", ecolor=style["color"], capsize=3, elinewidth=1, zorder=1)
     for at, height, point in zip(x, y, line, strict=True):
         if point.hollow:
-            axes.plot(at, height, **{**style, "label": None}, markersize=5, markerfacecolor="white", zorder=3)
+            axes.plot(at, height, **style, markersize=5, markerfacecolor="#ffffff", zorder=3)
         if point.value <= 0:
             axes.annotate("≤ 0", (at, floor), (6, -3), textcoords="offset points", fontsize=8)
 
@@ -124,9 +170,19 @@ def _dress(axes: Any, floor: float) -> None:
     axes.set_yscale("log", nonpositive="clip")
     axes.set_ylim(bottom=floor / 1.6)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.grid(alpha=0.3, linewidth=0.6)
+    axes.grid(color=LINE[0], linewidth=0.6)
+    axes.set_axisbelow(True)
     axes.minorticks_off()
     axes.set_xlabel("bits per weight (scales and zeros included)")
+
+
+def read_peers(path: Path, metric: str) -> list[tuple[str, float, float]]:
+    """Points of other programs. Raises UserError for a file that holds something else."""
+    try:
+        rows = json.loads(path.read_text())
+        return [(row["name"], float(row["bits_per_weight"]), float(row[metric])) for row in rows if metric in row]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--peers {path}: cannot be read ({' '.join(str(error).split())})") from error
 
 
 def save(figure: "Figure", path: Path) -> None:
@@ -135,7 +191,10 @@ def save(figure: "Figure", path: Path) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context({"svg.hashsalt": "gptq_awq"}):
-        figure.savefig(path, dpi=200, metadata=FORMATS[path.suffix])
+        figure.savefig(path, dpi=200, metadata=FORMATS[path.suffix], transparent=True)
+    if path.suffix == ".svg":
+        head, tag, rest = path.read_text().partition("<defs>")
+        path.write_text(f"{head}{dark_style()}{tag}{rest}")
 
 
 def _is_perplexity(name: str) -> bool:
@@ -148,6 +207,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("root", help="a folder with runs (results.json) anywhere below it")
     parser.add_argument("--out", required=True, type=Path, help="the picture: .svg, .png or .pdf")
     parser.add_argument("--metric", help="which metric to draw; by default the one perplexity there is")
+    parser.add_argument(
+        "--peers", type=Path, help="points of other programs: a JSON list of name, bits_per_weight, METRIC"
+    )
     parser.add_argument("--model", help="which model to draw, where there are several")
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s")
@@ -155,7 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.out.suffix not in FORMATS:
             raise UserError(f"--out: the file's ending must be one of {' '.join(FORMATS)}")
         runs, metric = choose(records(load(arguments.root)), arguments.model, arguments.metric)
-        figure = draw(points(runs, metric), metric, runs[0]["model"])
+        peers = [] if arguments.peers is None else read_peers(arguments.peers, metric)
+        figure = draw(points(runs, metric), metric, runs[0]["model"], peers)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

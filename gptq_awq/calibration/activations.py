@@ -57,7 +57,7 @@ class Activations:
         self.batches[:] = self.own
         entered = all([batch.enter(index) for batch in (*self.batches, self.probe)])
         if entered and index in self.repeated:
-            self.batches += [later for batch in self.own for later in batch.later(index, len(self.own))]
+            self.batches.extend([later for batch in self.own for later in batch.later(index, len(self.own))])
         return entered
 
     @property

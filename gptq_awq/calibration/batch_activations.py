@@ -100,7 +100,7 @@ class BatchActivations:
                 yield walk.output
 
     def later(self, index: int, step: int) -> Iterator["BatchActivations"]:
-        """What later calls of block `index` are given, each as a batch; their numbers are `step` apart."""
+        """Inputs of all later calls of block `index`, each as a batch; their numbers are `step` apart."""
         if self.walk is None:
             return
         dtype = self.hidden.dtype

@@ -60,7 +60,7 @@ def check_chain(model: nn.Module, tokens: TokenSet | None, calibrates: bool) -> 
 
 @torch.no_grad()
 def why_not_alone(model: nn.Module, tokens: TokenSet | None) -> UserError | None:
-    """What goes wrong where a model's blocks are run one by one on recorded arguments; None: nothing, or offloaded."""
+    """First fault of a model's blocks run one by one on recorded arguments; None: there is none, or it is offloaded."""
     if offloaded(model):
         return None
     return _broken_by(lambda: _compare(model, *_probe(model, tokens)), type(model).__name__)

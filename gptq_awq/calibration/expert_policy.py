@@ -52,14 +52,6 @@ class ExpertPolicy:
     min_tokens: Annotated[int, Ge(0)] = 128
 
 
-def no_pairing(who: str) -> UserError:
-    """The error where `who` would pair experts' inputs with full precision's, and these experts can't be called so."""
-    return UserError(
-        f"{who} compares every token with full precision, which sends it to other experts, and these experts can't be "
-        "called with the quantized router's choices; choose a method without that, such as method=gptq"
-    )
-
-
 class _ReachedError(Exception):
     """Ends a forward that has reached the site it was run for."""
 
@@ -137,16 +129,18 @@ class Routes:
             for path in paths
         )
 
-    def forced(self, site: Site, number: int) -> Callable[[], Any]:
+    def forced(self, site: Site, number: int) -> Callable[[], Any] | None:
         """A call of full precision's experts, on its own inputs, with the choices of the quantized router.
 
-        Raises:
-            UserError: experts that are not called together, with one row for each token.
+        None for experts that are not called together, with one row for each token; the log says so.
         """
         owner = self._experts[site.linears].owner
         own, full = self._calls.get(owner, {}).get(number), self._full_calls.get(owner, {}).get(number)
         if own is None or full is None or self._full is None or not self._rows.get(owner, False):
-            raise no_pairing(f"{self._where}: the method")
+            if owner not in self._told:
+                log.warning("%s, %s: these experts are solved without drift from full precision", self._where, owner)
+                self._told.add(owner)
+            return None
         module, (args, kwargs), inputs = self._full.get_submodule(owner), own, _first_tensor(full)
         given = _first_tensor(own)
         args = tuple(inputs if each is given else each for each in args)

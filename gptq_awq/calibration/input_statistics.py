@@ -21,7 +21,7 @@ from gptq_awq.storage.checksummed import ChecksummedFile
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """What enters one linear.
+    """Statistics of the input of one linear.
 
     Attributes:
         squares: mean x², (in,) float32; zero where no token came.

@@ -27,7 +27,7 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_m
 
 from gptq_awq.calibration.activations import Activations, BatchActivations
 from gptq_awq.calibration.expert_masks import PickedRows
-from gptq_awq.calibration.expert_policy import ExpertPolicy, Routes, no_pairing
+from gptq_awq.calibration.expert_policy import ExpertPolicy, Routes
 from gptq_awq.calibration.moments import Moments, MomentsSum
 from gptq_awq.errors import UserError
 from gptq_awq.models.attention import faster_attention_of
@@ -175,8 +175,10 @@ class _Batch:
         """Full precision's input at the site that the forwards are paused at; None where there is none."""
         if self._paired is None:
             return None
-        at_expert = self._sites[self.at].expert is not None
-        return self.forced.x if at_expert and self.forced is not None else self._paired.x
+        if self._sites[self.at].expert is None:
+            return self._paired.x
+        assert self.own is not None
+        return self.own.x if self.forced is None else self.forced.x
 
     def drop(self) -> None:
         """Give the paused forwards up, with the activations that they hold; they begin anew at the next `run`."""
@@ -187,15 +189,24 @@ class _Batch:
         self.own = self._paired = None
 
     def _force(self, site: Site) -> None:
-        """Bring full precision's experts to the site that the quantized ones wait at."""
+        """Bring full precision's experts to the site that the quantized ones wait at.
+
+        Experts that can't be called with the quantized router's choices are paired with themselves, as without drift.
+        """
         if self.forced is None or self.forced.dead:
+            self.forced = None
             run = self._routes.forced(site, self.activations.number)
+            if run is None:
+                return
             self.forced = _Forward(run, self.activations, FORCED)
         assert self.own is not None
         if self.forced.at < self.own.at:
             self.forced.switch()
         if self.forced.dead or self.forced.at != self.at or self.forced.x is None:
-            raise no_pairing(f"block {self._index}: the method")
+            raise UserError(
+                f"block {self._index}: {site.name} is not passed by full precision's experts as by the quantized ones; "
+                "choose a method that doesn't compare the two, such as method=gptq"
+            )
 
     def _drop_forced(self) -> None:
         if self.forced is not None and not self.forced.dead:

@@ -30,7 +30,7 @@ def main() -> None:
     if {"--help", "-h"} & set(arguments):
         from gptq_awq.experiment.help import help_text
 
-        sys.stdout.write(help_text(_config_dir(arguments)))
+        sys.stdout.write(help_text(_config_dir(arguments), arguments))
         return
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come out of `task` instead of being printed by Hydra
     try:

@@ -1,6 +1,11 @@
 """`gptq-awq --help`: the main job, subcommands, choices as the configs' folders have them, often changed options."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from gptq_awq.runtime.configs import CONFIGS
 
@@ -9,6 +14,8 @@ Quantize a causal language model, score it against full precision, store one res
 
   gptq-awq method=awq bits=4                      the default model; in a checkout also: python run.py method=awq bits=4
   gptq-awq -m method=rtn,awq,gptq bits=2,3,4,8    a sweep, one run after the other
+  gptq-awq -m method=rtn,awq bits=3,4 --dry-run   lists the runs, what is finished and how long the rest takes
+  gptq-awq method=gptq --help                     what a preset is, and its own values
   gptq-awq method=gptq eval=full                  with lm-eval tasks
   gptq-awq experiment=weight_only                 a published table: 2/3/4/8 bits, group sizes
   gptq-awq method=gptq bits=3 group_size=32 model=local model.path=DIR data=local data.path=FILE \\
@@ -19,7 +26,9 @@ Subcommands (gptq-awq SUBCOMMAND --help)
 
   report     tables and a page of stored runs           replay     compute a stored run again, name what differs
   export     verify checkpoints, run them in engines    frontier   size against quality: table and plot
-  cache      list or clear what runs share on disk      --version  the version of gptq_awq
+  generate   let a run or checkpoint write text         compare    what runs write beside full precision
+  ls         methods, grids, models … with a line each  cache      list or clear what runs share on disk
+  completion bash|zsh|fish: the Tab key                 --version  the version of gptq_awq
 
 Choices (group=choice)
 
@@ -41,6 +50,7 @@ Often changed (key=value)
   eval.perplexity.path=FILE  eval.perplexity.seqlen=2048  eval.perplexity.windows=8
   eval.compute_dtype=float32     of evaluation's forwards: auto, bfloat16 are faster, with a noise floor
   eval.texts=[wikitext2,c4,FILE]  eval.metrics=[ppl,kl]     several texts, some metrics only
+  eval.samples=FILE              prompts that both models go on from: text to read, in reports
   eval.tasks=[lambada_openai]  eval.limit=200  eval.num_fewshot=0  eval.include_path=FOLDER
   method.solver.act_order=true  method.solver.damping=0.01  method.transforms.awq.objective=linear|module
   experts.policy=route|shared|rtn|keep  experts.min_tokens=128    of mixtures: experts that few tokens reach
@@ -62,9 +72,47 @@ Often changed (key=value)
 SHOWN = ("method", "grid", "model", "data", "eval", "act", "kv", "export", "tracking", "experiment", "hydra/launcher")
 
 
-def help_text(config_dir: Path | None = None) -> str:
-    """The text of `--help`; choices of a folder given with `--config-dir` are shown, too."""
+def help_text(config_dir: Path | None = None, arguments: Sequence[str] = ()) -> str:
+    """The text of `--help`: of presets that the command line names, else of all there is.
+
+    Choices of a folder given with `--config-dir` are shown, too.
+    """
+    named = [a.partition("=")[::2] for a in arguments if a.partition("=")[0] in SHOWN and "," not in a]
+    if named and all((CONFIGS / group / f"{choice}.yaml").is_file() for group, choice in named):
+        return "\n".join(_preset(group, choice) for group, choice in named)
     return HELP.replace("{groups}", "\n".join(_group(name, config_dir) for name in SHOWN))
+
+
+def _preset(group: str, choice: str) -> str:
+    """A preset's comment, and the options that it has with the values that it gives them."""
+    text = (CONFIGS / group / f"{choice}.yaml").read_text(encoding="utf-8")
+    comment = [line[1:].strip() for line in text.splitlines() if line.startswith("#") and "@package" not in line]
+    lines = [
+        f"{group}={choice}",
+        "",
+        *(f"  {line}" for line in comment),
+        "",
+        "Options, with the values that it gives them",
+        "",
+    ]
+    chosen = [f"{group}={choice}"]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = compose("config", overrides=chosen)
+    if group == "experiment":
+        return "\n".join([*lines[:-3], "", text])
+    parts = [group, "grid"] if group == "method" else [group.partition("/")[0]]
+    for part in parts:
+        lines += [f"  {path}={value}" for path, value in _leaves(OmegaConf.to_container(composed[part]), part)]
+    return "\n".join([*lines, "", f"All options: gptq-awq {group}={choice} --cfg job", ""])
+
+
+def _leaves(node: Any, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            if not str(key).startswith("_"):
+                yield from _leaves(value, f"{path}.{key}")
+    else:
+        yield path, "null" if node is None else str(node).lower() if isinstance(node, bool) else str(node)
 
 
 def _group(name: str, config_dir: Path | None) -> str:

@@ -1,4 +1,4 @@
-"""What is known of the linears' inputs besides moments: an importance matrix that is given, statistics for exports."""
+"""Squares of the linears' inputs: from an importance matrix that is given, and statistics for exports."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,9 +53,21 @@ def given_squares(plan: Plan, loaded: LoadedModel) -> dict[str, Tensor] | None:
 def statistics_for_exports(
     plan: Plan, loaded: LoadedModel, tokens: TokenSet | None, track: Track
 ) -> Mapping[str, InputStatistics] | None:
-    """Statistics of the full-precision model's inputs, where an export format stores them; cached."""
+    """Statistics of the full-precision model's inputs, where an export format stores them; cached.
+
+    Raises:
+        UserError: a format stores static scales of inputs that the method's transforms change.
+    """
     if tokens is None or not plan.exports.calibrate:
         return None
+    static = [
+        each.name for each in plan.exports.formats if getattr(each, "calibrates", False) and each.name != "imatrix"
+    ]
+    if static and plan.method.transforms:
+        raise UserError(
+            f"export.{static[0]}.activations: static scales are of full precision's inputs, which "
+            f"{next(iter(plan.method.transforms))} changes; choose a method without transforms, or null"
+        )
     key = observations_sha256(loaded.model, loaded.sha256, tokens.sha256, torch.float32, plan.settings.tokens_per_batch)
     content = once(
         cache_dir() / "curvatures" / f"inputs-{key}.safetensors",

@@ -31,7 +31,7 @@ from gptq_awq.experiment.plan import Plan, preflight
 from gptq_awq.experiment.registry import Run, alone_in
 from gptq_awq.experiment.store import store, told, writing
 from gptq_awq.experiment.summary import results_row, run_manifest
-from gptq_awq.experiment.sweeps.following import follow, follow_finished
+from gptq_awq.experiment.sweeps.following import finish, follow, follow_finished, log_block
 from gptq_awq.experiment.sweeps.sweep import (
     check_objective,
     failed,
@@ -236,7 +236,7 @@ def compute(plan: Plan, context: RunContext, clock: Clock, track: Track, examine
     except Exception as error:
         tracker.finish(failed(plan.config, error))
         raise
-    tracker.finish(result)
+    finish(tracker, result, plan.out)
     return result
 
 
@@ -271,7 +271,8 @@ def _compute(
     checkpoints: list[Exported] = []
     if plan.exports.formats:
         with clock.phase("export"):
-            checkpoints = _export(plan, context, quantized.weights, inputs, track)
+            source = Source(loaded.model, loaded.tokenizer, loaded.name, quantized.weights, inputs)
+            checkpoints = _export(plan, context, source, track)
             quantized = replace(quantized, weights={})
     with clock.phase("evaluate"), quantized_activations(loaded.model, plan.act, plan.kv):
         scored = score(loaded.model, loaded.tokenizer, baseline, plan.seed, track)
@@ -344,9 +345,7 @@ def _quantize(plan: Plan, context: RunContext, tracker: Tracker, track: Track) -
                 ledger.append(block.rows)
             tracker.ledger(block.rows)
             restored += block.restored
-            errors = [row["error_after"] for row in block.rows if "error_after" in row]
-            if errors:
-                tracker.log({"quantize/relative_error": sum(errors) / len(errors)}, step=block.index)
+            log_block(tracker, block.index, block.rows)
     if restored:
         log.info("resumed after %d finished blocks", restored)
     return Quantized(footprint, codes.weights(), [restored] if restored else [])
@@ -383,9 +382,7 @@ def _agreed(plan: Plan) -> Plan:
     return plan
 
 
-def _export(
-    plan: Plan, context: RunContext, weights: Mapping[str, QuantizedWeight], inputs: Any, track: Track
-) -> list[Exported]:
+def _export(plan: Plan, context: RunContext, source: Source, track: Track) -> list[Exported]:
     """Write and verify the checkpoints that were asked for."""
     loaded, tokens = context.loaded, context.tokens
     known = next((t for t in (*context.windows, tokens) if t is not None), None)
@@ -398,5 +395,4 @@ def _export(
         "calibration": None if tokens is None else {"source": tokens.source, "sha256": tokens.sha256},
         "code": context.code,
     }
-    source = Source(loaded.model, loaded.tokenizer, loaded.name, weights, inputs)
     return plan.exports.write(source, plan.out, probe, facts, track)

@@ -70,7 +70,7 @@ class GGUFFormat:
             kind = ggml_type(linear.grid)
             if kind is None and getattr(linear.grid, "shared_by_tensor", False):
                 raise UserError(
-                    "export.formats=gguf: NVFP4's blocks hold no scale of the tensor; set +grid.tensor_scale=1"
+                    "export.formats=gguf: NVFP4's blocks hold no scale of the tensor; set grid.tensor_scale=1"
                 )
             if kind is None:
                 raise UserError(f"export.formats=gguf: llama.cpp has no block type for {linear.grid}; {FITS}")

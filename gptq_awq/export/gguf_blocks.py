@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from gptq_awq.export.gguf_vectors import LAYOUTS, vector_codes
+from gptq_awq.export.gguf_vectors import LAYOUTS, float_scales, vector_codes
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -120,7 +120,7 @@ def pack(
     q = _codes(codes, kind, ggml_type)
     blocks = q.shape[1] // kind.block
     if kind.float_scale:
-        fields = {"d": _float_scales(kind, scales, len(q), blocks)}
+        fields = {"d": float_scales(kind.float_scale, scales, len(q), blocks)}
     elif kind.sub_blocks:
         fields = _k_fields(kind, store, len(q), blocks, ggml_type)
     else:
@@ -168,20 +168,6 @@ def _fp16(values: Tensor | None, shape: tuple[int, int], what: str, ggml_type: s
     if not (np.isfinite(half).all() and (half.astype(given.dtype) == given).all()):
         raise ValueError(f"{ggml_type} stores a {what} in fp16: round it to fp16 before rounding weights")
     return half.view(np.uint8).reshape(*shape, 2)
-
-
-def _float_scales(kind: BlockType, scales: Tensor, rows: int, blocks: int) -> Array:
-    """Scales in E8M0 or E4M3 as bytes, (out, blocks, scales of a block). Raises ValueError if they would be rounded."""
-    given = scales.detach().cpu().float()
-    if kind.float_scale == "e8m0":
-        exponent = torch.frexp(given).exponent + 126
-        stored, same = exponent.to(torch.uint8), torch.exp2(exponent.float() - 127)
-    else:
-        small = given.to(torch.float8_e4m3fn)
-        stored, same = small.view(torch.uint8), small.float()
-    if not torch.equal(same, given):
-        raise ValueError(f"scales are not all {kind.float_scale} numbers")
-    return stored.numpy().reshape(rows, blocks, -1)
 
 
 def _k_fields(kind: BlockType, store: Mapping[str, Tensor], rows: int, blocks: int, name: str) -> dict[str, Array]:

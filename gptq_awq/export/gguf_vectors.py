@@ -19,7 +19,9 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from jaxtyping import Int
+from torch import Tensor
 
 from gptq_awq.grids.vectors import VECTOR_TYPES, codebook
 
@@ -138,6 +140,22 @@ LAYOUTS: Mapping[str, Layout] = {
     "MXFP4": _mxfp4,
     "NVFP4": _nvfp4,
 }
+
+
+def float_scales(dtype: str, scales: Tensor, rows: int, blocks: int) -> Array:
+    """Scales in E8M0 or E4M3 as bytes, (out, blocks, scales of a block). Raises ValueError if they would be rounded."""
+    given = scales.detach().cpu().float()
+    if dtype == "e8m0":
+        exponent = torch.frexp(given).exponent + 126
+        stored, same = exponent.to(torch.uint8), torch.exp2(exponent.float() - 127)
+    else:
+        small = given.to(torch.float8_e4m3fn)
+        stored, same = small.view(torch.uint8), small.float()
+    if not torch.equal(same, given):
+        raise ValueError(f"scales are not all {dtype} numbers")
+    return stored.numpy().reshape(rows, blocks, -1)
+
+
 _HALF_ONE = np.array([1.0], "<f2").view(np.uint8)
 _TOP_NIBBLES = {"IQ2_XXS": range(9, 66, 8), "IQ3_XXS": range(69, 98, 4)}
 """Bytes whose upper half is a scale."""

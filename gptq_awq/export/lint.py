@@ -105,7 +105,7 @@ def tensor_parallel(linears: Sequence[LinearSpec], config: PreTrainedConfig) -> 
 
 def obstacle(linears: Sequence[LinearSpec], config: PreTrainedConfig, degree: int) -> str | None:
     """Reason why a model can't be split between `degree` devices; None if it can."""
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or degree  # without attention there are none to split
     kv_heads = key_value_heads(config)
     if heads % degree:
         return f"{heads} heads"

@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
 from gptq_awq.export.folder import FolderTensors, read_config, write_folder
+from gptq_awq.export.mlx_floats import decode_floats, decode_floats_with_mlx, mode_of, pack_floats
 from gptq_awq.export.packing import PRODUCER, exactly, pack_words, require_natural_order, unpack_words
 from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.base import Grid, QuantizedWeight
@@ -33,6 +34,7 @@ from gptq_awq.grids.signed import SignedGrid
 from gptq_awq.grids.ternary import TernaryGrid
 from gptq_awq.runtime.options import ByteSize, Dtype, checked_dataclass
 
+PARTS = ("weight", "scales", "biases")
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
 DTYPES = ("float16", "bfloat16", "float32")
@@ -48,7 +50,7 @@ NAMES: Mapping[str, tuple[str, str]] = {
 
 @checked_dataclass
 class MLXFormat:
-    """Export to a folder that mlx-lm loads, in MLX's affine format.
+    """Export to a folder that mlx-lm loads, in MLX's affine format or its floating-point modes (mlx_floats.py).
 
     Attributes:
         dtype: dtype of scales, biases and unquantized parameters: float16, bfloat16, float32, or auto, the
@@ -108,11 +110,10 @@ class MLXFormat:
         """Decode every quantized weight, in float32."""
         config, tensors = read_config(folder), FolderTensors(folder)
         hf_prefix, mlx_prefix = NAMES.get(config["model_type"], ("", ""))
-        read = _decode_with_mlx if _has_mlx() else _decode
         for name in [key.removesuffix(".scales") for key in tensors if key.endswith(".scales")]:
             sizes = config["quantization"] | config["quantization"].get(name, {})
-            parts = {part: tensors[f"{name}.{part}"] for part in ("weight", "scales", "biases")}
-            codes, weight = read(parts, sizes["bits"], sizes["group_size"])
+            parts = {part: tensors[key] for part in PARTS if (key := f"{name}.{part}") in tensors}
+            codes, weight = _read(parts, sizes)
             yield Decoded(_renamed(name, mlx_prefix, hf_prefix), codes, weight)
 
     def plain(self, folder: Path) -> dict[str, Tensor]:
@@ -127,12 +128,22 @@ class MLXFormat:
         }
 
 
+def _read(parts: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Decode codes and weight of one linear, with MLX where it is installed."""
+    bits, group, mode = sizes["bits"], sizes["group_size"], sizes.get("mode", "affine")
+    if mode != "affine":
+        return (decode_floats_with_mlx if _has_mlx() else decode_floats)(parts, bits, group, mode)
+    return (_decode_with_mlx if _has_mlx() else _decode)(parts, bits, group)
+
+
 def pack(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
     """Pack one linear into weight, scales and biases (layout in the module's docstring).
 
     Raises:
         UserError: `dtype` can't represent the scales or biases, as values overflow.
     """
+    if mode_of(weight.grid) != "affine":
+        return pack_floats(weight)
     scales, zeros = weight.scales.float(), weight.zeros.float()
     biases = zeros if weight.grid.arithmetic.kind == "minimum" else -scales * zeros
     try:
@@ -167,14 +178,14 @@ def quantization_config(grids: Mapping[str, Grid]) -> dict[str, Any]:
 
     mlx-lm leaves modules without scales in the file unquantized, whatever the settings say.
     """
-    sizes = {name: (grid.group_size, stored_bits(grid)) for name, grid in grids.items()}
+    sizes = {name: (grid.group_size, stored_bits(grid), mode_of(grid)) for name, grid in grids.items()}
     usual = max(set(sizes.values()), key=lambda size: (list(sizes.values()).count(size), size))
     others = {name: _entry(size) for name, size in sizes.items() if size != usual}
     return _entry(usual) | others
 
 
-def _entry(size: tuple[int, int]) -> dict[str, Any]:
-    return {"group_size": size[0], "bits": size[1], "mode": "affine"}
+def _entry(size: tuple[int, int, str]) -> dict[str, Any]:
+    return {"group_size": size[0], "bits": size[1], "mode": size[2]}
 
 
 def _renamed(name: str, old: str, new: str) -> str:
@@ -210,6 +221,8 @@ def _has_mlx() -> bool:
 
 def _check_grid(grid: Grid) -> None:
     """Raise UserError for a grid, bits or a scale dtype that MLX's affine format can't store."""
+    if mode_of(grid) != "affine":
+        return
     if not isinstance(grid, AffineGrid | IntGrid | SignedGrid | TernaryGrid):
         raise UserError(
             f"grid={grid.label}: mlx holds a scale and a bias per group; choose grid=affine, or grid=int with "
@@ -223,6 +236,8 @@ def _check_grid(grid: Grid) -> None:
 
 def _check_width(linear: LinearSpec) -> None:
     """Raise UserError for a group size that MLX lacks or that doesn't divide the columns."""
+    if mode_of(linear.grid) != "affine":  # whose grids check their own
+        return
     fitting = [str(group) for group in GROUPS if linear.columns % group == 0]
     if not fitting:
         raise UserError(

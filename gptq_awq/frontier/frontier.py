@@ -20,6 +20,7 @@ import numpy as np
 
 from gptq_awq.errors import UserError
 from gptq_awq.report import Row, check_protocols, measured, records
+from gptq_awq.report.looks import MARKS, PALETTE
 from gptq_awq.report.text import number, size
 from gptq_awq.results import load
 
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 PREDICTS_KL = ("fisher", "kl")
 # Metadata per file ending, without the date: the same runs give the same bytes.
 FORMATS = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
-COLOURS = {"allocated": "#0072B2", "uniform": "#D55E00"}  # Okabe and Ito's
-MARKERS = {"allocated": "o", "uniform": "s"}
+COLOURS = {"allocated": PALETTE[0][0], "uniform": PALETTE[1][0]}
+MARKERS = {"allocated": MARKS[0], "uniform": MARKS[1]}
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class AllocatedGrid:
         return f"{bits}g{group_size}" if self.group_sizes else str(bits)
 
     def facts_of(self, width: Width) -> dict[str, Any]:
-        """What reports say of a linear's width."""
+        """Facts of a linear's width for reports."""
         bits, group_size = width
         return {"bits": bits, "group_size": group_size}
 
@@ -218,7 +218,7 @@ class BudgetedGrid(Protocol):
         ...
 
     def facts_of(self, width: Any) -> dict[str, Any]:
-        """What reports say of a weight's width."""
+        """Facts of a weight's width for reports."""
         ...
 
     def budget_in_bits(self, places: Sequence[Place], rows: Mapping[str, int], order: int = 0, beside: int = 0) -> int:

@@ -126,7 +126,7 @@ class GGUFGrid:
         return width
 
     def facts_of(self, width: str) -> dict[str, Any]:
-        """What reports say of a weight's type."""
+        """Facts of a weight's type for reports."""
         return {"type": width}
 
     @property

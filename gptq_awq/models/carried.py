@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gptq_awq.errors import UserError
 from gptq_awq.models.checkpoint import placed
+from gptq_awq.models.experts import experts_in
 from gptq_awq.models.quantized_source import decoded, quantization_of
 from gptq_awq.models.tensor_files import StoredTensor, stored_tensors
 
@@ -31,7 +32,7 @@ def carried_names(model: Any) -> dict[str, StoredTensor]:
     except UserError:
         return {}
     stored = {name: tensor for name, tensor in stored.items() if tensor.file.suffix == ".safetensors"}
-    names = model.state_dict()
+    names = {*model.state_dict(), *experts_in(model)}  # experts as linears have the place of the tensor they were
     own = {place.source for place in placed(model, stored) if place.target in names}
     return {name: tensor for name, tensor in stored.items() if name not in own and not NOT_CARRIED.search(name)}
 

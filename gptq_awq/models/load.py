@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -27,9 +27,10 @@ from gptq_awq.models.content import folder_sha256, known_sha256
 from gptq_awq.models.embeddings import correct_tie
 from gptq_awq.models.gguf_claims import checked_gguf
 from gptq_awq.models.load_report import ADAPTER_CONFIG, LoadReport, examine, tokens_beyond
-from gptq_awq.models.offloaded_model import offload, skeleton
-from gptq_awq.models.quantized_source import decoded, quantization_of
-from gptq_awq.models.tensor_files import stored_tensors
+from gptq_awq.models.offload import offloaded
+from gptq_awq.models.offloaded_model import offload, read_whole, skeleton
+from gptq_awq.models.on_grid import grid_of
+from gptq_awq.models.quantized_source import quantization_of
 from gptq_awq.runtime.memory import return_large
 from gptq_awq.runtime.options import InputPath, checked_keywords
 from gptq_awq.storage.assets import ASSETS, cache_dir, fetch, hub_reachable, scratch_folder
@@ -168,7 +169,10 @@ def load_reported(
             model, report = _in_memory(folder, config, dtype, option, code)
             model.to(torch.device(device)).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
         untied = correct_tie(model)
-        report = replace(report, untied=untied, tokens_beyond=tokens_beyond(tokenizer, report.vocabulary))
+        on_grid = None if offloaded(model) else grid_of(model)
+        report = replace(
+            report, on_grid=on_grid, untied=untied, tokens_beyond=tokens_beyond(tokenizer, report.vocabulary)
+        )
     for sentence in report.warnings():
         log.warning("%s: %s", option, sentence)
     return LoadedFolder(model, tokenizer, report)
@@ -182,29 +186,15 @@ def _forget_quantization(config: Any) -> None:
                 delattr(part, name)
 
 
-def _decoded_weights(folder: Path, option: str) -> dict[str, torch.Tensor] | None:
-    """All tensors of a folder that comes quantized, decoded one by one; None of another folder."""
-    quantization = quantization_of(folder)
-    if quantization is None:
-        return None
-
-    def get(path: Path, name: str) -> torch.Tensor:
-        with safe_open(path, framework="pt", backend="pread") as file:
-            return file.get_tensor(name)
-
-    stored = decoded(stored_tensors(folder, option), quantization, option)
-    return {name: tensor.read(name, get) for name, tensor in stored.items()}
-
-
 def _in_memory(
     folder: Path, config: Any, dtype: str, option: str, code: dict[str, Any]
 ) -> tuple[PreTrainedModel, LoadReport]:
     """A folder's whole model in memory."""
+    if quantization_of(folder) is not None:
+        return _decoded(folder, config, dtype, option, code)
     try:
-        weights = _decoded_weights(folder, option)
-        given = {"state_dict": weights} if weights is not None else {}
         loaded: Any = auto_class(config).from_pretrained(
-            None if given else folder, config=config, dtype=DTYPES[dtype], output_loading_info=True, **given, **code
+            folder, config=config, dtype=DTYPES[dtype], output_loading_info=True, **code
         )
     except Exception:
         remote = {"trust_remote_code": True} if code["trust_remote_code"] else {}
@@ -217,6 +207,19 @@ def _in_memory(
     report = examine(folder, model, option)
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{option}: holds no weights for {missing[0]} ({len(missing)} missing)")
+    _check_values(model, option)
+    return model, report
+
+
+def _decoded(
+    folder: Path, config: Any, dtype: str, option: str, code: dict[str, Any]
+) -> tuple[PreTrainedModel, LoadReport]:
+    """The whole model, in memory, of a folder that comes quantized."""
+    remote = {"trust_remote_code": True} if code["trust_remote_code"] else {}
+    model = skeleton(folder, config, DTYPES[dtype], **remote)
+    _check_causal(model, option)
+    report = examine(folder, model, option)
+    read_whole(model, folder, DTYPES[dtype], option)
     _check_values(model, option)
     return model, report
 

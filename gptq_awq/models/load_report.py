@@ -43,6 +43,7 @@ class LoadReport:
         context: number of tokens that the model was made for.
         notes: sentences on how the run's data fit the model.
         quantized_source: format that the weights came in, and were decoded from; None for plain weights.
+        on_grid: grid that the weights lie on as they are; None: on none that is known.
     """
 
     unplaced: tuple[str, ...] = ()
@@ -55,6 +56,7 @@ class LoadReport:
     context: int | None = None
     notes: tuple[str, ...] = ()
     quantized_source: str | None = None
+    on_grid: str | None = None
 
     def row(self) -> dict[str, Any]:
         """Findings for the manifest; kinds of which nothing was found are left out."""
@@ -66,6 +68,8 @@ class LoadReport:
         """A sentence for each finding that may not be what the user means."""
         if self.quantized_source:
             yield f"its weights came quantized, and are only as good as that: {self.quantized_source}"
+        if self.on_grid:
+            yield f"its weights lie on a grid already: {self.on_grid}; rounding them onto that grid again is exact"
         if self.unplaced:
             yield f"the model has no place for tensors of its files, which are left out: {_listed(self.unplaced)}"
         if self.adapters:

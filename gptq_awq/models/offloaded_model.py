@@ -1,7 +1,7 @@
 """Opening a model that needn't fit into memory: its blocks, embedding and head stay on disk until they are used."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,13 +66,37 @@ def offload(
         wanted = list(parameters)
         Residence(modules, parameters, partial(checkpoint.read, wanted), partial(checkpoint.read_ahead, wanted))
         kept = {name: p for name, p in kept.items() if id(p) not in own}
+    _read(model, checkpoint, kept, names, device)
+    return model
+
+
+def read_whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype, option: str) -> PreTrainedModel:
+    """Read all tensors of a `skeleton`, one by one, from a folder that comes quantized; transformers' loader can't.
+
+    Raises:
+        UserError: naming `option`, where the folder lacks a tensor, or has none in safetensors files.
+    """
+    checkpoint, cpu = Checkpoint(folder, model, option), torch.device("cpu")
+    _untie_by_files(model, checkpoint, dtype)
+    _make_parameters_nan(model, dtype, cpu)
+    _read(model, checkpoint, dict(model.named_parameters()), _names_in(checkpoint, model, option), cpu)
+    return model
+
+
+def _read(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    kept: Mapping[str, nn.Parameter],
+    names: Mapping[int, str],
+    device: torch.device,
+) -> None:
+    """Read the parameters that are kept in memory, and the buffers."""
     for name, tensor in checkpoint.read([names[id(p)] for p in kept.values()]):
         parameter = model.get_parameter(name)
         parameter.data = tensor.to(device, parameter.dtype)
     for name in {*model.state_dict()} - {name for name, _ in model.named_parameters(remove_duplicate=False)}:
         if name in checkpoint:
             model.get_buffer(name).copy_(dict(checkpoint.read([name]))[name])
-    return model
 
 
 def _make_parameters_nan(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -79,7 +80,7 @@ def _main(options: argparse.Namespace) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "samples.md").write_text(markdown(found) + "\n", encoding="utf-8")
         report = make_report(records(load(*runs)), samples={each.path: each.samples for each in found})
-        (options.out / "report.html").write_text(report.text("html"), encoding="utf-8")
+        (options.out / "report.html").write_text(report.text("html", options.out), encoding="utf-8")
         sys.stderr.write(f"wrote {options.out / 'samples.md'} and report.html\n")
 
 
@@ -99,17 +100,20 @@ def _compared(runs: Sequence[Path], options: Options, track: Track) -> Iterator[
     for path in runs:
         with tempfile.TemporaryDirectory() as scratch:
             run = StoredRun.read(path, Path(scratch), options.trust)
-            loaded = run.full()
-            if loaded.sha256 not in known:
-                known[loaded.sha256] = continue_greedily(
-                    loaded.model, loaded.tokenizer, options.prompts, options.tokens, track
-                )
-            del loaded
+            model = (run.result.manifest.get("model") or {}).get("sha256") or str(path)
+            if model not in known:
+                loaded = run.full()
+                known[model] = _written(loaded.model, loaded.tokenizer, options, track)
+                del loaded
             opened = run.quantized(track, lambda line: sys.stderr.write(f"{line}\n"))
             with opened.computing():
-                own = continue_greedily(opened.model, opened.tokenizer, options.prompts, options.tokens, track)
-        samples: list[Sample] = compared(known[run.result.manifest["model"]["sha256"]], own)
+                own = _written(opened.model, opened.tokenizer, options, track)
+        samples: list[Sample] = compared(known[model], own)
         yield RunSamples(str(path), run.label, samples)
+
+
+def _written(model: Any, tokenizer: Any, options: Options, track: Track) -> list[Continuation]:
+    return continue_greedily(model, tokenizer, options.prompts, options.tokens, track)
 
 
 if __name__ == "__main__":

@@ -265,8 +265,9 @@ class BlockStep:
 
     def _share_scales(self, names: Sequence[str]) -> None:
         """Let the linears of one input that are on one grid choose together what it stores once per tensor."""
-        for grid in {self.grids[name] for name in names if self.grids[name].shared_by_tensor}:
-            alike = [name for name in names if self.grids[name] == grid]
+        shared_grids = {name: self.grids[name] for name in names if name in self.grids}
+        for grid in {grid for grid in shared_grids.values() if grid.shared_by_tensor}:
+            alike = [name for name, own in shared_grids.items() if own == grid]
             chosen = grid.for_weights([matrix(self.block.get_submodule(name)) for name in alike])
             self.grids |= dict.fromkeys(alike, chosen)
 

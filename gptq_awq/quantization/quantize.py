@@ -100,8 +100,7 @@ def quantize(
     """Quantize every linear in the model's blocks, in place, one block per step of the iterator.
 
     The embedding and the output head, where the grid's mix rounds them too, come first, as block -1. Observations and
-    activations of full precision start from the embedding before that. A head that is solved comes last, as block -1
-    too.
+    activations of full precision start from the embedding before that. A head that is solved comes last, as block -1.
 
     Codes of a block whose result was yielded are not kept in memory, so a caller that needs none pays nothing for them.
     An offloaded model's result loses its codes when the next block is asked for; the journal has them.
@@ -118,8 +117,7 @@ def quantize(
         progress: journal of finished blocks; those that it holds are restored, not computed.
         experts: policy for experts that few tokens reach.
         curvature_file: file that output curvature is kept in for later runs; None: none.
-        squares: mean squares of the linears' inputs by full name, instead of tokens: the diagonal of H, for range
-            searches; None: none.
+        squares: mean squares of the linears' inputs by full name, instead of tokens, for range searches; None: none.
 
     Raises:
         UserError: no calibration data where the method needs some; non-finite values; an H that does not factor; a

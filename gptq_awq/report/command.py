@@ -45,10 +45,10 @@ class Report:
         """Render warnings and tables as Markdown, without a final line break."""
         return render.markdown(self.tables, self.warnings)
 
-    def text(self, kind: str) -> str:
-        """Render the report as the content of a file; `kind` is a key of `FORMATS`."""
+    def text(self, kind: str, folder: Path | None = None) -> str:
+        """Render the report as the content of a file in `folder`; `kind` is a key of `FORMATS`."""
         if kind == "html":
-            return page(self.tables, self.verdicts, self.warnings, self.samples)
+            return page(self.tables, self.verdicts, self.warnings, self.samples, folder)
         if kind == "csv":
             return render.tidy(self.tables, self.verdicts)
         return render.latex(self.tables, self.warnings) if kind == "latex" else self.markdown() + "\n"
@@ -159,7 +159,7 @@ def _write(report: Report, folder: Path, kinds: Sequence[str]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for kind in kinds:
-            (folder / FORMATS[kind]).write_text(report.text(kind), encoding="utf-8")
+            (folder / FORMATS[kind]).write_text(report.text(kind, folder), encoding="utf-8")
             sys.stderr.write(f"{folder / FORMATS[kind]}\n")
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from error

@@ -171,3 +171,23 @@ def labels(table: Table) -> list[str]:
             parts.append(text and (text if name == "grid" else f"{name} {text}"))
         labels.append(", ".join(part for part in parts if part))
     return labels
+
+
+PERFECT = {"kl": "0", "top1_agreement": "1"}
+"""Metrics that full precision has by definition."""
+
+
+def full_row(table: Table) -> list[str] | None:
+    """Text of a row for full precision, a cell per column; None where one of the runs is full precision."""
+    if any(is_full_precision(run) for run in table.runs) or not table.runs:
+        return None
+    found = {"method": "full precision", "bits": "16", "bits/weight": "16"}
+    sizes = [run["baseline_size_bytes"] for run in table.runs if run["baseline_size_bytes"]]
+    found |= {"size": text.size(max(sizes)), "reduction": "0%"} if sizes else {}
+    for name, kind in table.columns:
+        if kind == "metric":
+            known = {
+                text.number(run["metrics"][key]) for run in table.runs if (key := f"{name}/baseline") in run["metrics"]
+            }
+            found[name] = " or ".join(sorted(known)) or PERFECT.get(name.rpartition("/")[2], "")
+    return [found.get(name, "") for name, _ in table.columns]

@@ -67,6 +67,7 @@ class TwoSided:
         """
         if moments is None or not grid.rows_independent:
             raise ValueError("feedback among rows needs moments, and a grid that fits each row by itself")
+        grid = grid.for_weights([weight])
         try:
             factor, columns, _ = moments.inverse_factor(self.solver.damping, self.solver.act_order, grid.unit)
         except NotPositiveDefiniteError:

@@ -11,13 +11,15 @@ from helpers.tiny_models import CONFIGS, MIXTURES, tiny_model, tiny_tokens
 from torch import nn
 
 from gptq_awq import quantize_model
-from gptq_awq.api import observe_moments
+from gptq_awq.api import load_method, observe_moments
 from gptq_awq.calibration.block_inputs import Settings
 from gptq_awq.calibration.chain import check_chain
 from gptq_awq.calibration.moments import MomentsSum
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.models.experts import unfuse
+from gptq_awq.quantization.quantize import quantize
+from gptq_awq.storage.journal import Journal
 
 WIDTH = 16
 
@@ -136,12 +138,12 @@ def test_blocks_that_change_or_remember_are_refused_before_anything_is_rounded(f
 
 
 def inputs_in_the_own_forward(model, data, site):
-    """Rows that a linear is called with first, in a forward of the whole model."""
+    """Rows that a linear is called with, in all its calls in a forward of the whole model."""
     seen = []
     hook = model.get_submodule(site).register_forward_pre_hook(lambda _m, args: seen.append(args[0].detach()))
     model(data.ids)
     hook.remove()
-    return seen[0].reshape(-1, seen[0].shape[-1])
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in seen])
 
 
 @pytest.mark.parametrize("fault", FOLLOWED)
@@ -194,3 +196,19 @@ def test_rounding_to_nearest_needs_no_chain(fault, caplog):
     assert len(said) == 1
     not_on_the_way = fault == "reversed"
     assert (said[0].levelname == "WARNING") == not_on_the_way
+
+
+@pytest.mark.parametrize("method", ["gptq", "qronos"])
+@pytest.mark.parametrize("fault", ["between", "keywords"])
+def test_an_interrupted_walk_goes_on_with_the_same_codes(fault, method, tmp_path):
+    (preset, grid), small = load_method(method, 4, 16), Settings(compute_dtype="float32")
+
+    def steps(journal):
+        return quantize(Model(fault), tokens(), preset, grid, small, progress=journal)
+
+    whole = {name: w.sha256() for block in steps(None) for name, w in block.weights.items()}
+    interrupted = steps(Journal(tmp_path / "progress", "walk"))
+    next(interrupted)
+    interrupted.close()
+    rest = steps(Journal(tmp_path / "progress", "walk"))
+    assert {name: w.sha256() for block in rest for name, w in block.weights.items()} == whole

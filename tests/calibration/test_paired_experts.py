@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from calibration.test_paired_forwards import Keep, Watching
 from helpers.mixtures import KEEP, codes, entering, run
 from helpers.quantization_runs import SMALL, tokens
 from helpers.tiny_models import MIXTURES, tiny_model
+from helpers.watching_solvers import Keep, Watching
 
 from gptq_awq.calibration.expert_policy import ExpertPolicy
 from gptq_awq.models.experts import fuse

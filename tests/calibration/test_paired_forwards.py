@@ -1,12 +1,13 @@
 """Laws of full precision beside the quantized model: cross moments, paired forwards, activations that are kept."""
 
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers.quantization_runs import GRID, SMALL, tokens
 from helpers.tiny_models import CONFIGS, tiny_model, tiny_tokens
+from helpers.watching_solvers import Keep, Watching
 
 from gptq_awq.calibration.activations import open_activations
 from gptq_awq.calibration.block_inputs import Inputs, calibration_of
@@ -26,37 +27,6 @@ from gptq_awq.storage.journal import Journal
 from gptq_awq.transforms.awq import AWQ
 
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Watching:
-    """A solver that rounds as another does, and notes the moments it is given."""
-
-    solver: GPTQ | RTN
-    seen: list
-    name: str = "watching"
-    needs_hessian: bool = True
-    needs_cross: bool = True
-
-    def solve(self, weight, moments, grid):
-        self.seen.append(moments)
-        return self.solver.solve(weight, moments, grid)
-
-
-@dataclass(frozen=True)
-class Keep:
-    """A solver that changes no weight."""
-
-    seen: list
-    name: str = "keep"
-    needs_hessian: bool = True
-    needs_cross: bool = True
-
-    def solve(self, weight, moments, grid):
-        self.seen.append(moments)
-        solution = RTN().solve(weight, moments, grid)
-        object.__setattr__(solution.quantized, "dequantize", lambda: weight)
-        return solution
 
 
 def run(solver, name="llama", settings=SMALL, data=None, transforms=None, **options):

@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from gptq_awq import results
 
 EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
-GRIDS = {"weight_only": 16, "methods": 16, "calibration": 15, "one_pass": 12, "frontier": 13}
+GRIDS = {"weight_only": 16, "methods": 16, "calibration": 15, "one_pass": 12, "frontier": 13, "gguf_frontier": 5}
 SEARCHES = [name for name in EXPERIMENTS if name.startswith("search_")]
 
 

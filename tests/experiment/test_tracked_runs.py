@@ -58,6 +58,7 @@ def test_a_run_that_was_finished_before_is_told_whole(run):
     assert again == first
     assert SEEN[1]["run_id"] == SEEN[0]["run_id"]
     assert [row["codes_sha256"] for row in SEEN[1]["rows"]] == [row["codes_sha256"] for row in SEEN[0]["rows"]]
+    assert SEEN[1]["steps"] == [0, 1], "its history is told, too"
     assert [result.status for result in SEEN[1]["finished"]] == ["done"]
 
 

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from helpers.example_results import AWQ_RESULT, RUN
-from helpers.paths import CONFIGS
+from helpers.paths import CONFIGS, ROOT
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from gptq_awq.errors import UserError
+from gptq_awq.experiment.options import check_options
 from gptq_awq.experiment.sweeps.tracking import NoTracking, WandbTracking, error_profile, run_name
 
 
@@ -92,6 +95,7 @@ def test_an_offline_wandb_run_holds_config_metrics_ledger_and_results(wandb_home
     tracker.log({"quantize/error": 0.25}, step=2)
     tracker.ledger([{"layer": "0.q", "shape": [8, 4], "damping": 0.01}])
     tracker.ledger([{"layer": "1.q", "shape": [8, 4], "damping": 0.1, "fallback": "rtn"}])
+    tracker.log({"wikitext2/kl/p95": 0.5})
     tracker.finish(AWQ_RESULT)
 
     records = list(offline_records(wandb_home))
@@ -110,6 +114,15 @@ def test_an_offline_wandb_run_holds_config_metrics_ledger_and_results(wandb_home
             summary |= updates(record.summary.update)
     assert summary["wikitext2/ppl@2048"] == 22.15
     assert [summary[f"wikitext2/ppl@2048/delta_ci95/{end}"] for end in ("low", "high")] == [2.7, 3.1]
+
+    # Size against quality can be plotted: both are in the summary, and so are time, memory and what a mean hides.
+    size = AWQ_RESULT.size_bytes
+    assert size is not None
+    assert (summary["bits_per_weight"], summary["size_mb"]) == (4.5, size / 1e6)
+    assert {f"seconds/{phase}" for phase in AWQ_RESULT.seconds} <= set(summary)
+    assert summary["wikitext2/kl/p95"] == 0.5
+    (told,) = table(wandb_home, "report")
+    assert (told["method"], told["bits/weight"]) == ("awq", "4.500")
 
     ledger = table(wandb_home, "ledger")
     assert [row["layer"] for row in ledger] == ["0.q", "1.q"]
@@ -296,3 +309,20 @@ def test_a_finish_that_fails_is_logged_once(wandb_home: Path, monkeypatch, caplo
     assert [record.getMessage() for record in warnings] == [
         "tracking failed, the run goes on (OSError: [Errno 28] No space left on device)"
     ]
+
+
+def test_an_agent_of_a_wandb_sweep_keeps_the_run_that_it_opened(wandb_home: Path, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    monkeypatch.setenv("WANDB_RUN_ID", "opened-by-the-agent")
+    tracker = WandbTracking(dir=str(wandb_home)).start({}, name="run", run_id="f" * 64)
+    tracker.finish(AWQ_RESULT)
+    assert run_record(list(offline_records(wandb_home))).run_id == "opened-by-the-agent"
+
+
+def test_the_sweep_that_wandb_runs_has_options_that_exist() -> None:
+    sweep = yaml.safe_load((ROOT / "scripts" / "wandb_sweep.yaml").read_text())
+    first = [f"{name}={choice['values'][0]}" for name, choice in sweep["parameters"].items()]
+    given = [word for word in sweep["command"] if "=" in word]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        check_options(compose("config", overrides=[*first, *given, "out=somewhere"]))
+    assert (ROOT / sweep["program"]).is_file()

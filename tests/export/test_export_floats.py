@@ -1,6 +1,7 @@
 """Floating-point formats in checkpoints: each reader's own library finds the very codes and weights."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from helpers.tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gptq_awq.errors import UserError
-from gptq_awq.export import compressed_tensors
+from gptq_awq.export import compressed_tensors, mlx
 from gptq_awq.export.compressed_floats import float_format, pack_float
 from gptq_awq.export.compressed_tensors import CompressedTensorsFormat, library_reads, quantization_config, stored_grid
+from gptq_awq.export.mlx import MLXFormat
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.scaled_float import ScaledFloatGrid
 
@@ -82,3 +84,19 @@ def test_integers_and_floats_are_not_mixed():
     linears = [*specs(NVFP4), *specs(IntGrid(4, 64))]
     with pytest.raises(UserError, match="no common layout"):
         CompressedTensorsFormat().check(linears, LLAMA)
+
+
+@pytest.mark.parametrize("grid", [replace(NVFP4, tensor_scale=1.0), MXFP4, MXFP8], ids=lambda grid: grid.label)
+@pytest.mark.parametrize("library", [True, False])
+def test_mlx_decodes_the_codes_and_scales(grid, library, tmp_path, monkeypatch):
+    if library:
+        pytest.importorskip("mlx")
+    monkeypatch.setattr(mlx, "_has_mlx", lambda: library)
+    assert_decodes(MLXFormat(), rounded_source(tiny_model("llama"), grid), tmp_path)
+    entry = json.loads((tmp_path / "config.json").read_text())["quantization"]
+    assert (entry["mode"], entry["bits"], entry["group_size"]) == (grid.label, grid.bits, grid.group_size)
+
+
+def test_a_scale_of_the_tensor_has_no_place_in_mlx():
+    with pytest.raises(UserError, match=r"set grid\.tensor_scale=1"):
+        MLXFormat().check(specs(NVFP4), LLAMA)

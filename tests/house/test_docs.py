@@ -1,5 +1,6 @@
 """Documentation holds what it says: worked examples run as they stand, links lead somewhere, names and paths exist."""
 
+import importlib
 import os
 import re
 import shlex
@@ -8,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from helpers.forked import call_run
 from helpers.paths import CONFIGS, ROOT
 from hydra import compose, initialize_config_dir
@@ -15,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors.torch import load_file, save_file
 
 from gptq_awq import results
+from gptq_awq.__main__ import SUBCOMMANDS
 from gptq_awq.experiment.options import check_options
 
 DOCS = ROOT / "docs"
@@ -151,8 +154,18 @@ def commands(page):
     for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             found = re.search(r"(?<!\S)(?:run\.py|gptq-awq) (.*)", line.partition(" # ")[0])
-            if found and "…" not in line and "PYTHONPATH" not in line and "--help" not in line:
-                yield [word for word in shlex.split(found[1]) if word not in ("-m", "--cfg", "job")]
+            if found is None or re.match(r"[a-z]+( |$)", found[1]) or re.search("…|PYTHONPATH|--help", line):
+                continue
+            yield [word for word in shlex.split(found[1]) if word not in ("-m", "--cfg", "job", "--dry-run")]
+
+
+def subcommands(page):
+    """Words after `gptq-awq` or `python -m gptq_awq.` in a page's bash blocks, where they are a command of its own."""
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            found = re.search(r"(?<!\S)(?:gptq-awq |python -m gptq_awq\.)([a-z]+(?: .*|$))", line.partition(" # ")[0])
+            if found:
+                yield shlex.split(found[1].removesuffix(')"').replace("[ROOT …]", ""))
 
 
 COMMANDS = [(page_id(page), each) for page in PAGES if page.name not in HISTORY for each in commands(page)]
@@ -161,7 +174,9 @@ COMMANDS = [(page_id(page), each) for page in PAGES if page.name not in HISTORY 
 @pytest.mark.parametrize(("page", "given"), COMMANDS, ids=[f"{page}: {' '.join(each)}" for page, each in COMMANDS])
 def test_commands_have_options_that_exist(page, given):
     """Each composes, with the first value of every sweep, and its options are those that classes declare."""
-    given = [re.sub(r"(path=)(DIR|FILE)\b", rf"\g<1>{ROOT}", word) for word in given]  # which have to be there
+    given = [
+        re.sub(r"((?:path|samples)=)(DIR|FILE)\b", rf"\g<1>{ROOT}", word) for word in given
+    ]  # which have to be there
     parsed = [each for each in OverridesParser.create().parse_overrides(given) if "hydra" not in each.key_or_group]
     first = [
         f"{each.get_key_element()}={next(each.sweep_string_iterator())}"
@@ -174,8 +189,19 @@ def test_commands_have_options_that_exist(page, given):
         check_options(compose("config", overrides=[*first, "out=somewhere"]))
 
 
+OF_THEIR_OWN = [(page_id(page), each) for page in PAGES if page.name not in HISTORY for each in subcommands(page)]
+
+
+@pytest.mark.parametrize(("page", "given"), OF_THEIR_OWN, ids=[f"{p}: {' '.join(each)}" for p, each in OF_THEIR_OWN])
+def test_subcommands_exist_and_take_what_pages_give_them(page, given):
+    module, _, _ = SUBCOMMANDS[given[0]].partition(":")
+    parser = getattr(importlib.import_module(module), "parser", None)
+    if parser is not None:
+        parser().parse_args(given[1:])
+
+
 def test_every_page_is_in_the_index():
-    for folder, index in ((DOCS, "index.md"), (DOCS / "methods", "README.md")):
+    for folder, index in ((DOCS, "index.md"), (DOCS / "methods", "README.md"), (DOCS / "tutorials", "README.md")):
         linked = set(re.findall(r"\]\(([^)#]+)", (folder / index).read_text()))
         assert linked >= {path.name for path in folder.glob("*.md")} - {index}
 
@@ -195,3 +221,28 @@ def test_the_layout_names_every_module_and_no_other():
     assert named <= modules | {"run.py", "__main__.py"}, f"no longer there: {sorted(named - modules)}"
     packages = {path.parent.name for path in (ROOT / "gptq_awq").rglob("__init__.py")}
     assert set(re.findall(r"\b(\w+)/", tree)) >= packages - {"programs"}
+
+
+def test_readmes_numbers_are_those_of_the_stored_runs(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    module = importlib.import_module("readme_numbers")
+    assert module.main(["--check"]) == 0, "make readme-numbers writes them"
+
+
+def test_the_sites_navigation_has_every_page_and_no_other():
+    def pages(node):
+        for entry in node:
+            value = next(iter(entry.values())) if isinstance(entry, dict) else entry
+            yield from pages(value) if isinstance(value, list) else [value]
+
+    nav = yaml.safe_load(re.sub(r"!!python\S+", "", (ROOT / "mkdocs.yml").read_text()))["nav"]
+    joined = {"readme.md", "benchmarks.md", "contributing.md", "changelog.md"}
+    assert set(pages(nav)) == joined | {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+
+
+def test_the_librarys_example_runs(tiny_folder, tiny_text, tmp_path, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", (DOCS / "reference.md").read_text(), flags=re.DOTALL)
+    names = {"FOLDER": str(tiny_folder), "OUT": str(tmp_path / "out"), "texts": tiny_text.read_text().splitlines()[:30]}
+    exec(example.replace("bits=4", "bits=4, group_size=16, seqlen=32"), names)
+    assert "QuantizedModel(" in capsys.readouterr().out
+    assert names["again"].config.model_type == "llama"

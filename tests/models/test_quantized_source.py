@@ -60,6 +60,8 @@ def test_folders_of_every_format_that_we_write_are_read_as_the_weights_they_hold
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / file).write_bytes((tmp_path / "tokenizer" / file).read_bytes())
     expected = {each.name: each.weight.float() for each in format_.decode(tmp_path)}
+    if kind == "compressed-tensors":  # whose library multiplies in the scales' own precision
+        expected = {name: weight.half().float() for name, weight in expected.items()}
     found = loaded(tmp_path, room)
     now = weights_of(found.model)
     for name, weight in expected.items():

@@ -1,5 +1,6 @@
 """The HTML report in a real browser: it loads alone, draws, sorts and filters, in light and in dark."""
 
+import base64
 import json
 import re
 import shutil
@@ -7,12 +8,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
 
+from gptq_awq.evaluation.samples.difference import Parting, Sample, write_samples
 from gptq_awq.evaluation.scores import Scores
 from gptq_awq.report import main
+from gptq_awq.report.distributions import kl_quantiles
+from gptq_awq.report.looks import LOOKS, look_of
 from gptq_awq.report.profile import profiles
 from gptq_awq.results import Ledger, Result
 
@@ -98,7 +103,7 @@ def opened(browser: Any, page: Path) -> Any:
 
 def column(browser: Any, index: int, table: str = "#table-0") -> list[str]:
     script = "return [...document.querySelectorAll(arguments[0])].map(cell => cell.firstChild?.textContent ?? '')"
-    return browser.execute_script(script, f"{table} tbody td:nth-child({index})")
+    return browser.execute_script(script, f"{table} tbody tr:not(.full) > :nth-child({index})")
 
 
 def count(browser: Any, selector: str) -> int:
@@ -211,9 +216,131 @@ def test_a_narrow_window_scrolls_tables_not_the_page(opened: Any) -> None:
         opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_the_same_runs_give_the_same_page(page: Path, tmp_path: Path) -> None:
-    assert main([str(page.parent / "runs"), "--out", str(tmp_path), "--format", "html"]) == 0
-    assert (tmp_path / "report.html").read_bytes() == page.read_bytes()
+def test_the_same_runs_give_the_same_page(page: Path) -> None:
+    before = page.read_bytes()
+    assert main([str(page.parent / "runs"), "--out", str(page.parent), "--format", "html"]) == 0
+    assert page.read_bytes() == before
+
+
+def test_each_run_leads_to_its_folder_from_wherever_the_page_is(browser: Any, page: Path, tmp_path: Path) -> None:
+    for folder in (page.parent, tmp_path / "elsewhere"):
+        assert main([str(page.parent / "runs"), "--out", str(folder), "--format", "html"]) == 0
+        browser.get((folder / "report.html").as_uri())
+        links = browser.execute_script("return [...document.querySelectorAll('tbody th a')].map(a => a.href)")
+        assert len(links) == len(LOSSES) + 2
+        assert all((Path(unquote(urlsplit(link).path)) / "results.json").is_file() for link in links)
+
+
+def test_full_precision_has_a_row_and_arrows_say_which_way_is_better(opened: Any) -> None:
+    cells = opened.execute_script("return [...document.querySelector('#table-0 tr.full').cells].map(c => c.innerText)")
+    heads = opened.execute_script("return [...document.querySelectorAll('#table-0 thead th')].map(c => c.innerText)")
+    row = dict(zip([head.replace("\u200b", "").split("\n")[-1].strip() for head in heads], cells, strict=True))
+    assert row["method"] == "full precision"
+    assert row["ppl@256\u00a0↓"] == "4.000"
+    assert row["top1_agreement\u00a0↑"] == "1"
+
+
+def test_a_view_is_in_the_address_and_comes_back_from_it(browser: Any, page: Path) -> None:
+    browser.get(page.as_uri() + "#method=gptq&bits=4")
+    assert set(column(browser, 1)) == {"gptq"}
+    assert set(column(browser, 2)) == {"4"}
+    browser.find_element("id", "text").send_keys("nothing")
+    assert "text=nothing" in browser.current_url
+    browser.find_element("id", "reset").click()
+    assert "#" not in browser.current_url
+
+
+def test_the_keyboard_reaches_marks_and_tells_what_a_pointer_is_told(opened: Any) -> None:
+    opened.execute_script("document.querySelector('#frontier .mark').focus()")
+    told = opened.find_element("id", "tip").text
+    assert f"Δ {PPL}:" in told
+    opened.execute_script("document.activeElement.blur()")
+    assert not opened.find_element("id", "tip").is_displayed()
+
+
+def test_plots_and_tables_can_be_taken_away(opened: Any) -> None:
+    script = """
+        const saved = [];
+        HTMLAnchorElement.prototype.click = function () { saved.push([this.download, this.href]); };
+        for (const button of document.querySelectorAll('#frontier .save button, #tables .save button')) button.click();
+        setTimeout(() => arguments[0](saved), 600);
+    """
+    saved = dict(opened.execute_async_script(script))
+    assert {"frontier_stories15M.svg", "frontier_stories15M.png", "stories15M.csv"} <= set(saved)
+    svg = unquote(saved["frontier_stories15M.svg"].partition(",")[2])
+    assert "var(" not in svg
+    assert svg.startswith("<svg")
+    assert base64.b64decode(saved["frontier_stories15M.png"].partition(",")[2])[:4] == b"\x89PNG"
+    lines = unquote(saved["stories15M.csv"].partition(",")[2]).splitlines()
+    assert lines[0].startswith("method,")
+    assert len(lines) == 1 + len(LOSSES) + 1
+
+
+def test_the_first_column_stays_where_the_table_is_scrolled(opened: Any) -> None:
+    size = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        script = """
+            const scroll = document.querySelector('#table-0 .scroll'), cell = scroll.querySelector('tbody th');
+            const before = cell.getBoundingClientRect().left;
+            scroll.scrollLeft = 200;
+            return [scroll.scrollLeft, before, cell.getBoundingClientRect().left];
+        """
+        scrolled, before, after = opened.execute_script(script)
+        assert scrolled > 100
+        assert after == before
+    finally:
+        opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_layer_errors_open_at_the_fewest_bits_that_methods_share(opened: Any) -> None:
+    shown = opened.execute_script(
+        "return [...document.querySelectorAll('#layers .legend span')].map(e => e.textContent)"
+    )
+    assert len(shown) == 2
+    assert all("2 bits" in text for text in shown)
+
+
+def test_equals_are_not_ringed_as_the_best(browser: Any, tmp_path: Path) -> None:
+    for name, method, loss in (("a", "gptq", 0.1), ("b", "awq", 0.1), ("c", "rtn", 0.3)):
+        write(tmp_path / "runs", name, run(method, 4, loss))
+    write(tmp_path / "runs", "d", run("rtn", 3, 0.9))
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path), "--format", "html"]) == 0
+    browser.get((tmp_path / "report.html").as_uri())
+    assert count(browser, "#frontier .ring") == 1
+
+
+def test_texts_are_shown_with_the_first_other_token_marked(browser: Any, tmp_path: Path) -> None:
+    samples = [
+        Sample("<i>why</i>", "so it is", "so it goes", Parting(2, 6, "is", "goes", 0.2, 0.1), 3),
+        Sample("how", "thus", "thus", None, 1),
+    ]
+    write(tmp_path / "runs", "a", run("gptq", 4, 0.1))
+    write_samples(samples, tmp_path / "runs" / "a")
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path), "--format", "html"]) == 0
+    browser.get((tmp_path / "report.html").as_uri())
+    section = browser.find_element("id", "samples")
+    assert "<i>why</i>" in section.text
+    assert [mark.text for mark in section.find_elements("css selector", "mark")] == ["goes"]
+    assert "the same" in section.text
+
+
+def test_the_distribution_of_kl_is_that_of_its_blocks(tmp_path: Path) -> None:
+    sums, tokens = np.arange(1.0, 22.0), np.full(21, 10.0)
+    arrays = {"t/kl": sums, "t/tokens": tokens, "t/nll": sums}
+    (found,) = kl_quantiles([{"path": "a"}], lambda _: arrays)
+    assert found == {
+        "t": [pytest.approx(np.quantile(sums / 10, q), rel=1e-3) for q in (0.05, 0.25, 0.5, 0.75, 0.95, 1)]
+    }
+    assert kl_quantiles([{"path": "a"}], lambda _: {}) == [{}]
+
+
+def test_a_method_looks_the_same_in_every_report() -> None:
+    looks = [look_of(name) for name in LOOKS]
+    assert len({(look.hue, look.mark) for look in looks}) == len(looks)
+    assert look_of("mine") == look_of("mine")
+    assert look_of("gptq, mixed").colour == look_of("gptq").colour
+    assert all(look_of(look.label) == look for look in LOOKS.values())
 
 
 def test_the_pages_data_is_json_that_ends_no_script(page: Path) -> None:

@@ -1,6 +1,9 @@
 """Following runs with a tracker: one that is computed, and one that is taken over, as parts of the sweep that asks."""
 
 import json
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -10,6 +13,8 @@ from gptq_awq.experiment.plan import Plan
 from gptq_awq.experiment.registry import Run
 from gptq_awq.experiment.sweeps.sweep import sweep_folder
 from gptq_awq.experiment.sweeps.tracking import Tracker, run_name
+from gptq_awq.report.distributions import QUANTILES, kl_quantiles
+from gptq_awq.report.verdicts import read_scores
 from gptq_awq.results import Result
 
 
@@ -27,5 +32,33 @@ def follow(plan: Plan, model: str, run: Run) -> Tracker:
 def follow_finished(plan: Plan, run: Run, result: Result) -> None:
     """Open and close a tracker for a run that is taken over, so that it belongs to this sweep's group too."""
     tracker = follow(plan, result.model, run)
-    tracker.ledger([json.loads(line) for line in (plan.out / LEDGER).read_text().splitlines()])
+    rows = [json.loads(line) for line in (plan.out / LEDGER).read_text().splitlines()]
+    for block, of_block in groupby(rows, key=lambda row: row.get("block")):
+        log_block(tracker, block, list(of_block))
+    tracker.ledger(rows)
+    finish(tracker, result, plan.out)
+
+
+def finish(tracker: Tracker, result: Result, out: Path) -> None:
+    """Tell a tracker of a run that is done: of what its mean KL hides, and of its row."""
+    if tails := kl_tails(out):
+        tracker.log(tails)
     tracker.finish(result)
+
+
+def log_block(tracker: Tracker, block: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Log the mean relative error of a block's linears, where they have one."""
+    errors = [row["error_after"] for row in rows if isinstance(row.get("error_after"), float)]
+    if errors:
+        tracker.log({"quantize/relative_error": sum(errors) / len(errors)}, step=block)
+
+
+def kl_tails(folder: Path) -> dict[str, float]:
+    """Quantiles of the KL over blocks of tokens, by name: `wikitext2/kl/p95`; of a finished run in `folder`."""
+    (of_texts,) = kl_quantiles([{"path": str(folder)}], read_scores)
+    names = [f"p{100 * q:g}" if q < 1 else "max" for q in QUANTILES]
+    return {
+        f"{text}/kl/{name}": value
+        for text, values in of_texts.items()
+        for name, value in zip(names, values, strict=True)
+    }

@@ -17,12 +17,14 @@ made of the ledger's rows, restored ones included.
 import json
 import logging
 import math
+import os
 import secrets
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from gptq_awq.report.table import make_table
 from gptq_awq.results import Result, flat_row
 from gptq_awq.runtime.options import checked_dataclass
 
@@ -172,7 +174,9 @@ class _WandbTracker:
             "reinit": "create_new",
             "settings": wandb.Settings(**settings),
         }
-        same: dict[str, Any] = {"id": run_id[:ID_LENGTH], "resume": "allow"} if run_id else {}
+        # An agent of `wandb sweep` has opened the run already, and says which one in its environment.
+        asked = run_id if "WANDB_SWEEP_ID" not in os.environ else None
+        same: dict[str, Any] = {"id": asked[:ID_LENGTH], "resume": "allow"} if asked else {}
         try:
             self._run = wandb.init(**arguments, **same)
         except wandb.Error as error:
@@ -195,8 +199,10 @@ class _WandbTracker:
         """Tables cannot grow once logged, so the ledger goes out here, whole."""
         rows = list(self._rows.values())
         try:
-            self._run.summary.update(_plottable(result.metrics))
+            self._run.summary.update(_plottable(result.metrics) | costs(result))
             self._run.log({"results": self._as_table([flat_row(asdict(result))])})
+            if result.status == "done":
+                self._run.log({"report": self._as_table([report_row(result)])})
             if rows:
                 self._run.log({"ledger": self._as_table(rows)})
                 self._run.log(self._layer_plots(rows))
@@ -220,6 +226,24 @@ class _WandbTracker:
         columns: list[Any] = list(dict.fromkeys(key for row in rows for key in row))
         data: list[Any] = [[_cell(row.get(column)) for column in columns] for row in rows]
         return self._wandb.Table(columns=columns, data=data, allow_mixed_types=True)
+
+
+def costs(result: Result) -> dict[str, float]:
+    """Numbers of a run beside its metrics, so that size and time can be plotted against quality."""
+    whole = {
+        "bits_per_weight": result.bits_per_weight,
+        "size_mb": None if result.size_bytes is None else result.size_bytes / 1e6,
+        "peak_memory_gb": None if result.peak_memory_bytes is None else result.peak_memory_bytes / 1e9,
+    }
+    found = {name: value for name, value in whole.items() if value is not None}
+    return found | {f"seconds/{phase}": value for phase, value in result.seconds.items()}
+
+
+def report_row(result: Result) -> dict[str, str]:
+    """The run as a row of the report's table, in the words that the report has."""
+    made = make_table(result.model, [asdict(result) | {"path": ""}], {})
+    cells = {name: cell.text for (name, _), cell in zip(made.columns, made.cells[0], strict=True)}
+    return {"model": result.model} | cells
 
 
 def run_name(

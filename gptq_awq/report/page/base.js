@@ -27,11 +27,9 @@ const methods = unique(data.runs.map((run) => run.method)).sort();
 
 const named = (run) => (data.tables.length > 1 ? `${run.model}: ${run.label}` : run.label);
 
-// Well-known methods look the same in every report; others get what is left.
-const KNOWN = { awq: 0, gptq: 1, awq_gptq: 2, rtn: 7 };
-const others = methods.filter((method) => !(method in KNOWN));
-const look = (method) => KNOWN[method] ?? 3 + (others.indexOf(method) % 4);
-const colour = (method) => `var(--c${look(method)})`;
+// A method looks the same in every report, plot and notebook: looks.py has the table.
+const hue = (method) => data.looks[method][1];
+const colour = (method) => `var(--c${hue(method)})`;
 
 // Shapes tell methods apart in print and without colour.
 const SHAPES = [
@@ -44,7 +42,7 @@ const SHAPES = [
   "M-5,-2.5L0,-5.2L5,-2.5V2.5L0,5.2L-5,2.5Z",
   "M-4.6,-2.2L-2.2,-4.6L0,-2.4L2.2,-4.6L4.6,-2.2L2.4,0L4.6,2.2L2.2,4.6L0,2.4L-2.2,4.6L-4.6,2.2L-2.4,0Z",
 ];
-const shape = (method) => SHAPES[look(method)];
+const shape = (method) => SHAPES[data.looks[method][2]];
 
 function figures(value) {
   if (value == null) return "";
@@ -108,7 +106,13 @@ function tip(target, text) {
   };
   target.addEventListener("pointermove", (event) => show(event.clientX, event.clientY));
   target.addEventListener("pointerleave", () => (box.hidden = true));
+  target.addEventListener("focus", () => {
+    const { left, bottom } = target.getBoundingClientRect();
+    show(left, bottom - 14);
+  });
+  target.addEventListener("blur", () => (box.hidden = true));
   target.setAttribute("aria-label", text);
+  target.setAttribute("role", "img");
 }
 
 function legend(items) {

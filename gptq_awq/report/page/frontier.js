@@ -29,6 +29,9 @@ function paretoOptimal(points, higher) {
     .sort((a, b) => a.x - b.x);
 }
 
+// Of runs that are equally large and equally good none is the best.
+const alone = (p, points) => !points.some((q) => q !== p && q.x === p.x && q.y === p.y);
+
 // Weights of as many bits compete only where activations and cache are rounded alike: a front for each.
 function paretoFronts(points, higher) {
   return [...Map.groupBy(points, (p) => JSON.stringify(p.run.rounded)).values()].map((group) => paretoOptimal(group, higher));
@@ -49,8 +52,9 @@ function frontierPlot(model, points, size, metric, width) {
   const [low, high] = [Math.min(...ends), Math.max(...ends)];
   const y = log ? logarithmic(low / 1.15, high * 1.15, box.bottom, box.top + 8) : linear(low - (high - low) * 0.06, high + (high - low) * 0.06, box.bottom, box.top + 8);
   const delta = points.some((p) => p.run.metrics[data.metrics.indexOf(metric)][1] != null) && !metric.higher;
-  axes(plot, x, y, box, { x: size === "mb" ? "MB" : "bits per weight, scales and zeros included", y: (delta ? "Δ " : "") + metric.name });
-  const fronts = paretoFronts(points, metric.higher), best = fronts.flat();
+  const what = (delta ? "Δ " : "") + metric.name;
+  axes(plot, x, y, box, { x: size === "mb" ? "size, MB" : "bits per weight, scales and zeros included", y: `${what}, ${metric.higher ? "higher" : "lower"} is better${log ? " (log)" : ""}` });
+  const fronts = paretoFronts(points, metric.higher), best = fronts.flat().filter((p) => alone(p, points));
   for (const front of fronts)
     plot.append(svg("path", { class: "front", d: front.map((p, i) => `${i ? "L" : "M"}${x(p.x)},${y(place(p.y))}`).join("") }));
   for (const p of finite) if (Number.isFinite(p.low) && Number.isFinite(p.high))
@@ -61,13 +65,13 @@ function frontierPlot(model, points, size, metric, width) {
     const fill = p.same ? "var(--paper)" : colour(p.run.method);
     const mark = svg("path", { class: "mark", d: shape(p.run.method), transform: move, fill, stroke: colour(p.run.method), tabindex: 0 });
     const bounds = Number.isFinite(p.low) ? ` [${figures(p.low)}, ${figures(p.high)}]` : "";
-    tip(mark, `${p.run.label}\n${metric.name}: ${figures(p.y)}${bounds}\n${figures(p.run.bpw)} bits per weight, ${figures(p.run.mb)} MB${best.includes(p) ? "\nPareto-optimal" : ""}`);
+    tip(mark, `${p.run.label}\n${what}: ${figures(p.y)}${bounds}\n${figures(p.run.bpw)} bits per weight, ${figures(p.run.mb)} MB${best.includes(p) ? "\nPareto-optimal" : ""}`);
     plot.append(mark);
     if (log && p.y <= 0) plot.append(svg("text", { x: x(p.x) + 12, y: y(floor) + 4 }, "≤ 0"));
   }
   const keys = unique(finite.map((p) => p.run.method)).sort();
-  const key = legend(keys.map((m) => [m, svg("path", { d: shape(m), fill: colour(m), stroke: colour(m) })]));
-  return element("figure", {}, ...(data.tables.length > 1 ? [element("h3", {}, model)] : []), key, plot);
+  const key = legend(keys.map((m) => [data.looks[m][0], svg("path", { d: shape(m), fill: colour(m), stroke: colour(m) })]));
+  return framed(`frontier_${model}`, element("figure", {}, ...(data.tables.length > 1 ? [element("h3", {}, model)] : []), key, plot));
 }
 
 function drawFrontier(runs) {

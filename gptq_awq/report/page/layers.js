@@ -4,15 +4,12 @@ const MOST_LINES = 8;
 const chosen = new Set();
 
 function chooseFirst(runs) {
-  // One run per method, at the bits that most methods have.
-  const known = runs.filter((run) => run.layers);
-  const byBits = Map.groupBy(known, (run) => `${run.model} ${run.bits}`);
-  let best = [];
-  for (const group of byBits.values()) {
-    const firsts = [...Map.groupBy(group, (run) => run.method).values()].map((all) => all[0]);
-    if (firsts.length > best.length) best = firsts;
-  }
-  best.slice(0, MOST_LINES).forEach((run) => chosen.add(run));
+  // One run per method at the fewest bits that two methods have: there the differences are.
+  const known = runs.filter((run) => run.layers && run.bits != null);
+  const groups = [...Map.groupBy(known, (run) => `${run.model} ${run.bits}`).values()];
+  const firsts = groups.map((group) => [...Map.groupBy(group, (run) => run.method).values()].map((all) => all[0]));
+  firsts.sort((a, b) => (b.length > 1) - (a.length > 1) || a[0].bits - b[0].bits);
+  (firsts[0] ?? []).slice(0, MOST_LINES).forEach((run) => chosen.add(run));
 }
 
 const profile = (run) => run.layers[$("#layers-of").value] ?? {};
@@ -53,7 +50,7 @@ function sitePlot(site, runs, styles, y0, y1, blocks, width) {
   const x = linear(0, Math.max(1, blocks - 1), box.left, box.right);
   x.ticks = x.ticks.filter(Number.isInteger);
   const y = logarithmic(y0, y1, box.bottom, box.top + 6);
-  axes(plot, x, y, box, { x: "block", y: site });
+  axes(plot, x, y, box, { x: "block", y: `${site} (log)` });
   for (const run of runs) {
     const values = profile(run)[site] ?? [];
     let pen = "M";
@@ -71,7 +68,7 @@ function sitePlot(site, runs, styles, y0, y1, blocks, width) {
       plot.append(dot);
     });
   }
-  const made = element("figure", {}, plot);
+  const made = framed(`error_${site}`, element("figure", {}, plot));
   made.style.width = `${width}px`;
   return made;
 }

@@ -17,6 +17,28 @@ function draw() {
   drawFrontier(runs);
   drawLayers(runs);
   drawCosts(runs);
+  drawDistributions(runs);
+  drawSamples(runs);
+  remember();
+}
+
+// Filters and choices are in the page's address, so that a view can be sent to others.
+const CHOICES = ["frontier-x", "frontier-y", "layers-of", "distribution-of"];
+
+function remember() {
+  const said = new URLSearchParams(Object.entries(state).filter(([, value]) => value));
+  for (const id of CHOICES) if ($(`#${id}`).selectedIndex > 0) said.set(id, $(`#${id}`).value);
+  const hash = said.toString();
+  if (hash !== location.hash.slice(1)) history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
+}
+
+function recall() {
+  for (const [key, value] of new URLSearchParams(location.hash.slice(1))) {
+    const control = key in state || CHOICES.includes(key) ? $(`#${key}`) : null;
+    if (!control || (control.tagName === "SELECT" && ![...control.options].some((option) => option.value === value))) continue;
+    control.value = value;
+    if (key in state) state[key] = value;
+  }
 }
 
 function fillSelect(id, all, values, text = String) {
@@ -64,5 +86,12 @@ addEventListener("resize", () => {
 });
 frontierChoices();
 layersChoices();
+distributionChoices();
 drawProvenance();
+recall();
 draw();
+addEventListener("hashchange", () => {
+  for (const key of Object.keys(state)) state[key] = $(`#${key}`).value = "";
+  recall();
+  draw();
+});

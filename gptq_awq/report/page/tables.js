@@ -24,11 +24,25 @@ function compare(a, b, direction) {
   return direction * (typeof a === "number" ? -1 : 1);
 }
 
+// An arrow says which way is better.
+function arrow(name) {
+  const metric = data.metrics.find((each) => each.name === name.replace(/^Δ /, "").replace(/ \[95%\]$/, ""));
+  return metric ? (metric.higher ? "\u00a0↑" : "\u00a0↓") : "";
+}
+
 function heading(name, kind) {
   const [, delta, text, metric, tail] = name.match(/^(Δ )?(?:(.*)\/)?([^/]*?)( \[95%\])?$/);
   if (kind !== "metric" && kind !== "difference") return [name];
   const breakable = `${delta || ""}${metric}`.replaceAll("_", "_\u200b");
-  return [element("small", {}, text || "\u00a0"), breakable, tail ? element("small", {}, "95% interval") : ""];
+  return [element("small", {}, text || "\u00a0"), breakable + arrow(name), tail ? element("small", {}, "95% interval") : ""];
+}
+
+// The first cell heads its row, and leads to the run's folder.
+function cellOf(table, run, cell, c, left) {
+  const kind = left[c] ? "left" : table.columns[c][1];
+  if (c > 0) return element("td", { class: kind }, ...cellText(cell));
+  const link = run?.href ? element("a", { href: run.href, title: run.path }, ...cellText(cell)) : element("span", {}, ...cellText(cell));
+  return element("th", { class: kind, scope: "row" }, link);
 }
 
 function drawTable(table, section, shown) {
@@ -51,17 +65,20 @@ function drawTable(table, section, shown) {
     head.append(element("th", { scope: "col", class: left[c] ? "left" : kind, "aria-sort": sorted }, button));
   });
   const body = element("tbody"), made = (table.elements ??= []);
+  if (table.full && order.length) body.append(element("tr", { class: "full" }, ...table.full.map((text, c) => cellOf(table, null, [text], c, left))));
   let before = null;
   for (const i of order) {
     const run = data.runs[table.first + i];
     const apart = column == null && before != null && before !== run.bits;
     before = run.bits;
-    made[i] ??= element("tr", { title: run.path }, ...table.rows[i].map((cell, c) => element("td", { class: left[c] ? "left" : table.columns[c][1] }, ...cellText(cell))));
+    made[i] ??= element("tr", {}, ...table.rows[i].map((cell, c) => cellOf(table, run, cell, c, left)));
     made[i].classList.toggle("apart", apart);
     body.append(made[i]);
   }
   if (!order.length) body.append(element("tr", {}, element("td", { class: "empty", colspan: table.columns.length }, "no run matches")));
-  section.querySelector(".scroll").replaceChildren(element("table", {}, element("thead", {}, head), body));
+  const caption = element("caption", { class: "hidden" }, `Runs of ${table.model}`);
+  section.querySelector(".scroll").replaceChildren(element("table", {}, caption, element("thead", {}, head), body));
+  table.order = order;
 }
 
 function drawTables(shown) {
@@ -69,7 +86,10 @@ function drawTables(shown) {
     const id = `table-${t}`;
     if (!document.getElementById(id)) {
       const notes = table.notes.map((note) => element("p", { class: "muted note" }, note));
-      const made = element("section", { id }, element("h2", {}, table.model), element("div", { class: table.rows.length > 40 ? "scroll long" : "scroll" }), ...notes);
+      const button = element("button", { type: "button", "aria-label": `save the table of ${table.model} as CSV` }, "CSV");
+      button.addEventListener("click", () => saveCsv(table, table.order));
+      const csv = element("p", { class: "save" }, button);
+      const made = element("section", { id }, element("h2", {}, table.model), element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `runs of ${table.model}` }), csv, ...notes);
       $("#tables").append(made);
     }
     drawTable(table, document.getElementById(id), shown);

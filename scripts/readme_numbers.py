@@ -1,0 +1,165 @@
+"""Write README's tables and plot from one stored set of runs, so that pages can't disagree: `make readme-numbers`.
+
+    python scripts/readme_numbers.py                  README.md and docs/img/results.svg from benchmarks/results/readme
+    python scripts/readme_numbers.py --check          exit code 1 where README.md says something else
+    python scripts/readme_numbers.py --store ROOT     take finished runs below ROOT into the stored set first
+
+README.md has `<!-- NAME -->` and `<!-- /NAME -->` around what is written here. A run in the set is a row with the
+numbers that are shown and the marks of its tests; levels and peers are rows of their own benchmarks.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import plot_results
+
+from gptq_awq.report import make_report, records
+from gptq_awq.report.text import difference, number
+from gptq_awq.results import load
+
+ROOT = Path(__file__).resolve().parent.parent
+STORED = ROOT / "benchmarks" / "results" / "readme"
+README, PICTURE = ROOT / "README.md", ROOT / "docs" / "img" / "results.svg"
+PPL, KL, TOP1 = "wikitext2/ppl@2048", "wikitext2/kl", "wikitext2/top1_agreement"
+KEPT = (PPL, f"{PPL}/delta", f"{PPL}/delta_ci95", KL, TOP1)
+SHOWN_BITS = (16, 4, 3)
+"""Bits that README's table has; the plot has all."""
+
+
+def stored(name: str) -> Any:
+    """Content of a file of the stored set."""
+    return json.loads((STORED / name).read_text(encoding="utf-8"))
+
+
+def results_table(found: Mapping[str, Any]) -> str:
+    """The table of methods at 16, 4 and 3 bits."""
+    head = ["method", "bits", "bits/weight", "size", PPL, f"Δ {PPL} [95%]", KL, TOP1]
+    rows = [run for run in found["runs"] if run["bits"] in SHOWN_BITS and KL in run["metrics"]]
+    rows.sort(key=lambda run: (-run["bits"], run["metrics"][PPL]))
+    lines = [_line(head), _line([":---"] + ["---:"] * (len(head) - 1))]
+    for run in rows:
+        metrics = run["metrics"]
+        cells = [_marked(number(metrics[name]), run["marks"].get(name)) for name in (PPL, KL, TOP1)]
+        name = run["method"] + ("" if run["grid"] in (None, "int") else f", {run['grid']}")
+        change = difference(metrics, PPL) or "0"
+        lines.append(
+            _line(
+                [
+                    name,
+                    run["bits"],
+                    number(run["bits_per_weight"]),
+                    f"{run['size_mb']:.1f} MB",
+                    cells[0],
+                    change,
+                    *cells[1:],
+                ]
+            )
+        )
+    return "\n".join(lines)
+
+
+def levels_table(levels: Sequence[Mapping[str, str]]) -> str:
+    """The table of what everyone asks first: FP32 to ternary."""
+    head = ["bits", "name", "size", "reduction", "bits/weight", PPL, "loss [95%]", "KL", "same top word", ""]
+    lines = [_line(head), _line(["---:", ":---", *["---:"] * 7, ":---"])]
+    return "\n".join([*lines, *(_line(list(level.values())) for level in levels)])
+
+
+def speed_line(found: Mapping[str, Any]) -> str:
+    """How long GPTQ takes here and elsewhere, in a sentence."""
+    seconds = dict(found["speed"]["seconds"])
+    ours = seconds.pop("ours")
+    others = ", ".join(f"{name} {value:g} s ({value / ours:.1f}×)" for name, value in seconds.items())
+    return f"Speed of {found['speed']['what']}: {ours:g} s; {others}."
+
+
+def protocol_line(found: Mapping[str, Any]) -> str:
+    """What the numbers are of."""
+    return f"{found['model']}, {found['protocol']}. Runs of {found['date']}."
+
+
+def parts() -> dict[str, str]:
+    """What stands between README's marks, by their names."""
+    found = stored("runs.json")
+    return {
+        "protocol": protocol_line(found),
+        "results": results_table(found),
+        "speed": speed_line(found),
+        "levels": levels_table(stored("levels.json")),
+    }
+
+
+def written(text: str, made: Mapping[str, str]) -> str:
+    """README's text with its marked parts written anew; raises ValueError for a part that it has no marks for."""
+    for name, content in made.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text, count = re.subn(pattern, lambda found, c=content: f"{found[1]}{c}\n{found[2]}", text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"README.md has no <!-- {name} --> … <!-- /{name} -->")
+    return text
+
+
+def draw() -> None:
+    """Draw the plot of all stored runs, with peers' points."""
+    found = stored("runs.json")
+    runs = [{"act": None, "kv": None, **run} for run in found["runs"] if run["method"] != "fp"]
+    lines = plot_results.points(runs, PPL)
+    peers = [(peer["name"], peer["bits_per_weight"], peer[PPL]) for peer in found["peers"]]
+    plot_results.save(plot_results.draw(lines, PPL, found["model"], peers), PICTURE)
+
+
+def store(root: Path) -> None:
+    """Put the finished runs below `root` into the stored set, in place of those of the same method, grid and bits."""
+    report = make_report(records(load(root)))
+    found = stored("runs.json")
+    kept = {(run["method"], run["grid"], run["bits"]): run for run in found["runs"]}
+    for table in report.tables:
+        for run in table.runs:
+            verdicts = {name: report.verdicts.get((run["path"], name)) for name in (PPL, KL, TOP1)}
+            marks = {n: "best" if v.best else "ties" for n, v in verdicts.items() if v and (v.best or v.ties)}
+            metrics = {name: run["metrics"][name] for name in KEPT if name in run["metrics"]}
+            kept[run["method"], run["grid"], run["bits"]] = {
+                "method": run["method"],
+                "grid": run["grid"],
+                "bits": run["bits"],
+                "bits_per_weight": run["bits_per_weight"],
+                "size_mb": run["size_bytes"] / 1e6,
+                "metrics": metrics,
+                "marks": marks,
+            }
+    text = json.dumps(found | {"runs": list(kept.values())}, indent=1, ensure_ascii=False)
+    (STORED / "runs.json").write_text(f"{text}\n", encoding="utf-8")
+
+
+def _marked(text: str, mark: str | None) -> str:
+    return f"**{text}**" if mark == "best" else f"{text} ≈" if mark == "ties" else text
+
+
+def _line(cells: Sequence[Any]) -> str:
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0, or 1 where --check finds other numbers."""
+    parser = argparse.ArgumentParser(description="README's tables and plot, from one stored set of runs.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where README.md differs")
+    parser.add_argument("--store", type=Path, metavar="ROOT", help="take finished runs below ROOT into the set first")
+    options = parser.parse_args(argv)
+    if options.store is not None:
+        store(options.store)
+    before = README.read_text(encoding="utf-8")
+    after = written(before, parts())
+    if options.check:
+        return int(before != after)
+    README.write_text(after, encoding="utf-8")
+    draw()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

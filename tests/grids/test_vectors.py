@@ -1,0 +1,92 @@
+"""Laws of rounding onto vectors: a plain search over the whole codebook, and GPTQ's own accounts."""
+
+import numpy as np
+import pytest
+import torch
+
+from gptq_awq.calibration.moments import Moments
+from gptq_awq.errors import UserError
+from gptq_awq.grids.mix import llama_grid
+from gptq_awq.grids.vectors import VECTOR_TYPES, codebook
+from gptq_awq.numerics.linalg import quadratic
+from gptq_awq.solvers.gptq import GPTQ
+from gptq_awq.solvers.rtn import RTN
+
+types = pytest.mark.parametrize("kind", VECTOR_TYPES)
+
+
+def problem(rows=40, columns=256, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    w = 0.05 * torch.randn(rows, columns, generator=draw)
+    x = torch.randn(4 * columns, columns, generator=draw) * torch.linspace(0.3, 2, columns)
+    x[:, 1:] += 0.7 * x[:, :-1]
+    return w, Moments(x.T @ x / len(x), x.abs().mean(0), len(x))
+
+
+def costs(x, u, scale, entries):
+    """Σ e² of every entry for one vector, with the signs that the recursion asks for, in float64."""
+    found = np.empty(len(entries))
+    for k, magnitudes in enumerate(entries):
+        y, total = x.astype(np.float64).copy(), 0.0
+        for i, m in enumerate(magnitudes):
+            e = (y[i] - np.sign(y[i]) * scale * m) / u[i, i]
+            y[i + 1 :] -= e * u[i, i + 1 :]
+            total += e * e
+        found[k] = total
+    return found
+
+
+@pytest.mark.parametrize("kind", ["iq3_s", "iq2_s"])
+def test_the_first_vector_is_the_cheapest_of_the_codebook(kind):
+    grid = llama_grid(kind, "mse")
+    draw = torch.Generator().manual_seed(1)
+    v = grid.unit
+    w = 0.05 * torch.randn(5, v, generator=draw)
+    u = 0.3 * torch.randn(v, v, generator=draw).triu(1) + torch.diag(0.5 + torch.rand(v, generator=draw))
+    scale = torch.full_like(w, 0.05 / float(codebook(kind).levels[-2]))
+    codes, errors = torch.empty_like(w), torch.empty_like(w)
+    grid.sweep(w.clone()[None], u[None], scale[None], codes[None], errors[None])  # pyright: ignore
+    for row in range(len(w)):
+        best = costs(w[row].numpy(), u.numpy(), float(scale[row, 0]), codebook(kind).entries).min()
+        assert float(errors[row].square().sum()) == pytest.approx(best, rel=1e-4)
+    # What is left of x - q once later columns took their share: e U = x - q.
+    rounded = grid.decode(codes, (scale, torch.zeros_like(scale)))
+    assert torch.allclose(errors @ u, w - rounded, atol=1e-6)
+
+
+@types
+def test_every_vector_is_an_entry_with_signs_that_the_type_has(kind):
+    w, own = problem()
+    weight = GPTQ(act_order=True, static_groups=True).solve(w, own, llama_grid(kind, "mse")).quantized
+    book, layout = codebook(kind), VECTOR_TYPES[kind]
+    levels = (weight.codes % len(book.levels)).view(-1, layout.columns).numpy()
+    assert {tuple(row) for row in levels.tolist()} <= {tuple(row) for row in book.indices.tolist()}
+    if layout.even:
+        assert ((weight.codes >= len(book.levels)).view(-1, 8).sum(1) % 2 == 0).all()
+
+
+@types
+def test_losses_are_those_of_the_weights(kind):
+    w, own = problem()
+    grid, solver = llama_grid(kind, "mse"), GPTQ(act_order=True, static_groups=True, damping=0.01)
+    solved = solver.solve(w, own, grid).quantized
+    H = own.hessian + 0.01 * own.hessian.diagonal().mean() * torch.eye(len(own.hessian))
+    assert solved.loss == pytest.approx(quadratic(w - solved.dequantize(), H) / 2, rel=1e-3)
+    nearest = RTN().solve(w, own, grid).quantized.dequantize()
+    assert quadratic(w - solved.dequantize(), own.hessian) < 0.8 * quadratic(w - nearest, own.hessian)
+
+
+def test_columns_of_a_vector_stay_together_in_act_order():
+    _, own = problem()
+    _, order, _ = own.inverse_factor(0.01, True, 8)
+    assert order is not None
+    units = order.view(-1, 8)
+    assert torch.equal(units, units[:, :1] + torch.arange(8))
+    assert (units[:, 0] % 8 == 0).all()
+    means = own.hessian.diagonal().view(-1, 8).mean(1)[units[:, 0] // 8]
+    assert torch.equal(means, means.sort(descending=True).values)
+
+
+def test_a_width_that_is_no_whole_block_is_refused():
+    with pytest.raises(UserError, match=r"grid=iq3_s: layer has 288 columns, not a multiple of 256"):
+        llama_grid("iq3_s").check_columns(288, "layer")
