@@ -26,7 +26,8 @@ from gptq_awq.evaluation.evaluate import Baseline, full_precision, score
 from gptq_awq.export.base import Source
 from gptq_awq.export.engines.run import find
 from gptq_awq.export.gguf import GGUFFormat
-from gptq_awq.export.gguf_file import read_gguf, write_gguf
+from gptq_awq.export.gguf_file import read_gguf
+from gptq_awq.export.gguf_layout import Layout
 from gptq_awq.grids.mix import LlamaMix
 from gptq_awq.models.load import AssetModel, LoadedModel, LocalModel
 from gptq_awq.quantization.quantize import quantize
@@ -72,9 +73,8 @@ def scored(loaded: LoadedModel, baseline: Baseline, file: Path) -> dict[str, flo
     """Score the decoded weights of a GGUF file; returns metrics by name."""
     model = copy.deepcopy(loaded.model)
     own = dict(model.named_parameters(remove_duplicate=False))
-    for tensor in read_gguf(file):
-        name = tensor.name if tensor.name.endswith(".bias") else f"{tensor.name}.weight"
-        own[name].data.copy_(torch.from_numpy(tensor.weight))
+    for tensor in read_gguf(file, Layout.read(file.parent)):
+        own[tensor.name].data.copy_(torch.from_numpy(tensor.weight))
     return score(model, loaded.tokenizer, baseline, seed=0).metrics
 
 
@@ -121,7 +121,8 @@ def main() -> None:
         work = options.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         full, matrix, corpus = work / "full.gguf", work / "imatrix.gguf", work / "calibration.txt"
-        write_gguf(full, loaded.model, loaded.tokenizer, {}, "F32", {"name": loaded.name})
+        GGUFFormat(plain_dtype="F32").write(Source(loaded.model, loaded.tokenizer, loaded.name, {}), work)
+        (work / "model.gguf").rename(full)
         corpus.write_text("\n\n".join(loaded.tokenizer.decode(row) for row in tokens.ids))
         seconds = call(
             llamacpp("llama-imatrix"), "-m", full, "-f", corpus, "-o", matrix, "-c", str(options.seqlen), "-t", "2"

@@ -20,6 +20,9 @@ from helpers.forked import call_run, import_everything  # noqa: E402
 from helpers.paths import ROOT  # noqa: E402
 from helpers.skips import pytest_runtest_makereport  # noqa: E402, F401  (a hook)
 
+from gptq_awq.errors import UserError  # noqa: E402
+from gptq_awq.export.gguf_converter import converter_root  # noqa: E402
+
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("GPTQ_AWQ_CI"):  # the same examples each time: what fails there can be repeated here
     hypothesis.settings.load_profile("ci")
@@ -38,6 +41,15 @@ def shared() -> Path:
 def stories15m(shared: Path) -> Path:
     """A real, trained fp32 Llama of 15M parameters, context 256."""
     return shared / "models" / "stories15M"
+
+
+@pytest.fixture(scope="session")
+def converter() -> Path:
+    """llama.cpp's own converter."""
+    try:
+        return converter_root(None)
+    except UserError as error:
+        pytest.skip(f"llama.cpp's converter cannot be had: {error}")
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.experiment.plan import Plan
 from gptq_awq.export.imatrix import read_imatrix, squares_by_module
-from gptq_awq.models.blocks import find_blocks, text_config
+from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.load import LoadedModel
 from gptq_awq.runtime.fingerprint import observations_sha256
@@ -37,7 +37,7 @@ def given_squares(plan: Plan, loaded: LoadedModel) -> dict[str, Tensor] | None:
             f"data.imatrix: holds squares of single inputs, and {needs[0]} needs their products; choose method=rtn "
             "grid.search=hessian, or data.imatrix=null"
         )
-    squares = squares_by_module(read_imatrix(Path(path).expanduser()), text_config(loaded.model))
+    squares = squares_by_module(read_imatrix(Path(path).expanduser()), loaded.model)
     prefix, blocks = find_blocks(loaded.model)
     linears = [f"{prefix}.{name}" for name, module in blocks.named_modules() if is_linear(module)]
     if missing := [name for name in linears if name not in squares]:

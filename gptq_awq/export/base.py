@@ -114,6 +114,15 @@ class Format(Protocol):
         ...
 
 
+@runtime_checkable
+class ChecksModel(Protocol):
+    """A format that also looks at the model and its tokenizer before calibration."""
+
+    def check_model(self, linears: Sequence[LinearSpec], model: PreTrainedModel, tokenizer: Any) -> list[str]:
+        """Raise UserError for what the format's readers can't run; the sentences returned are said as warnings."""
+        ...
+
+
 def require_dtype(grid: Grid, dtype: str, name: str) -> None:
     """Raise UserError if storing the grid's scales in the checkpoint's dtype would round them again."""
     kept = getattr(grid, "scale_dtype", "float16")

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
@@ -53,9 +53,11 @@ from gptq_awq.export.packing import (
     unpack_words,
     unquantized,
 )
+from gptq_awq.export.saved import saved_weights
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.scaled_float import ScaledFloatGrid
+from gptq_awq.models.experts import experts_in
 from gptq_awq.runtime.options import ByteSize, Dtype, checked_dataclass
 
 FORMATS = {"pack": "pack-quantized", "int8": "int-quantized"}
@@ -107,7 +109,7 @@ class CompressedTensorsFormat:
 
     def write(self, source: Source, folder: Path) -> None:
         """Write the folder. Raises UserError where an unquantized parameter overflows the dtype."""
-        dtype, weights = torch_dtype(self.dtype, "export.compressed_tensors.dtype"), source.weights
+        dtype, weights = torch_dtype(self.dtype, "export.compressed_tensors.dtype"), self.stored(source)
         packer = pack if self.layout == "pack" else pack_int8
 
         def parts(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -116,10 +118,22 @@ class CompressedTensorsFormat:
 
         packed = ((f"{name}.{part}", x) for name, weight in weights.items() for part, x in parts(name, weight).items())
         grids = {name: stored_grid(weight.grid) for name, weight in weights.items()}
-        config = quantization_config(grids, FORMATS[self.layout], unquantized(source), self.activations)
+        model = source.model
+        heads = [name for name in source.weights if model.get_submodule(name) is model.get_output_embeddings()]
+        config = quantization_config(grids, FORMATS[self.layout], unquantized(source), self.activations, heads)
         if self.kv_cache is not None:
             config["kv_cache_scheme"] = kv_cache_scheme()
-        write_folder(source, folder, packed, dtype, config, self.shard)
+        write_folder(source, folder, packed, dtype, config, self.shard, replaced=weights)
+
+    def stored(self, source: Source) -> Mapping[str, QuantizedWeight]:
+        """Weights under the names that the folder has for them: readers want one linear for each expert's matrix."""
+        return saved_weights(source.model, source.weights) if experts_in(source.model) else source.weights
+
+    def check_model(self, linears: Sequence[LinearSpec], model: PreTrainedModel, tokenizer: Any) -> list[str]:  # noqa: ARG002
+        """Raise UserError for a mixture whose checkpoints keep experts in one tensor."""
+        if experts_in(model):
+            saved_weights(model, {linear.name: blank(linear) for linear in linears})
+        return []
 
     def _input_scale(self, source: Source, name: str) -> dict[str, Tensor]:
         """NVFP4's static scale of a linear's input, from the largest that calibration saw."""
@@ -148,6 +162,14 @@ class CompressedTensorsFormat:
             group = by_target.get(name) or by_target[ALL]
             library, own = READERS[group["weights"]["type"]]
             yield Decoded(name, *(library if library_reads() else own)(parts, group))
+
+
+def blank(linear: LinearSpec) -> QuantizedWeight:
+    """A weight without content, in a linear's shape, to ask where it would go."""
+    codes, scales = torch.empty(1, dtype=torch.uint8), torch.empty(1, 1)
+    groups = torch.zeros(1, dtype=torch.int64).expand(linear.columns)
+    parts = codes.expand(linear.rows, linear.columns), scales.expand(linear.rows, 1), scales.expand(linear.rows, 1)
+    return QuantizedWeight(*parts, groups, linear.grid)
 
 
 def _check_shape(name: str, parts: Mapping[str, Tensor]) -> None:
@@ -205,7 +227,11 @@ def is_symmetric(weight: QuantizedWeight) -> bool:
 
 
 def quantization_config(
-    grids: Mapping[str, Grid], format_: str, ignore: Sequence[str], activations: Scheme | None = None
+    grids: Mapping[str, Grid],
+    format_: str,
+    ignore: Sequence[str],
+    activations: Scheme | None = None,
+    heads: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Build config.json's `quantization_config`.
 
@@ -214,6 +240,7 @@ def quantization_config(
         format_: pack-quantized or int-quantized, for integers; floats have one format each.
         ignore: names of the linears that stay unquantized.
         activations: number format of the linears' inputs.
+        heads: names of quantized output heads: vLLM's is no Linear, and is found by its name only.
     """
     inputs = {} if activations is None else {"input_activations": activation_scheme(activations)}
     named: dict[Grid, list[str]] = {}
@@ -222,7 +249,7 @@ def quantization_config(
     # Each group repeats the format, as the library would guess pack-quantized where activations are unquantized.
     groups = {
         f"group_{number}": {
-            "targets": [ALL] if len(named) == 1 else names,
+            "targets": [ALL, *heads] if len(named) == 1 else names,
             "weights": _weights(grid),
             "format": float_format(grid) or format_,
             **inputs,

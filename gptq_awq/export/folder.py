@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Source
 from gptq_awq.export.public import names_only
+from gptq_awq.export.saved import SavedTensors, read_state
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.carried import carried
 from gptq_awq.models.experts import experts_in, fused_tensors
@@ -34,6 +36,7 @@ def write_folder(
     quantization_config: Mapping[str, Any] | None,
     shard: str = SHARD,
     rename: Callable[[str], str] = str,
+    replaced: Collection[str] = (),
 ) -> None:
     """Write a model with some weights packed; fused experts are stored under the original checkpoint's names.
 
@@ -46,21 +49,32 @@ def write_folder(
         quantization_config: entry of that name in config.json; None leaves it out.
         shard: maximum size of a safetensors file.
         rename: maps a tensor's name in the model to its name in the file, for engines with names of their own.
+        replaced: modules of a mixture, by their names in the file, that `packed` has the weights of.
 
     Raises:
         UserError: a parameter overflows `dtype`.
     """
     shards, tensors = Shards(folder, shard), chain(plain_tensors(source, dtype), packed)
-    if experts_in(source.model):
+    if experts_in(source.model) and replaced:
+        tensors = chain(_saved(source, dtype, {f"{name}.weight" for name in replaced}), packed)
+    elif experts_in(source.model):
         tensors = _fused(source, dtype, packed)
     for name, tensor in tensors:
         shards.add(rename(name), tensor)
     for name, tensor in carried(source.model, dtype):  # under the names of the source's files
         shards.add(name, tensor)
     shards.finish()
-    write_config(source, folder, dtype, quantization_config)
-    source.tokenizer.save_pretrained(folder)
+    write_config(source.model, folder, dtype, quantization_config)
+    write_tokenizer(source.tokenizer, folder)
     _copy_processor(source.model.name_or_path, folder)
+
+
+def _saved(source: Source, dtype: torch.dtype, without: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """Unquantized tensors in the original checkpoint's layout and in `dtype`."""
+    tensors = SavedTensors(source.model, read_state(source.model))
+    for name in tensors:
+        if name not in without:
+            yield name, stored(name, tensors[name], dtype)
 
 
 def _fused(source: Source, dtype: torch.dtype, packed: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -147,30 +161,103 @@ def plain_tensors(
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        stored = tensor.detach().to("cpu", dtype) if tensor.is_floating_point() else tensor.detach().cpu()
-        if not torch.isfinite(stored).all():
-            raise UserError(f"{name} overflows {str(dtype).removeprefix('torch.')}: export it as bfloat16 or float32")
-        yield name, stored.clone(memory_format=torch.contiguous_format)
+        yield name, stored(name, tensor, dtype)
+
+
+def stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of a tensor on the CPU, in `dtype` unless it is of integers. Raises UserError where a value overflows."""
+    value = tensor.detach().to("cpu", dtype) if tensor.is_floating_point() else tensor.detach().cpu()
+    if not torch.isfinite(value).all():
+        raise UserError(f"{name} overflows {str(dtype).removeprefix('torch.')}: export it as bfloat16 or float32")
+    return value.clone(memory_format=torch.contiguous_format)
 
 
 def write_config(
-    source: Source, folder: Path, dtype: torch.dtype, quantization_config: Mapping[str, Any] | None
+    model: PreTrainedModel, folder: Path, dtype: torch.dtype, quantization_config: Mapping[str, Any] | None
 ) -> None:
     """Write config.json, with the checkpoint's dtype and `quantization_config`, and generation_config.json."""
-    config = source.model.config.to_dict()
+    config = published_options(model.config) | {"architectures": [type(model).__name__]}
     for part in (config, *(value for value in config.values() if isinstance(value, dict) and "dtype" in value)):
         part["dtype"] = str(dtype).removeprefix("torch.")
     config = names_only(config)  # such as _name_or_path, the folder that the model came from
     config.pop("quantization_config", None)
     if quantization_config is not None:
         config["quantization_config"] = dict(quantization_config)
-    # Readers older than transformers 5 look for rope_theta at the top level, and silently default to 10000.
-    rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        config.setdefault("rope_theta", rope["rope_theta"])
-    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
-    if source.model.generation_config is not None:
-        source.model.generation_config.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(legacy_config(config), indent=2, default=str) + "\n")
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def published_options(config: PreTrainedConfig) -> dict[str, Any]:
+    """Options of a config, spelled as the folder that the model came from spells them where they are still the same.
+
+    transformers 5 renames options and leaves out those that its classes take for granted; other readers don't.
+    """
+    now = config.to_dict()
+    path = Path(getattr(config, "_name_or_path", None) or ".") / "config.json"
+    if not path.is_file():
+        return now
+    try:
+        source = json.loads(path.read_text())
+        then = type(config).from_dict(dict(source)).to_dict()
+    except Exception:  # of another model, or spelled for code that is not transformers'
+        return now
+    if source.get("model_type") != now.get("model_type"):
+        return now
+    kept = {key: value for key, value in source.items() if key not in now or now[key] == then.get(key, now[key])}
+    return now | kept
+
+
+def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer's files, and copy the SentencePiece model that it came with."""
+    tokenizer.save_pretrained(folder)
+    model = Path(getattr(tokenizer, "name_or_path", None) or ".") / "tokenizer.model"
+    if model.is_file():
+        shutil.copyfile(model, folder / model.name)
+
+
+IMPLIED: Mapping[str, Mapping[str, Any]] = {
+    "deepseek_v3": {"scoring_func": "sigmoid"},
+    "deepseek_v32": {"scoring_func": "sigmoid"},
+    "dots1": {"scoring_func": "noaux_tc"},
+    "exaone_moe": {"scoring_func": "sigmoid"},
+}
+"""Model type → options that published configs state, and that transformers' classes take for granted."""
+
+
+def legacy_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the options that other readers look for where transformers 4 had them.
+
+    mlx-lm, llama.cpp's converter and transformers before 5 ignore `rope_parameters`, and would silently use a default
+    base, or no scaling.
+    """
+    rope: dict[str, Any] = config.get("rope_parameters") or {}
+    found: dict[str, Any] = {}
+    if "sliding_attention" in rope:
+        found["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
+    rope = rope.get("full_attention", rope)
+    found |= {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    if rope.get("rope_type", "default") != "default":
+        found["rope_scaling"] = rope | {"type": rope["rope_type"]}
+    found |= IMPLIED.get(str(config.get("model_type")), {})
+    kinds = config.get("mlp_layer_types") or []
+    if "dense" in kinds or "sparse" in kinds:
+        found["first_k_dense_replace"] = (*kinds, "sparse").index("sparse")
+    if config.get("model_type") in ("gpt_neox", "cohere2"):
+        found |= {"rotary_emb_base": rope.get("rope_theta"), "rotary_pct": rope.get("partial_rotary_factor", 1.0)}
+    if config.get("model_type") in ("gpt2", "gpt-sw3"):
+        found["n_ctx"] = config.get("n_positions")
+    if (
+        config.get("model_type") == "falcon"
+        and config.get("multi_query")
+        and not config.get("new_decoder_architecture")
+    ):
+        config = dict(config) | {"num_kv_heads": 1}  # whatever it says: transformers doesn't look
+    layers = config.get("layer_types") or []
+    if {"sliding_attention", "full_attention"} <= set(layers):
+        found["sliding_window_pattern"] = layers.index("full_attention") + 1
+    missing = {key: value for key, value in found.items() if value is not None and config.get(key) is None}
+    return dict(config) | missing
 
 
 class FolderTensors(Mapping[str, Tensor]):

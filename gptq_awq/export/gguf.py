@@ -1,11 +1,14 @@
 """GGUF checkpoints, llama.cpp's single-file format: ggml blocks, tokenizer and metadata, with an Ollama Modelfile.
 
-Each grid has at most one block type that stores it bit for bit; grids without one are refused before calibration.
+Each grid has at most one block type that stores it bit for bit; grids without one are refused before calibration, and
+so is a model that llama.cpp's converter doesn't know, or whose tokenizer llama.cpp would not reproduce.
 """
 
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,13 +17,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source
 from gptq_awq.export.folder import write_config
-from gptq_awq.export.gguf_blocks import BLOCK_TYPES, pack, unpack_codes
-from gptq_awq.export.gguf_file import check_architecture, modelfile, read_gguf, vocabulary, write_gguf
+from gptq_awq.export.gguf_blocks import BLOCK_TYPES, pack
+from gptq_awq.export.gguf_check import check_llama_cpp
+from gptq_awq.export.gguf_converter import converter_root, known_architectures
+from gptq_awq.export.gguf_file import Packed, read_gguf, write_gguf
+from gptq_awq.export.gguf_layout import Layout, observe, skeleton
+from gptq_awq.export.gguf_tokenizer import pre_tokenizer
+from gptq_awq.export.modelfile import modelfile
+from gptq_awq.export.text_part import text_linears, text_part, text_source
 from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
@@ -30,28 +39,33 @@ from gptq_awq.grids.signed import SignedGrid
 from gptq_awq.grids.table import TableGrid
 from gptq_awq.grids.ternary import TernaryGrid
 from gptq_awq.grids.vectors import VectorGrid
+from gptq_awq.models.auto_class import also_sees
 from gptq_awq.models.offload import offloaded
 from gptq_awq.runtime.options import checked_dataclass
 
+log = logging.getLogger(__name__)
 FITS = "choose grid=q4_0, q8_0, q4_k_m or a related one in configs/grid, or sym=true group_size=32 with bits 4, 5 or 8"
 
 
 @checked_dataclass
 class GGUFFormat:
-    """Export to a folder with `model.gguf`, an Ollama Modelfile and config.json.
+    """Export to a folder with `model.gguf`, an Ollama Modelfile, and config.json and layout.npz for the verifier.
 
     Attributes:
         plain_dtype: dtype of unquantized matrices: F16, BF16 or F32.
-        pre: llama.cpp's name of the pre-tokenizer; None recognizes it by its content.
+        pre: llama.cpp's name of the pre-tokenizer; None: as llama.cpp's converter or llama.cpp itself recognizes it.
+        converter: checkout of llama.cpp whose converter is used; None: that of the pinned release.
+        other_ids: what to do where llama.cpp's tokenizer gives other ids: refuse the model, or allow it and say so.
     """
 
     plain_dtype: Literal["F16", "BF16", "F32"] = "F16"
     pre: str | None = None
+    converter: str | None = None
+    other_ids: Literal["refuse", "allow"] = "refuse"
     name: str = "gguf"
 
-    def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:
-        """Raise UserError for an architecture, a grid or a width that llama.cpp doesn't support."""
-        check_architecture(config)
+    def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:  # noqa: ARG002 (check_model)
+        """Raise UserError for a grid or a width that llama.cpp doesn't support."""
         for linear in linears:
             kind = ggml_type(linear.grid)
             if kind is None and getattr(linear.grid, "shared_by_tensor", False):
@@ -72,18 +86,58 @@ class GGUFFormat:
                     f"{linear.columns}; grid=q4_0 needs multiples of 32, grid=q4_k_m falls back as llama.cpp does"
                 )
 
-    def check_tokenizer(self, tokenizer: Any, rows: int) -> None:
-        """Raise UserError for a tokenizer that llama.cpp can't reproduce; `rows` is the embedding's row count."""
-        vocabulary(tokenizer, rows, self.pre)
+    def check_model(self, linears: Sequence[LinearSpec], model: PreTrainedModel, tokenizer: Any) -> list[str]:
+        """Raise UserError for a model, or a tokenizer, that llama.cpp or its converter doesn't take.
+
+        Returns sentences on what the file will hold in another way than asked for.
+        """
+        if (shell := self._text(model)) is not model:
+            linears, model = text_linears(linears, model, shell), shell
+        with skeleton(model, tokenizer) as folder:
+            layout = observe(converter_root(self.converter), folder, model)
+            types = layout.types({f"{linear.name}.weight": str(ggml_type(linear.grid)) for linear in linears})
+            pre = None if tokenizer is None else self._pre(folder, tokenizer)
+            options = {"dtype": "F32", "model_name": "", "pre": pre, "tokenizer": tokenizer is not None}
+            write = partial(write_gguf, folder / "model.gguf", converter_root(self.converter), folder, model, layout)
+            check_llama_cpp(model, folder / "model.gguf", lambda: write({}, {}, options))
+        return _notes(layout, types, {f"{linear.name}.weight" for linear in linears})
+
+    def _text(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model itself where the converter knows it, else its text part."""
+        known = known_architectures(converter_root(self.converter))
+        return text_part(model) if also_sees(model.config) and type(model).__name__ not in known else model
+
+    def stored(self, source: Source) -> Mapping[str, QuantizedWeight]:
+        """Weights under the names that the file's layout has for them."""
+        shell = self._text(source.model)
+        return source.weights if shell is source.model else text_source(source, shell).weights
+
+    def _pre(self, folder: Path, tokenizer: Any) -> str | None:
+        """llama.cpp's name of the pre-tokenizer, unless its converter knows it."""
+        return pre_tokenizer(converter_root(self.converter), folder, tokenizer, self.pre, self.other_ids == "allow")
 
     def write(self, source: Source, folder: Path) -> None:
-        """Write model.gguf, its Modelfile, and the model's config.json, which the verifier needs."""
-        path = folder / "model.gguf"
-        with TemporaryDirectory(dir=folder, prefix=".packed-") as scratch:
-            packed = _packed_to_disk(source, Path(scratch)) if offloaded(source.model) else _packed(source)
-            write_gguf(path, source.model, source.tokenizer, packed, self.plain_dtype, {"name": source.name}, self.pre)
-        (folder / "Modelfile").write_text(modelfile(path.name, source.tokenizer))
-        write_config(source, folder, torch.float16, None)
+        """Write model.gguf, its Modelfile, layout.npz, and the model's config.json, which the verifier needs."""
+        if (shell := self._text(source.model)) is not source.model:
+            source = text_source(source, shell)
+        path, model, root = folder / "model.gguf", source.model, converter_root(self.converter)
+        with (
+            skeleton(model, source.tokenizer) as files,
+            TemporaryDirectory(dir=folder, prefix=".packed-") as scratch,
+        ):
+            packed = _packed_to_disk(source, Path(scratch)) if offloaded(model) else _packed(source)
+            layout = observe(root, files, model)
+            with_tokenizer = source.tokenizer is not None
+            options = {
+                "dtype": self.plain_dtype,
+                "model_name": source.name,
+                "pre": self._pre(files, source.tokenizer) if with_tokenizer else None,
+                "tokenizer": with_tokenizer,
+            }
+            write_gguf(path, root, files, model, layout, packed, _exact(source, layout, packed), options).write(folder)
+        if with_tokenizer:
+            (folder / "Modelfile").write_text(modelfile(path.name, source.tokenizer))
+        write_config(model, folder, torch.float16, None)
 
     def decoder(self) -> str:
         """Name of the decoder: the gguf library decodes weights, our own bit-field tables decode codes."""
@@ -91,19 +145,18 @@ class GGUFFormat:
 
     def decode(self, folder: Path) -> Iterator[Decoded]:
         """Decode every quantized weight, with rows in transformers' order."""
-        for tensor in read_gguf(folder / "model.gguf"):
-            if tensor.ggml_type in BLOCK_TYPES:
-                codes = torch.from_numpy(unpack_codes(tensor.ggml_type, tensor.data))
-                yield Decoded(tensor.name, codes, torch.from_numpy(tensor.weight))
+        layout = Layout.read(folder)
+        for tensor in read_gguf(folder / "model.gguf", layout):
+            if tensor.codes is not None or tensor.name in layout.exact:
+                codes = None if tensor.codes is None else torch.from_numpy(tensor.codes)
+                yield Decoded(tensor.name.removesuffix(".weight"), codes, torch.from_numpy(tensor.weight))
 
     def plain(self, folder: Path) -> dict[str, Tensor]:
         """Unquantized tensors by their names in transformers."""
-        tensors = {}
-        for tensor in read_gguf(folder / "model.gguf"):
-            if tensor.ggml_type not in BLOCK_TYPES:
-                name = tensor.name if tensor.name.endswith(".bias") else f"{tensor.name}.weight"
-                tensors[name] = torch.from_numpy(tensor.weight)
-        return tensors
+        layout = Layout.read(folder)
+        read = (t for t in read_gguf(folder / "model.gguf", layout) if t.codes is None and t.name not in layout.exact)
+        values = ((tensor.name, torch.from_numpy(tensor.weight)) for tensor in read)
+        return {name: value.T if name in layout.flipped else value for name, value in values}
 
 
 def ggml_type(grid: Grid) -> str | None:
@@ -135,20 +188,45 @@ def _float_type(grid: ScaledFloatGrid) -> str | None:
     return "NVFP4" if (grid.element, grid.scale, grid.group_size) == ("e2m1", "e4m3", 16) and without else None
 
 
+def _notes(layout: Layout, types: Mapping[str, str], quantized: Set[str]) -> list[str]:
+    """Sentences on quantized weights that the file can't hold as blocks."""
+    exact, lost = [tensor for tensor, kind in types.items() if kind == "F32"], quantized & set(layout.lost())
+    notes = []
+    if exact:
+        notes.append(
+            f"gguf: llama.cpp keeps {len(exact)} tensors in an order that blocks can't follow, such as {exact[0]}; "
+            "they are stored as rounded, in float32"
+        )
+    if lost:
+        notes.append(
+            f"gguf: llama.cpp's converter computes what it stores for {len(lost)} weights, such as {min(lost)}; "
+            "they are stored as rounded, in the dtype of unquantized matrices"
+        )
+    return notes
+
+
+def _exact(source: Source, layout: Layout, packed: Packed) -> dict[str, Tensor]:
+    """Dequantized values (out, in) of the quantized weights that can't be stored as blocks."""
+    types = layout.types({name: kind for name, (kind, _) in packed.items()})
+    held = {part.name for tensor, kind in types.items() if kind == "F32" for part in layout.parts(tensor)}
+    names = [name for name in packed if name in held | set(layout.lost())]
+    return {name: source.weights[name.removesuffix(".weight")].dequantize().cpu() for name in names}
+
+
 def _packed(source: Source) -> dict[str, tuple[str, np.ndarray]]:
-    """Module name → block type and bytes, packed in threads, as numpy releases the GIL in large copies."""
+    """Weight's name → block type and bytes, packed in threads, as numpy releases the GIL in large copies."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         blocks = pool.map(pack_weight, source.weights.values())
-        return dict(zip(source.weights, blocks, strict=True))
+        return dict(zip((f"{name}.weight" for name in source.weights), blocks, strict=True))
 
 
 def _packed_to_disk(source: Source, folder: Path) -> dict[str, tuple[str, np.ndarray]]:
-    """Module name → block type and memory-mapped bytes, packed one weight at a time to bound memory."""
+    """Weight's name → block type and memory-mapped bytes, packed one weight at a time to bound memory."""
     packed = {}
     for number, (name, weight) in enumerate(source.weights.items()):
         kind, data = pack_weight(weight)
         np.save(folder / f"{number}.npy", data)
-        packed[name] = kind, np.load(folder / f"{number}.npy", mmap_mode="r")
+        packed[f"{name}.weight"] = kind, np.load(folder / f"{number}.npy", mmap_mode="r")
     return packed
 
 

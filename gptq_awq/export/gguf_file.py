@@ -1,316 +1,251 @@
-"""Write a stand-alone GGUF file (llama.cpp) from a transformers model in memory, and read it back.
+"""Write a stand-alone GGUF file (llama.cpp) with llama.cpp's own converter, and read it back.
 
-Every parameter of the model becomes exactly one tensor: packed blocks are stored as given, with rows in llama.cpp's
-order; all others in one plain dtype. Vectors and position embeddings stay float32, as in llama.cpp's own converter.
-Tensors are converted one by one while the file is written.
+The converter decides names, metadata, tokenizer and what becomes of tensors that aren't quantized. Packed blocks take
+the place of what it would write for quantized weights, wherever their codes can follow (gguf_layout.py); where they
+can't, the dequantized weight is stored in float32, which is exact.
 """
 
+import logging
+import math
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
-import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFReader
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from gptq_awq.errors import UserError
-from gptq_awq.export.gguf_architecture import (
-    ARCHITECTURES,
-    Architecture,
-    add_hyperparameters,
-    architecture,
-    check_architecture,
-    rope_factors,
-    rows,
-)
-from gptq_awq.export.gguf_tokenizer import Vocabulary, modelfile, vocabulary
+from gptq_awq.export.gguf_blocks import BLOCK_TYPES, unpack_codes
+from gptq_awq.export.gguf_converter import conversion, imported, refusing
+from gptq_awq.export.gguf_layout import Layout, Part, conv1d_weights
+from gptq_awq.export.placement import indices
+from gptq_awq.export.saved import SavedTensors, read_state
 from gptq_awq.models.gguf_claims import checked_gguf
-from gptq_awq.models.offload import Residence, homes
+from gptq_awq.models.offload import each_tensor
 
-__all__ = ["StoredTensor", "check_architecture", "modelfile", "read_gguf", "rows", "vocabulary", "write_gguf"]
+log = logging.getLogger(__name__)
 
-Array = np.ndarray[Any, np.dtype[Any]]
 Packed = Mapping[str, tuple[str, UInt8[np.ndarray, "out row_bytes"]]]
-"""Module name → block type and packed bytes, with rows in the module's order."""
-
-PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Tensor of the model → block type and packed bytes, with rows in the module's order."""
 
 
 def write_gguf(
     path: Path,
+    root: Path,
+    skeleton: Path,
     model: PreTrainedModel,
-    tokenizer: Any,
+    layout: Layout,
     packed: Packed,
-    plain_dtype: str,
-    description: Mapping[str, str],
-    pre: str | None = None,
-) -> None:
+    exact: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+) -> Layout:
     """Write a GGUF file that llama.cpp runs without any other file.
 
     Args:
         path: path of the file to write.
-        model: model whose parameters are written, except for the weights in `packed`.
-        tokenizer: transformers fast tokenizer; None writes a file without one, for engines fed with token ids.
-        packed: packed linears and embeddings. A tied output layer may be packed separately from the embedding.
-        plain_dtype: dtype of the matrices that are not packed: F32, F16 or BF16.
-        description: metadata; `name`, `description`, `license`, `url` … go to `general.KEY`, keys with a dot are
-            written unchanged.
-        pre: llama.cpp's name of the pre-tokenizer; None recognizes it by its content.
+        root: the converter (converter_root).
+        skeleton: folder with config.json and the tokenizer's files.
+        model: model whose other tensors are written.
+        layout: where they go, as observed.
+        packed: blocks of quantized weights.
+        exact: dequantized values (out, in) of those that can't be stored as blocks.
+        options: `dtype` of unquantized matrices, `model_name`, `pre` and `tokenizer`, as `conversion` takes them.
+
+    Returns:
+        The layout, with the values of the tensors that the converter computes.
 
     Raises:
-        UserError: an architecture or a tokenizer that llama.cpp doesn't support, a weight that overflows `plain_dtype`.
-        ValueError: a name in `packed` that the model doesn't have, or a shape that differs from its module's.
+        UserError: the converter refuses the model or its tokenizer; a value overflows the dtype.
     """
-    if plain_dtype not in PLAIN:
-        raise UserError(f"export.gguf.plain_dtype={plain_dtype}: choose one of {', '.join(PLAIN)}")
-    config = model.config
-    check_architecture(config)
-    embedding = model.get_input_embeddings().get_parameter("weight")
-    vocab = vocabulary(tokenizer, len(embedding), pre) if tokenizer is not None else None
-    tensors = list(_tensors(model, packed, plain_dtype))
-    writer = GGUFWriter(path, architecture(config).name)
-    try:
-        _add_general(writer, model, packed, plain_dtype, description)
-        add_hyperparameters(writer, config)
-        writer.add_vocab_size(len(embedding))
-        _add_tokenizer(writer, vocab)
-        _write(writer, tensors)
-    finally:
+    types = layout.types({name: kind for name, (kind, _) in packed.items()})
+    held = {tensor for tensor, kind in types.items() if kind == "F32"}
+    tensors = SavedTensors(model, _replacing(model, exact))
+    with imported(root) as package:
+        given = {**options, "config": model.config, "out": path, "exact": held}
+        instance = conversion(package, skeleton, tensors, tensors.meta, **given)
+        writer = instance.gguf_writer
+        add = writer.add_tensor
+
+        def add_tensor(name: str, tensor: Any, raw_shape: Any = None, raw_dtype: Any = None) -> None:
+            if types.get(name, "F32") == "F32":
+                return add(name, _checked(name, tensor), raw_shape=raw_shape, raw_dtype=raw_dtype)
+            kind = types[name]
+            return add(name, _blocks(layout.parts(name), packed, kind, tensor.shape), raw_dtype=_their_type(kind))
+
+        writer.add_tensor = add_tensor
+        with refusing():
+            instance.prepare_tensors()
+            wanted = _file_type(layout, types, options["dtype"])
+            known = type(instance.ftype).__members__
+            instance.ftype = known.get(wanted) or known.get(f"{wanted}_MOE") or instance.ftype
+            instance.prepare_metadata(vocab_only=False)
+            _complete(writer, model)
+            writer.write_header_to_file(path=path)
+            writer.write_kv_data_to_file()
+        writer.write_tensors_to_file(progress=False)
         writer.close()
+    lost = set(layout.lost())
+    computed = {name: t.float().cpu().numpy() for name, t in each_tensor(model, lost.__contains__) if name not in exact}
+    computed |= {name: values.numpy() for name, values in exact.items() if name in lost}
+    return replace(layout, computed=computed, exact=tuple(exact))
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """One tensor to be written; `load` converts its data to bytes when its turn comes."""
-
-    name: str
-    kind: GGMLQuantizationType
-    shape: tuple[int, ...]
-    load: Callable[[], Array]
-
-    @property
-    def byte_shape(self) -> tuple[int, ...]:
-        return gguf.quant_shape_to_byte_shape(self.shape, self.kind)
-
-
-def _write(writer: GGUFWriter, tensors: list[_Tensor]) -> None:
-    for tensor in tensors:
-        size = int(np.prod(tensor.byte_shape))
-        writer.add_tensor_info(tensor.name, tensor.byte_shape, np.dtype(np.uint8), size, tensor.kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor in tensors:
-        writer.write_tensor_data(tensor.load())
+def _complete(writer: Any, model: PreTrainedModel) -> None:
+    """Add what the converter leaves to the tokenizer, and keep llama.cpp within the window where it would ignore it."""
+    fields, config = writer.kv_data[0], model.config.get_text_config()
+    size, length, window = (
+        f"{writer.arch}.{key}" for key in ("vocab_size", "context_length", "attention.sliding_window")
+    )
+    if size not in fields:
+        writer.add_vocab_size(model.get_input_embeddings().get_parameter("weight").shape[0])
+    narrow = getattr(config, "sliding_window", None)
+    layers = getattr(config, "layer_types", None)
+    used = any("sliding" in str(kind) for kind in layers) if layers else getattr(config, "use_sliding_window", True)
+    if narrow and used and window not in fields and length in fields and fields[length].value > narrow:
+        log.warning(
+            "gguf: llama.cpp's %s has no sliding windows: context_length is one window, %d", writer.arch, narrow
+        )
+        del fields[length]
+        writer.add_context_length(narrow)
 
 
-def _add_general(
-    writer: GGUFWriter, model: PreTrainedModel, packed: Packed, plain_dtype: str, description: Mapping[str, str]
-) -> None:
-    writer.add_type("model")
-    fields = {"name": Path(model.config._name_or_path).name or "model"} | dict(description)
-    for key, value in fields.items():
-        writer.add_string(key if "." in key else f"general.{key}", value)
-    writer.add_file_type(_file_type(model, packed, plain_dtype))
-    if packed:
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+def _replacing(model: PreTrainedModel, exact: Mapping[str, Tensor]) -> Any:
+    """Reader of a model's tensors with some replaced by exact ones."""
+    own, flipped = read_state(model), conv1d_weights(model)
+
+    def read(names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        yield from own([name for name in names if name not in exact])
+        yield from ((n, exact[n].T if n in flipped else exact[n]) for n in names if n in exact)
+
+    return read
 
 
-def _file_type(model: PreTrainedModel, packed: Packed, plain_dtype: str) -> LlamaFileType:
-    """File type: the block type of most weights in the blocks; for k-quants with suffix S if uniform, M if mixed."""
-    blocks = f"{architecture(model.config).blocks}."
-    inside = {name: value for name, value in packed.items() if name.startswith(blocks)} or packed
+def _their_type(kind: str) -> Any:
+    return sys.modules["gguf"].GGMLQuantizationType[kind]
+
+
+def _blocks(parts: Iterable[Part], packed: Packed, kind: str, shape: tuple[int, ...]) -> Any:
+    """Lazy array of the packed blocks of a GGUF tensor, gathered when it is written."""
+    block, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    stored = (*shape[:-1], shape[-1] // block * size)
+
+    def gather() -> np.ndarray:
+        out = np.empty((math.prod(shape) // block, size), np.uint8)
+        for part in parts:
+            blocks = np.asarray(packed[part.name][1]).reshape(-1, size)
+            starts, positions, lengths = (a // block for a in (part.starts, part.positions, part.lengths))
+            out[indices(positions, lengths)] = blocks[indices(starts, lengths)]
+        return out.reshape(stored)
+
+    lazy = sys.modules["gguf"].LazyNumpyTensor
+    return lazy(meta=lazy.meta_with_dtype_and_shape(np.uint8, stored), args=(), func=gather)
+
+
+def _checked(name: str, tensor: Any) -> Any:
+    """The lazy array, raising UserError when it is computed where a value overflows its dtype."""
+    if not hasattr(tensor, "_meta") or tensor.dtype not in (np.float16, np.float32):
+        return tensor
+
+    def check(array: np.ndarray) -> np.ndarray:
+        if not np.isfinite(array).all():
+            raise UserError(f"export.gguf.plain_dtype=F16 cannot hold {name}: choose BF16 or F32")
+        return array
+
+    return type(tensor)(meta=tensor._meta, args=(tensor,), func=check)
+
+
+def _file_type(layout: Layout, types: Mapping[str, str], plain: str) -> str:
+    """llama.cpp's file type: the block type of most weights in the blocks; k-quants S if uniform, M if mixed."""
+    stored = {tensor: kind for tensor, kind in types.items() if kind != "F32"}
+    inside = {tensor: kind for tensor, kind in stored.items() if tensor.startswith("blk.")} or stored
     count: Counter[str] = Counter()
-    for kind, data in inside.values():
-        block, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-        count[kind] += data.size // size * block
+    for tensor, kind in inside.items():
+        count[kind] += int(layout.runs[tensor].lengths.sum())
     if not count:
-        return LlamaFileType.ALL_F32 if plain_dtype == "F32" else LlamaFileType[f"MOSTLY_{plain_dtype}"]
+        return "ALL_F32" if plain == "F32" else f"MOSTLY_{plain}"
     kind = count.most_common(1)[0][0]
     if kind in ("Q3_K", "Q4_K", "Q5_K"):
         kind += "_S" if len(count) == 1 else "_M"
-    return LlamaFileType[f"MOSTLY_{kind}"]
-
-
-def _add_tokenizer(writer: GGUFWriter, vocab: Vocabulary | None) -> None:
-    if vocab is None:
-        writer.add_tokenizer_model("none")
-    else:
-        vocab.write(writer)
-
-
-def _tensors(model: PreTrainedModel, packed: Packed, plain_dtype: str) -> Iterator[_Tensor]:
-    """Tensors of the file in its order: weights and biases of all modules, then Llama 3.1's rope factors."""
-    arch, embedding = architecture(model.config), model.get_input_embeddings().get_parameter("weight")
-    parameters, residences = dict(model.named_parameters(remove_duplicate=False)), homes(model)
-    for name, module in _modules(model, arch, packed).items():
-        weight, order = parameters[f"{module}.weight"], arch.order(name, model.config)
-        shared = arch.outer["token_embd"] if weight is embedding else module  # a tied head that must be stored
-        blocks = packed.get(module) or packed.get(shared)
-        flipped = isinstance(model.get_submodule(module), Conv1D)
-        if blocks is not None:
-            yield _packed_tensor(f"{name}.weight", module, weight.T if flipped else weight, blocks, order)
-        elif weight.dim() == 1:
-            yield _plain_tensor(f"{name}.weight", weight, "F32", order, residences, shift=arch.norm_shift)
-        else:
-            kind = "F32" if name == "position_embd" else plain_dtype
-            yield _plain_tensor(f"{name}.weight", weight, kind, order, residences, flipped=flipped)
-        if (bias := parameters.get(f"{module}.bias")) is not None:
-            yield _plain_tensor(f"{name}.bias", bias, "F32", order, residences)
-    if (factors := rope_factors(model.config)) is not None:
-        yield _plain_tensor("rope_freqs.weight", torch.from_numpy(factors), "F32", None, residences)
-
-
-def _modules(model: PreTrainedModel, arch: Architecture, packed: Packed) -> dict[str, str]:
-    """GGUF tensor → module to be written; a tied head only if packed separately or required by the architecture.
-
-    Raises:
-        UserError: a packed head that the architecture can't store, a parameter without a tensor, or a missing one.
-        ValueError: a packed name that is not among the modules.
-    """
-    modules = dict(arch.modules(model.config.num_hidden_layers))
-    head = modules["output"]
-    if arch.head == "embedding" and head in packed:
-        raise UserError(f"export.formats: gguf's {arch.name} has no output layer but the embedding: quantize that")
-    if unknown := sorted(set(packed) - set(modules.values())):
-        raise ValueError(f"gguf's {arch.name} has no module {unknown[0]}")
-    expected = {f"{module}.{suffix}" for module in modules.values() for suffix in ("weight", "bias")}
-    given = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    if lost := sorted(given - expected):
-        raise UserError(
-            f"export.formats: gguf's {arch.name} has no place for {lost[0]}; choose another format, such as hf"
-        )
-    if missing := [module for module in modules.values() if f"{module}.weight" not in given]:
-        raise UserError(f"export.formats: gguf's {arch.name} needs {missing[0]}, which the model lacks")
-    if _is_tied(model) and arch.head != "output" and head not in packed:
-        del modules["output"]
-    return modules
-
-
-def _is_tied(model: PreTrainedModel) -> bool:
-    layers = model.get_input_embeddings(), model.get_output_embeddings()
-    weights = [layer.get_parameter("weight") for layer in layers if layer is not None]
-    return len(weights) == 2 and weights[0] is weights[1]
-
-
-def _packed_tensor(name: str, module: str, weight: Tensor, packed: tuple[str, Array], order: Array | None) -> _Tensor:
-    """Tensor of packed blocks, rows in llama.cpp's order. Raises ValueError if the bytes don't fit the shape."""
-    kind, data = GGMLQuantizationType[packed[0]], packed[1]
-    if gguf.quant_shape_to_byte_shape(tuple(weight.shape), kind) != data.shape:
-        raise ValueError(f"{module}: {data.shape} bytes of {kind.name} don't hold {tuple(weight.shape)} weights")
-    return _Tensor(
-        name, kind, tuple(weight.shape), lambda: np.ascontiguousarray(data if order is None else data[order])
-    )
-
-
-def _plain_tensor(
-    name: str,
-    weight: Tensor,
-    dtype: str,
-    order: Array | None,
-    residences: Mapping[int, Residence],
-    shift: int = 0,
-    flipped: bool = False,
-) -> _Tensor:
-    """Tensor of an unquantized parameter, rows in llama.cpp's order; loading raises UserError on overflow.
-
-    Args:
-        name: name of the GGUF tensor.
-        weight: parameter of the model, possibly offloaded.
-        dtype: F32, F16 or BF16.
-        order: row order in llama.cpp; None for the module's.
-        residences: id of a parameter → what loads it, for offloaded parameters.
-        shift: constant that is added to the values.
-        flipped: whether the weight is stored transposed in the module (Conv1D).
-    """
-
-    def load() -> Array:
-        home = residences.get(id(weight))
-        with home.held() if home else nullcontext():
-            value = weight.detach().T if flipped else weight.detach()
-            value = value.to("cpu", torch.float32) + shift if shift else value.cpu()
-            stored = value.to(PLAIN[dtype])
-        if not torch.isfinite(stored).all():
-            raise UserError(f"export.gguf.plain_dtype={dtype} cannot hold {name}: choose BF16 or F32")
-        stored = stored if order is None else stored[torch.from_numpy(order)]
-        return stored.contiguous().view(torch.uint8).numpy()
-
-    shape = weight.shape[::-1] if flipped else weight.shape
-    return _Tensor(name, GGMLQuantizationType[dtype], tuple(shape), load)
+    return f"MOSTLY_{kind}"
 
 
 class StoredTensor(NamedTuple):
-    """One tensor read from a GGUF file, in transformers' naming and row order.
+    """One of the model's tensors read from a GGUF file.
 
     Attributes:
-        name: module name such as "model.layers.0.self_attn.q_proj"; for a bias, with ".bias" appended.
+        name: name in the model's state dict, such as "model.layers.0.self_attn.q_proj.weight".
         ggml_type: type name such as "Q4_K" or "F16".
-        data: stored bytes, (out, row_bytes) with rows in transformers' order; (n, 4) for a vector.
-        weight: dequantized float32 weight in transformers' row order, without Gemma's shift of norms.
+        codes: codes of a quantized matrix (out, in); None for others.
+        weight: dequantized float32 values, matrices as (out, in).
     """
 
     name: str
     ggml_type: str
-    data: UInt8[np.ndarray, "out row_bytes"]
+    codes: UInt8[np.ndarray, "out in"] | None
     weight: Float[np.ndarray, "..."]
 
 
-def read_gguf(path: Path) -> Iterator[StoredTensor]:
-    """Read the tensors of a GGUF file, decoded by the gguf library.
+def read_gguf(path: Path, layout: Layout) -> Iterator[StoredTensor]:
+    """Read a model's tensors from a GGUF file, decoded by the gguf library and put together by the file's layout.
 
-    Tensors that are no module's parameter (`rope_freqs`) are skipped. Raises UserError for an architecture that is
-    not in ARCHITECTURES, and for a file that claims what it doesn't hold.
+    Raises UserError for a file that claims what it doesn't hold.
     """
     checked_gguf(path, str(path))
     try:
-        yield from _read_tensors(GGUFReader(path), path)
+        yield from _read_tensors(GGUFReader(path), layout)
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:  # of what keys or rows lack
         raise UserError(f"{path}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())})") from error
 
 
-def _read_tensors(reader: GGUFReader, path: Path) -> Iterator[StoredTensor]:
-    arch, config = _architecture(reader, path)
-    modules = dict(arch.modules(config.num_hidden_layers))
+def _read_tensors(reader: GGUFReader, layout: Layout) -> Iterator[StoredTensor]:
+    shapes = layout.numbering.shapes
+    left = {name: math.prod(shape) for name, shape in shapes.items()}
+    if sum(left.values()) > 2 * sum(int(tensor.n_elements) for tensor in reader.tensors) + layout.computed_size:
+        raise ValueError("its layout is of more weights than it holds")
+    partial: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
     for tensor in reader.tensors:
-        name, _, suffix = tensor.name.rpartition(".")
-        if name not in modules:
+        parts = [part for part in layout.parts(tensor.name) if left[part.name]]
+        if not parts:
             continue
-        weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        data = tensor.data.reshape(len(tensor.data), -1).view(np.uint8)
-        if (order := arch.order(name, config)) is not None:
-            back = np.argsort(order)
-            weight, data = weight[back], data[back]
-        if weight.ndim == 1 and suffix == "weight":
-            weight = weight - np.float32(arch.norm_shift)
-        module = modules[name] if suffix == "weight" else f"{modules[name]}.{suffix}"
-        yield StoredTensor(module, tensor.tensor_type.name, data, weight)
+        if sum(int(part.lengths.sum()) for part in layout.parts(tensor.name)) != tensor.n_elements:
+            raise ValueError(f"{tensor.name} is not what its layout says")
+        kind = tensor.tensor_type.name
+        weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(-1)
+        codes = None
+        if kind in BLOCK_TYPES:
+            rows = tensor.data.reshape(math.prod(tensor.data.shape[:-1]), -1).view(np.uint8)
+            codes = unpack_codes(kind, rows).reshape(-1)
+        for part in parts:
+            size = math.prod(shapes[part.name])
+            whole = partial.setdefault(
+                part.name, (np.empty(size, np.float32), None if codes is None else np.empty(size, np.uint8))
+            )
+            _scatter(part, weight, whole[0])
+            if codes is None or whole[1] is None:
+                partial[part.name] = whole[0], None
+            else:
+                _scatter(part, codes, whole[1])
+            left[part.name] -= int(part.lengths.sum())
+            if left[part.name] <= 0:
+                weights, own = partial.pop(part.name)
+                left[part.name] = 0
+                shape = shapes[part.name]
+                yield StoredTensor(part.name, kind, None if own is None else own.reshape(shape), weights.reshape(shape))
+    for name, values in layout.computed.items():
+        yield StoredTensor(name, "computed", None, values)
 
 
-def _architecture(reader: GGUFReader, path: Path) -> tuple[Architecture, Any]:
-    """Architecture of a GGUF file, and a minimal config with the fields that row orders depend on."""
-    name = reader.fields["general.architecture"].contents()
-    known = {arch.name: arch for arch in ARCHITECTURES.values()}
-    if name not in known:
-        raise UserError(f"{path}: {name} is not among {', '.join(known)}")
-
-    def field(key: str) -> Any:
-        found = reader.fields.get(f"{name}.{key}")
-        return found.contents() if found else None
-
-    config = SimpleNamespace(
-        num_hidden_layers=field("block_count"),
-        num_attention_heads=field("attention.head_count"),
-        num_key_value_heads=field("attention.head_count_kv"),
-        hidden_size=field("embedding_length"),
-        head_dim=field("attention.key_length"),
-    )
-    return known[name], config
+def _scatter(part: Part, source: np.ndarray, target: np.ndarray) -> None:
+    """Copy a part's elements from a flattened GGUF tensor into the flattened tensor of the model."""
+    if len(part.starts) <= 1 + len(target) // 1024:
+        for start, at, n in zip(part.starts.tolist(), part.positions.tolist(), part.lengths.tolist(), strict=True):
+            target[start : start + n] = source[at : at + n]
+    else:
+        target[indices(part.starts, part.lengths)] = source[indices(part.positions, part.lengths)]

@@ -1,15 +1,15 @@
 """Size of a GGUF file besides some of its weights: metadata, vocabulary, norms, and what stays in 16 bits."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import gguf
 import numpy as np
 from transformers import PreTrainedModel
 
+from gptq_awq.export.gguf_converter import converter_root
 from gptq_awq.export.gguf_file import write_gguf
+from gptq_awq.export.gguf_layout import observe, skeleton
 
 STAND_IN = "Q4_0"
 """Type that the weights are written in to measure the rest; it takes any width that llama.cpp has blocks for."""
@@ -29,9 +29,10 @@ def gguf_bytes_beside(model: PreTrainedModel, tokenizer: Any, names: Sequence[st
     for name in names:
         rows, columns = model.get_submodule(name).get_parameter("weight").shape
         width = gguf.quant_shape_to_byte_shape((rows, columns), gguf.GGMLQuantizationType[STAND_IN])[1]
-        zeros[name] = (STAND_IN, np.zeros((rows, width), np.uint8))
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "model.gguf"
-        write_gguf(path, model, tokenizer, zeros, "F16", {"name": "model"})
+        zeros[f"{name}.weight"] = (STAND_IN, np.zeros((rows, width), np.uint8))
+    root, options = converter_root(None), {"dtype": "F16", "model_name": "model", "pre": "default"}
+    with skeleton(model, tokenizer) as folder:
+        layout, path = observe(root, folder, model), folder / "model.gguf"
+        write_gguf(path, root, folder, model, layout, zeros, {}, options | {"tokenizer": tokenizer is not None})
         size = path.stat().st_size
     return size - sum(data.size for _, data in zeros.values()) + ALIGNMENT * len(names)

@@ -16,13 +16,13 @@ from typing import Any, BinaryIO
 import gguf
 import numpy as np
 from jaxtyping import Float
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gptq_awq.calibration.input_statistics import InputStatistics
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source
 from gptq_awq.export.folder import write_config
-from gptq_awq.export.gguf_architecture import architecture, check_architecture
+from gptq_awq.export.gguf_layout import modules_by_tensor
 from gptq_awq.runtime.options import checked_dataclass
 from gptq_awq.storage.headers import check_gguf
 
@@ -47,18 +47,25 @@ class ImatrixFormat:
     calibrates: bool = True
     holds_weights: bool = False
 
-    def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:  # noqa: ARG002
-        """Raise UserError for an architecture that llama.cpp doesn't support."""
-        check_architecture(config)
+    def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:
+        """Accept every grid, as no weights are stored."""
+
+    def check_model(self, linears: Sequence[LinearSpec], model: PreTrainedModel, tokenizer: Any) -> list[str]:  # noqa: ARG002
+        """Raise UserError for an architecture that llama.cpp's converter doesn't know."""
+        modules_by_tensor(model)
+        return []
 
     def write(self, source: Source, folder: Path) -> None:
         """Write imatrix.gguf and the model's config.json."""
         assert source.inputs is not None  # `calibrates`
-        config, inputs = source.model.config, source.inputs
-        tensors = dict(architecture(config).modules(config.num_hidden_layers))
-        entries = {f"{tensor}.weight": inputs[module] for tensor, module in tensors.items() if module in inputs}
+        inputs, tensors = source.inputs, modules_by_tensor(source.model)
+        entries = {
+            f"{tensor}.weight": [inputs[module] for module in modules]
+            for tensor, modules in tensors.items()
+            if all(module in inputs for module in modules)
+        }
         write_imatrix(folder / "imatrix.gguf", entries)
-        write_config(source, folder, source.model.dtype, None)
+        write_config(source.model, folder, source.model.dtype, None)
 
     def decoder(self) -> str:
         """Name of the decoder."""
@@ -144,15 +151,17 @@ def _legacy_entries(file: BinaryIO, magic: bytes, size: int) -> Iterator[tuple[s
         yield name, squares[None]
 
 
-def squares_by_module(squares: Mapping[str, Squares], config: Any) -> dict[str, Squares]:
+def squares_by_module(squares: Mapping[str, Squares], model: PreTrainedModel) -> dict[str, Squares]:
     """Mean squares by a module's full name in transformers.
 
     Raises:
         UserError: the model's architecture has no such tensors.
     """
-    check_architecture(config)
-    tensors = dict(architecture(config).modules(config.num_hidden_layers))
-    found = {tensors[name]: own for name, own in squares.items() if name in tensors}
+    tensors, found = modules_by_tensor(model), {}
+    for name, own in squares.items():
+        modules = tensors.get(name, [])
+        for number, module in enumerate(modules):
+            found[module] = own[number : number + 1] if len(own) == len(modules) else own[:1]
     if not found:
         raise UserError(f"data.imatrix: has {next(iter(squares))} and the like, none of which the model has")
     return found

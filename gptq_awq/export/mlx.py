@@ -100,7 +100,7 @@ class MLXFormat:
         quantization = quantization_config(grids)
         # mlx-lm reads `quantization`, the hub displays `quantization_config`.
         config = read_config(folder) | {"quantization": quantization, "quantization_config": quantization}
-        (folder / "config.json").write_text(json.dumps(legacy_config(config), indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     def decoder(self) -> str:
         """Name of the decoder: MLX where it is installed, else our own reader."""
@@ -186,30 +186,6 @@ def quantization_config(grids: Mapping[str, Grid]) -> dict[str, Any]:
 
 def _entry(size: tuple[int, int, str]) -> dict[str, Any]:
     return {"group_size": size[0], "bits": size[1], "mode": size[2]}
-
-
-def legacy_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the options that mlx-lm's models read at the top level of config.json, as before transformers 5.
-
-    Most models silently ignore `rope_parameters` and would use a default base, or no scaling.
-    """
-    rope: dict[str, Any] = config.get("rope_parameters") or {}
-    found: dict[str, Any] = {}
-    if "sliding_attention" in rope:
-        found["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
-    rope = rope.get("full_attention", rope)
-    found |= {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
-    if rope.get("rope_type", "default") != "default":
-        found["rope_scaling"] = rope | {"type": rope["rope_type"]}
-    if config.get("model_type") == "gpt_neox":
-        found |= {"rotary_emb_base": rope.get("rope_theta"), "rotary_pct": rope.get("partial_rotary_factor")}
-    if config.get("model_type") == "gpt2":
-        found["n_ctx"] = config.get("n_positions")
-    layers = config.get("layer_types") or []
-    if {"sliding_attention", "full_attention"} <= set(layers):
-        found["sliding_window_pattern"] = layers.index("full_attention") + 1
-    missing = {key: value for key, value in found.items() if value is not None and config.get(key) is None}
-    return dict(config) | missing
 
 
 def _renamed(name: str, old: str, new: str) -> str:

@@ -13,12 +13,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, Format, Source
@@ -92,8 +94,8 @@ class VerificationRecord:
         """Record a checkpoint just written to `folder`; weights are hashed in memory, files on disk."""
         rounded = getattr(format_, "rounded", None)
         files = [path for path in sorted(folder.iterdir()) if path.name not in (RECORD, CARD)]
-        weights = {}
-        for name, weight in source.weights.items():
+        weights, own_names = {}, getattr(format_, "stored", None)
+        for name, weight in (own_names(source) if own_names else source.weights).items():
             dequantized = weight.dequantize()
             if rounded is not None:
                 weights[name] = {"weight": tensor_sha256(rounded(dequantized))}
@@ -254,7 +256,7 @@ def decoding(folder: Path) -> Iterator[None]:
 
 
 def _check_equal(decoded: Decoded, expected: Mapping[str, str], folder: Path) -> None:
-    if "codes" in expected and (decoded.codes is None or tensor_sha256(decoded.codes) != expected["codes"]):
+    if "codes" in expected and decoded.codes is not None and tensor_sha256(decoded.codes) != expected["codes"]:
         raise UserError(f"{folder}: the codes of {decoded.name} are not those that were scored")
     if tensor_sha256(decoded.weight) != expected["weight"]:
         raise UserError(f"{folder}: the weights of {decoded.name} are not those that were scored")
@@ -298,6 +300,9 @@ def _reference_model(folder: Path, format_: Format) -> PreTrainedModel:
     _check_size(model, sum(tensor.numel() for tensor in (plain | decoded).values()), folder)
     model = auto_class(made).from_config(made, dtype=torch.float32).eval()
     own = {name: parameter for name, parameter in model.state_dict().items()}
+    if any(".experts." in name and name not in own for name in decoded):
+        packed = tuple(f"{name.removesuffix('weight')}weight_" for name in decoded)
+        return _loaded(made, {n: tensor for n, tensor in plain.items() if not n.startswith(packed)} | decoded)
     state = {name: t for name, t in plain.items() if name in own and t.shape == own[name].shape}
     state |= decoded
     missing, _ = model.load_state_dict(state, strict=False)
@@ -306,6 +311,19 @@ def _reference_model(folder: Path, format_: Format) -> PreTrainedModel:
         raise UserError(f"{folder}: holds no {lost[0]}")
     model.tie_weights()
     return model
+
+
+def _loaded(config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+    """Build a model from a checkpoint's own names, as transformers loads one. Raises UserError if some are missing."""
+    with TemporaryDirectory() as folder:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(folder) / "model.safetensors")
+        GenerationConfig().save_pretrained(folder)
+        model, found = auto_class(config).from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    if lost := sorted(found["missing_keys"]):
+        raise UserError(f"the checkpoint holds no {lost[0]}")
+    return model.eval()
 
 
 def _check_size(model: PreTrainedModel, numbers: int, folder: Path) -> None:

@@ -13,9 +13,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gptq_awq.errors import UserError
-from gptq_awq.export.base import Format, LinearSpec, Source
+from gptq_awq.export.base import ChecksModel, Format, LinearSpec, Source
 from gptq_awq.export.card import model_card
-from gptq_awq.export.gguf import GGUFFormat
 from gptq_awq.export.lint import lint
 from gptq_awq.export.verify import Probe, VerificationRecord, verify
 from gptq_awq.models.auto_class import also_sees
@@ -25,8 +24,10 @@ from gptq_awq.runtime.progress import Track
 
 log = logging.getLogger(__name__)
 CARD = "README.md"
-MULTIMODAL = ("hf", "compressed_tensors")
-"""Formats for multimodal models: their configs name every layer that is quantized, or that isn't."""
+MULTIMODAL = ("hf", "compressed_tensors", "gguf")
+"""Formats for multimodal models: their configs name every layer that is quantized, or they hold the text part."""
+MIXTURES = ("hf", "gguf", "compressed_tensors")
+"""Formats for mixtures of experts."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,10 @@ class Exports:
         for format_ in self.formats:
             if not linears and format_.name not in ("hf", "gguf", "imatrix"):
                 raise UserError(f"export.formats={format_.name}: nothing is quantized; hf and gguf hold plain weights")
-            if format_.name != "hf" and experts_in(model):
+            if format_.name not in MIXTURES and experts_in(model):
                 raise UserError(
-                    f"export.formats={format_.name}: mixtures of experts can be exported as hf only, so far"
+                    f"export.formats={format_.name}: its readers want no fused experts; choose "
+                    f"export.formats=[{'] or ['.join(MIXTURES)}]"
                 )
             if also_sees(model.config) and format_.name not in MULTIMODAL:
                 raise UserError(
@@ -80,8 +82,9 @@ class Exports:
                     f"holds more; choose export.formats=[{'] or ['.join(MULTIMODAL)}]"
                 )
             format_.check(linears, model.config)
-            if isinstance(format_, GGUFFormat):
-                format_.check_tokenizer(tokenizer, len(model.get_input_embeddings().get_parameter("weight")))
+            if isinstance(format_, ChecksModel):
+                for note in format_.check_model(linears, model, tokenizer):
+                    log.warning("export.formats: %s", note)
         for line in self.notes(linears, model.config):
             log.info("%s", line)
 

@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+import transformers
 from helpers.quantized_weights import (
+    NoTokenizer,
     assert_decodes,
     assert_same,
     from_codes,
@@ -12,14 +14,17 @@ from helpers.quantized_weights import (
     quantized,
     rounded_source,
     save_packed,
+    source_specs,
     specs,
     tiny_source,
 )
 from helpers.tiny_models import tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+from gptq_awq import quantize_model
 from gptq_awq.errors import UserError
 from gptq_awq.export import compressed_tensors
+from gptq_awq.export.base import Source
 from gptq_awq.export.compressed_tensors import (
     CompressedTensorsFormat,
     library_reads,
@@ -28,7 +33,12 @@ from gptq_awq.export.compressed_tensors import (
     quantization_config,
 )
 from gptq_awq.export.folder import FolderTensors
+from gptq_awq.export.verify import Probe, reference_model, verify
+from gptq_awq.export.write import Exports
+from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.per_layer import PerLayerGrid
+from gptq_awq.models.experts import unfuse
+from gptq_awq.runtime.progress import no_track
 
 LLAMA = LlamaConfig()
 READERS = ("library", "own")
@@ -169,3 +179,30 @@ def test_transformers_computes_the_very_same_logits(layout, options, tmp_path, t
     assert len(decoded) == len(source.weights)
     for one in decoded:
         assert_same(one, source.weights[one.name])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "deepseek-v3"])
+def test_experts_are_linears_of_their_own_and_transformers_reads_them(name, tmp_path):
+    model = tiny_model(name)
+    unfuse(model)
+    weights = quantize_model(model, method="rtn", grid=IntGrid(4, 16, sym=True, scale_dtype="float16")).weights
+    source, tokens = Source(model, NoTokenizer(), name, weights), tiny_tokens(1, 24)
+    exports = Exports((CompressedTensorsFormat(dtype="float32"),))
+    exports.check(source_specs(source), model, None)
+    (done,) = exports.write(source, tmp_path, Probe.of(model, tokens, "x"), {}, no_track)
+    assert verify(done.path).with_codes
+    names = set(FolderTensors(done.path))
+    assert any(".experts.3." in n and n.endswith("weight_packed") for n in names)
+    with torch.no_grad():
+        ours, rebuilt = model(tokens).logits, reference_model(done.path)(tokens).logits
+        read = transformers.AutoModelForCausalLM.from_pretrained(done.path, dtype=torch.float32)(tokens).logits
+    torch.testing.assert_close(rebuilt, ours, rtol=0, atol=1e-5)
+    torch.testing.assert_close(read, ours, rtol=0, atol=1e-5)
+
+
+def test_experts_that_checkpoints_keep_in_one_tensor_are_refused_before_calibration():
+    model = tiny_model("gpt-oss")
+    unfuse(model)
+    weights = quantize_model(model, method="rtn", grid=IntGrid(4, 32, sym=True, scale_dtype="float16")).weights
+    with pytest.raises(UserError, match=r"GptOssForCausalLM keep .* in one tensor"):
+        CompressedTensorsFormat().check_model(source_specs(Source(model, None, "x", weights)), model, None)

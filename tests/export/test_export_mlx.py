@@ -12,7 +12,8 @@ from helpers.tiny_models import CONFIGS, tiny_model, tiny_tokens
 import gptq_awq.export.mlx as mlx_format
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Format, LinearSpec
-from gptq_awq.export.mlx import BITS, GROUPS, MLXFormat, legacy_config, pack, quantization_config
+from gptq_awq.export.folder import legacy_config
+from gptq_awq.export.mlx import BITS, GROUPS, MLXFormat, pack, quantization_config
 from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.kquant import KGrid

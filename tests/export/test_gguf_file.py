@@ -1,223 +1,215 @@
-"""GGUF files: tensors in llama.cpp's terms, hyperparameters, tokenizers; read back by transformers and llama.cpp."""
+"""GGUF files: llama.cpp's converter writes them, codes go where it puts weights, readers find the same model."""
 
+import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import transformers as T  # noqa: N812
-from gguf import MODEL_ARCH, get_tensor_name_map
-from helpers.gguf_models import FIELDS, GEMMA, LLAMA3, VARIANTS, YARN, bpe, built, fields
-from helpers.tiny_models import CONFIGS, GROUPED
+from helpers.gguf_models import GEMMA, VARIANTS, bpe, built, exported, fields
+from helpers.quantized_weights import assert_decodes, rounded_source
+from helpers.tiny_models import GROUPED, MIXTURES, tiny_model, tiny_tokens
 
 from gptq_awq.errors import UserError
-from gptq_awq.export.gguf_architecture import ARCHITECTURES, rope_factors
-from gptq_awq.export.gguf_blocks import pack, unpack_codes
-from gptq_awq.export.gguf_file import check_architecture, read_gguf, rows, write_gguf
+from gptq_awq.export.base import LinearSpec, Source
+from gptq_awq.export.engines import answer, compare, find
+from gptq_awq.export.gguf import GGUFFormat
+from gptq_awq.export.gguf_file import read_gguf
+from gptq_awq.export.gguf_layout import LAYOUT, Layout
+from gptq_awq.export.verify import Probe, reference_model, verify
+from gptq_awq.export.write import Exports
+from gptq_awq.grids.mix import llama_grid
+from gptq_awq.models.experts import unfuse
+from gptq_awq.runtime.progress import no_track
+
+pytestmark = pytest.mark.usefixtures("converter")
+Q8 = llama_grid("q8_0")
+WIDE = GROUPED | {"intermediate_size": 96, "num_experts_per_tok": 2}
+"""Widths that blocks of 32 divide, experts' too."""
 
 
-def weights(model):
-    """Module → matrix (out, in) or vector, biases by their own names; what read_gguf should say."""
+def matrices(model):
+    """Parameters by name, matrices as (out, in), which a file should give back."""
     for name, parameter in model.named_parameters():
         module = model.get_submodule(name.rpartition(".")[0])
-        is_conv1d = type(module).__name__ == "Conv1D" and parameter.dim() == 2
-        yield name.removesuffix(".weight"), (parameter.T if is_conv1d else parameter).numpy()
+        yield name, (parameter.T if type(module).__name__ == "Conv1D" and parameter.dim() == 2 else parameter).numpy()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+PLAIN = [variant for variant in VARIANTS if variant != "gemma3"]
+"""gemma3's converter counts the tokens of a tokenizer."""
+
+
+@pytest.mark.parametrize("variant", PLAIN)
 def test_reading_a_file_gives_back_every_parameter(variant, tmp_path):
     model = built(variant)
-    write_gguf(tmp_path / "m.gguf", model, None, {}, "F32", FIELDS)
-    read = {tensor.name: tensor.weight for tensor in read_gguf(tmp_path / "m.gguf")}
-    wanted = dict(weights(model))
+    path = exported(tmp_path, model, plain_dtype="F32")
+    read = {tensor.name: tensor.weight for tensor in read_gguf(path, Layout.read(tmp_path))}
+    wanted = dict(matrices(model))
     assert read.keys() == wanted.keys()
     for name, weight in wanted.items():
-        shifted = "gemma" in variant and weight.ndim == 1  # 1 + w is what a file holds
-        np.testing.assert_allclose(read[name], weight, rtol=0, atol=2e-7 if shifted else 0)
+        np.testing.assert_array_equal(read[name], weight)
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_tensors_are_named_as_the_gguf_library_maps_them(model_type):
-    arch = ARCHITECTURES[model_type]
-    (enum,) = [a for a in MODEL_ARCH if a.name.lower() == arch.name]
-    names = get_tensor_name_map(enum, 3)
-    for tensor, module in arch.modules(3):
-        if module != "lm_head":  # which the library maps for all architectures, also those that never have it
-            assert names.get_name(module) == tensor
-
-
-@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3-wide", "gemma2", "gemma3", "gpt2-untied", "phi3"])
-def test_transformers_reads_the_same_model(variant, tmp_path):
+def test_transformers_reads_the_same_model(tmp_path):
     tokenizer = bpe(["bytes of words"], pad_token="<|end|>")
-    model = built(variant, len(tokenizer))
-    write_gguf(tmp_path / "m.gguf", model, tokenizer, {}, "F32", FIELDS)
-    read = T.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    model = built("llama", len(tokenizer))
+    exported(tmp_path, model, tokenizer, plain_dtype="F32", pre="gpt-2")
+    read = T.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
     theirs = dict(read.named_parameters())
-    assert type(read) is type(model)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(theirs[name], parameter, rtol=0, atol=2e-7 if "norm" in name else 0)
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3-wide", "gpt2", "gpt-neox", "mixtral", "gpt-oss"])
+def test_codes_follow_weights_wherever_the_converter_puts_them(variant, tmp_path):
+    model = mixture(variant) if variant in MIXTURES else built(variant)
+    assert_decodes(GGUFFormat(), replace(rounded_source(model, Q8), tokenizer=None), tmp_path)
+
+
+def mixture(name):
+    """A tiny mixture whose experts are linears, in widths that blocks divide."""
+    if name == "gpt-oss":
+        model = T.AutoModelForCausalLM.from_config(T.GptOssConfig(**WIDE, head_dim=16, num_local_experts=4))
+        model.eval().requires_grad_(False)
+    else:
+        model = tiny_model(name)
+    unfuse(model)
+    return model
+
+
+def test_experts_of_one_tensor_want_one_grid(tmp_path):
+    source = rounded_source(mixture("mixtral"), Q8)
+    name = "model.layers.0.mlp.experts.down_proj.1"
+    linears = [
+        LinearSpec(n, *w.codes.shape, llama_grid("q4_0") if n == name else w.grid) for n, w in source.weights.items()
+    ]
+    with pytest.raises(UserError, match=r"one block type for .*down_proj\.\d\.weight \(Q8_0\)"):
+        GGUFFormat().check_model(linears, source.model, None)
+
+
+def test_weights_whose_codes_cannot_follow_are_stored_exactly_and_said(tmp_path):
+    # llama.cpp keeps half of DeepSeek's kv_b_proj transposed.
+    model = tiny_model("deepseek-v3")
+    unfuse(model)
+    name = "model.layers.0.self_attn.kv_b_proj"
+    source = rounded_source(model, Q8)
+    source = Source(model, None, "tiny", {name: source.weights[name]})
+    (note,) = GGUFFormat().check_model([LinearSpec(name, *source.weights[name].codes.shape, Q8)], model, None)
+    assert "blk.0.attn_k_b.weight" in note
+    assert "float32" in note
+    GGUFFormat().write(source, tmp_path)
+    (decoded,) = GGUFFormat().decode(tmp_path)
+    assert decoded.name == name
+    assert torch.equal(decoded.weight, source.weights[name].dequantize())
 
 
 @pytest.mark.parametrize("plain", ["F16", "BF16"])
 def test_matrices_are_rounded_once_and_vectors_never(plain, tmp_path):
     model = built("llama")
-    write_gguf(tmp_path / "m.gguf", model, None, {}, plain, FIELDS)
-    for tensor in read_gguf(tmp_path / "m.gguf"):
-        weight = model.get_submodule(tensor.name).weight
+    path = exported(tmp_path, model, plain_dtype=plain)
+    dtype = {"F16": torch.float16, "BF16": torch.bfloat16}[plain]
+    for tensor in read_gguf(path, Layout.read(tmp_path)):
+        weight = model.state_dict()[tensor.name]
         assert tensor.ggml_type == ("F32" if weight.dim() == 1 else plain)
-        dtype = {"F16": torch.float16, "BF16": torch.bfloat16}[plain] if weight.dim() == 2 else torch.float32
-        np.testing.assert_array_equal(tensor.weight, weight.to(dtype).float())
-
-
-def q8(model, *names, seed=0):
-    """Random blocks and their codes for some modules."""
-    draw = torch.Generator().manual_seed(seed)
-    packed, codes = {}, {}
-    for name in names:
-        weight = model.get_submodule(name).weight
-        out, columns = weight.T.shape if type(model.get_submodule(name)).__name__ == "Conv1D" else weight.shape
-        codes[name] = torch.randint(0, 256, (out, columns), generator=draw, dtype=torch.uint8)
-        scales = torch.rand(out, columns // 32, generator=draw).half().float()
-        packed[name] = "Q8_0", pack("Q8_0", codes[name], scales, None, {})
-    return packed, codes
-
-
-@pytest.mark.parametrize(
-    ("variant", "names"),
-    [
-        ("llama", [f"model.layers.1.self_attn.{x}_proj" for x in "qkvo"]),
-        ("gpt-neox", ["gpt_neox.layers.0.attention.query_key_value"]),
-        ("gpt2", ["transformer.h.1.attn.c_attn", "transformer.wte"]),
-    ],
-)
-def test_packed_codes_come_back_in_the_order_of_the_module(variant, names, tmp_path):
-    model = built(variant)
-    packed, codes = q8(model, *names)
-    write_gguf(tmp_path / "m.gguf", model, None, packed, "F16", FIELDS)
-    read = {tensor.name: tensor for tensor in read_gguf(tmp_path / "m.gguf")}
-    for name in names:
-        assert read[name].ggml_type == "Q8_0"
-        np.testing.assert_array_equal(unpack_codes("Q8_0", read[name].data), codes[name])
-        np.testing.assert_array_equal(read[name].data, packed[name][1])
-
-
-def test_rows_of_a_llamas_queries_interleave_the_halves_of_each_head():
-    config = T.LlamaConfig(**GROUPED)
-    order = rows("model.layers.0.self_attn.k_proj", config)
-    assert order[:6].tolist() == [0, 8, 1, 9, 2, 10]
-    assert sorted(order) == list(range(32))
-    assert rows("model.layers.0.self_attn.v_proj", config) is None
-    assert rows("model.layers.0.self_attn.q_proj", T.Qwen2Config(**GROUPED)) is None
-
-
-def test_llama_3s_rope_factors_are_those_of_transformers():
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    config = T.LlamaConfig(**GROUPED | {"head_dim": 128}, rope_parameters=LLAMA3 | {"rope_theta": 1e3})
-    stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    plain = 1e3 ** -(torch.arange(0, 128, 2) / 128)
-    np.testing.assert_allclose(rope_factors(config), plain / stretched, rtol=1e-5)
-    assert rope_factors(T.LlamaConfig(**GROUPED)) is None
+        np.testing.assert_array_equal(tensor.weight, weight.to(torch.float32 if weight.dim() == 1 else dtype).float())
 
 
 def test_a_file_describes_itself(tmp_path):
-    model = built("llama-biased")
-    packed, _ = q8(model, "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj")
-    write_gguf(tmp_path / "m.gguf", model, None, packed, "F16", FIELDS | {"description": "small"})
-    found = fields(tmp_path / "m.gguf")
+    source = rounded_source(built("llama-biased"), Q8)
+    found = fields(exported(tmp_path, source.model, weights=source.weights))
     wanted = {
         "general.architecture": "llama",
         "general.name": "tiny",
-        "general.description": "small",
         "general.file_type": 7,
-        "general.quantization_version": 2,
-        "gptq_awq.method": "none",
         "llama.context_length": 128,
         "llama.attention.head_count_kv": 2,
-        "llama.attention.key_length": 32,
-        "llama.rope.dimension_count": 32,
         "llama.rope.freq_base": 10000.0,
         "llama.vocab_size": 64,
-        "tokenizer.ggml.model": "none",
     }
     assert {key: found.get(key) for key in wanted} == wanted
 
 
-def test_a_mix_of_k_quants_is_called_medium(tmp_path):
-    model = T.LlamaForCausalLM(T.LlamaConfig(**GROUPED | {"hidden_size": 256, "head_dim": 64}))
-
-    def blocks(kind, name, size):
-        return kind, np.zeros((len(model.get_submodule(name).weight), size), np.uint8)
-
-    names = [f"model.layers.0.self_attn.{x}_proj" for x in "qkv"]
-    head = {"lm_head": blocks("Q6_K", "lm_head", 210)}
-    small = {name: blocks("Q4_K", name, 144) for name in names} | head
-    for packed, file_type in ((small, 14), (small | {names[2]: blocks("Q6_K", names[2], 210)}, 15), (head, 18)):
-        write_gguf(tmp_path / "m.gguf", model, None, packed, "F16", FIELDS)
-        assert fields(tmp_path / "m.gguf")["general.file_type"] == file_type
-
-
-def test_a_tied_head_is_stored_once_unless_it_is_packed_apart(tmp_path):
-    model = built("qwen3-wide")
-    both, _ = q8(model, "lm_head", "model.embed_tokens")
-    for packed, wanted in (
-        ({}, {"model.embed_tokens": "F16"}),
-        ({"lm_head": both["lm_head"]}, {"model.embed_tokens": "F16", "lm_head": "Q8_0"}),
-        ({"model.embed_tokens": both["model.embed_tokens"]}, {"model.embed_tokens": "Q8_0"}),
-    ):
-        write_gguf(tmp_path / "m.gguf", model, None, packed, "F16", FIELDS)
-        read = {tensor.name: tensor.ggml_type for tensor in read_gguf(tmp_path / "m.gguf")}
-        assert {name: read[name] for name in ("model.embed_tokens", "lm_head") if name in read} == wanted
-
-
 def test_where_llama_cpp_ignores_windows_the_context_is_one_window(tmp_path, caplog):
-    model = T.MistralForCausalLM(T.MistralConfig(**GROUPED, sliding_window=32))
+    model = T.MistralForCausalLM(T.MistralConfig(**GROUPED, sliding_window=32)).requires_grad_(False)
     with caplog.at_level(logging.WARNING):
-        write_gguf(tmp_path / "m.gguf", model, None, {}, "F16", FIELDS)
-    assert fields(tmp_path / "m.gguf")["llama.context_length"] == 32
+        path = exported(tmp_path, model)
+    assert fields(path)["llama.context_length"] == 32
     assert "sliding windows" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("config", "says"),
-    [
-        (lambda: CONFIGS["opt"](), "written for llama, mistral, .* not for opt"),
-        (lambda: T.LlamaConfig(**GROUPED, hidden_act="gelu"), "no gelu activation"),
-        (
-            lambda: T.LlamaConfig(
-                **GROUPED, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-            ),
-            "dynamic",
-        ),
-        (lambda: T.LlamaConfig(**GROUPED, rope_parameters=YARN), "no yarn rope"),
-        (lambda: T.Qwen3Config(**GROUPED, attention_bias=True), "no attention_bias"),
-        (lambda: T.Qwen2Config(**GROUPED, head_dim=32), "attention wider"),
-        (lambda: T.GemmaConfig(**GEMMA, tie_word_embeddings=False), "output layer"),
-        (lambda: T.Gemma3TextConfig(**GEMMA, query_pre_attn_scalar=256), "query_pre_attn_scalar=256"),
-        (lambda: T.Gemma3TextConfig(**GEMMA, query_pre_attn_scalar=16, use_bidirectional_attention=True), "bidirect"),
-        (lambda: T.GPT2Config(scale_attn_by_inverse_layer_idx=True), "other scale"),
-        (lambda: T.GPTNeoXConfig(attention_bias=False), "attention without bias"),
-    ],
-)
-def test_what_llama_cpp_would_compute_otherwise_is_refused(config, says):
-    with pytest.raises(UserError, match=says):
-        check_architecture(config())
+def test_what_the_converter_does_not_know_is_refused_before_anything_is_calibrated():
+    model = tiny_model("opt")
+    with pytest.raises(UserError, match="converter does not know OPTForCausalLM"):
+        GGUFFormat().check_model([], model, None)
 
 
-def test_wrong_requests_are_refused(tmp_path):
-    path, model = tmp_path / "m.gguf", built("gemma")
-    with pytest.raises(UserError, match="plain_dtype=F8"):
-        write_gguf(path, model, None, {}, "F8", FIELDS)
-    with pytest.raises(ValueError, match=r"no module model\.nothing"):
-        write_gguf(path, model, None, {"model.nothing": ("Q8_0", np.zeros((1, 34), np.uint8))}, "F16", FIELDS)
-    with pytest.raises(UserError, match="no output layer"):
-        write_gguf(path, model, None, q8(model, "lm_head")[0], "F16", FIELDS)
-    with pytest.raises(ValueError, match="don't hold"):
-        write_gguf(path, model, None, {"model.embed_tokens": ("Q8_0", np.zeros((64, 34), np.uint8))}, "F16", FIELDS)
-    model.model.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(UserError, match=r"no place for model\.extra"):
-        write_gguf(path, model, None, {}, "F16", FIELDS)
+def test_a_value_that_the_dtype_does_not_hold_is_refused(tmp_path):
     large = built("llama")
     large.model.layers[0].mlp.up_proj.weight[0, 0] = 1e5
-    with pytest.raises(UserError, match="F16 cannot hold"):
-        write_gguf(path, large, None, {}, "F16", FIELDS)
+    with pytest.raises(UserError, match=r"F16 cannot hold blk\.0\.ffn_up\.weight"):
+        exported(tmp_path, large)
+
+
+def test_a_folder_that_is_no_checkout_is_named():
+    with pytest.raises(UserError, match=r"export\.gguf\.converter=/nowhere: there is no conversion/ folder"):
+        GGUFFormat(converter="/nowhere").check_model([], tiny_model("llama"), None)
+
+
+def test_a_layout_that_is_of_another_file_is_one_line(tmp_path):
+    path = exported(tmp_path, built("llama"))
+    layout = Layout.read(tmp_path)
+    runs = dict(layout.runs) | {"output_norm.weight": layout.runs["output.weight"]}
+    with pytest.raises(UserError, match="not what its layout says"):
+        list(read_gguf(path, Layout(layout.numbering, runs)))
+
+
+def test_a_checkpoint_is_verified_and_rebuilt_without_the_converter(tmp_path, monkeypatch):
+    monkeypatch.setitem(GEMMA, "tie_word_embeddings", True)
+    source = rounded_source(built("gemma2"), Q8)  # its norms are stored + 1
+    tokens = tiny_tokens(2, 16)
+    exports = Exports((GGUFFormat(plain_dtype="F32"),))
+    source = Source(source.model, None, "tiny", source.weights)
+    (done,) = exports.write(source, tmp_path, Probe.of(source.model, tokens, "x"), {}, no_track)
+    monkeypatch.setattr("gptq_awq.export.gguf.converter_root", lambda _: pytest.fail("asked for the converter"))
+    assert verify(done.path).weights == len(source.weights)
+    with torch.no_grad():
+        torch.testing.assert_close(reference_model(done.path)(tokens).logits, source.model(tokens).logits)
+    assert LAYOUT in json.loads((done.path / "verification.json").read_text())["files"]
+
+
+# llama.cpp, where it is installed.
+
+
+@pytest.fixture(scope="module")
+def llama_cpp():
+    if find("xllamacpp", "gguf") is None:
+        pytest.skip("engine xllamacpp is not installed (scripts/install_engine.py xllamacpp)")
+    return lambda path, ids: answer("xllamacpp", path, ids, "gguf").logits
+
+
+@pytest.mark.parametrize("variant", PLAIN)
+def test_llama_cpp_computes_the_same_distributions(variant, llama_cpp, tmp_path):
+    model, ids = built(variant), tiny_tokens(1, 48)
+    with torch.no_grad():
+        ours = model(ids).logits
+    found = compare(ours, llama_cpp(exported(tmp_path, model, plain_dtype="F32"), ids), ids)
+    assert found.max_kl < 1e-6  # it looks gelu up in a table of float16
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek-v3"])
+def test_llama_cpp_routes_as_the_mixture_in_memory_does(name, llama_cpp, tmp_path):
+    model, ids = mixture(name), tiny_tokens(1, 24)
+    with torch.no_grad():
+        ours = model(ids).logits
+    found = compare(ours, llama_cpp(exported(tmp_path, model, plain_dtype="F32"), ids), ids)
+    assert found.max_kl < 1e-6
+
+
+def test_llama_cpp_computes_what_the_rounded_model_does(llama_cpp, tmp_path):
+    source, ids = rounded_source(built("llama"), Q8), tiny_tokens(1, 24)
+    path = exported(tmp_path, source.model, weights=source.weights, plain_dtype="F32")
+    with torch.no_grad():
+        ours = source.model(ids).logits
+    assert compare(ours, llama_cpp(path, ids), ids).mean_kl < 3e-3  # its kernels round activations to 8 bits

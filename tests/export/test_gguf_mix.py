@@ -3,22 +3,22 @@
 import subprocess
 
 import pytest
+from helpers.gguf_models import exported
 
 from gptq_awq.export.engines import find
 from gptq_awq.export.gguf import ggml_type
-from gptq_awq.export.gguf_file import read_gguf, write_gguf
+from gptq_awq.export.gguf_file import read_gguf
+from gptq_awq.export.gguf_layout import Layout
 from gptq_awq.grids.mix import BASE, LlamaMix
 from gptq_awq.models.load import load_folder
 from gptq_awq.quantization.targets import assign_grids
 
 
 @pytest.fixture(scope="module")
-def full(stories15m, tmp_path_factory):
+def full(stories15m, converter, tmp_path_factory):
     """A float32 GGUF file of a real model and the model itself."""
     model, tokenizer = load_folder(stories15m, "float32", "cpu", "test")
-    path = tmp_path_factory.mktemp("gguf") / "full.gguf"
-    write_gguf(path, model, tokenizer, {}, "F32", {})
-    return path, model
+    return exported(tmp_path_factory.mktemp("gguf"), model, tokenizer, plain_dtype="F32"), model
 
 
 @pytest.mark.parametrize("kind", [kind for kind in BASE if not kind.startswith("tq")])
@@ -29,7 +29,8 @@ def test_mixes_choose_what_llama_quantize_chooses(full, tmp_path, kind):
     path, model = full
     command = [python.parent / "llama-quantize", path, tmp_path / "q.gguf", kind.upper()]
     subprocess.run(command, check=True, capture_output=True)
-    theirs = {tensor.name: tensor.ggml_type for tensor in read_gguf(tmp_path / "q.gguf")}
+    read = read_gguf(tmp_path / "q.gguf", Layout.read(path.parent))
+    theirs = {tensor.name.removesuffix(".weight"): tensor.ggml_type for tensor in read}
     ours = {name: ggml_type(grid) for name, grid in assign_grids(model, LlamaMix(kind)).items()}
     assert ours == {name: theirs[name] for name in ours}
     assert {name for name, dtype in theirs.items() if dtype != "F32"} == set(ours)

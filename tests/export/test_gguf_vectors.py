@@ -14,9 +14,9 @@ from gptq_awq.api import quantize_model
 from gptq_awq.calibration.block_inputs import Settings
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
-from gptq_awq.export.gguf import ggml_type, pack_weight
+from gptq_awq.export.base import Source
+from gptq_awq.export.gguf import GGUFFormat, ggml_type, pack_weight
 from gptq_awq.export.gguf_blocks import BLOCK_TYPES, pack, unpack_codes
-from gptq_awq.export.gguf_file import read_gguf, write_gguf
 from gptq_awq.export.gguf_size import gguf_bytes_beside
 from gptq_awq.grids.gguf import GGUFGrid
 from gptq_awq.grids.mix import llama_grid
@@ -74,6 +74,7 @@ def allocated(budget, beside=0, **options):
     return allocate(tiny_model("llama"), tokens(), Method("gptq", GPTQ()), grid, settings, beside=beside)
 
 
+@pytest.mark.usefixtures("converter")
 def test_a_file_of_a_given_size_is_met_from_below(tmp_path):
     model = tiny_model("llama")
     names = [*allocated(8.5).chosen]
@@ -82,14 +83,13 @@ def test_a_file_of_a_given_size_is_met_from_below(tmp_path):
     grid = allocated(f"{budget / 1e6}MB", beside).grid
     assert len(set(grid.allocated.values())) > 1
     weights = quantize_model(model, None, "rtn", grid=grid).weights
-    packed = {name: pack_weight(weight) for name, weight in weights.items()}
-    assert {name: kind.lower() for name, (kind, _) in packed.items()} == grid.allocated
-    write_gguf(tmp_path / "model.gguf", model, None, packed, "F16", {"name": "model"})
+    assert {name: pack_weight(weight)[0].lower() for name, weight in weights.items()} == grid.allocated
+    GGUFFormat().write(Source(model, None, "model", weights), tmp_path)
     size = (tmp_path / "model.gguf").stat().st_size
     assert budget - 4000 < size <= budget
-    read = {tensor.name: tensor.weight for tensor in read_gguf(tmp_path / "model.gguf")}
+    read = {decoded.name: decoded.weight for decoded in GGUFFormat().decode(tmp_path)}
     for name, weight in weights.items():
-        assert np.array_equal(read[name], weight.dequantize().numpy())
+        assert torch.equal(read[name], weight.dequantize())
 
 
 def test_other_budgets_are_met():

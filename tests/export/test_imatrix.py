@@ -81,12 +81,13 @@ def test_what_is_no_importance_matrix_is_refused_by_name(content, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("converter")
 def test_names_are_those_of_the_model():
-    config = tiny_model("llama").config
-    found = squares_by_module({"blk.1.ffn_down": np.ones((1, 160), np.float32)}, config)
+    model = tiny_model("llama")
+    found = squares_by_module({"blk.1.ffn_down": np.ones((1, 160), np.float32)}, model)
     assert list(found) == ["model.layers.1.mlp.down_proj"]
     with pytest.raises(UserError, match="none of which the model has"):
-        squares_by_module({"blk.9.ffn_down": np.ones((1, 160), np.float32)}, config)
+        squares_by_module({"blk.9.ffn_down": np.ones((1, 160), np.float32)}, model)
 
 
 def test_rounding_to_squares_is_rounding_to_a_diagonal_h():

@@ -20,9 +20,9 @@ from gptq_awq.export.__main__ import main
 from gptq_awq.export.base import Source
 from gptq_awq.export.card import model_card
 from gptq_awq.export.formats import FORMATS
-from gptq_awq.export.gguf_tokenizer import modelfile
 from gptq_awq.export.gptq import GPTQFormat
 from gptq_awq.export.hf import HFFormat
+from gptq_awq.export.modelfile import modelfile
 from gptq_awq.export.packing import unpack_words
 from gptq_awq.export.public import names_only
 from gptq_awq.export.verify import RECORD, Probe, reference_model, verify

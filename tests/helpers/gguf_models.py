@@ -1,4 +1,4 @@
-"""Models, tokenizers and text for the tests of GGUF files."""
+"""Models, tokenizers and text for the tests of GGUF files, and files written from them."""
 
 import torch
 import transformers as T  # noqa: N812
@@ -6,6 +6,8 @@ from gguf import GGUFReader
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Split
 
+from gptq_awq.export.base import Source
+from gptq_awq.export.gguf import GGUFFormat
 from helpers.tiny_models import CONFIGS, GROUPED, SPECIAL
 
 LLAMA3 = {
@@ -67,7 +69,6 @@ CORPUS = [
     "CamelCaseWORDSmixedUP ÀÉÎõü //comment\n/// x /* y */\n\n/ !@#$%^&*()_+-=[]{}|;':\",./<>? a_b-c",
     "Ünïcödé 日本語テキスト 한국어 🚀😶‍🌫️ нещо на Български ?我想在apple工作1314151天～ \u00a0nbsp\u3000x",
 ]
-FIELDS = {"name": "tiny", "gptq_awq.method": "none"}
 
 
 def built(variant: str, vocab_size: int = 64):
@@ -82,7 +83,7 @@ def built(variant: str, vocab_size: int = 64):
 
 
 def bpe(steps, ignore_merges=False, **special):
-    """A byte-level tokenizer of some 500 tokens that splits texts in the way PRE_TOKENIZERS describes."""
+    """A byte-level tokenizer of some 500 tokens: "bytes of words", "digits", or "split REGEX" and "bytes"."""
     made = {
         "bytes of words": lambda: ByteLevel(add_prefix_space=False, use_regex=True),
         "bytes": lambda: ByteLevel(add_prefix_space=False, use_regex=False),
@@ -96,6 +97,12 @@ def bpe(steps, ignore_merges=False, **special):
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return T.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **({"eos_token": "<|end|>"} | special))
+
+
+def exported(folder, model, tokenizer=None, weights=None, **options):
+    """Write a model as GGUF, plain unless `weights` are given; the file's path."""
+    GGUFFormat(**options).write(Source(model, tokenizer, "tiny", weights or {}), folder)
+    return folder / "model.gguf"
 
 
 def fields(path):

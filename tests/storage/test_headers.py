@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.gguf_file import read_gguf
+from gptq_awq.export.gguf_layout import Layout
+from gptq_awq.export.placement import Numbering, Runs
 from gptq_awq.models.gguf_claims import checked_gguf
 from gptq_awq.storage.bounded import read_bytes, read_json, read_yaml
 from gptq_awq.storage.checksummed import ChecksummedFile, DamagedError
@@ -21,6 +23,15 @@ from gptq_awq.storage.headers import check_gguf, safetensors_places
 from gptq_awq.storage.journal import Journal
 
 FUZZ = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+SHAPES = {"embed": (3, 32), "up": (64, 32)}
+STARTS = Numbering.of(SHAPES).first
+LAYOUT = Layout(
+    Numbering.of(SHAPES),
+    {
+        "token_embd.weight": Runs(np.array([STARTS["embed"]]), np.array([96])),
+        "blk.0.ffn_up.weight": Runs(np.array([STARTS["up"]]), np.array([2048])),
+    },
+)
 MANY = settings(FUZZ, max_examples=5000)
 
 
@@ -101,7 +112,7 @@ def test_a_gguf_file_that_claims_what_it_does_not_hold_is_refused(what, tmp_path
         code, value = f"{4 * 2 + 8}s", struct.pack(code, *value)
     claim(path, after, code, value)
     assert isinstance(within(lambda: check_gguf(path)), ValueError)
-    error = within(lambda: list(read_gguf(path)))
+    error = within(lambda: list(read_gguf(path, LAYOUT)))
     assert isinstance(error, UserError)
     assert "\n" not in str(error)
 
@@ -119,7 +130,7 @@ def damaged(content, at, damage):
 
 
 def gguf_ends_in_one_line(path):
-    error = within(lambda: list(read_gguf(path)))
+    error = within(lambda: list(read_gguf(path, LAYOUT)))
     assert error is None or isinstance(error, UserError), repr(error)
 
 

@@ -1,5 +1,15 @@
 """Inference engines, each in its own Python environment, that compute logits from a checkpoint for comparison."""
 
-from gptq_awq.export.engines.run import ENGINES, Comparison, Engine, EngineAnswer, FormatSupport, answer, compare, find
+from gptq_awq.export.engines.run import (
+    ENGINES,
+    Comparison,
+    Engine,
+    EngineAnswer,
+    FormatSupport,
+    answer,
+    compare,
+    find,
+    tokenize,
+)
 
-__all__ = ["ENGINES", "Comparison", "Engine", "EngineAnswer", "FormatSupport", "answer", "compare", "find"]
+__all__ = ["ENGINES", "Comparison", "Engine", "EngineAnswer", "FormatSupport", "answer", "compare", "find", "tokenize"]

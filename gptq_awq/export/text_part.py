@@ -1,0 +1,51 @@
+"""The language model within a model that also sees, as the causal language model that its text config describes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from gptq_awq.errors import UserError
+from gptq_awq.export.base import LinearSpec, Source
+
+
+def text_part(model: PreTrainedModel) -> PreTrainedModel:
+    """A causal language model that shares the modules of the model's decoder and head.
+
+    Raises:
+        UserError: transformers has no causal language model of this decoder.
+    """
+    config, decoder = model.config.get_text_config(), model.get_decoder()
+    try:
+        with torch.device("meta"):
+            shell = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise UserError(f"export.formats: transformers has no causal language model of {config.model_type}") from error
+    own = getattr(shell, shell.base_model_prefix, None)
+    if type(own) is not type(decoder):
+        raise UserError(f"export.formats: {type(model).__name__}'s decoder is not that of {type(shell).__name__}")
+    setattr(shell, shell.base_model_prefix, decoder)
+    head: Any = model.get_output_embeddings()
+    shell.set_output_embeddings(head)
+    shell.generation_config = model.generation_config
+    return shell.eval()
+
+
+def text_source(source: Source, shell: PreTrainedModel) -> Source:
+    """The quantized weights of a model under their names in its text part."""
+    names = names_in(source.model, shell)
+    return replace(source, model=shell, weights={names[name]: weight for name, weight in source.weights.items()})
+
+
+def text_linears(linears: Sequence[LinearSpec], model: PreTrainedModel, shell: PreTrainedModel) -> list[LinearSpec]:
+    """Linears under their names in a model's text part."""
+    names = names_in(model, shell)
+    return [replace(linear, name=names[linear.name]) for linear in linears]
+
+
+def names_in(model: PreTrainedModel, shell: PreTrainedModel) -> Mapping[str, str]:
+    """Names of modules in a model → their names in its text part."""
+    inside = {id(module): name for name, module in shell.named_modules()}
+    return {name: inside[id(module)] for name, module in model.named_modules() if id(module) in inside}
