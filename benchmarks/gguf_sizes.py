@@ -28,7 +28,7 @@ from gptq_awq.grids.mix import LlamaMix
 from gptq_awq.quantization.quantize import quantize
 from gptq_awq.quantization.targets import assign_grids
 
-TYPES = ("q2_k", "iq3_xxs", "iq3_s", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
+TYPES: Any = ("q2_k", "iq3_xxs", "iq3_s", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
 
 
 def ours(full: Any, grid: Any, tokens: Any, solver: str = "gptq") -> tuple[Any, int]:

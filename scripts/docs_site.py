@@ -31,7 +31,7 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Rewrite links for the site, code blocks left alone. Called by mkdocs."""
     uri = page.file.src_uri
-    source = JOINED.get(uri, ROOT / "docs" / uri)
+    source = JOINED[uri] if uri in JOINED else ROOT / "docs" / uri
     parts = re.split(r"(```.*?```|`[^`\n]*`)", markdown, flags=re.DOTALL)
     return "".join(part if part.startswith("`") else linked(part, source, uri) for part in parts)
 

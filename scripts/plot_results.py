@@ -92,7 +92,9 @@ def draw(
     if not shown:
         raise UserError(f"--metric: no run has a positive {metric} to draw")
     floor = min(shown) / 2
-    inks = {key: INK[0] for key in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")}
+    inks: Any = {
+        key: INK[0] for key in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
+    }
     with rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, **inks}):
         figure = Figure(figsize=(7.6, 4.4), layout="constrained")
         axes = figure.add_subplot()

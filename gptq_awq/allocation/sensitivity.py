@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -229,7 +230,7 @@ def outside_costs(model: PreTrainedModel, grid: BudgetedGrid, tokens: TokenSet) 
     places = [place for place in allocated_places(model, grid) if place.block < 0]
     if not places:
         return
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     output = {name: parameter.detach().clone() for name, parameter in head.named_parameters()}
     full = token_losses(model, tokens) if grid.sensitivity != "error" else None
     for place in places:

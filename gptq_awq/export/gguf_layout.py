@@ -121,7 +121,7 @@ class Layout:
             "exact": self.exact,
             "flipped": sorted(self.flipped),
         }
-        arrays = {f"computed/{name}": values for name, values in self.computed.items()}
+        arrays: dict[str, Any] = {f"computed/{name}": values for name, values in self.computed.items()}
         starts, lengths = ([getattr(runs, of) for runs in self.runs.values()] for of in ("starts", "lengths"))
         arrays["starts"] = np.diff(np.concatenate(starts), prepend=0)  # regular, and so small when compressed
         arrays["lengths"] = np.concatenate(lengths)

@@ -180,10 +180,25 @@ def stored_bits(grid: Grid | None, rows: int, columns: int, order: int = 0) -> i
 class BudgetedGrid(Protocol):
     """A choice of grids whose widths are allocated under a budget: `AllocatedGrid`, or `GGUFGrid`."""
 
-    tie: str
-    sensitivity: str
-    rounding: str
-    windows: int
+    @property
+    def tie(self) -> str:
+        """Linears that get one width."""
+        ...
+
+    @property
+    def sensitivity(self) -> str:
+        """How a width's cost is measured."""
+        ...
+
+    @property
+    def rounding(self) -> str:
+        """How weights are rounded to measure costs."""
+        ...
+
+    @property
+    def windows(self) -> int:
+        """Calibration windows that costs are measured on."""
+        ...
 
     @property
     def widths(self) -> list[Any]:

@@ -65,7 +65,7 @@ class GGUFGrid:
     def bits(self) -> float:
         """Bits in tables: those of most weights; before allocation, of the widest type."""
         chosen = list(self.allocated.values()) or sorted(self.types, key=lambda kind: llama_grid(kind).bits)[-1:]
-        return llama_grid(max(chosen, key=chosen.count)).bits
+        return llama_grid(max(dict.fromkeys(chosen), key=lambda kind: chosen.count(kind))).bits
 
     @property
     def group_size(self) -> int:

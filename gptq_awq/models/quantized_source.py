@@ -178,10 +178,10 @@ def _decompress(parts: Mapping[str, Tensor], module: str, config: Mapping[str, A
     named = [s for s in schemes if any(match_name(module, target) for target in s.targets)]
     scheme = (named or schemes)[0]
     format_ = scheme.format or config.get("format")
-    state = dict(parts)
+    state: dict[str, Any] = dict(parts)
     if "weight_shape" in state:
         state["weight_shape"] = torch.Size(state["weight_shape"].tolist())
-    compressor = BaseCompressor.get_value_from_registry(getattr(format_, "value", format_))
+    compressor: Any = BaseCompressor.get_value_from_registry(str(getattr(format_, "value", format_)))
     return compressor.decompress(state, scheme)["weight"]
 
 

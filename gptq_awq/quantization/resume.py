@@ -191,7 +191,8 @@ def _packed(prefix: str, block: nn.Module, done: BlockResult) -> tuple[dict[str,
         if not weight.natural_order:
             tensors[f"{name}/group_of_column"] = weight.group_of_column
     facts = {"rows": done.rows, "losses": {name: weight.loss for name, weight in done.weights.items()}}
-    shared = {name: weight.grid.tensor_scale for name, weight in done.weights.items() if weight.grid.shared_by_tensor}
+    grids: dict[str, Any] = {name: weight.grid for name, weight in done.weights.items()}
+    shared = {name: grid.tensor_scale for name, grid in grids.items() if grid.shared_by_tensor}
     return tensors, facts | {"tensor_scales": shared}
 
 

@@ -63,7 +63,7 @@ class SweepEnd(Callback):
         every = load(root, copies=True)
         unreadable = count(root) - len(every)
         table = without_copies(every)
-        failures = int((table["status"] != "done").sum()) + unreadable + sum(1 for _ in root.rglob(FAILURE))
+        failures = list(table["status"] != "done").count(True) + unreadable + sum(1 for _ in root.rglob(FAILURE))
         _print_table(table, root)
         as_expected = self.anchors is None or _checked(table, self.anchors)
         _tell_end(root, len(table), failures)
@@ -80,7 +80,7 @@ def _print_table(table: "pd.DataFrame", root: Path) -> None:
     from gptq_awq.report import make_report, records
     from gptq_awq.report.terminal import terminal_table
 
-    if not (table["status"] == "done").any():
+    if "done" not in set(table["status"]):
         return
     try:
         report = make_report(records(table))
