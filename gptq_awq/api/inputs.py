@@ -9,13 +9,14 @@ from torch import Tensor
 from gptq_awq.data.text import make_text
 from gptq_awq.data.tokens import TokenSet, evaluation_windows, make_token_set
 from gptq_awq.errors import UserError
+from gptq_awq.models.context_length import context_length
 
 Texts = Sequence[str] | str
 SEQLEN = 512
 
 
 def token_set(
-    given: "Int[Tensor, 'n seqlen'] | TokenSet | Texts | None", tokenizer: Any, seqlen: int, name: str
+    given: "Int[Tensor, 'n seqlen'] | TokenSet | Texts | None", tokenizer: Any, seqlen: int, name: str, model: Any
 ) -> TokenSet | None:
     """Make windows of tokens of whatever was given.
 
@@ -25,6 +26,7 @@ def token_set(
         tokenizer: for texts.
         seqlen: tokens per window of texts. Where they have fewer, one window has them all.
         name: of the token set.
+        model: whose context windows of texts fit into.
 
     Raises:
         UserError: texts without a tokenizer or too short; ids that are no matrix of integers.
@@ -44,4 +46,4 @@ def token_set(
     length = len(tokenizer(text.joined)["input_ids"])
     if length < 2:
         raise UserError(f"{name}: the texts have {length} tokens; give more text")
-    return evaluation_windows(text, tokenizer, min(seqlen, length), option=name)
+    return evaluation_windows(text, tokenizer, min(seqlen, length, context_length(model) or seqlen), option=name)

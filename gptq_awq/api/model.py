@@ -111,7 +111,7 @@ class QuantizedModel:
         tokenizer = tokenizer or self.tokenizer
         if model is self.model:
             raise UserError("model: is the quantized one itself; pass a full-precision copy of it")
-        windows = token_set(texts, tokenizer, seqlen, "text") if texts is not None else self.calibration
+        windows = token_set(texts, tokenizer, seqlen, "text", model) if texts is not None else self.calibration
         prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
         return compare_models(model, self.model, windows, prompts, tokenizer, tokens)
 
@@ -161,7 +161,7 @@ def quantize_model(
         UserError: as `gptq_awq.quantization.quantize.quantize` and `load_method` do.
     """
     method, grid = _chosen(method, grid, (bits, group_size, sym), options)
-    windows = token_set(calibration, tokenizer, seqlen, "calibration")
+    windows = token_set(calibration, tokenizer, seqlen, "calibration", model)
     if head is not None or untie_head:
         method = replace(method, head=head, untie_head=untie_head)
     with _reporting(track) as told:

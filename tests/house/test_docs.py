@@ -175,7 +175,7 @@ COMMANDS = [(page_id(page), each) for page in PAGES if page.name not in HISTORY 
 def test_commands_have_options_that_exist(page, given):
     """Each composes, with the first value of every sweep, and its options are those that classes declare."""
     given = [
-        re.sub(r"((?:path|samples|imatrix)=)(DIR|FILE)\b", rf"\g<1>{ROOT}", word) for word in given
+        re.sub(r"((?:path|samples|imatrix)=)(DIR|FILE|my_tasks)\b", rf"\g<1>{ROOT}", word) for word in given
     ]  # which have to be there
     parsed = [each for each in OverridesParser.create().parse_overrides(given) if "hydra" not in each.key_or_group]
     first = [
