@@ -175,7 +175,7 @@ def test_a_gguf_file_of_a_real_model_decodes_to_what_was_scored(cli, tiny, stori
     arguments = [a for a in tiny if not a.startswith(("group_size", "sym", "model", "eval"))]
     done = cli(
         *("method=rtn", f"grid={grid}", "model=local", f"model.path={stories15m}", *arguments),
-        *("eval=none", "export.formats=[gguf]", f"out={tmp_path / 'out'}"),
+        *("eval=none", "export.formats=[gguf]", "export.gguf.other_ids=allow", f"out={tmp_path / 'out'}"),
     )
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "out" / "checkpoints" / "gguf"

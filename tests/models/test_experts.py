@@ -8,6 +8,7 @@ import torch
 from helpers.mixtures import GRID, KEEP, codes, entering, run
 from helpers.quantization_runs import SMALL, tokens
 from helpers.tiny_models import MIXTURES, tiny_model, tiny_tokens
+from torch import nn
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 from gptq_awq.api import observe_moments

@@ -272,7 +272,7 @@ def test_checkpoints_of_a_streamed_model_are_the_whole_models(formats, grid, cli
 
 def test_a_gguf_file_of_a_streamed_model_is_the_whole_models(cli, stories15m, tmp_path):
     shared = ["method=rtn", "grid=q4_k_m", "model=local", f"model.path={stories15m}", "eval=none"]
-    shared += ["export.formats=[gguf]"]
+    shared += ["export.formats=[gguf]", "export.gguf.other_ids=allow"]
     for stream in ("false", "true"):
         done = cli(*shared, f"stream={stream}", f"out={tmp_path / stream}", GPTQ_AWQ_CACHE=str(tmp_path / f"c{stream}"))
         assert done.returncode == 0, done.stderr

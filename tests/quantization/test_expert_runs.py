@@ -106,7 +106,7 @@ def test_other_formats_refuse_experts_before_calibration():
     model = tiny_model("mixtral")
     unfuse(model)
     specs = linear_specs(model, assign_grids(model, GRID), True)
-    with pytest.raises(UserError, match=r"export.formats=gptq: mixtures of experts"):
+    with pytest.raises(UserError, match=r"export.formats=gptq: its readers want no fused experts"):
         Exports((GPTQFormat(),)).check(specs, model, NoTokenizer())
     Exports((HFFormat(),)).check(specs, model, NoTokenizer())
 

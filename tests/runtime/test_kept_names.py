@@ -228,7 +228,7 @@ def edited(monkeypatch):
     [
         ("models/load.py", OF_MODEL),
         ("models/topology.py", {"observations", "sensitivities"}),
-        ("calibration/moments.py", {"observations", "sensitivities"}),
+        ("calibration/moments.py", {"observations", "sensitivities", "output curvature"}),
         ("calibration/self_calibration.py", {"written text"}),
         ("calibration/output_curvature.py", {"output curvature"}),
         ("calibration/output_gradients.py", {"sensitivities", "output curvature"}),
@@ -261,8 +261,8 @@ def test_the_version_of_every_package_that_computes_is_part_of_a_run(monkeypatch
         *((name, ALL) for name in ("torch", "triton", "numba", "llvmlite", "transformers", "tokenizers", "numpy")),
         ("greenlet", {"observations", "sensitivities"}),
         ("lm_eval", {"answers"}),
-        ("gguf", OF_MODEL),  # a model may be a GGUF file
-        *((name, set()) for name in ("scipy", "bitsandbytes", "wandb", "rich")),
+        *((name, OF_MODEL) for name in ("gguf", "bitsandbytes")),  # a model may be a GGUF file, or come in NF4
+        *((name, set()) for name in ("scipy", "wandb", "rich")),
     ],
 )
 def test_the_version_of_a_package_is_part_of_what_it_computes(case, monkeypatch, package, kinds):

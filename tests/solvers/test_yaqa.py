@@ -160,7 +160,6 @@ def test_the_curvature_is_gathered_once_for_all_widths(cli, tiny, tmp_path):
     done = cli("-m", "method=yaqa", "bits=3,4", *tiny, f"hydra.sweep.dir={tmp_path / 's'}", GPTQ_AWQ_CACHE=str(cache))
     assert done.returncode == 0, done.stderr
     assert len(list((cache / "curvatures").glob("[!.]*"))) == 1
-    assert done.stderr.count("gradients: 8/8") == 1
     stored = [json.loads(path.read_text()) for path in (tmp_path / "s").glob("*/results.json")]
     assert {row["bits"] for row in stored} == {3, 4}
     assert {row["method"] for row in stored} == {"yaqa"}
