@@ -85,7 +85,10 @@ def _listed(cfg: DictConfig, mistake: UserError | None = None) -> float:
 
     from gptq_awq.experiment.forecasting.listing import ListedRun, check_listable, list_run, note
 
-    check_listable(HydraConfig.get().runtime.choices["hydra/sweeper"])
+    try:
+        check_listable(HydraConfig.get().runtime.choices["hydra/sweeper"])
+    except UserError as error:
+        _refuse(str(error))  # at once: a sweeper would go on without its result
     out = Path(HydraConfig.get().runtime.output_dir)
     folder = out if out.name == "one" else Path(HydraConfig.get().sweep.dir)
     try:
