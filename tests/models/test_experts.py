@@ -21,7 +21,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import BlockCalls, find_blocks
 from gptq_awq.models.experts import Experts, experts_in, fuse, unfuse
 from gptq_awq.models.linear import matrix
-from gptq_awq.models.topology import observe_sites
+from gptq_awq.models.topology import observe_sites, relative_error
 from gptq_awq.numerics.linalg import quadratic
 from gptq_awq.quantization.method import Method
 from gptq_awq.solvers.gptq import GPTQ
