@@ -4,6 +4,7 @@ The grid holds the budget and the types to choose among and, once `gptq_awq.allo
 and quantization, the type of each weight. The embedding and an output head count, and get a type, too.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
 from typing import Any, Literal
@@ -65,7 +66,7 @@ class GGUFGrid:
     def bits(self) -> float:
         """Bits in tables: those of most weights; before allocation, of the widest type."""
         chosen = list(self.allocated.values()) or sorted(self.types, key=lambda kind: llama_grid(kind).bits)[-1:]
-        return llama_grid(max(dict.fromkeys(chosen), key=lambda kind: chosen.count(kind))).bits
+        return llama_grid(Counter(chosen).most_common(1)[0][0]).bits
 
     @property
     def group_size(self) -> int:
