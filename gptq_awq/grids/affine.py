@@ -4,7 +4,6 @@ MLX's affine format (any bits, groups of 32, 64 or 128) and llama.cpp's Q4_1 and
 integer zero point needs fewer bits; a minimum fits ranges that don't hold zero.
 """
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -12,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gptq_awq.grids.arithmetic import Arithmetic
-from gptq_awq.grids.base import Fitted, Grid, extremes
+from gptq_awq.grids.base import Fitted, SearchedGrid, extremes
 from gptq_awq.grids.hqq import half_quadratic
 from gptq_awq.grids.integer import scale_bits
 from gptq_awq.grids.search import search_ranges, shrinks
@@ -20,7 +19,7 @@ from gptq_awq.runtime.options import Bits, Dtype, GroupSize, Search, checked_dat
 
 
 @checked_dataclass
-class AffineGrid(Grid):
+class AffineGrid(SearchedGrid):
     """Uniform grid of 2 to 8 bits, with a floating-point scale and minimum per group.
 
     Attributes:
@@ -47,15 +46,6 @@ class AffineGrid(Grid):
     def overhead_bits(self) -> float:
         """Stored bits of a group's scale and minimum."""
         return 2 * scale_bits(self.scale_dtype)
-
-    @property
-    def needs_hessian(self) -> bool:
-        """True for `search=hessian`, the only range search that reads the Hessian."""
-        return self.search == "hessian"
-
-    def without_search(self) -> "AffineGrid":
-        """This grid with ranges taken from the extremes, without a search."""
-        return replace(self, search="minmax")
 
     def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "*spans cols cols"] | None = None) -> Fitted:
         """Fit scale and minimum of every row. Raises ValueError when `search=hessian` gets no Hessian block."""

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -194,6 +194,23 @@ class Grid(ABC):
     def decode(self, codes: Float[Tensor, "rows cols"], params: Params) -> Float[Tensor, "rows cols"]:
         """Weights that the codes stand for."""
         return self.arithmetic.decode(codes, params)
+
+
+class SearchedGrid(Grid):
+    """A grid whose ranges may be searched for: `search` says how (search.py)."""
+
+    search: str
+    """How a group's range is chosen; "hessian" is the only search that reads the Hessian."""
+
+    @property
+    def needs_hessian(self) -> bool:
+        """True for `search=hessian`."""
+        return self.search == "hessian"
+
+    def without_search(self) -> Self:
+        """This grid with ranges that come from the weights themselves, without a search."""
+        grid: Any = self  # a dataclass, as all grids are
+        return replace(grid, search="minmax")
 
 
 def extremes(w: Float[Tensor, "rows cols"]) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:

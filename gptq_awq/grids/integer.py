@@ -4,7 +4,6 @@ The range of a group is chosen by `search`: `minmax` takes the extremes of the g
 of shrunken ranges p·[min, max] (see search.py).
 """
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -12,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gptq_awq.grids.arithmetic import Arithmetic
-from gptq_awq.grids.base import Fitted, Grid, extremes
+from gptq_awq.grids.base import Fitted, SearchedGrid, extremes
 from gptq_awq.grids.search import search_ranges, shrinks
 from gptq_awq.runtime.options import Bits, Dtype, GroupSize, Search, checked_dataclass
 
@@ -21,7 +20,7 @@ MSE_STEPS = 100, 0.79
 
 
 @checked_dataclass
-class IntGrid(Grid):
+class IntGrid(SearchedGrid):
     """Uniform integer grid INT2-8, symmetric or asymmetric, per channel (`group_size=-1`) or in groups of columns.
 
     Attributes:
@@ -53,15 +52,6 @@ class IntGrid(Grid):
     def overhead_bits(self) -> float:
         """Stored bits of a group's scale (16 or 32) and, when asymmetric, its zero (`bits`)."""
         return scale_bits(self.scale_dtype) + (0 if self.sym else self.bits)
-
-    @property
-    def needs_hessian(self) -> bool:
-        """True for `search=hessian`, the only range search that reads the Hessian."""
-        return self.search == "hessian"
-
-    def without_search(self) -> "IntGrid":
-        """This grid with ranges taken from the extremes, for loops that fit it often."""
-        return replace(self, search="minmax")
 
     def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "*spans cols cols"] | None = None) -> Fitted:
         """Fit scale and zero of every row. Raises ValueError when `search=hessian` gets no Hessian block."""

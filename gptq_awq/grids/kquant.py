@@ -9,7 +9,7 @@ largest scale and minimum just fit; then σ and μ again, chosen among the neigh
 sub-block's weights best. So a solver that rounds onto this grid sees the scales that the file will hold.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gptq_awq.errors import UserError
 from gptq_awq.grids.arithmetic import Arithmetic
-from gptq_awq.grids.base import Fitted, Grid, extremes, group_spans
+from gptq_awq.grids.base import Fitted, SearchedGrid, extremes, group_spans
 from gptq_awq.grids.search import search_ranges, shrinks
 from gptq_awq.grids.signed import signed_scales
 from gptq_awq.grids.table import LEVELS
@@ -57,7 +57,7 @@ TYPES = {
 
 
 @checked_dataclass
-class KGrid(Grid):
+class KGrid(SearchedGrid):
     """One of llama.cpp's k-quants as a grid.
 
     Attributes:
@@ -111,15 +111,6 @@ class KGrid(Grid):
     def stored_dtype(self) -> str:
         """Dtype of a block's d and d': float16."""
         return "float16"
-
-    @property
-    def needs_hessian(self) -> bool:
-        """True for `search=hessian`, the only range search that reads the Hessian."""
-        return self.search == "hessian"
-
-    def without_search(self) -> "KGrid":
-        """This grid with ranges taken from the extremes, without a search."""
-        return replace(self, search="minmax")
 
     def check_columns(self, columns: int, where: str) -> None:
         """Raise UserError for a number of columns that is no multiple of 256, the columns of a block."""

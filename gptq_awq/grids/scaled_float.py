@@ -30,7 +30,7 @@ from torch import Tensor
 
 from gptq_awq.errors import UserError
 from gptq_awq.grids.arithmetic import Arithmetic
-from gptq_awq.grids.base import Fitted, Grid
+from gptq_awq.grids.base import Fitted, SearchedGrid
 from gptq_awq.grids.floats import FLOAT_TYPES, FloatType, decode_float, encode_float
 from gptq_awq.grids.search import least_error_together, search_ranges, shrinks
 from gptq_awq.runtime.options import GroupSize, PositiveFloat, checked_dataclass
@@ -46,7 +46,7 @@ EXPONENTS = (0, 1, -1)
 
 
 @checked_dataclass
-class ScaledFloatGrid(Grid):
+class ScaledFloatGrid(SearchedGrid):
     """Grid of small floating-point numbers with a scale per group.
 
     Attributes:
@@ -104,11 +104,6 @@ class ScaledFloatGrid(Grid):
         return bits if self.rows == 1 else bits / 128 if self.rows == 128 else 0
 
     @property
-    def needs_hessian(self) -> bool:
-        """True for `search=hessian`, the only range search that reads the Hessian."""
-        return self.search == "hessian"
-
-    @property
     def rows_independent(self) -> bool:
         """Whether each row has scales of its own."""
         return self.rows == 1
@@ -117,10 +112,6 @@ class ScaledFloatGrid(Grid):
     def shared_by_tensor(self) -> bool:
         """Whether the format has a scale per tensor, which `for_weights` chooses."""
         return self.scale == "e4m3"
-
-    def without_search(self) -> "ScaledFloatGrid":
-        """This grid with scales that the largest weights meet, without a search."""
-        return replace(self, search="minmax")
 
     def for_weights(self, weights: Sequence[Float[Tensor, "_ in"]]) -> "ScaledFloatGrid":
         """This grid with the float32 scale of these weights together; itself without scale=e4m3, or once it has one."""

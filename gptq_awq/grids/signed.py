@@ -4,20 +4,18 @@ Codes reach one step further down than up. The sign of s turns the longer side t
 thus met exactly; an unsigned scale cannot do that.
 """
 
-from dataclasses import replace
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from gptq_awq.grids.arithmetic import Arithmetic
-from gptq_awq.grids.base import Fitted, Grid
+from gptq_awq.grids.base import Fitted, SearchedGrid
 from gptq_awq.grids.search import search_ranges, shrinks
 from gptq_awq.runtime.options import Bits, GroupSize, Search, checked_dataclass
 
 
 @checked_dataclass
-class SignedGrid(Grid):
+class SignedGrid(SearchedGrid):
     """Symmetric integer grid with a float16 scale of either sign per group.
 
     Attributes:
@@ -47,15 +45,6 @@ class SignedGrid(Grid):
     def stored_dtype(self) -> str:
         """Dtype that scales are stored in: float16."""
         return "float16"
-
-    @property
-    def needs_hessian(self) -> bool:
-        """True for `search=hessian`, the only range search that reads the Hessian."""
-        return self.search == "hessian"
-
-    def without_search(self) -> "SignedGrid":
-        """This grid with ranges taken from the extremes, without a search."""
-        return replace(self, search="minmax")
 
     def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "*spans cols cols"] | None = None) -> Fitted:
         """Fit the scale of every row. Raises ValueError when `search=hessian` gets no Hessian block."""

@@ -6,7 +6,6 @@ exponent (Dettmers, arXiv 1511.04561), with a float32 scale per 256 groups.
 """
 
 import functools
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from gptq_awq.errors import UserError
 from gptq_awq.grids.arithmetic import Arithmetic
-from gptq_awq.grids.base import Fitted, Grid, group_spans
+from gptq_awq.grids.base import Fitted, SearchedGrid, group_spans
 from gptq_awq.grids.search import search_ranges, shrinks
 from gptq_awq.runtime.options import Bits, GroupSize, Search, checked_dataclass
 
@@ -36,7 +35,7 @@ NESTED_GROUPS = 256
 
 
 @checked_dataclass
-class TableGrid(Grid):
+class TableGrid(SearchedGrid):
     """Grid of sixteen tabulated levels, scaled so that the outermost one meets the group's largest weight.
 
     Attributes:
@@ -95,15 +94,6 @@ class TableGrid(Grid):
     @property
     def _signed(self) -> bool:
         return self.table == "iq4_nl"
-
-    @property
-    def needs_hessian(self) -> bool:
-        """True for `search=hessian`, the only range search that reads the Hessian."""
-        return self.search == "hessian"
-
-    def without_search(self) -> "TableGrid":
-        """This grid with scales taken from the largest magnitude, without a search."""
-        return replace(self, search="minmax")
 
     def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "*spans cols cols"] | None = None) -> Fitted:
         """Fit the scales of one group, or of all. Raises ValueError when `search=hessian` gets no Hessian block."""

@@ -12,14 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gptq_awq.grids.arithmetic import Arithmetic
-from gptq_awq.grids.base import Fitted, Grid
+from gptq_awq.grids.base import Fitted, SearchedGrid
 from gptq_awq.grids.integer import stored
 from gptq_awq.grids.search import search_ranges
 from gptq_awq.runtime.options import Dtype, GroupSize, checked_dataclass
 
 
 @checked_dataclass
-class TernaryGrid(Grid):
+class TernaryGrid(SearchedGrid):
     """Ternary grid: levels -s, 0 and s, with one scale per group.
 
     Attributes:
@@ -46,11 +46,6 @@ class TernaryGrid(Grid):
     def overhead_bits(self) -> float:
         """Stored bits of a group's scale."""
         return 32 if self.scale_dtype == "float32" else 16
-
-    @property
-    def needs_hessian(self) -> bool:
-        """True for `search=hessian`, the only range search that reads the Hessian."""
-        return self.search == "hessian"
 
     def without_search(self) -> "TernaryGrid":
         """This grid with s = mean |w|, without a search."""

@@ -14,7 +14,7 @@ everything but rounding treats such a weight as any other; rounding sees whole v
 recursion (LDLQ, arXiv 2307.13304; with codebooks, QuIP#, arXiv 2402.04396). Codebooks are read from the gguf library.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from gptq_awq.errors import UserError
 from gptq_awq.grids.arithmetic import Arithmetic, Params
-from gptq_awq.grids.base import Fitted, Grid, group_spans
+from gptq_awq.grids.base import Fitted, SearchedGrid, group_spans
 from gptq_awq.grids.kquant import BLOCK, half
 from gptq_awq.grids.search import search_ranges, shrinks
 from gptq_awq.kernels.vectors import UNIT, sweep_vectors
@@ -90,7 +90,7 @@ def codebook(name: str) -> Codebook:
 
 
 @checked_dataclass
-class VectorGrid(Grid):
+class VectorGrid(SearchedGrid):
     """One of llama.cpp's grids of vectors.
 
     Attributes:
@@ -149,15 +149,6 @@ class VectorGrid(Grid):
     def stored_dtype(self) -> str:
         """Dtype of a block's d: float16."""
         return "float16"
-
-    @property
-    def needs_hessian(self) -> bool:
-        """True for `search=hessian`, the only range search that reads the Hessian."""
-        return self.search == "hessian"
-
-    def without_search(self) -> "VectorGrid":
-        """This grid with scales that the largest weights meet, without a search."""
-        return replace(self, search="minmax")
 
     def check_columns(self, columns: int, where: str) -> None:
         """Raise UserError for a number of columns that is no multiple of 256, the columns of a block."""
