@@ -8,10 +8,11 @@ unit upper triangular, it is a sum over rows: row t costs D_t (E_t + Σ_{r<t} U_
     A_t = W_t + Σ_{r<t} U_rt E_r        rows r before t are rounded already (eq. 9 of the paper, by rows)
 
 and it is rounded onto A_t as any row is, by the column sweep. Rows are taken in order of falling diag(H_O), which lets
-many cheap rows make up for the errors of few dear ones, and in tiles whose rows don't see each other's errors.
+many cheap rows make up for the errors of few dear ones, and in tiles whose rows don't see each other's errors. Ranges
+are fitted to the targets of `FITTED` rows at a time, before the tiles among these take up each other's errors.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -20,10 +21,13 @@ from torch import Tensor
 
 from gptq_awq.calibration.moments import Moments
 from gptq_awq.grids.arithmetic import Params
-from gptq_awq.grids.base import Grid
+from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.numerics.linalg import NotPositiveDefiniteError
 from gptq_awq.solvers.base import Solution
 from gptq_awq.solvers.gptq import GPTQ, Rounding
+
+FITTED = 64
+"""Rows whose ranges are fitted together, at least: to targets that have taken up the errors of all rows before them."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +76,21 @@ class TwoSided:
             factor, columns, _ = moments.inverse_factor(self.solver.damping, self.solver.act_order, grid.unit)
         except NotPositiveDefiniteError:
             return self.solver.solve(weight, moments, grid)  # which raises too, or falls back and says so
-        blocks = list(self._blocks())
-        rows = torch.cat([order for order, _ in blocks])
-        start = self.solver.target(weight.clone(), moments, factor, columns).masked_fill_(moments.dead(), 0)[rows]
+        start = self.solver.target(weight.clone(), moments, factor, columns).masked_fill_(moments.dead(), 0)
         sweep = GPTQ(**{each.name: getattr(self.solver, each.name) for each in fields(GPTQ) if each.init})
-        ordered = start if columns is None else start.index_select(1, columns)
-
-        def coupled(rounding: Rounding) -> Rounding:
-            return _RowFeedback(rounding, ordered, [U for _, U in blocks], self.tile)
-
-        (found,) = sweep.solve_together([start], [moments], grid, coupled)
-        return replace(found, quantized=found.quantized.rows(torch.argsort(rows)))
+        parts, order = [], []
+        for rows, U in self._blocks():
+            W = start[rows]
+            E = torch.zeros_like(W)
+            for first in range(0, len(rows), max(self.tile, FITTED)):
+                part = slice(first, first + max(self.tile, FITTED))
+                target = W[part] + U[:first, part].T @ E[:first]
+                feedback = _RowFeedback(target if columns is None else target[:, columns], U[part, part], self.tile)
+                parts += sweep.solve_together([target], [moments], grid, feedback.around)
+                E[part] = W[part] - parts[-1].quantized.dequantize()
+            order.append(rows)
+        quantized = QuantizedWeight.concat_rows([part.quantized for part in parts])
+        return replace(parts[0], quantized=quantized.rows(torch.argsort(torch.cat(order))))
 
     def _blocks(self) -> Iterator[tuple[Int[Tensor, "rows"], Float[Tensor, "rows rows"]]]:
         """Rows of each block in the order of rounding, and the factor U of their part of H_O."""
@@ -94,40 +102,35 @@ class TwoSided:
 
 
 class _RowFeedback:
-    """Rounding of a block of columns, tile by tile of rows: each tile's target takes up the errors of those before it.
-
-    Called with the blocks of columns from left to right.
+    """Feedback from tile to tile of some rows, within the rounding of each block of columns.
 
     Args:
-        rounding: rounds some rows of a block of columns.
-        start: W, that errors are measured from, with rows and columns in the order of rounding.
-        factors: U of each block of rows.
+        start: the weight that the sweep starts from, with rows and columns in the order of rounding.
+        factor: U of these rows.
         tile: number of rows in a tile.
     """
 
-    def __init__(
-        self, rounding: Rounding, start: Float[Tensor, "out in"], factors: Sequence[Tensor], tile: int
-    ) -> None:
-        self._rounding, self._start, self._factors, self._tile = rounding, start, factors, tile
-        self._column = 0
+    def __init__(self, start: Float[Tensor, "out in"], factor: Float[Tensor, "out out"], tile: int) -> None:
+        self._start, self._factor, self._tile, self._column = start, factor, tile, 0
 
-    def __call__(self, W: Tensor, U: Tensor, grid: Grid, params: Params, codes: Tensor, errors: Tensor) -> None:
-        """Round a block of columns of one stack."""
-        wanted = self._start[:, self._column : self._column + W.shape[2]]
-        self._column += W.shape[2]
-        top, E = 0, torch.empty_like(wanted)
-        for factor in self._factors:
-            for first in range(0, len(factor), self._tile):
-                last = min(first + self._tile, len(factor))
-                tile = slice(top + first, top + last)
+    def around(self, rounding: Rounding) -> Rounding:
+        """A rounding of all rows, tile by tile, by one that rounds some; for blocks of columns from left to right."""
+
+        def rounded(W: Tensor, U: Tensor, grid: Grid, params: Params, codes: Tensor, errors: Tensor) -> None:
+            wanted = self._start[:, self._column : self._column + W.shape[2]]
+            self._column += W.shape[2]
+            E = torch.empty_like(wanted)
+            for first in range(0, len(wanted), self._tile):
+                tile = slice(first, first + self._tile)
                 target = W[:, tile]
-                target[0] += factor[:first, first:last].T @ E[top : top + first]
+                target[0] += self._factor[:first, tile].T @ E[:first]
                 moved = wanted[tile] - target[0]
                 own = (params[0][:, tile], params[1][:, tile])
-                self._rounding(target, U, grid, own, codes[:, tile], errors[:, tile])
-                # The sweep leaves target - errors U on the grid, so that W - Q needs no decoding.
+                rounding(target, U, grid, own, codes[:, tile], errors[:, tile])
+                # The sweep leaves target - errors U on the grid, so that the error needs no decoding.
                 E[tile] = moved + errors[0, tile] @ U[0]
-            top += len(factor)
+
+        return rounded
 
 
 def unit_upper_factor(H: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
