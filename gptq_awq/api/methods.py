@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -11,12 +10,9 @@ from gptq_awq.errors import UserError
 from gptq_awq.grids.allocated import AllocatedGrid
 from gptq_awq.grids.base import Grid
 from gptq_awq.quantization.method import Method
-from gptq_awq.runtime.configs import CONFIGS
+from gptq_awq.runtime.configs import CONFIGS, composed_method
 from gptq_awq.runtime.declarations import Declared
 from gptq_awq.runtime.options import check_config, nearest
-
-_NOT_OF_A_METHOD = ("model", "data", "eval", "export", "tracking")
-"""Groups that no method reads; composing them takes as long as all others."""
 
 
 def load_method(
@@ -43,9 +39,7 @@ def load_method(
             doesn't take; bits, group_size or sym that the grid doesn't have.
     """
     wanted = {"bits": bits, "group_size": group_size, "sym": sym}
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        chosen = [f"method={_known('method', name)}", *([f"grid={_known('grid', grid)}"] if grid else [])]
-        composed = compose("config", overrides=[*chosen, *(f"~{group}" for group in _NOT_OF_A_METHOD)])
+    composed = composed_method(_known("method", name), *([f"grid={_known('grid', grid)}"] if grid else []))
     composed.merge_with({key: value for key, value in wanted.items() if value is not None})
     for key, value in (options or {}).items():
         OmegaConf.update(composed, _path(composed, key, name), value)

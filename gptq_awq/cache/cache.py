@@ -38,6 +38,7 @@ KINDS = {
     "moments": "second moments and factors of full-precision inputs",
     "sensitivities": "loss from rounding each linear, for allocating bits",
     "progress": "finished blocks of runs that were interrupted",
+    "choices": "recipes that were chosen for a time budget",
     "runs": "locations of finished runs",
     "assets": "downloads: models and texts, checked by sha256",
     "models": "GGUF files as transformers folders",

@@ -84,16 +84,17 @@ def _run(cfg: DictConfig, ranks: Ranks) -> Result:
     if ranks.size > 1:  # the folder is named by the time, which each looked up for itself
         cfg.out = ranks.from_first(lambda: cfg.out)
     console, folder = Console(stderr=True, quiet=not ranks.first), sweep_folder()
+    teller = Teller(console, folder is not None)
     began = time.perf_counter()
     try:
-        cfg = within_budget(cfg, ranks, lambda line: console.print(line, soft_wrap=True, highlight=False, markup=False))
+        cfg = within_budget(cfg, ranks, teller.say)
         plan = preflight(cfg, ranks)
         check_objective(cfg.get("objective"), plan.evaluation)
         remove_unused_hydra_folder(plan.out)
         recorder = Recorder(plan.profile and ranks.first)
         with RunLog(console) as run_log, rich_track(console, brief=folder is not None) as track, recorder:
             try:
-                result, taken = execute(plan, run_log, track, Teller(console, folder is not None), recorder)
+                result, taken = execute(plan, run_log, track, teller, recorder)
             except Exception:
                 _keep_traceback(plan, run_log)
                 raise

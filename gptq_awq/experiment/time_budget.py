@@ -9,10 +9,8 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, open_dict
 
 from gptq_awq.errors import UserError
@@ -20,16 +18,15 @@ from gptq_awq.experiment.context import RunContext, check_method, load
 from gptq_awq.experiment.forecasting.dry_run import dry_run_of
 from gptq_awq.experiment.forecasting.forecast import Counts
 from gptq_awq.experiment.plan import Plan, preflight
+from gptq_awq.experiment.sweeps.progress import duration
 from gptq_awq.numerics.distributed import Ranks
-from gptq_awq.runtime.configs import CONFIGS
+from gptq_awq.runtime.configs import composed_method
 from gptq_awq.storage.assets import cache_dir
 from gptq_awq.storage.notes import note, noted
 
 log = logging.getLogger(__name__)
 Say = Callable[[str], None]
 UNITS = {"": 1, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
-NOT_OF_A_METHOD = ("model", "data", "eval", "export", "tracking")
-"""Groups that no method reads; composing them takes as long as all others."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +44,8 @@ class Choice:
     def told(self, budget: str) -> str:
         """One line: what was chosen, what it is expected to take, and what more time would buy."""
         own = self.seconds.get(self.method)
-        line = f"time_budget={budget}: method={self.method}" + (f", about {spelled(own)}" if own is not None else "")
-        dearer = [f"{name} would take {spelled(s)}" for name, s in self.seconds.items() if name != self.method]
+        line = f"time_budget={budget}: method={self.method}" + (f", about {duration(own)}" if own is not None else "")
+        dearer = [f"{name} would take {duration(s)}" for name, s in self.seconds.items() if name != self.method]
         return line + (f" ({'; '.join(dearer)})" if dearer else "")
 
 
@@ -66,11 +63,6 @@ def seconds_of(budget: str | float) -> float:
     if seconds <= 0:
         raise UserError(f"time_budget={budget}: give a time above zero, such as 5min, 90s or 1h")
     return seconds
-
-
-def spelled(seconds: float) -> str:
-    """A time in words: seconds below two minutes, else minutes."""
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def within_budget(cfg: DictConfig, ranks: Ranks, say: Say) -> DictConfig:
@@ -98,8 +90,8 @@ def _chosen(cfg: DictConfig, budget: float, names: Sequence[str], say: Say) -> C
     plain = replace(first.method, self_calibration=None, output_curvature=None)  # what it adds is checked below
     context = load(replace(first, method=plain))
     path = cache_dir() / "choices" / f"{context.run.sha256[:32]}-{budget:.0f}.json"
-    if cfg.resume and isinstance(known := noted(path).get("seconds"), dict):
-        return Choice(str(noted(path).get("method")), known)
+    if cfg.resume and (known := noted(path)).get("recipes") == list(names):
+        return Choice(known["method"], known["seconds"])
     seconds: dict[str, float] = {}
     for name, plan in plans:
         try:
@@ -113,7 +105,10 @@ def _chosen(cfg: DictConfig, budget: float, names: Sequence[str], say: Say) -> C
     if not seconds:
         raise UserError(f"time_budget={cfg.time_budget}: none of recipes={list(names)} can be used here")
     choice = Choice(list(seconds)[-1], seconds)
-    _keep(path, choice)
+    try:
+        note(path, {"recipes": list(names), "method": choice.method, "seconds": choice.seconds})
+    except OSError as error:
+        log.debug("choice not kept: %s", error)
     return choice
 
 
@@ -138,25 +133,10 @@ def forecast_seconds(plan: Plan, context: RunContext) -> float:
 def _with_method(cfg: DictConfig, name: str) -> DictConfig:
     """A config with the preset `name` as its method and without a time budget."""
     try:
-        composed = _composed(name)
-    except Exception as error:
+        composed = composed_method(name, of_command=True)
+    except MissingConfigException as error:
         raise UserError(f"recipes: there is no method={name}") from error
     found = cfg.copy()
     with open_dict(found):
         found.method, found.time_budget, found.recipes = composed.method, None, None
     return found
-
-
-def _composed(name: str) -> DictConfig:
-    overrides = [f"method={name}", *(f"~{group}" for group in NOT_OF_A_METHOD)]
-    if GlobalHydra().is_initialized():
-        return compose("config", overrides=overrides)
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("config", overrides=overrides)
-
-
-def _keep(path: Path, choice: Choice) -> None:
-    try:
-        note(path, {"method": choice.method, "seconds": choice.seconds})
-    except OSError as error:
-        log.debug("choice not kept: %s", error)

@@ -205,14 +205,16 @@ class _BlockLoop:
             progress.save_head(count, done)
             yield done
 
+    @property
+    def _calibrates(self) -> bool:
+        """Whether blocks are calibrated on tokens."""
+        return needs_calibration(self.method, self.grid) and self.squares is None
+
     def _fused(self, grids: Mapping[str, Grid]) -> list[tuple[str, ...]]:
         """Linears that read one input, where a grid has to know and no calibration will tell."""
-        calibrates = needs_calibration(self.method, self.grid) and self.squares is None
-        return (
-            []
-            if calibrates or not any(grid.shared_by_tensor for grid in grids.values())
-            else linears_by_input(self.model)
-        )
+        if self._calibrates or not any(grid.shared_by_tensor for grid in grids.values()):
+            return []
+        return linears_by_input(self.model)
 
     def _curvatures(self) -> dict[str, Tensor]:
         """H_O of the linears, where the method rounds by it; of none else."""
@@ -228,7 +230,7 @@ class _BlockLoop:
         Raises:
             UserError: the method calibrates, and there are no tokens.
         """
-        if not needs_calibration(self.method, self.grid) or self.squares is not None:
+        if not self._calibrates:
             return None
         if self.tokens is None:
             raise _missing_tokens(self.method)
