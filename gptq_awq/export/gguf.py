@@ -24,10 +24,10 @@ from gptq_awq.export.base import Decoded, LinearSpec, Source
 from gptq_awq.export.folder import write_config
 from gptq_awq.export.gguf_blocks import BLOCK_TYPES, pack
 from gptq_awq.export.gguf_check import check_llama_cpp
-from gptq_awq.export.gguf_converter import converter_root, known_architectures
+from gptq_awq.export.gguf_converter import Vocabulary, converter_root, known_architectures
 from gptq_awq.export.gguf_file import Packed, read_gguf, write_gguf
 from gptq_awq.export.gguf_layout import Layout, observe, skeleton
-from gptq_awq.export.gguf_tokenizer import pre_tokenizer
+from gptq_awq.export.gguf_tokenizer import vocabulary_for
 from gptq_awq.export.modelfile import modelfile
 from gptq_awq.export.text_part import text_linears, text_part, text_source
 from gptq_awq.grids.affine import AffineGrid
@@ -96,11 +96,11 @@ class GGUFFormat:
         with skeleton(model, tokenizer) as folder:
             layout = observe(converter_root(self.converter), folder, model)
             types = layout.types({f"{linear.name}.weight": str(ggml_type(linear.grid)) for linear in linears})
-            pre = None if tokenizer is None else self._pre(folder, tokenizer)
-            options = {"dtype": "F32", "model_name": "", "pre": pre, "tokenizer": tokenizer is not None}
+            vocabulary, difference = self._vocabulary(folder, tokenizer)
+            options = {"dtype": "F32", "model_name": "", "vocabulary": vocabulary}
             write = partial(write_gguf, folder / "model.gguf", converter_root(self.converter), folder, model, layout)
             check_llama_cpp(model, folder / "model.gguf", lambda: write({}, {}, options))
-        return _notes(layout, types, {f"{linear.name}.weight" for linear in linears})
+        return [difference] * bool(difference) + _notes(layout, types, {f"{linear.name}.weight" for linear in linears})
 
     def _text(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model itself where the converter knows it, else its text part."""
@@ -112,9 +112,12 @@ class GGUFFormat:
         shell = self._text(source.model)
         return source.weights if shell is source.model else text_source(source, shell).weights
 
-    def _pre(self, folder: Path, tokenizer: Any) -> str | None:
-        """llama.cpp's name of the pre-tokenizer, unless its converter knows it."""
-        return pre_tokenizer(converter_root(self.converter), folder, tokenizer, self.pre, self.other_ids == "allow")
+    def _vocabulary(self, folder: Path, tokenizer: Any) -> tuple[Vocabulary | None, str]:
+        """The tokenizer's description in the file, and a sentence on where llama.cpp's ids differ."""
+        if tokenizer is None:
+            return None, ""
+        allow = self.other_ids == "allow"
+        return vocabulary_for(converter_root(self.converter), folder, tokenizer, self.pre, allow)
 
     def write(self, source: Source, folder: Path) -> None:
         """Write model.gguf, its Modelfile, layout.npz, and the model's config.json, which the verifier needs."""
@@ -127,15 +130,10 @@ class GGUFFormat:
         ):
             packed = _packed_to_disk(source, Path(scratch)) if offloaded(model) else _packed(source)
             layout = observe(root, files, model)
-            with_tokenizer = source.tokenizer is not None
-            options = {
-                "dtype": self.plain_dtype,
-                "model_name": source.name,
-                "pre": self._pre(files, source.tokenizer) if with_tokenizer else None,
-                "tokenizer": with_tokenizer,
-            }
+            vocabulary, _ = self._vocabulary(files, source.tokenizer)
+            options = {"dtype": self.plain_dtype, "model_name": source.name, "vocabulary": vocabulary}
             write_gguf(path, root, files, model, layout, packed, _exact(source, layout, packed), options).write(folder)
-        if with_tokenizer:
+        if source.tokenizer is not None:
             (folder / "Modelfile").write_text(modelfile(path.name, source.tokenizer))
         write_config(model, folder, torch.float16, None)
 

@@ -8,6 +8,7 @@ that hold quantized weights are replaced as they are written (gguf_file.py).
 
 import functools
 import importlib
+import json
 import logging
 import subprocess
 import sys
@@ -78,6 +79,22 @@ CONVERTER = Asset(
 )
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer's description in a GGUF file, where llama.cpp's converter alone would say something else.
+
+    Attributes:
+        pre: llama.cpp's name of the pre-tokenizer; None: the one that the converter recognizes.
+        by_merges: whether pairs merge in the order of tokenizer.json's merges, and not by the scores in
+            tokenizer.model, which transformers doesn't read.
+        around: llama.cpp's options on what is put around every text: add_bos_token, add_space_prefix.
+    """
+
+    pre: str | None = None
+    by_merges: bool = False
+    around: tuple[tuple[str, bool], ...] = ()
+
+
 def converter_root(path: str | None) -> Path:
     """The zip file or folder that the converter is imported from; `path`: a checkout of llama.cpp, None for the asset.
 
@@ -140,12 +157,11 @@ def conversion(
 
     Args:
         package: the `conversion` package.
-        folder: folder with config.json and, unless `tokenizer` is None, the tokenizer's files.
+        folder: folder with config.json and, unless `vocabulary` is None, the tokenizer's files.
         tensors: the checkpoint's tensors; each is read when what it becomes is computed.
         meta: the same tensors without data.
         options: `config` (the model's config), `dtype` (F32, F16 or BF16), `out` (path of the file), `model_name`,
-            `pre` (name of the pre-tokenizer), `tokenizer` (whether to convert it), `exact` (names of GGUF tensors that
-            stay F32).
+            `vocabulary` (a Vocabulary; None: no tokenizer), `exact` (names of GGUF tensors that stay F32).
 
     Raises:
         UserError: an architecture that the converter doesn't know.
@@ -174,6 +190,7 @@ def conversion(
 def _observed(known: Any, base: Any, tensors: Mapping[str, Tensor], meta: Mapping[str, Tensor], options: Any) -> Any:
     """The converter's class of an architecture, reading tensors from memory and the tokenizer as told."""
 
+    vocabulary: Vocabulary | None = options["vocabulary"]
     base.ModelBase.index_tensors = _index_in_memory  # architectures' own index_tensors call it
 
     class Observed(known):
@@ -181,10 +198,19 @@ def _observed(known: Any, base: Any, tensors: Mapping[str, Tensor], meta: Mappin
         in_memory = tensors, meta
 
         def get_vocab_base_pre(self, tokenizer: Any) -> str:
-            return options["pre"] or super().get_vocab_base_pre(tokenizer)
+            return (vocabulary and vocabulary.pre) or super().get_vocab_base_pre(tokenizer)
 
         def set_vocab(self) -> None:
-            super().set_vocab() if options["tokenizer"] else self._set_vocab_none()
+            if vocabulary is None:
+                return self._set_vocab_none()
+            super().set_vocab()
+            fields = self.gguf_writer.kv_data[0]
+            if vocabulary.by_merges:
+                _score_by_merges(fields, self.dir_model)
+            for name, added in vocabulary.around:
+                fields.pop(f"tokenizer.ggml.{name}", None)
+                self.gguf_writer.add_bool(f"tokenizer.ggml.{name}", added)
+            return None
 
         def tensor_force_quant(self, name: str, new_name: str, bid: int | None, n_dims: int) -> Any:
             if new_name in options["exact"]:
@@ -195,6 +221,20 @@ def _observed(known: Any, base: Any, tensors: Mapping[str, Tensor], meta: Mappin
     if known.supports_mtp_export:
         Observed.no_mtp = True  # transformers has no layers that predict further tokens
     return Observed
+
+
+def _score_by_merges(fields: Mapping[str, Any], folder: Path) -> None:
+    """Give each token minus the rank of the first merge that makes it: llama.cpp merges the best-scored pair first."""
+    merges = json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]
+    rank: dict[str, int] = {}
+    for number, merge in enumerate(merges):
+        rank.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), number)
+    tokens, scores = (fields[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores"))
+    scores.value = [-float(rank.get(token, len(merges))) for token in map(_text, tokens.value)]
+
+
+def _text(token: str | bytes) -> str:
+    return token if isinstance(token, str) else token.decode(errors="replace")
 
 
 def _index_in_memory(self: Any, remote_hf_model_id: str | None = None) -> dict[str, Callable[[], Any]]:  # noqa: ARG001

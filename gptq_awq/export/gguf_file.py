@@ -56,7 +56,7 @@ def write_gguf(
         layout: where they go, as observed.
         packed: blocks of quantized weights.
         exact: dequantized values (out, in) of those that can't be stored as blocks.
-        options: `dtype` of unquantized matrices, `model_name`, `pre` and `tokenizer`, as `conversion` takes them.
+        options: `dtype` of unquantized matrices, `model_name` and `vocabulary`, as `conversion` takes them.
 
     Returns:
         The layout, with the values of the tensors that the converter computes.

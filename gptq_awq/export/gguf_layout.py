@@ -218,7 +218,7 @@ def observe(root: Path, folder: Path, model: PreTrainedModel) -> Layout:
 
 def _lazily(package: Any, folder: Path, tensors: SavedTensors) -> dict[str, Any]:
     """GGUF tensor → its lazy array."""
-    options = {"dtype": "F32", "out": folder / "unused", "model_name": "", "pre": "default", "tokenizer": False}
+    options = {"dtype": "F32", "out": folder / "unused", "model_name": "", "vocabulary": None}
     found: dict[str, Any] = {}
     instance = conversion(package, folder, tensors, tensors.meta, **options, config=tensors.config, exact=())
     instance.gguf_writer.add_tensor = lambda name, tensor, **_: found.__setitem__(name, tensor)

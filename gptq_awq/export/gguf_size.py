@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 from transformers import PreTrainedModel
 
-from gptq_awq.export.gguf_converter import converter_root
+from gptq_awq.export.gguf_converter import Vocabulary, converter_root
 from gptq_awq.export.gguf_file import write_gguf
 from gptq_awq.export.gguf_layout import observe, skeleton
 
@@ -30,9 +30,10 @@ def gguf_bytes_beside(model: PreTrainedModel, tokenizer: Any, names: Sequence[st
         rows, columns = model.get_submodule(name).get_parameter("weight").shape
         width = gguf.quant_shape_to_byte_shape((rows, columns), gguf.GGMLQuantizationType[STAND_IN])[1]
         zeros[f"{name}.weight"] = (STAND_IN, np.zeros((rows, width), np.uint8))
-    root, options = converter_root(None), {"dtype": "F16", "model_name": "model", "pre": "default"}
+    root, vocabulary = converter_root(None), None if tokenizer is None else Vocabulary("default")
+    options = {"dtype": "F16", "model_name": "model", "vocabulary": vocabulary}
     with skeleton(model, tokenizer) as folder:
         layout, path = observe(root, folder, model), folder / "model.gguf"
-        write_gguf(path, root, folder, model, layout, zeros, {}, options | {"tokenizer": tokenizer is not None})
+        write_gguf(path, root, folder, model, layout, zeros, {}, options)
         size = path.stat().st_size
     return size - sum(data.size for _, data in zeros.values()) + ALIGNMENT * len(names)

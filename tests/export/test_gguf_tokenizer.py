@@ -1,14 +1,18 @@
 """Tokenizers of GGUF files: llama.cpp gives transformers' ids, or the export is refused; Modelfiles for Ollama."""
 
+from functools import partial
+
 import pytest
 import torch
 import transformers as T  # noqa: N812
-from helpers.gguf_models import bpe, built, exported, fields
+from helpers.gguf_models import bpe, built, exported, fields, pieces
 from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 
 from gptq_awq.errors import UserError
-from gptq_awq.export.engines import find
+from gptq_awq.export.engines import find, tokenize
 from gptq_awq.export.gguf import GGUFFormat
+from gptq_awq.export.gguf_tokenizer import TEXTS
 from gptq_awq.export.modelfile import modelfile
 
 QWEN2 = (
@@ -56,13 +60,12 @@ def test_a_pre_tokenizer_that_the_converter_does_not_know_is_found_by_asking_lla
 
 
 @pytest.mark.usefixtures("llama_cpp")
-def test_other_ids_than_transformers_are_refused_or_said(caplog):
+def test_other_ids_than_transformers_are_refused_or_said():
     tokenizer = bpe(["bytes of words"])
     checked(tokenizer, pre="gpt-2")
     with pytest.raises(UserError, match=r"other token ids .* first for .*export\.gguf\.other_ids=allow"):
         checked(tokenizer, pre="qwen2")
-    checked(tokenizer, pre="qwen2", other_ids="allow")
-    assert "other token ids" in caplog.text
+    assert "other token ids" in checked(tokenizer, pre="qwen2", other_ids="allow")[0]
 
 
 @pytest.mark.usefixtures("llama_cpp")
@@ -72,6 +75,53 @@ def test_added_tokens_that_llama_cpp_would_not_strip_for_are_refused(strips):
     tokenizer.add_tokens([AddedToken("<|turn|>", special=True, **{strips: True})], special_tokens=True)
     with pytest.raises(UserError, match="other token ids"):
         checked(tokenizer, pre="gpt-2")
+
+
+SPACES = "puts a space before every text and after every special token"
+
+
+@pytest.mark.usefixtures("llama_cpp")
+@pytest.mark.parametrize(("scheme", "notes"), [("first", [SPACES]), ("always", [SPACES]), ("never", [])])
+def test_pieces_merge_in_the_order_of_transformers_and_what_spaces_change_is_said(scheme, notes, tmp_path):
+    tokenizer = pieces(scheme)
+    said = checked(tokenizer)
+    assert len(said) == len(notes)
+    assert all(note in line for note, line in zip(notes, said, strict=True))
+    path = exported(tmp_path, built("llama", len(tokenizer)), tokenizer)
+    wanted = {text: tokenizer(text)["input_ids"] for text in TEXTS if not text[:1].isspace()}
+    assert tokenize("xllamacpp", path, wanted, [None]) == [list(wanted.values())]
+
+
+@pytest.mark.usefixtures("llama_cpp")
+def test_a_chat_of_other_ids_is_refused():
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}then"
+    checked(pieces("never", chat_template=template))
+    with pytest.raises(UserError, match="other token ids"):
+        checked(pieces("first", chat_template=template))
+
+
+@pytest.mark.usefixtures("llama_cpp")
+@pytest.mark.parametrize(
+    ("template", "bos", "eos"), [("$A", 0, 0), ("<s> $A", 1, 0), ("$A </s>", 0, 1), ("<s> $A </s>", 1, 1)]
+)
+@pytest.mark.parametrize(
+    "make", [partial(pieces, "never"), partial(bpe, ["bytes of words"], bos_token="<s>", eos_token="</s>")]
+)
+def test_tokens_around_a_text_are_those_of_transformers(make, template, bos, eos, tmp_path):
+    tokenizer = make()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<s>", "</s>")]
+    )
+    found = fields(exported(tmp_path, built("llama", len(tokenizer)), tokenizer, pre="gpt-2"))
+    assert found["tokenizer.ggml.add_bos_token"] == bool(bos)
+    assert found["tokenizer.ggml.add_eos_token"] == bool(eos)
+
+
+@pytest.mark.usefixtures("llama_cpp")
+def test_a_real_models_tokenizer_is_taken(stories15m):
+    model = T.AutoModelForCausalLM.from_pretrained(stories15m, dtype=torch.float32)
+    (said,) = GGUFFormat().check_model([], model, T.AutoTokenizer.from_pretrained(stories15m))
+    assert SPACES in said
 
 
 @pytest.mark.usefixtures("converter")

@@ -1,9 +1,11 @@
 """Models, tokenizers and text for the tests of GGUF files, and files written from them."""
 
+import json
+
 import torch
 import transformers as T  # noqa: N812
 from gguf import GGUFReader
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Split
 
 from gptq_awq.export.base import Source
@@ -97,6 +99,26 @@ def bpe(steps, ignore_merges=False, **special):
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return T.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **({"eos_token": "<|end|>"} | special))
+
+
+DEFAULT = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+
+
+def pieces(prepend_scheme, **special):
+    """A tokenizer of some 500 pieces as SentencePiece's are converted; `prepend_scheme`: of the space before a text."""
+    symbols = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme, split=False)
+    tokenizer.train_from_iterator(
+        [line.replace(" ", "  ") for text in CORPUS for line in (text, text.lower())],
+        trainers.BpeTrainer(vocab_size=700, special_tokens=symbols, show_progress=False),
+    )
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = content["added_tokens"][:3]  # bytes are no added tokens
+    content["post_processor"] = None
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return T.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **(DEFAULT | special))
 
 
 def exported(folder, model, tokenizer=None, weights=None, **options):
