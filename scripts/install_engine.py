@@ -178,6 +178,12 @@ RECIPES = {
         ),
         modules=("transformers", "accelerate", "compressed_tensors", "bitsandbytes", "gguf"),
     ),
+    "transformers4": Recipe(
+        installs=(
+            ("{torch}", "transformers==4.57.6", "accelerate==1.15.0", "compressed-tensors==0.19.0", "sentencepiece", "protobuf"),
+        ),
+        modules=("transformers", "accelerate", "compressed_tensors"),
+    ),
     "gptqmodel": Recipe(
         installs=(
             ("{torch}", "transformers==5.23.0", "accelerate==1.15.0", "optimum==2.3.0"),

@@ -129,7 +129,10 @@ def load(plan: Plan) -> RunContext:
     natural = getattr(plan.method.solver, "natural_groups", True)
     if plan.exports.formats and (plan.act.label or plan.kv.label):
         log.warning(
-            "checkpoints hold weights only: act=%s, kv=%s are for the engine to do", plan.act.label, plan.kv.label
+            "checkpoints hold weights only: act=%s, kv=%s are for the engine to do, and compressed_tensors tells it so "
+            "with export.compressed_tensors.activations and kv_cache",
+            plan.act.label,
+            plan.kv.label,
         )
     plan.exports.check(linear_specs(loaded.model, grids, natural), loaded.model, loaded.tokenizer)
     _check_memory(loaded, tokens, plan)

@@ -137,6 +137,7 @@ def _provenance(row: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         "grid": facts.get("grid") or row.get("grid"),
         "bits per weight": _number(row.get("bits_per_weight")) and f"{_number(row['bits_per_weight'])}, all included",
         "scales shared by": group,
+        "inputs in scoring": row.get("act"),
         "calibration": _with_hash(tokens) or ("none" if "calibration" in facts else None),
         "made by": f"gptq_awq {gptq_awq.__version__}, code {str(facts.get('code', 'unknown'))[:12]}",
     }

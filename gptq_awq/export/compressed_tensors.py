@@ -53,7 +53,7 @@ from gptq_awq.export.packing import (
     unpack_words,
     unquantized,
 )
-from gptq_awq.export.saved import saved_weights
+from gptq_awq.export.saved import renamed_weights, renaming, saved_weights
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.scaled_float import ScaledFloatGrid
@@ -116,10 +116,12 @@ class CompressedTensorsFormat:
             own = pack_float(weight) if isinstance(weight.grid, ScaledFloatGrid) else packer(weight, dtype)
             return own | self._input_scale(source, name)
 
-        packed = ((f"{name}.{part}", x) for name, weight in weights.items() for part, x in parts(name, weight).items())
-        grids = {name: stored_grid(weight.grid) for name, weight in weights.items()}
         model = source.model
-        heads = [name for name in source.weights if model.get_submodule(name) is model.get_output_embeddings()]
+        own = weights if experts_in(model) else source.weights  # readers ask by names of the model and of files
+        packed = ((f"{name}.{part}", x) for name, weight in own.items() for part, x in parts(name, weight).items())
+        grids = {name: stored_grid(weight.grid) for name, weight in {**own, **weights}.items()}
+        head, rename = model.get_output_embeddings(), renaming(model)
+        heads = [new for name in source.weights if model.get_submodule(name) is head for new in {name, rename(name)}]
         config = quantization_config(grids, FORMATS[self.layout], unquantized(source), self.activations, heads)
         if self.kv_cache is not None:
             config["kv_cache_scheme"] = kv_cache_scheme()
@@ -127,7 +129,7 @@ class CompressedTensorsFormat:
 
     def stored(self, source: Source) -> Mapping[str, QuantizedWeight]:
         """Weights under the names that the folder has for them: readers want one linear for each expert's matrix."""
-        return saved_weights(source.model, source.weights) if experts_in(source.model) else source.weights
+        return saved_weights(source.model, source.weights) if experts_in(source.model) else renamed_weights(source)
 
     def check_model(self, linears: Sequence[LinearSpec], model: PreTrainedModel, tokenizer: Any) -> list[str]:  # noqa: ARG002
         """Raise UserError for a mixture whose checkpoints keep experts in one tensor."""

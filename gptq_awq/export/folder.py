@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Source
 from gptq_awq.export.public import names_only
-from gptq_awq.export.saved import SavedTensors, read_state
+from gptq_awq.export.saved import SavedTensors, read_state, renaming
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.carried import carried
 from gptq_awq.models.experts import experts_in, fused_tensors
@@ -35,32 +35,37 @@ def write_folder(
     dtype: torch.dtype,
     quantization_config: Mapping[str, Any] | None,
     shard: str = SHARD,
-    rename: Callable[[str], str] = str,
+    rename: Callable[[str], str] | None = None,
     replaced: Collection[str] = (),
 ) -> None:
-    """Write a model with some weights packed; fused experts are stored under the original checkpoint's names.
+    """Write a model with some weights packed, all of it under the original checkpoint's names.
 
     Args:
         source: the quantized model; its unpacked parameters are stored in `dtype`, tied ones once.
         folder: empty folder to write into.
         packed: (full name such as "model.layers.0.mlp.up_proj.qweight", tensor) pairs that replace the weights of
-            `source.weights`; written in the order they come.
+            `source.weights`; written in the order they come. Without `quantization_config` they are whole weights,
+            and go into the original checkpoint's layout, which may join or split them.
         dtype: dtype of all unpacked floating-point tensors, also stated in config.json.
         quantization_config: entry of that name in config.json; None leaves it out.
         shard: maximum size of a safetensors file.
-        rename: maps a tensor's name in the model to its name in the file, for engines with names of their own.
+        rename: maps a tensor's name in the model to its name in the file, for engines with names of their own; None:
+            names of the original checkpoint.
         replaced: modules of a mixture, by their names in the file, that `packed` has the weights of.
 
     Raises:
         UserError: a parameter overflows `dtype`.
     """
-    shards, tensors = Shards(folder, shard), chain(plain_tensors(source, dtype), packed)
+    shards = Shards(folder, shard)
     if experts_in(source.model) and replaced:
         tensors = chain(_saved(source, dtype, {f"{name}.weight" for name in replaced}), packed)
-    elif experts_in(source.model):
+    elif quantization_config is None and rename is None:
         tensors = _fused(source, dtype, packed)
+    else:
+        rename = rename or renaming(source.model)
+        tensors = ((rename(name), tensor) for name, tensor in chain(plain_tensors(source, dtype), packed))
     for name, tensor in tensors:
-        shards.add(rename(name), tensor)
+        shards.add(name, tensor)
     for name, tensor in carried(source.model, dtype):  # under the names of the source's files
         shards.add(name, tensor)
     shards.finish()
@@ -209,11 +214,26 @@ def published_options(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer's files, and copy the SentencePiece model that it came with."""
+    """Write a tokenizer's files as transformers 4 reads them, too, and copy the SentencePiece model it came with."""
     tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        path.write_text(
+            json.dumps(_legacy_tokenizer(json.loads(path.read_text())), indent=2, ensure_ascii=False) + "\n"
+        )
     model = Path(getattr(tokenizer, "name_or_path", None) or ".") / "tokenizer.model"
     if model.is_file():
         shutil.copyfile(model, folder / model.name)
+
+
+def _legacy_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer's config in the spelling before transformers 5, which later ones read alike."""
+    found = {key: value for key, value in config.items() if key not in ("is_local", "local_files_only")}
+    if found.get("tokenizer_class") == "TokenizersBackend":
+        found["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(found.get("extra_special_tokens"), list):
+        found["additional_special_tokens"] = found.pop("extra_special_tokens")
+    return found
 
 
 IMPLIED: Mapping[str, Mapping[str, Any]] = {

@@ -12,7 +12,7 @@ names the convention; engines that don't know v2 would read every zero point one
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
 from gptq_awq.export.folder import FolderTensors, read_config, write_folder
 from gptq_awq.export.packing import PRODUCER, WORD, exactly, one_int_grid, pack_words, require_multiple, unpack_words
+from gptq_awq.export.saved import renamed_weights
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.runtime.options import ByteSize, Dtype, checked_dataclass
@@ -89,6 +90,10 @@ class GPTQFormat:
         write_folder(source, folder, packed, dtype, config, self.shard)
         # Readers older than transformers' own GPTQ support look for the config in this file.
         (folder / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def stored(self, source: Source) -> Mapping[str, QuantizedWeight]:
+        """Weights under the names that the folder has for them."""
+        return renamed_weights(source)
 
     def decoder(self) -> str:
         """Name of our own reader, as GPTQModel's would patch torch, transformers and safetensors in this process."""

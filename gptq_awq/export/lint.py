@@ -10,11 +10,14 @@ from transformers import PreTrainedConfig
 
 from gptq_awq.export.base import LinearSpec
 from gptq_awq.export.packing import ragged
+from gptq_awq.grids.base import Grid
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.mix import role_of
 from gptq_awq.models.blocks import key_value_heads
 
 FORMATS = ("gptq", "awq", "compressed_tensors")
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+"""Linears of one module that vLLM holds as one."""
 DEGREES = (1, 2, 4, 8)
 ROW_PARALLEL = ("attn_output", "ffn_down")
 """Roles of row-parallel linears, split between devices along the input; all others are split along the output."""
@@ -38,8 +41,13 @@ def lint(linears: Sequence[LinearSpec], config: PreTrainedConfig, formats: Colle
     several = len({grid.without_search() for grid in integers}) > 1
     rules += [
         (
+            ("mlx",),
+            not all(grid.sym for grid in integers),
+            "unquantized parameters are float32, too, as scale times zero point takes it; grid=affine stores 16 bits",
+        ),
+        (
             ("compressed_tensors",),
-            several,
+            _divided(linears),
             "vLLM needs one grid for q, k and v, and one for gate and up; grid.tie=site ensures it",
         ),
         (
@@ -51,6 +59,16 @@ def lint(linears: Sequence[LinearSpec], config: PreTrainedConfig, formats: Colle
     said = [f"{name}: {sentence}" for names, holds, sentence in rules for name in names if holds and name in formats]
     lines = list(dict.fromkeys(said))
     return [*lines, tensor_parallel(linears, config)] if set(FORMATS) & set(formats) else lines
+
+
+def _divided(linears: Sequence[LinearSpec]) -> bool:
+    """Whether linears that vLLM joins, q, k and v or gate and up, are on different grids."""
+    sites: dict[tuple[str, tuple[str, ...]], set[Grid]] = {}
+    for linear in linears:
+        module, _, name = linear.name.rpartition(".")
+        if site := next((site for site in JOINED if name in site), ()):
+            sites.setdefault((module, site), set()).add(linear.grid.without_search())
+    return any(len(grids) > 1 for grids in sites.values())
 
 
 def engine_rules(grid: IntGrid, natural: bool, whole: bool) -> list[tuple[Sequence[str], bool, str]]:

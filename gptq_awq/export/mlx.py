@@ -12,7 +12,7 @@ float32 for any z, as s has 11 significant bits and z at most 8. Then s c + b eq
 
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -83,10 +83,13 @@ class MLXFormat:
                 + (" or grid=affine" if isinstance(grid, IntGrid) and not grid.sym else "")
             )
 
+    def stored_dtype(self, weights: Iterable[LinearSpec | QuantizedWeight]) -> str:
+        """Name of the dtype of scales, biases and unquantized parameters."""
+        return common_dtype([weight.grid for weight in weights]) if self.dtype == "auto" else self.dtype
+
     def write(self, source: Source, folder: Path) -> None:
         """Write the folder. Raises UserError where a parameter overflows the dtype."""
-        grids = [weight.grid for weight in source.weights.values()]
-        dtype = torch_dtype(common_dtype(grids) if self.dtype == "auto" else self.dtype, "export.mlx.dtype")
+        dtype = torch_dtype(self.stored_dtype(source.weights.values()), "export.mlx.dtype")
         packed = (
             (f"{name}.{part}", tensor)
             for name, weight in source.weights.items()

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 import gptq_awq
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import LinearSpec, Source, require_dtype
+from gptq_awq.export.saved import renaming
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.models.carried import carried_names
 
@@ -160,4 +161,5 @@ def unquantized(source: Source) -> list[str]:
     """Names of the linears that stay unquantized, an unquantized output head and what is carried along included."""
     linears = [name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)]
     carried = [name.removesuffix(".weight") for name, x in carried_names(source.model).items() if len(x.shape) == 2]
-    return [name for name in (*linears, *carried) if name not in source.weights]
+    names = [name for name in (*linears, *carried) if name not in source.weights]
+    return list(dict.fromkeys([*names, *map(renaming(source.model), names)]))  # readers ask by either name

@@ -4,6 +4,7 @@ Models in memory may have fused experts (or, unfused, one linear per expert) and
 what was first published. transformers knows how to go back: `revert_weight_conversion`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from gptq_awq.errors import UserError
+from gptq_awq.export.base import Source
 from gptq_awq.export.placement import Numbering, indices
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.models.blocks import find_blocks
@@ -62,6 +64,35 @@ class SavedTensors(Mapping[str, Tensor]):
 def saved(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a model's state dict, whole blocks of it, as its checkpoint holds them."""
     return revert_weight_conversion(model, fused_tensors(model, tensors)) if tensors else {}
+
+
+def saved_names(model: PreTrainedModel) -> dict[str, str]:
+    """Names of the model's tensors in its checkpoint, by their names in its state dict, where those differ.
+
+    Tensors that a checkpoint keeps together with others, or in parts, are left out.
+    """
+    empty = ((name, torch.empty(shape, device="meta")) for name, shape in state_shapes(model).items())
+    alone = {name: list(revert_weight_conversion(model, {name: tensor})) for name, tensor in empty}
+    owners = Counter(new for found in alone.values() for new in found)
+    return {name: new for name, (new, *more) in alone.items() if not more and owners[new] == 1 and new != name}
+
+
+def renaming(model: PreTrainedModel) -> Callable[[str], str]:
+    """What gives a tensor, a packed part of one, or a module its name in the model's checkpoint."""
+    tensors = saved_names(model)
+    modules = {old.rpartition(".")[0]: new.rpartition(".")[0] for old, new in tensors.items()}
+
+    def rename(name: str) -> str:
+        module, _, part = name.rpartition(".")
+        return tensors.get(name) or modules.get(name) or (f"{modules[module]}.{part}" if module in modules else name)
+
+    return rename
+
+
+def renamed_weights(source: Source) -> dict[str, QuantizedWeight]:
+    """Quantized weights under the names of the original checkpoint, which renames linears and changes none."""
+    rename = renaming(source.model)
+    return {rename(name): weight for name, weight in source.weights.items()}
 
 
 def state_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

@@ -300,20 +300,18 @@ def _reference_model(folder: Path, format_: Format) -> PreTrainedModel:
     _check_size(model, sum(tensor.numel() for tensor in (plain | decoded).values()), folder)
     model = auto_class(made).from_config(made, dtype=torch.float32).eval()
     own = {name: parameter for name, parameter in model.state_dict().items()}
-    if any(".experts." in name and name not in own for name in decoded):
-        packed = tuple(f"{name.removesuffix('weight')}weight_" for name in decoded)
-        return _loaded(made, {n: tensor for n, tensor in plain.items() if not n.startswith(packed)} | decoded)
-    state = {name: t for name, t in plain.items() if name in own and t.shape == own[name].shape}
-    state |= decoded
-    missing, _ = model.load_state_dict(state, strict=False)
+    state = {name: t for name, t in plain.items() if name in own and t.shape == own[name].shape} | decoded
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    if lost := [name for name in missing if name not in tied]:
-        raise UserError(f"{folder}: holds no {lost[0]}")
+    if state.keys() - own.keys() or own.keys() - state.keys() - tied:  # names of the original checkpoint
+        parts = tuple(name.removesuffix("weight") for name in decoded)
+        rest = {n: tensor for n, tensor in plain.items() if not n.startswith(parts) or n.endswith(".bias")}
+        return _loaded(made, rest | decoded, folder)
+    model.load_state_dict(state, strict=False)
     model.tie_weights()
     return model
 
 
-def _loaded(config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+def _loaded(config: PreTrainedConfig, tensors: Mapping[str, Tensor], origin: Path) -> PreTrainedModel:
     """Build a model from a checkpoint's own names, as transformers loads one. Raises UserError if some are missing."""
     with TemporaryDirectory() as folder:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(folder) / "model.safetensors")
@@ -322,7 +320,7 @@ def _loaded(config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> PreTrain
             folder, config=config, dtype=torch.float32, output_loading_info=True
         )
     if lost := sorted(found["missing_keys"]):
-        raise UserError(f"the checkpoint holds no {lost[0]}")
+        raise UserError(f"{origin}: holds no {lost[0]}")
     return model.eval()
 
 

@@ -16,6 +16,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.export.base import ChecksModel, Format, LinearSpec, Source
 from gptq_awq.export.card import model_card
 from gptq_awq.export.lint import lint
+from gptq_awq.export.overflow import check_overflow
 from gptq_awq.export.verify import Probe, VerificationRecord, verify
 from gptq_awq.models.auto_class import also_sees
 from gptq_awq.models.experts import experts_in
@@ -82,6 +83,7 @@ class Exports:
                     f"holds more; choose export.formats=[{'] or ['.join(MULTIMODAL)}]"
                 )
             format_.check(linears, model.config)
+            check_overflow(format_, linears, model)
             if isinstance(format_, ChecksModel):
                 for note in format_.check_model(linears, model, tokenizer):
                     log.warning("export.formats: %s", note)

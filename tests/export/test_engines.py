@@ -104,7 +104,7 @@ def empty(tmp_path, monkeypatch):
 
 def test_every_engine_has_a_program():
     for name in ENGINES:
-        assert (run_module.PROGRAMS / f"{name}.py").is_file()
+        assert (run_module.PROGRAMS / f"{ENGINES[name].program or name}.py").is_file()
 
 
 def test_an_environment_is_found_once_it_is_complete(empty):

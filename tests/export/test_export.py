@@ -7,16 +7,24 @@ import pytest
 import torch
 from helpers.forked import call
 from helpers.paths import ROOT
+from helpers.quantized_weights import int_grid
 from helpers.tiny_models import tiny_model, tiny_tokens
 
 from gptq_awq import quantize_model
 from gptq_awq.errors import UserError
 from gptq_awq.export import write as write_module
-from gptq_awq.export.base import Source
+from gptq_awq.export.base import Source, linear_specs
+from gptq_awq.export.bnb import BnbFormat
+from gptq_awq.export.compressed_tensors import CompressedTensorsFormat
+from gptq_awq.export.gguf import GGUFFormat
+from gptq_awq.export.gptq import GPTQFormat
 from gptq_awq.export.hf import HFFormat
 from gptq_awq.export.mlx import MLXFormat
+from gptq_awq.export.overflow import check_overflow
 from gptq_awq.export.verify import Probe, VerificationRecord, reference_model, verify
 from gptq_awq.export.write import Exports, make_exports
+from gptq_awq.grids.signed import SignedGrid
+from gptq_awq.grids.table import TableGrid
 from gptq_awq.runtime.progress import no_track
 
 
@@ -102,6 +110,29 @@ def test_a_second_export_replaces_the_first(source, tmp_path):
     (done,) = export(source, tmp_path, HFFormat(dtype="bfloat16"))
     assert json.loads((done.path / "config.json").read_text())["dtype"] == "bfloat16"
     assert [path.name for path in done.path.parent.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize(
+    ("format_", "choice"),
+    [
+        (HFFormat("float16"), r"export\.hf\.dtype=bfloat16 or export\.hf\.dtype=float32"),
+        (GPTQFormat(), r"export\.gptq\.dtype=bfloat16 with grid\.scale_dtype=bfloat16"),
+        (CompressedTensorsFormat(), r"export\.compressed_tensors\.dtype=float32"),
+        (BnbFormat(), r"export\.bnb\.dtype=bfloat16 or export\.bnb\.dtype=float32"),
+        (MLXFormat(), r"export\.mlx\.dtype=float32"),
+        (GGUFFormat(), r"export\.gguf\.plain_dtype=BF16 or export\.gguf\.plain_dtype=F32"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_a_weight_that_float16_does_not_hold_is_refused_before_calibration(format_, choice):
+    grid = {"bnb": TableGrid("nf4", 32), "gguf": SignedGrid(4, 32)}.get(format_.name, int_grid(4, 32, sym=True))
+    model = tiny_model("llama")
+    linears = linear_specs(model, {"model.layers.0.mlp.up_proj": grid}, True)
+    check_overflow(format_, linears, model)
+    model.get_input_embeddings().weight[5, 3] = 1e5
+    with pytest.raises(UserError, match=rf"embed_tokens.* holds 1e\+05, .* choose {choice}"):
+        check_overflow(format_, linears, model)
+    check_overflow(HFFormat("bfloat16"), linears, model)
 
 
 def test_large_models_are_sharded_with_an_index(source, tmp_path):

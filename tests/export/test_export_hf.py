@@ -4,14 +4,20 @@ import json
 
 import pytest
 import torch
+from helpers.architectures import tiny_architecture
 from helpers.quantized_weights import NoTokenizer, rounded_source, source_specs
 from helpers.tiny_models import CONFIGS, tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM
 
+from gptq_awq import quantize_model
 from gptq_awq.errors import UserError
+from gptq_awq.export.awq import AWQFormat
 from gptq_awq.export.base import Format, Source
+from gptq_awq.export.compressed_tensors import CompressedTensorsFormat
 from gptq_awq.export.folder import FolderTensors
+from gptq_awq.export.gptq import GPTQFormat
 from gptq_awq.export.hf import HFFormat
+from gptq_awq.export.verify import Probe, VerificationRecord, reference_model, verify
 from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.mix import LlamaMix
@@ -58,6 +64,36 @@ def test_float32_gives_the_logits_of_the_model_in_memory(name, tmp_path):
     assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
         assert torch.equal(model.eval()(tiny_tokens()).logits, source.model(tiny_tokens()).logits)
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt_neox", "llava", "hrm_text", "kimi_linear", "lfm3", "axk2", "mixtral", "gpt2", "gemma3"]
+)
+def test_tensors_have_the_names_that_save_pretrained_gives_them(name, tmp_path):
+    model = tiny_architecture(name)
+    model.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "ours").mkdir()
+    done = quantize_model(model, method="rtn", bits=8, group_size=32)
+    HFFormat("float32").write(Source(model, NoTokenizer(), "tiny", done.weights), tmp_path / "ours")
+    theirs, ours = FolderTensors(tmp_path / "theirs"), FolderTensors(tmp_path / "ours")
+    assert set(ours) == set(theirs)
+    assert {key: ours[key].shape for key in ours} == {key: theirs[key].shape for key in theirs}
+
+
+@pytest.mark.parametrize("format_", [GPTQFormat(), AWQFormat(), CompressedTensorsFormat()], ids=lambda made: made.name)
+def test_packed_folders_have_those_names_too(format_, tmp_path):
+    model = tiny_architecture("gpt_neox")
+    done = quantize_model(model, method="rtn", bits=4, group_size=32, sym=True)
+    source = Source(model, NoTokenizer(), "tiny", done.weights)
+    format_.write(source, tmp_path)
+    assert "embed_out.weight" in FolderTensors(tmp_path)
+    record = VerificationRecord.of(format_, source, tmp_path, Probe.of(source.model, tiny_tokens(2, 16), "test"), {})
+    record.write(tmp_path)
+    verify(tmp_path)
+    with torch.no_grad():
+        assert torch.allclose(
+            reference_model(tmp_path)(tiny_tokens()).logits, source.model(tiny_tokens()).logits, atol=3e-2
+        )
 
 
 def test_a_tied_embedding_that_is_quantized_is_stored_once(tmp_path):

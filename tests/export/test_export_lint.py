@@ -46,9 +46,26 @@ def test_of_several_widths_each_is_spoken_of_once_and_what_vllm_fuses_is():
     linears = [*specs(int_grid(3, 32), **SHAPES), *specs(int_grid(3, 64), other=(64, 64))]
     lines = [line for line in lint(linears, CONFIG) if line.startswith("compressed_tensors")]
     assert len([line for line in lines if "3 bits on a GPU" in line]) == 1
-    assert any("tie=site" in line for line in lines)
     assert any("sym=true only" in line for line in lines)
-    assert "tie=site" not in said(int_grid(3, 32))
+    assert not any("tie=site" in line for line in lines), "q and k are alike"
+
+
+@pytest.mark.parametrize("pair", [("self_attn.q_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")])
+def test_linears_that_vllm_joins_are_to_be_alike(pair):
+    mixed = [
+        specs(int_grid(bits, 32), **{f"model.layers.0.{name}": (64, 256)})
+        for bits, name in zip((3, 4), pair, strict=True)
+    ]
+    alike = [
+        specs(int_grid(bits, 32), **{f"model.layers.{bits}.{name}": (64, 256)}) for bits in (3, 4) for name in pair
+    ]
+    for linears, told in ((mixed, True), (alike, False)):
+        assert any("tie=site" in line for line in lint([x for each in linears for x in each], CONFIG)) == told
+
+
+def test_mlx_says_that_an_asymmetric_grid_takes_float32():
+    assert "float32" in said(int_grid(4, 32), formats=("mlx",))
+    assert said(int_grid(4, 32, sym=True), formats=("mlx",)) == ""
 
 
 def test_only_formats_that_are_asked_for_are_spoken_of():

@@ -57,12 +57,14 @@ class Engine:
 
     Attributes:
         formats: export format → how the engine runs it.
-        standalone: whether it consists of more than Python modules, and so always needs its own environment.
+        standalone: whether it is more than Python modules that may be here, and so always needs its own environment.
+        program: name of the file in programs/ that runs it, where it isn't the engine's.
         note: known limitations.
     """
 
     formats: Mapping[str, FormatSupport]
     standalone: bool = False
+    program: str | None = None
     note: str = ""
 
 
@@ -75,6 +77,15 @@ ENGINES: Mapping[str, Engine] = {
             "bnb": FormatSupport(("transformers", "bitsandbytes", "accelerate")),
         },
         note="expands all weights; bitsandbytes' own kernels, which round activations, run in dtypes but float32",
+    ),
+    "transformers4": Engine(
+        formats={
+            "hf": FormatSupport(("transformers",)),
+            "compressed_tensors": FormatSupport(("transformers", "compressed_tensors")),
+        },
+        standalone=True,
+        program="transformers",
+        note="the last release before transformers 5, which reads other spellings of configs and tokenizers",
     ),
     "gptqmodel": Engine(
         formats={"gptq": FormatSupport(("gptqmodel",)), "awq": FormatSupport(("gptqmodel",))},
@@ -188,7 +199,7 @@ def answer(
     with tempfile.TemporaryDirectory(prefix=f"{name}-") as scratch:
         folder = Path(scratch)
         np.save(folder / "tokens.npy", tokens.to(torch.int32).cpu().numpy())
-        program = PROGRAMS / f"{name}.py"
+        program = PROGRAMS / f"{_engine(name).program or name}.py"
         command = [python, "-I", program, path.resolve(), folder, dtype or _support(name, format_name).dtype]
         _run(name, path, [str(part) for part in command], timeout)
         logits = torch.from_numpy(np.load(folder / "logits.npy"))[..., :vocab]
