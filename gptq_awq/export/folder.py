@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -70,7 +70,8 @@ def write_folder(
         shards.add(name, tensor)
     shards.finish()
     write_config(source.model, folder, dtype, quantization_config)
-    write_tokenizer(source.tokenizer, folder)
+    if source.tokenizer is not None:
+        write_tokenizer(source.tokenizer, folder)
     _copy_processor(source.model.name_or_path, folder)
 
 
@@ -184,6 +185,11 @@ def write_config(
     config = published_options(model.config) | {"architectures": [type(model).__name__]}
     for part in (config, *(value for value in config.values() if isinstance(value, dict) and "dtype" in value)):
         part["dtype"] = str(dtype).removeprefix("torch.")
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(head, nn.Linear) and head.weight is getattr(embedding, "weight", None):
+        for part in (config, config.get("text_config")):  # readers differ in which of them they ask
+            if isinstance(part, dict) and "tie_word_embeddings" in part:
+                part["tie_word_embeddings"] = True
     config = names_only(config)  # such as _name_or_path, the folder that the model came from
     config.pop("quantization_config", None)
     if quantization_config is not None:

@@ -21,9 +21,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source
+from gptq_awq.export.engine_check import check_engine
 from gptq_awq.export.folder import write_config
 from gptq_awq.export.gguf_blocks import BLOCK_TYPES, pack
-from gptq_awq.export.gguf_check import check_llama_cpp
 from gptq_awq.export.gguf_converter import Vocabulary, converter_root, known_architectures
 from gptq_awq.export.gguf_file import Packed, read_gguf, write_gguf
 from gptq_awq.export.gguf_layout import Layout, observe, skeleton
@@ -99,8 +99,13 @@ class GGUFFormat:
             vocabulary, difference = self._vocabulary(folder, tokenizer)
             options = {"dtype": "F32", "model_name": "", "vocabulary": vocabulary}
             write = partial(write_gguf, folder / "model.gguf", converter_root(self.converter), folder, model, layout)
-            check_llama_cpp(model, folder / "model.gguf", lambda: write({}, {}, options))
-        return [difference] * bool(difference) + _notes(layout, types, {f"{linear.name}.weight" for linear in linears})
+            path = folder / "model.gguf"
+            untried = check_engine("xllamacpp", "gguf", model, path, lambda: write({}, {}, options), limit=1e-3)
+        return (
+            [difference] * bool(difference)
+            + untried
+            + _notes(layout, types, {f"{linear.name}.weight" for linear in linears})
+        )
 
     def _text(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model itself where the converter knows it, else its text part."""

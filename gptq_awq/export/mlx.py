@@ -13,17 +13,20 @@ float32 for any z, as s has 11 significant bits and z at most 8. Then s c + b eq
 import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
+from gptq_awq.export.engine_check import check_engine
 from gptq_awq.export.folder import FolderTensors, read_config, write_folder
 from gptq_awq.export.mlx_floats import decode_floats, decode_floats_with_mlx, mode_of, pack_floats
 from gptq_awq.export.packing import PRODUCER, exactly, pack_words, require_natural_order, unpack_words
@@ -32,14 +35,16 @@ from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.signed import SignedGrid
 from gptq_awq.grids.ternary import TernaryGrid
+from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.runtime.options import ByteSize, Dtype, checked_dataclass
+from gptq_awq.solvers.rtn import RTN
 
 PARTS = ("weight", "scales", "biases")
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
 DTYPES = ("float16", "bfloat16", "float32")
-UNKNOWN_MODELS = ("opt",)
-"""Model types that mlx-lm 0.32 doesn't support."""
+LIMIT = 5e-3
+"""Largest mean KL in nats between a model and what mlx-lm computes with weights of 8 bits."""
 
 NAMES: Mapping[str, tuple[str, str]] = {
     "gpt2": ("transformer.", "model."),  # with the names on the hub mlx-lm would transpose packed weights
@@ -65,14 +70,23 @@ class MLXFormat:
     shard: ByteSize = "4GB"
     name: str = "mlx"
 
-    def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:
-        """Raise UserError for grids, bits, groups, widths, models or a dtype that the format can't store exactly."""
+    def check(self, linears: Sequence[LinearSpec], config: PreTrainedConfig) -> None:  # noqa: ARG002 (check_model)
+        """Raise UserError for grids, bits, groups, widths or a dtype that the format can't store exactly."""
         require_natural_order(linears, self.name, " or method.solver.act_order=false")
         for linear in linears:
             _check_grid(linear.grid)
             _check_width(linear)
             self._check_dtype(linear.grid)
-        _check_loader(config)
+
+    def check_model(self, linears: Sequence[LinearSpec], model: PreTrainedModel, tokenizer: Any) -> list[str]:  # noqa: ARG002
+        """Raise UserError for a model that mlx-lm doesn't load, or computes otherwise: it runs one of 8 bits."""
+        with TemporaryDirectory(prefix="mlx-") as path:
+
+            def write() -> None:
+                source = Source(model, None, "", _in_eight_bits(linears, model))
+                replace(self, dtype="float32").write(source, Path(path))
+
+            return check_engine("mlx", self.name, model, Path(path), write, LIMIT)
 
     def _check_dtype(self, grid: Grid) -> None:
         """Raise UserError if the requested dtype can't store the grid's scales and biases exactly."""
@@ -129,6 +143,17 @@ class MLXFormat:
             for name, tensor in tensors.items()
             if name.rpartition(".")[0] not in quantized or name.endswith(".bias")
         }
+
+
+def _in_eight_bits(linears: Sequence[LinearSpec], model: PreTrainedModel) -> dict[str, QuantizedWeight]:
+    """Weights rounded to nearest in 8 bits, in the groups asked for where MLX has such."""
+    found = {}
+    for linear in linears:
+        module = model.get_submodule(linear.name)
+        weight = matrix(module) if is_linear(module) else module.get_parameter("weight").detach()
+        group = linear.grid.group_size if linear.grid.group_size in GROUPS else GROUPS[0]
+        found[linear.name] = RTN().solve(weight.float().cpu(), None, AffineGrid(8, group)).quantized
+    return found
 
 
 def _read(parts: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -254,11 +279,6 @@ def _check_width(linear: LinearSpec) -> None:
             f"group_size={linear.grid.group_size}: does not divide the {linear.columns} columns of {linear.name}, and "
             f"mlx has no shorter last group; choose group_size={' or '.join(fitting)}"
         )
-
-
-def _check_loader(config: PreTrainedConfig) -> None:
-    if config.model_type in UNKNOWN_MODELS:
-        raise UserError(f"export.formats=mlx: mlx-lm has no {config.model_type}; export.formats=[hf] takes any model")
 
 
 def _why(grid: Grid, needed: str) -> str:

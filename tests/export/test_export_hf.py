@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from helpers.architectures import tiny_architecture
+from helpers.gguf_models import bpe
 from helpers.quantized_weights import NoTokenizer, rounded_source, source_specs
 from helpers.tiny_models import CONFIGS, tiny_model, tiny_tokens
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptq_awq import quantize_model
 from gptq_awq.errors import UserError
@@ -119,6 +120,28 @@ def test_the_config_says_the_dtype_and_nothing_of_quantization(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
     assert "quantization_config" not in config
+
+
+def test_every_part_of_a_config_says_that_the_head_is_tied(tmp_path):
+    model = tiny_architecture("internvl")
+    assert not model.config.text_config.tie_word_embeddings, "which transformers doesn't ask"
+    HFFormat("float32").write(Source(model, NoTokenizer(), "tiny", {}), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["tie_word_embeddings"]
+    assert config["text_config"]["tie_word_embeddings"]
+
+
+def test_a_tokenizer_is_spelled_as_transformers_4_reads_it_and_5_too(tmp_path):
+    tokenizer = bpe(["bytes of words"])
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|a|>"]})
+    HFFormat("float32").write(Source(tiny_model("llama"), tokenizer, "tiny", {}), tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["additional_special_tokens"] == ["<|a|>"]
+    assert "extra_special_tokens" not in config
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.all_special_tokens == tokenizer.all_special_tokens
+    assert loaded("the cat<|a|>sees")["input_ids"] == tokenizer("the cat<|a|>sees")["input_ids"]
 
 
 def test_rounding_is_named_where_there_is_some():

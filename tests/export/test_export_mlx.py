@@ -1,17 +1,21 @@
 """MLX folders: bit layout, exactness, refusals; mlx-lm itself where it is installed."""
 
+import copy
 import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers.architectures import tiny_architecture
 from helpers.quantized_weights import assert_decodes, rounded_source
 from helpers.tiny_models import CONFIGS, tiny_model, tiny_tokens
 
 import gptq_awq.export.mlx as mlx_format
+from gptq_awq import quantize_model
 from gptq_awq.errors import UserError
-from gptq_awq.export.base import Format, LinearSpec
+from gptq_awq.export import engine_check
+from gptq_awq.export.base import Format, LinearSpec, linear_specs
 from gptq_awq.export.folder import legacy_config
 from gptq_awq.export.mlx import BITS, GROUPS, MLXFormat, pack, quantization_config
 from gptq_awq.grids.affine import AffineGrid
@@ -147,13 +151,11 @@ def test_what_does_not_fit_is_refused_and_what_would_is_named(format_, grid, col
         format_.check([LinearSpec("layer", 64, columns, grid)], LLAMA)
 
 
-def test_scattered_groups_and_unknown_models_are_refused():
+def test_scattered_groups_are_refused():
     fitting = LinearSpec("layer", 64, 64, AffineGrid(4, 64))
     MLXFormat().check([fitting], LLAMA)
     with pytest.raises(UserError, match="static_groups=true"):
         MLXFormat().check([LinearSpec("layer", 64, 64, AffineGrid(4, 64), natural_order=False)], LLAMA)
-    with pytest.raises(UserError, match="opt"):
-        MLXFormat().check([fitting], SimpleNamespace(model_type="opt"))
     with pytest.raises(UserError, match=r"MLXFormat\.dtype=int8"):
         MLXFormat("int8")
 
@@ -185,6 +187,44 @@ def test_mlx_lm_computes_the_logits_of_the_model_in_memory(name, tmp_path):
     MLXFormat("float32").write(source, tmp_path)
     tokens = tiny_tokens(2, 24)
     torch.testing.assert_close(mlx_logits(tmp_path, tokens), source.model(tokens).logits, atol=2e-5, rtol=0)
+
+
+def tried(model, grid=AffineGrid(4, 32)):  # noqa: B008 (frozen)
+    linears = linear_specs(
+        model, dict.fromkeys(quantize_model(copy.deepcopy(model), method="rtn", grid=grid).weights, grid), True
+    )
+    return MLXFormat().check_model(linears, model, None)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "qwen3"])
+def test_a_model_that_mlx_lm_computes_is_taken(name):
+    pytest.importorskip("mlx_lm")
+    assert tried(tiny_model(name)) == []
+
+
+@pytest.mark.parametrize("kind", ["opt", "bloom"])
+def test_a_model_that_mlx_lm_does_not_know_is_refused_before_calibration(kind):
+    pytest.importorskip("mlx_lm")
+    with pytest.raises(UserError, match=rf"export\.formats=mlx: mlx refuses this .*{kind} not supported"):
+        tried(tiny_architecture(kind))
+
+
+def test_a_model_that_mlx_lm_computes_otherwise_is_refused():
+    pytest.importorskip("mlx_lm")
+    model = tiny_model("llama")
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    config = type(model.config)(**model.config.to_dict() | {"rope_parameters": yarn | {"attention_factor": 3.0}})
+    torch.manual_seed(0)
+    model = type(model)(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.mul_(5 if parameter.dim() == 2 else 1)
+    with pytest.raises(UserError, match="mlx computes something else from this LlamaForCausalLM"):
+        tried(model)
+
+
+def test_that_a_model_was_not_tried_is_said(monkeypatch):
+    monkeypatch.setattr(engine_check, "find", lambda *_: None)
+    assert tried(tiny_model("llama")) == ["mlx: not tried in mlx before calibration, as mlx is not installed"]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])  # a head of its own, and a tied one
