@@ -1,0 +1,390 @@
+"""A simulated CUDA device: tensors that say they are on it, with their data in memory, and refuse what a GPU refuses.
+
+    with accelerator() as device:
+        model.to("cuda")
+        ...
+        assert device.waits <= 20
+
+Each call of PyTorch passes through a `TorchFunctionMode`, which sees the devices that are asked for, and each operation
+on `OnDevice` tensors through their `__torch_dispatch__`, which sees the devices that its operands are on. To PyTorch's
+core, which must not know of CUDA, they are tensors on the CPU, so autograd and the kernels for CPUs are the real ones.
+
+What it finds: operands on two devices (a CPU tensor of no dimension is let in where PyTorch does), generators of
+another device, `.numpy()` of a tensor on the device and so any call of a numba kernel, branches of the program for
+CPUs that a GPU takes as well, and how often the host waits for the device.
+
+What it can't: Triton kernels (its compute capability is below what they need; tests/kernels runs them in Triton's
+interpreter), streams and what asynchronous copies or pinned memory would change, the device's own arithmetic and
+memory, several devices, and C++ code that asks for a tensor's device itself.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map
+
+CUDA = torch.device("cuda", 0)
+CPU = torch.device("cpu")
+CAPABILITY = 7, 0
+"""Compute capability: a V100's, which Triton doesn't support any more."""
+FREE = 8 * 10**9
+aten = torch.ops.aten
+WAITS = {
+    aten._local_scalar_dense,
+    aten.nonzero,
+    aten.masked_select,
+    aten.equal,
+    aten._unique2,
+    aten.unique_dim,
+    aten.unique_consecutive,
+    aten.bincount,
+    aten.allclose,
+}
+"""Operations whose result, or its shape, the host waits for."""
+SCALARS = {aten.fill_, aten.where, aten.masked_fill, aten.masked_fill_, aten.index_put, aten.index_put_, aten.index_fill}
+"""Operations beside the pointwise that take a CPU tensor of no dimension on a GPU."""
+INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
+"""Operations that move indices to what is indexed."""
+
+
+class MixedDevicesError(RuntimeError):
+    """An operation was given tensors on several devices."""
+
+
+@dataclass
+class Accelerator:
+    """What has been asked of the simulated device.
+
+    Attributes:
+        uploads: tensors copied onto it.
+        downloads: tensors copied from it.
+        waits: how often the host had to wait for it: downloads, numbers read, shapes that depend on values.
+    """
+
+    uploads: int = 0
+    downloads: int = 0
+    waits: int = 0
+
+    def moved(self, to: torch.device) -> None:
+        """Count a copy between the devices."""
+        if to.type == "cuda":
+            self.uploads += 1
+        else:
+            self.downloads += 1
+            self.waits += 1
+
+
+COUNTED = Accelerator()
+"""Of the accelerator that is simulated now."""
+
+
+class OnDevice(Tensor):
+    """A tensor that says it is on the simulated device; its values are in `held`, a plain CPU tensor."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor):
+        made = Tensor._make_wrapper_subclass(
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device="cpu",
+        )
+        made.held = held
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return called(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return computed(func, args, kwargs or {})
+
+
+def plain(x):
+    """A tensor's values as a plain tensor."""
+    return x.held if isinstance(x, OnDevice) else x
+
+
+def wrapped(x):
+    """A plain tensor's values on the device."""
+    return OnDevice(x) if isinstance(x, Tensor) and not isinstance(x, OnDevice) else x
+
+
+def place(x: Tensor) -> torch.device:
+    """The device that a tensor says it is on."""
+    return CUDA if isinstance(x, OnDevice) else CPU
+
+
+def computed(func, args, kwargs):
+    """Compute an operation with at least one operand on the device."""
+    packet = func.overloadpacket
+    if packet in (aten.copy_, aten._copy_from):
+        return _copied(func, args, kwargs)
+    _refuse_mixed(func, packet, args, kwargs)
+    if packet in WAITS or (packet in INDEXED and any(x.dtype in (torch.bool, torch.uint8) for x in _indices(args))):
+        COUNTED.waits += 1
+    out = func(*tree_map(plain, args), **tree_map(plain, kwargs))
+    if func._schema.is_mutable and isinstance(out, Tensor):  # in place: the operand itself, which its views alias
+        own = next((x for x in tree_iter((args, kwargs)) if isinstance(x, OnDevice) and x.held is out), None)
+        if own is not None:
+            assert own.shape == out.shape, f"{func} changes the shape of a tensor in place, which isn't simulated"
+            return own
+    return tree_map(wrapped, out)
+
+
+def _indices(args) -> list[Tensor]:
+    return [x for x in args[1] if x is not None] if len(args) > 1 and isinstance(args[1], (list, tuple)) else []
+
+
+def _refuse_mixed(func, packet, args, kwargs) -> None:
+    """Raise where PyTorch refuses operands on the CPU beside operands on a GPU."""
+    operands = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
+    if packet in INDEXED and isinstance(args[0], OnDevice):
+        operands = [x for x in operands if all(x is not index for index in _indices(args))]
+    strays = [x for x in operands if not isinstance(x, OnDevice)]
+    if not strays:
+        return
+    scalars = torch.Tag.pointwise in func.tags or packet in SCALARS
+    into = args[0] if func._schema.is_mutable and args and isinstance(args[0], Tensor) else None
+    large = any(x.dim() for x in operands if isinstance(x, OnDevice)) or len(operands) - len(strays) > 0
+    if scalars and large and all(x.dim() == 0 for x in strays) and (into is None or isinstance(into, OnDevice)):
+        return
+    shapes = ", ".join(f"{place(x)} {tuple(x.shape)}" for x in operands)
+    raise MixedDevicesError(f"{func}: expected all tensors to be on the same device, got {shapes}")
+
+
+def _copied(func, args, kwargs):
+    """Copy into a tensor, from whichever device."""
+    into, source = args[:2]
+    if place(into) != place(source):
+        COUNTED.moved(place(into))
+    func(plain(into), plain(source), *args[2:], **kwargs)
+    return into
+
+
+class _MadeInside(TorchDispatchMode):
+    """While an operation on tensors of the device is running, tensors that it makes for itself are on the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        operands = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
+        if any(isinstance(x, OnDevice) for x in operands):
+            return computed(func, args, kwargs)
+        out = func(*args, **kwargs)
+        return out if operands else tree_map(wrapped, out)
+
+
+class _Transfer(torch.autograd.Function):
+    """A copy onto the other device, and of its gradient back."""
+
+    @staticmethod
+    def forward(ctx, x, copy):
+        return copy.clone() if isinstance(x, OnDevice) else OnDevice(x.clone())
+
+    @staticmethod
+    def backward(ctx, grad):
+        COUNTED.moved(CPU if isinstance(grad, OnDevice) else CUDA)
+        return (grad.held.clone() if isinstance(grad, OnDevice) else OnDevice(grad.clone())), None
+
+
+def transferred(x: Tensor, device: torch.device) -> Tensor:
+    """x on a device: itself where it is there already."""
+    if place(x).type == device.type or device.type == "meta":
+        return x
+    COUNTED.moved(device)
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Transfer.apply(x, plain(x))
+    x = x.detach()
+    return x.held.clone() if isinstance(x, OnDevice) else OnDevice(x.clone())
+
+
+def called(func, args, kwargs):
+    """Call a function of PyTorch with what it asks of devices answered for the simulated one."""
+    if func in ANSWERS:
+        return ANSWERS[func](*args, **kwargs)
+    on_device = any(isinstance(x, OnDevice) for x in tree_iter((args, kwargs)))
+    asked = kwargs.get("device")
+    if asked is not None and torch.device(asked).type in ("cuda", "cpu"):
+        out = _computed_on(func, args, kwargs | {"device": CPU}, on_device)
+        _same_generator(func, kwargs, torch.device(asked))
+        target = torch.device(asked)
+        made = not on_device and not any(isinstance(x, Tensor) for x in tree_iter(args))
+        move = (wrapped if target.type == "cuda" else plain) if made else (lambda x: transferred(x, target))
+        return tree_map(lambda x: move(x) if isinstance(x, Tensor) else x, out)
+    out = _computed_on(func, args, kwargs, on_device)
+    _same_generator(func, kwargs, CUDA if on_device else CPU)
+    return out
+
+
+def _computed_on(func, args, kwargs, on_device):
+    with torch._C.DisableTorchFunctionSubclass():
+        if not on_device:
+            return func(*args, **kwargs)
+        with _MadeInside():
+            return func(*args, **kwargs)
+
+
+def _same_generator(func, kwargs, device: torch.device) -> None:
+    generator = kwargs.get("generator")
+    if generator is not None and generator.device.type != device.type:
+        raise RuntimeError(f"{func}: expected a '{device.type}' device type for generator, got {generator.device}")
+
+
+def _to(x, *args, **kwargs):
+    """Tensor.to, whose device is a device, a name, a number, or another tensor's."""
+    target, rest = kwargs.pop("device", None), []
+    for argument in args:
+        if isinstance(argument, (str, torch.device)) or (isinstance(argument, int) and not isinstance(argument, bool)):
+            target = CUDA if isinstance(argument, int) else argument
+        elif isinstance(argument, Tensor):
+            target = place(argument)
+            rest.append(argument.dtype)
+        else:
+            rest.append(argument)
+    if target is not None and torch.device(target).type not in ("cpu", "cuda"):
+        return _computed_on(Tensor.to, (x, torch.device(target), *rest), kwargs, isinstance(x, OnDevice))
+    if not rest and target is not None:  # (device, dtype, non_blocking, copy), of which only the first was by position
+        own = x
+    rest = [value for value in rest if value is not None and not isinstance(value, bool)]
+    wanted = {k: v for k, v in kwargs.items() if k != "non_blocking" and v is not None}
+    own = _computed_on(Tensor.to, (x, *rest), wanted, isinstance(x, OnDevice)) if rest or wanted else x
+    return own if target is None else transferred(own, torch.device(target))
+
+
+def _no_numpy(x, *args, **kwargs):
+    if isinstance(x, OnDevice):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it to host memory")
+    return _computed_on(Tensor.numpy, (x, *args), kwargs, False)
+
+
+def _no_array(x, *args, **kwargs):
+    if isinstance(x, OnDevice):
+        return _no_numpy(x)
+    return _computed_on(Tensor.__array__, (x, *args), kwargs, False)
+
+
+def _tolist(x):
+    if isinstance(x, OnDevice):
+        COUNTED.waits += 1
+    return _computed_on(Tensor.tolist, (plain(x.detach()),), {}, False)
+
+
+def _set_data(x, value):
+    """`x.data = value`: a tensor may change its device by it."""
+    if isinstance(x, OnDevice) == isinstance(value, OnDevice):
+        _computed_on(Tensor.data.__set__, (x, value), {}, False)
+        if isinstance(x, OnDevice):
+            x.held = value.held
+        return
+    new = OnDevice(value.held) if isinstance(value, OnDevice) else value.detach().view_as(value)
+    new.requires_grad_(x.requires_grad)
+    if isinstance(x, torch.nn.Parameter):
+        new = new if isinstance(new, OnDevice) else torch.nn.Parameter(new, x.requires_grad)
+        new._is_param = True
+    torch.utils.swap_tensors(x, new)
+
+
+def _deepcopy(x, memo):
+    if not isinstance(x, OnDevice):
+        return _computed_on(Tensor.__deepcopy__, (x, memo), {}, False)
+    if id(x) not in memo:
+        made = OnDevice(x.held.detach().clone()).requires_grad_(x.requires_grad)
+        if getattr(x, "_is_param", False):
+            made._is_param = True
+        memo[id(x)] = made
+    return memo[id(x)]
+
+
+def _asked_of_held(func):
+    return lambda x, *args: _computed_on(func, (plain(x), *args), {}, False)
+
+
+def _refused(x, *_):
+    raise TypeError(f"a tensor on {place(x)} is stored as it is: copy it to the host first")
+
+
+ANSWERS = {
+    Tensor.device.__get__: place,
+    Tensor.is_cuda.__get__: lambda x: isinstance(x, OnDevice),
+    Tensor.is_cpu.__get__: lambda x: not isinstance(x, OnDevice),
+    Tensor.get_device: lambda x: 0 if isinstance(x, OnDevice) else -1,
+    Tensor.to: _to,
+    Tensor.cpu: lambda x, *_, **__: transferred(x, CPU),
+    Tensor.cuda: lambda x, *_, **__: transferred(x, CUDA),
+    Tensor.numpy: _no_numpy,
+    Tensor.__array__: _no_array,
+    Tensor.tolist: _tolist,
+    Tensor.data.__set__: _set_data,
+    Tensor.__deepcopy__: _deepcopy,
+    Tensor.data_ptr: _asked_of_held(Tensor.data_ptr),
+    Tensor.untyped_storage: _asked_of_held(Tensor.untyped_storage),
+    Tensor.__repr__: lambda x, **_: f"{'OnDevice' * isinstance(x, OnDevice)}({plain(x.detach()).tolist()})",
+}
+"""Functions that a tensor's device is read, set or refused by."""
+
+
+class _Asked(TorchFunctionMode):
+    """Sees every call of PyTorch, with tensors on the device or without."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return called(func, args, kwargs or {})
+
+
+class _Generator(torch.Generator):
+    """A generator that says which device it is of."""
+
+    place = CPU
+
+    def __new__(cls, device="cpu"):
+        made = super().__new__(cls)
+        made.place = torch.device(device)
+        return made
+
+    @property
+    def device(self):
+        return self.place
+
+
+PRETENDED = {
+    "is_available": lambda: True,
+    "device_count": lambda: 1,
+    "current_device": lambda: 0,
+    "set_device": lambda device: None,
+    "synchronize": lambda device=None: None,
+    "empty_cache": lambda: None,
+    "is_bf16_supported": lambda including_emulation=True: True,
+    "get_device_name": lambda device=None: "simulated",
+    "get_device_capability": lambda device=None: CAPABILITY,
+    "mem_get_info": lambda device=None: (FREE, FREE),
+    "memory_allocated": lambda device=None: 0,
+    "max_memory_allocated": lambda device=None: 1,
+    "reset_peak_memory_stats": lambda device=None: None,
+    "get_rng_state": lambda device=None: torch.get_rng_state(),
+    "set_rng_state": lambda state, device=None: None,
+}
+"""Functions of torch.cuda, as far as the program calls them."""
+
+
+@contextmanager
+def accelerator() -> Iterator[Accelerator]:
+    """Context manager under which "cuda" is the simulated device; yields the counts of what it is asked."""
+    global COUNTED
+    COUNTED = Accelerator()
+    with pytest.MonkeyPatch.context() as patch, _Asked():
+        for name, answer in PRETENDED.items():
+            patch.setattr(torch.cuda, name, answer)
+        patch.setattr(torch, "Generator", _Generator)
+        yield COUNTED
+    sys.stdout.flush()
