@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map
 
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -52,6 +51,10 @@ SCALARS = {aten.fill_, aten.where, aten.masked_fill, aten.masked_fill_, aten.ind
 """Operations beside the pointwise that take a CPU tensor of no dimension on a GPU."""
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
 """Operations that move indices to what is indexed."""
+
+
+GPU_ONLY = {aten.mm.dtype: lambda a, b, out_dtype: torch.mm(a.to(out_dtype), b.to(out_dtype))}
+"""Operations that CPUs don't have."""
 
 
 class MixedDevicesError(RuntimeError):
@@ -119,7 +122,30 @@ def plain(x):
 
 def wrapped(x):
     """A plain tensor's values on the device."""
-    return OnDevice(x) if isinstance(x, Tensor) and not isinstance(x, OnDevice) else x
+    return x if isinstance(x, OnDevice) else OnDevice(x)
+
+
+def tensors(*values) -> list[Tensor]:
+    """All tensors of arguments, and of lists and tuples among them."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors(*value)
+    return found
+
+
+def mapped(function, value):
+    """A value, or the list or tuple of values, with a function applied to its tensors."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if not isinstance(value, (list, tuple)):
+        return value
+    parts = [mapped(function, part) for part in value]
+    if hasattr(value, "_fields") or type(value).__module__ == "torch.return_types":
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return type(value)(parts)
 
 
 def place(x: Tensor) -> torch.device:
@@ -135,13 +161,14 @@ def computed(func, args, kwargs):
     _refuse_mixed(func, packet, args, kwargs)
     if packet in WAITS or (packet in INDEXED and any(x.dtype in (torch.bool, torch.uint8) for x in _indices(args))):
         COUNTED.waits += 1
-    out = func(*tree_map(plain, args), **tree_map(plain, kwargs))
+    compute = GPU_ONLY.get(func, func)
+    out = compute(*(mapped(plain, x) for x in args), **{k: mapped(plain, x) for k, x in kwargs.items()})
     if func._schema.is_mutable and isinstance(out, Tensor):  # in place: the operand itself, which its views alias
-        own = next((x for x in tree_iter((args, kwargs)) if isinstance(x, OnDevice) and x.held is out), None)
+        own = next((x for x in tensors(*args, *kwargs.values()) if isinstance(x, OnDevice) and x.held is out), None)
         if own is not None:
             assert own.shape == out.shape, f"{func} changes the shape of a tensor in place, which isn't simulated"
             return own
-    return tree_map(wrapped, out)
+    return mapped(wrapped, out)
 
 
 def _indices(args) -> list[Tensor]:
@@ -150,7 +177,7 @@ def _indices(args) -> list[Tensor]:
 
 def _refuse_mixed(func, packet, args, kwargs) -> None:
     """Raise where PyTorch refuses operands on the CPU beside operands on a GPU."""
-    operands = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
+    operands = tensors(*args, *kwargs.values())
     if packet in INDEXED and isinstance(args[0], OnDevice):
         operands = [x for x in operands if all(x is not index for index in _indices(args))]
     strays = [x for x in operands if not isinstance(x, OnDevice)]
@@ -179,11 +206,11 @@ class _MadeInside(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        operands = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
+        operands = tensors(*args, *kwargs.values())
         if any(isinstance(x, OnDevice) for x in operands):
             return computed(func, args, kwargs)
         out = func(*args, **kwargs)
-        return out if operands else tree_map(wrapped, out)
+        return out if operands else mapped(wrapped, out)
 
 
 class _Transfer(torch.autograd.Function):
@@ -214,15 +241,15 @@ def called(func, args, kwargs):
     """Call a function of PyTorch with what it asks of devices answered for the simulated one."""
     if func in ANSWERS:
         return ANSWERS[func](*args, **kwargs)
-    on_device = any(isinstance(x, OnDevice) for x in tree_iter((args, kwargs)))
+    given = tensors(*args, *kwargs.values())
+    on_device = any(isinstance(x, OnDevice) for x in given)
     asked = kwargs.get("device")
     if asked is not None and torch.device(asked).type in ("cuda", "cpu"):
         out = _computed_on(func, args, kwargs | {"device": CPU}, on_device)
         _same_generator(func, kwargs, torch.device(asked))
         target = torch.device(asked)
-        made = not on_device and not any(isinstance(x, Tensor) for x in tree_iter(args))
-        move = (wrapped if target.type == "cuda" else plain) if made else (lambda x: transferred(x, target))
-        return tree_map(lambda x: move(x) if isinstance(x, Tensor) else x, out)
+        move = (lambda x: transferred(x, target)) if given else (wrapped if target.type == "cuda" else plain)
+        return mapped(move, out)
     out = _computed_on(func, args, kwargs, on_device)
     _same_generator(func, kwargs, CUDA if on_device else CPU)
     return out
