@@ -338,8 +338,9 @@ def _asked_of_held(func):
     return lambda x, *args: _computed_on(func, (plain(x), *args), {}, False)
 
 
-def _refused(x, *_):
-    raise TypeError(f"a tensor on {place(x)} is stored as it is: copy it to the host first")
+def _new_tensor(x, data, **kwargs):
+    """`x.new_tensor(…)`: on x's device unless another is named."""
+    return torch.tensor(data, **{"dtype": x.dtype, "device": place(x)} | kwargs)
 
 
 ANSWERS = {
@@ -350,6 +351,7 @@ ANSWERS = {
     Tensor.to: _to,
     Tensor.cpu: lambda x, *_, **__: transferred(x, CPU),
     Tensor.cuda: lambda x, *_, **__: transferred(x, CUDA),
+    Tensor.new_tensor: _new_tensor,
     Tensor.numpy: _no_numpy,
     Tensor.__array__: _no_array,
     Tensor.tolist: _tolist,
