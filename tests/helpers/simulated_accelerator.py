@@ -340,7 +340,9 @@ def _asked_of_held(func):
 
 def _new_tensor(x, data, **kwargs):
     """`x.new_tensor(…)`: on x's device unless another is named."""
-    return torch.tensor(data, **{"dtype": x.dtype, "device": place(x)} | kwargs)
+    device = torch.device(kwargs.pop("device", None) or place(x))
+    made = torch.tensor(data, **{"dtype": x.dtype} | kwargs)
+    return OnDevice(made) if device.type == "cuda" else made
 
 
 ANSWERS = {
@@ -368,6 +370,8 @@ class _Asked(TorchFunctionMode):
     """Sees every call of PyTorch, with tensors on the device or without."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if not all(issubclass(kind, Tensor) for kind in types):  # such as a slice of fused experts, which isn't one
+            return func(*args, **(kwargs or {}))
         return called(func, args, kwargs or {})
 
 
