@@ -15,7 +15,7 @@ CPUs that a GPU takes as well, and how often the host waits for the device.
 
 What it can't: Triton kernels (its compute capability is below what they need; tests/kernels runs them in Triton's
 interpreter), streams and what asynchronous copies or pinned memory would change, the device's own arithmetic and
-memory, several devices, and C++ code that asks for a tensor's device itself.
+memory, several devices, and libraries that load CUDA code when they are imported, such as bitsandbytes.
 """
 
 import sys
@@ -47,7 +47,15 @@ WAITS = {
     aten.allclose,
 }
 """Operations whose result, or its shape, the host waits for."""
-SCALARS = {aten.fill_, aten.where, aten.masked_fill, aten.masked_fill_, aten.index_put, aten.index_put_, aten.index_fill}
+SCALARS = {
+    aten.fill_,
+    aten.where,
+    aten.masked_fill,
+    aten.masked_fill_,
+    aten.index_put,
+    aten.index_put_,
+    aten.index_fill,
+}
 """Operations beside the pointwise that take a CPU tensor of no dimension on a GPU."""
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
 """Operations that move indices to what is indexed."""
@@ -108,6 +116,8 @@ class OnDevice(Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if not all(issubclass(kind, Tensor) for kind in types):  # such as a slice of fused experts, which isn't one
+            return NotImplemented
         return called(func, args, kwargs or {})
 
     @classmethod
@@ -370,7 +380,7 @@ class _Asked(TorchFunctionMode):
     """Sees every call of PyTorch, with tensors on the device or without."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if not all(issubclass(kind, Tensor) for kind in types):  # such as a slice of fused experts, which isn't one
+        if not all(issubclass(kind, Tensor) for kind in types):
             return func(*args, **(kwargs or {}))
         return called(func, args, kwargs or {})
 
