@@ -34,7 +34,7 @@ RUNS = {
 }
 WITHIN = 0.01
 """Perplexities may differ by this share of themselves, and KL by this plus a tenth of itself."""
-WORDS = "the a cat dog sees likes house tree red small and then runs under over old new".split()
+WORDS = ("the", "a", "cat", "dog", "sees", "likes", "house", "tree", "red", "small", "and", "then", "runs", "old")
 
 
 @dataclass(frozen=True)

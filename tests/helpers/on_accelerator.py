@@ -4,9 +4,8 @@ import json
 import sys
 from dataclasses import asdict
 
-from helpers.simulated_accelerator import accelerator
-
 from gptq_awq.__main__ import main
+from helpers.simulated_accelerator import accelerator
 
 if __name__ == "__main__":
     with accelerator() as asked:

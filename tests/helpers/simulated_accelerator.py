@@ -29,44 +29,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.device_rules import GPU_ONLY, aten, mapped, refuse_mixed, tensors, waits
+
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 CAPABILITY = 7, 0
 """Compute capability: a V100's, which Triton doesn't support any more."""
 FREE = 8 * 10**9
-aten = torch.ops.aten
-WAITS = {
-    aten._local_scalar_dense,
-    aten.nonzero,
-    aten.masked_select,
-    aten.equal,
-    aten._unique2,
-    aten.unique_dim,
-    aten.unique_consecutive,
-    aten.bincount,
-    aten.allclose,
-}
-"""Operations whose result, or its shape, the host waits for."""
-SCALARS = {
-    aten.fill_,
-    aten.where,
-    aten.masked_fill,
-    aten.masked_fill_,
-    aten.index_put,
-    aten.index_put_,
-    aten.index_fill,
-}
-"""Operations beside the pointwise that take a CPU tensor of no dimension on a GPU."""
-INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
-"""Operations that move indices to what is indexed."""
-
-
-GPU_ONLY = {aten.mm.dtype: lambda a, b, out_dtype: torch.mm(a.to(out_dtype), b.to(out_dtype))}
-"""Operations that CPUs don't have."""
-
-
-class MixedDevicesError(RuntimeError):
-    """An operation was given tensors on several devices."""
 
 
 @dataclass
@@ -135,29 +104,6 @@ def wrapped(x):
     return x if isinstance(x, OnDevice) else OnDevice(x)
 
 
-def tensors(*values) -> list[Tensor]:
-    """All tensors of arguments, and of lists and tuples among them."""
-    found = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += tensors(*value)
-    return found
-
-
-def mapped(function, value):
-    """A value, or the list or tuple of values, with a function applied to its tensors."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if not isinstance(value, (list, tuple)):
-        return value
-    parts = [mapped(function, part) for part in value]
-    if hasattr(value, "_fields") or type(value).__module__ == "torch.return_types":
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return type(value)(parts)
-
-
 def place(x: Tensor) -> torch.device:
     """The device that a tensor says it is on."""
     return CUDA if isinstance(x, OnDevice) else CPU
@@ -165,12 +111,10 @@ def place(x: Tensor) -> torch.device:
 
 def computed(func, args, kwargs):
     """Compute an operation with at least one operand on the device."""
-    packet = func.overloadpacket
-    if packet in (aten.copy_, aten._copy_from):
+    if func.overloadpacket in (aten.copy_, aten._copy_from):
         return _copied(func, args, kwargs)
-    _refuse_mixed(func, packet, args, kwargs)
-    if packet in WAITS or (packet in INDEXED and any(x.dtype in (torch.bool, torch.uint8) for x in _indices(args))):
-        COUNTED.waits += 1
+    refuse_mixed(func, args, kwargs, lambda x: isinstance(x, OnDevice))
+    COUNTED.waits += waits(func, args)
     compute = GPU_ONLY.get(func, func)
     out = compute(*(mapped(plain, x) for x in args), **{k: mapped(plain, x) for k, x in kwargs.items()})
     if func._schema.is_mutable and isinstance(out, Tensor):  # in place: the operand itself, which its views alias
@@ -179,27 +123,6 @@ def computed(func, args, kwargs):
             assert own.shape == out.shape, f"{func} changes the shape of a tensor in place, which isn't simulated"
             return own
     return mapped(wrapped, out)
-
-
-def _indices(args) -> list[Tensor]:
-    return [x for x in args[1] if x is not None] if len(args) > 1 and isinstance(args[1], (list, tuple)) else []
-
-
-def _refuse_mixed(func, packet, args, kwargs) -> None:
-    """Raise where PyTorch refuses operands on the CPU beside operands on a GPU."""
-    operands = tensors(*args, *kwargs.values())
-    if packet in INDEXED and isinstance(args[0], OnDevice):
-        operands = [x for x in operands if all(x is not index for index in _indices(args))]
-    strays = [x for x in operands if not isinstance(x, OnDevice)]
-    if not strays:
-        return
-    scalars = torch.Tag.pointwise in func.tags or packet in SCALARS
-    into = args[0] if func._schema.is_mutable and args and isinstance(args[0], Tensor) else None
-    large = any(x.dim() for x in operands if isinstance(x, OnDevice)) or len(operands) - len(strays) > 0
-    if scalars and large and all(x.dim() == 0 for x in strays) and (into is None or isinstance(into, OnDevice)):
-        return
-    shapes = ", ".join(f"{place(x)} {tuple(x.shape)}" for x in operands)
-    raise MixedDevicesError(f"{func}: expected all tensors to be on the same device, got {shapes}")
 
 
 def _copied(func, args, kwargs):

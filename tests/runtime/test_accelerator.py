@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.device_rules import MixedDevicesError
 from helpers.forked import call
 from helpers.paths import ROOT
 from helpers.scored_models import windows
-from helpers.simulated_accelerator import MixedDevicesError, OnDevice, accelerator
+from helpers.simulated_accelerator import OnDevice, accelerator
 from helpers.tiny_models import tiny_model, tiny_tokens
 from torch import nn
 
