@@ -17,7 +17,7 @@ def test_the_script_parses_and_its_steps_are_functions_of_it():
     assert [name for name, _ in STEPS] == ["install", "gpu_tests", "benchmark", "whole_runs", "peers"]
     for name, _ in STEPS:
         assert f"\n{name}() {{\n" in TEXT
-    assert sum(int(seconds) for _, seconds in STEPS) <= 13 * 60  # of the quarter of an hour that a machine is lent for
+    assert sum(int(seconds) for _, seconds in STEPS) <= 13 * 60  # a quarter of an hour with what surrounds them
 
 
 def test_what_it_carries_is_pinned():
