@@ -52,6 +52,10 @@ def main() -> None:
 
 
 def _list_runs(arguments: list[str]) -> None:
+    from gptq_awq.numerics.distributed import rank_and_size
+
+    if rank_and_size()[0] > 0:
+        return  # of ranks that were started together one tells
     from gptq_awq.experiment.forecasting.listing import listing
 
     with listing(arguments) as composed:

@@ -75,7 +75,8 @@ def run(cfg: DictConfig) -> Result:
     Raises:
         UserError: something the user can fix; one line, naming the option.
     """
-    with opened(cfg.get("ranks_timeout_minutes", 30), job_number()) as ranks:
+    minutes, device = cfg.get("ranks_timeout_minutes", 30), str(cfg.get("device", "auto"))
+    with opened(minutes, job_number(), device=device) as ranks:
         return _run(cfg, ranks)
 
 

@@ -47,8 +47,9 @@ class Absorber:
 
     def tie(self, s: Float[Tensor, "in"]) -> Float[Tensor, "in"]:
         """Scales made equal wherever columns share a channel: the geometric mean of their s."""
+        size = int(self.rows.max()) + 1  # where rows are: read from a GPU it would wait for all queued work
         rows = self.rows.to(s.device)
-        total, count = torch.zeros(2, int(rows.max()) + 1, device=s.device, dtype=s.dtype)
+        total, count = torch.zeros(2, size, device=s.device, dtype=s.dtype)
         total.index_add_(0, rows, s.log())
         count.index_add_(0, rows, torch.ones_like(s))
         return (total / count.clamp(min=1)).exp()[rows]

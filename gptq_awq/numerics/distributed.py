@@ -70,7 +70,7 @@ class Ranks:
         """This rank's device where the option for all ranks is `device`: with "cuda", a GPU of its own.
 
         Raises:
-            UserError: `device` is one particular GPU for several ranks.
+            UserError: `device` is one particular GPU for several ranks, or there are fewer GPUs than ranks.
         """
         if self.size == 1 or device.type != "cuda":
             return device
@@ -78,6 +78,9 @@ class Ranks:
             raise UserError(f"device={device}: is one GPU for {self.size} ranks; each takes its own with device=cuda")
         own = torch.device("cuda", self.place % torch.cuda.device_count())
         torch.cuda.set_device(own)
+        taken = self.gather((socket.gethostname(), str(torch.cuda.get_device_properties(own).uuid)))
+        if len(set(taken)) < self.size:  # nccl would refuse or hang, and say neither why nor what to do
+            raise UserError(f"device={device}: {self.size} ranks have {len(set(taken))} GPUs: start one rank per GPU")
         return own
 
     def sharing(self, device: torch.device) -> int:
@@ -200,13 +203,16 @@ def rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[int, int
 
 
 @contextmanager
-def opened(timeout_minutes: float, run: int = 0, environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
+def opened(
+    timeout_minutes: float, run: int = 0, environment: Mapping[str, str] = os.environ, device: str = "cpu"
+) -> Iterator[Ranks]:
     """Context manager that connects the ranks that were started together.
 
     Args:
         timeout_minutes: how long a rank waits for others to start, and to finish a computation.
         run: number of the run, where one process makes several.
         environment: environment variables of torchrun or Slurm.
+        device: option for all ranks, such as "auto"; nccl is there where it may mean GPUs.
 
     Raises:
         UserError: the timeout is not a positive number.
@@ -218,7 +224,8 @@ def opened(timeout_minutes: float, run: int = 0, environment: Mapping[str, str] 
     if size == 1:
         yield ONE
         return
-    ranks = _connected(rank, size, timedelta(minutes=timeout_minutes), run, environment)
+    on_gpus = not device.startswith("cpu") and torch.cuda.is_available() and dist.is_nccl_available()
+    ranks = _connected(rank, size, timedelta(minutes=timeout_minutes), run, environment, on_gpus)
     try:
         with _raising_on_sigterm(ranks, environment):
             yield ranks
@@ -231,12 +238,21 @@ def opened(timeout_minutes: float, run: int = 0, environment: Mapping[str, str] 
             dist.destroy_process_group()
 
 
-def _connected(rank: int, size: int, timeout: timedelta, run: int, environment: Mapping[str, str]) -> Ranks:
-    """Connect to the other ranks by a store and process groups. Raises RankLostError where that fails."""
+def _connected(
+    rank: int, size: int, timeout: timedelta, run: int, environment: Mapping[str, str], on_gpus: bool
+) -> Ranks:
+    """Connect to the other ranks by a store and process groups. Raises RankLostError where that fails.
+
+    On GPUs each rank's is current before nccl begins, or all ranks would open the first one. The group isn't bound to
+    it (`device_id`): nccl would connect at once, before ranks that share a GPU can be refused in plain words.
+    """
     address, port = _store_address(environment)
     attempt = environment.get("TORCHELASTIC_RESTART_COUNT") or environment.get("SLURM_RESTART_COUNT") or "0"
     served = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun serves the store
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+    local = environment.get("LOCAL_RANK") or environment.get("SLURM_LOCALID")
+    if on_gpus and local is not None:
+        torch.cuda.set_device(int(local) % torch.cuda.device_count())
     try:
         server = dist.TCPStore(
             address, port, None, rank == 0 and not served, timeout, wait_for_workers=False, multi_tenant=True

@@ -139,10 +139,10 @@ def quadratic(delta: Float[Tensor, "out n"], hessian: Float[Tensor, "n n"], roug
     """
     if rough and delta.device.type == "cpu" and rank_k.available():
         return Quadratic(hessian.float().numpy()).of(delta.float().contiguous().numpy())
-    total, n = 0.0, len(hessian)
+    total, n = torch.zeros((), dtype=torch.float64, device=delta.device), len(hessian)
     for a in range(0, n, BLOCK):
         b = min(a + BLOCK, n)
         column = hessian[:b, a:b].clone()
         column[a:] /= 2  # the block on the diagonal counts once, after the factor 2 below
-        total += 2 * float((delta[:, :b] @ column).mul_(delta[:, a:b]).sum(1).double().sum())
-    return total
+        total += 2 * (delta[:, :b] @ column).mul_(delta[:, a:b]).sum(1).double().sum()
+    return float(total)  # once: a GPU has all blocks queued before it is waited for

@@ -68,6 +68,16 @@ def test_a_dry_run_lists_finished_and_new_runs_and_computes_none(cli, tiny, tmp_
     assert "chooses its runs by the results" in refused.stderr
 
 
+@pytest.mark.parametrize("launcher", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")])
+def test_of_several_ranks_the_first_lists_a_dry_run(cli, tiny, launcher):
+    for rank, told in ((0, "1 runs: 0 finished, 1 to compute"), (1, "")):
+        launched = dict(zip(launcher, (str(rank), "2"), strict=True))
+        done = cli("method=rtn", "bits=5", *tiny, "--dry-run", **launched)
+        assert done.returncode == 0, done.stderr
+        assert told in done.stdout
+        assert bool(done.stdout) == bool(told)
+
+
 def test_a_sweep_tells_a_line_a_run_and_its_last_table_fits(cli, tiny, tmp_path):
     sweep = ("-m", "method=rtn", "bits=3,8,9", *tiny, "hydra.sweep.dir=s")
     done = cli(*sweep, GPTQ_AWQ_CACHE=str(tmp_path / "cache"))  # no run is known yet

@@ -15,6 +15,7 @@ from helpers.paths import CONFIGS, ROOT
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors.torch import load_file, save_file
+from torch.distributed.run import get_args_parser
 
 from gptq_awq import results
 from gptq_awq.__main__ import SUBCOMMANDS
@@ -187,6 +188,31 @@ def test_commands_have_options_that_exist(page, given):
     ]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         check_options(compose("config", overrides=[*first, "out=somewhere"]))
+
+
+def launches(page):
+    """A page's lines of torchrun and srun that start ranks: the launcher's words, and the program's."""
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        for line in block.splitlines():
+            found = re.search(r"\b(torchrun|srun) (.*?) ?(?:python )?run\.py (.*)", line.partition(" # ")[0])
+            if found:
+                yield found[1], shlex.split(found[2]), shlex.split(found[3].replace("model=…", "").replace("…", ""))
+
+
+LAUNCHES = [(page_id(page), *each) for page in PAGES if page.name not in HISTORY for each in launches(page)]
+
+
+@pytest.mark.parametrize(("page", "launcher", "words", "given"), LAUNCHES)
+def test_lines_that_start_ranks_are_whole(page, launcher, words, given):
+    if launcher == "torchrun":
+        launched = get_args_parser().parse_args([*words, "run.py", *given])
+        assert (launched.training_script, launched.training_script_args) == ("run.py", given)
+        assert int(launched.nproc_per_node) > 1
+    else:
+        assert set(re.findall(r"--[a-z-]+", " ".join(words))) <= {"--ntasks", "--ntasks-per-node", "--gpus-per-task"}
+        assert any(word.startswith("--ntasks=") for word in words)  # by it srun says how many ranks there are
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        check_options(compose("config", overrides=[*given, "out=somewhere"]))
 
 
 OF_THEIR_OWN = [(page_id(page), each) for page in PAGES if page.name not in HISTORY for each in subcommands(page)]

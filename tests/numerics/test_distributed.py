@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,6 +223,45 @@ def test_one_gpu_for_all_ranks_is_refused():
     with pytest.raises(UserError, match="device=cuda:1: is one GPU for 2 ranks"):
         Ranks(0, 2).device(torch.device("cuda", 1))
     assert Ranks(0, 2).device(torch.device("cpu")) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(0, 1), (1, 0), (0, 0)])
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch, ours, theirs):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"GPU-{device.index}"))
+    monkeypatch.setattr(Ranks, "gather", lambda self, own: [own, (own[0], f"GPU-{theirs}")])
+    ranks = Ranks(ours, 2, place=ours, neighbours=2)
+    if ours == theirs:
+        with pytest.raises(UserError, match="device=cuda: 2 ranks have 1 GPUs: start one rank per GPU"):
+            ranks.device(torch.device("cuda"))
+    else:
+        assert ranks.device(torch.device("cuda")) == torch.device("cuda", ours)
+        assert chosen == [torch.device("cuda", ours)]
+
+
+@pytest.mark.parametrize(
+    ("device", "begun"), [("auto", "cpu:gloo,cuda:nccl"), ("cuda", "cpu:gloo,cuda:nccl"), ("cpu", "gloo")]
+)
+@pytest.mark.parametrize("place", ["LOCAL_RANK", "SLURM_LOCALID"])
+def test_a_ranks_gpu_is_current_before_nccl_begins(monkeypatch, device, begun, place):
+    steps = []
+
+    def begin(backend, **_):
+        steps.append(backend)
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", steps.append)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "init_process_group", begin)
+    monkeypatch.setattr(torch.distributed, "TCPStore", lambda *a, **b: torch.distributed.HashStore())
+    launched = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", place: "3"}
+    with pytest.raises(RankLostError, match="far enough"), opened(1, environment=launched, device=device):
+        pass
+    assert steps == ([] if device == "cpu" else [3]) + [begun]
 
 
 def test_a_process_by_itself_is_one_rank():
