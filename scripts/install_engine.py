@@ -180,7 +180,14 @@ RECIPES = {
     ),
     "transformers4": Recipe(
         installs=(
-            ("{torch}", "transformers==4.57.6", "accelerate==1.15.0", "compressed-tensors==0.19.0", "sentencepiece", "protobuf"),
+            (
+                "{torch}",
+                "transformers==4.57.6",
+                "accelerate==1.15.0",
+                "compressed-tensors==0.19.0",
+                "sentencepiece",
+                "protobuf",
+            ),
         ),
         modules=("transformers", "accelerate", "compressed_tensors"),
     ),

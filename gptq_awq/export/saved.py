@@ -78,7 +78,7 @@ def saved_names(model: PreTrainedModel) -> dict[str, str]:
 
 
 def renaming(model: PreTrainedModel) -> Callable[[str], str]:
-    """What gives a tensor, a packed part of one, or a module its name in the model's checkpoint."""
+    """A function that gives a tensor, a packed part of one, or a module its name in the model's checkpoint."""
     tensors = saved_names(model)
     modules = {old.rpartition(".")[0]: new.rpartition(".")[0] for old, new in tensors.items()}
 

@@ -254,7 +254,9 @@ def cases():
         for format_name in engine.formats:
             missing = find(name, format_name) is None
             reason = f"engine {name} is not installed: python scripts/install_engine.py {name}"
-            marks = [pytest.mark.skipif(missing, reason=reason)] + [pytest.mark.slow] * (name != "llamacpp")
+            marks = [pytest.mark.skipif(missing, reason=reason)] + [pytest.mark.slow] * (
+                name not in ("llamacpp", "xllamacpp")
+            )
             yield pytest.param(name, format_name, marks=marks, id=f"{name}-{format_name}")
 
 

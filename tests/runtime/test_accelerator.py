@@ -150,15 +150,18 @@ def test_scores_are_taken_on_the_gpu():
     "options",
     [
         ("method=gptq", "bits=4", "sym=true", "group_size=32", "export.formats=[gptq,compressed_tensors,hf]"),
-        (
-            "method=awq",
-            "grid=q4_0",
-            "stream=true",
-            "head=rtn",
-            "export.formats=[hf]",
-            "act=int8",
-            "kv=int8",
-            "eval=tails",
+        pytest.param(
+            (
+                "method=awq",
+                "grid=q4_0",
+                "stream=true",
+                "head=rtn",
+                "export.formats=[hf]",
+                "act=int8",
+                "kv=int8",
+                "eval=tails",
+            ),
+            marks=pytest.mark.slow,
         ),
     ],
 )
