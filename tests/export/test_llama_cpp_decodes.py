@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from gptq_awq.export.gguf import pack_weight
-from gptq_awq.grids.scaled_float import ScaledFloatGrid
 from gptq_awq.grids.mix import llama_grid
+from gptq_awq.grids.scaled_float import ScaledFloatGrid
 from gptq_awq.solvers.rtn import RTN
 
-NAMES = (
-    "q4_0 q4_1 q5_0 q5_1 q8_0 q2_k q3_k q4_k q5_k q6_k iq4_nl iq4_xs iq3_s iq3_xxs iq2_s iq2_xs iq2_xxs tq1_0 tq2_0 "
-    "mxfp4 nvfp4"
-).split()
+NAMES = [
+    *(f"q{bits}_{kind}" for bits, kind in ((4, 0), (4, 1), (5, 0), (5, 1), (8, 0))),
+    *(f"q{bits}_k" for bits in range(2, 7)),
+    *(f"iq{kind}" for kind in ("4_nl", "4_xs", "3_s", "3_xxs", "2_s", "2_xs", "2_xxs")),
+    *("tq1_0", "tq2_0", "mxfp4", "nvfp4"),
+]
 
 
 @pytest.fixture(scope="module")
