@@ -29,7 +29,8 @@ from gptq_awq.export.gguf import GGUFFormat
 from gptq_awq.export.gptq import GPTQFormat
 from gptq_awq.export.hf import HFFormat
 from gptq_awq.export.mlx import MLXFormat
-from gptq_awq.export.verify import Probe, compare_engine
+from gptq_awq.export.reference import judge_engine
+from gptq_awq.export.verify import Probe
 from gptq_awq.export.write import Exports
 from gptq_awq.grids.base import GridChoice
 from gptq_awq.grids.integer import IntGrid
@@ -102,7 +103,7 @@ def run(case: Case, loaded: LoadedModel, text, engines: list[str]) -> None:
             if name not in engines or case.format.name not in engine.formats or find(name, case.format.name) is None:
                 continue
             try:
-                found = compare_engine(done.path, name)
+                found = judge_engine(done.path, name).found
             except UserError as error:
                 print(f"{start} {name} | refused: {str(error).partition(': ')[2][:90]} | | | | |", flush=True)
                 continue

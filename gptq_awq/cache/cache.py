@@ -38,6 +38,7 @@ KINDS = {
     "moments": "second moments and factors of full-precision inputs",
     "sensitivities": "loss from rounding each linear, for allocating bits",
     "progress": "finished blocks of runs that were interrupted",
+    "layouts": "where llama.cpp's converter puts a model's tensors",
     "choices": "recipes that were chosen for a time budget",
     "runs": "locations of finished runs",
     "assets": "downloads: models and texts, checked by sha256",
@@ -45,7 +46,7 @@ KINDS = {
     "hashes": "sha256 of models' files, by path, size and times",
     "engines": "environments of inference engines",
 }
-DISPENSABLE = ("tokens", "baselines", "curvatures", "moments", "sensitivities")
+DISPENSABLE = ("tokens", "baselines", "curvatures", "moments", "sensitivities", "layouts")
 """Kinds whose least recently used entries are deleted where they exceed `cache_gb`."""
 
 

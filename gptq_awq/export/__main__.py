@@ -7,7 +7,8 @@ from pathlib import Path
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.engines import ENGINES, find
-from gptq_awq.export.verify import VerificationRecord, compare_engine, verify
+from gptq_awq.export.reference import judge_engine
+from gptq_awq.export.verify import VerificationRecord, verify
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _verify(folder: Path, engines: list[str]) -> int:
-    """Print what the verifier and each engine find; return 1 if an engine's KL is above its limit, else 0."""
+    """Print what the verifier and each engine find; return 1 if an engine differs by more than its noise, else 0."""
     record = VerificationRecord.read(folder)
     print(f"{folder}: {verify(folder)}")  # noqa: T201
     compatible = {name: engine for name, engine in ENGINES.items() if record.format in engine.formats}
@@ -44,13 +45,14 @@ def _verify(folder: Path, engines: list[str]) -> int:
     for name in engines:
         if name not in compatible:
             raise UserError(f"--engine {name}: does not load {record.format}; engines that do: {', '.join(compatible)}")
-        found, limit = compare_engine(folder, name), compatible[name].formats[record.format].max_kl
+        judged = judge_engine(folder, name)
+        found, noise = judged.found, judged.noise
         ppl_in_memory = math.exp(sum(map(sum, record.nll)) / sum(map(len, record.nll)))
-        within = found.max_kl <= limit
-        exit_code = max(exit_code, int(not within))
+        exit_code = max(exit_code, int(not judged.within))
+        why = "" if noise is None else f", as its own noise is {noise.max_kl:.2g}"
         print(  # noqa: T201
             f"{name}: max |Δ logit| {found.max_abs:.2g}, KL mean {found.mean_kl:.2g} max {found.max_kl:.2g} "
-            f"({'within' if within else 'ABOVE'} {limit:g}), perplexity {found.ppl_engine:.4f} "
+            f"({'within' if judged.within else 'ABOVE'} {judged.limit:.2g}{why}), perplexity {found.ppl_engine:.4f} "
             f"(decoded weights in float32 {found.ppl_ours:.4f}, model in memory {ppl_in_memory:.4f})"
         )
     return exit_code

@@ -212,8 +212,8 @@ def _exact(source: Source, layout: Layout, packed: Packed) -> dict[str, Tensor]:
     """Dequantized values (out, in) of the quantized weights that can't be stored as blocks."""
     types = layout.types({name: kind for name, (kind, _) in packed.items()})
     held = {part.name for tensor, kind in types.items() if kind == "F32" for part in layout.parts(tensor)}
-    names = [name for name in packed if name in held | set(layout.lost())]
-    return {name: source.weights[name.removesuffix(".weight")].dequantize().cpu() for name in names}
+    apart = held | set(layout.lost())
+    return {n: source.weights[n.removesuffix(".weight")].dequantize().cpu() for n in packed if n in apart}
 
 
 def _packed(source: Source) -> dict[str, tuple[str, np.ndarray]]:

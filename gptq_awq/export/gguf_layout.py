@@ -7,8 +7,9 @@ be read back into a transformers model without the converter.
 """
 
 import json
+import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,11 +22,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gptq_awq.errors import UserError
-from gptq_awq.export.folder import write_config, write_tokenizer
+from gptq_awq.export.folder import read_config, write_config, write_tokenizer
 from gptq_awq.export.gguf_blocks import BLOCK_TYPES
 from gptq_awq.export.gguf_converter import conversion, converter_root, imported, refusing
 from gptq_awq.export.placement import Indices, Numbering, Runs
 from gptq_awq.export.saved import SavedTensors, state_shapes
+from gptq_awq.runtime.fingerprint import layout_sha256
+from gptq_awq.storage.assets import cache_dir
+from gptq_awq.storage.atomic import replacing
 
 LAYOUT = "layout.npz"
 
@@ -114,6 +118,10 @@ class Layout:
 
     def write(self, folder: Path) -> None:
         """Write layout.npz."""
+        self.save(folder / LAYOUT)
+
+    def save(self, path: Path) -> None:
+        """Write the layout into a file."""
         head = {
             "shapes": self.numbering.shapes,
             "tensors": list(self.runs),
@@ -126,12 +134,18 @@ class Layout:
         arrays["starts"] = np.diff(np.concatenate(starts), prepend=0)  # regular, and so small when compressed
         arrays["lengths"] = np.concatenate(lengths)
         arrays["head"] = np.frombuffer(json.dumps(head).encode(), np.uint8)
-        np.savez_compressed(folder / LAYOUT, **arrays)
+        with path.open("wb") as file:
+            np.savez_compressed(file, **arrays)
 
     @classmethod
     def read(cls, folder: Path) -> "Layout":
         """Read layout.npz. Raises ValueError for one that contradicts itself."""
-        with np.load(folder / LAYOUT, allow_pickle=False) as file:
+        return cls.load(folder / LAYOUT)
+
+    @classmethod
+    def load(cls, path: Path) -> "Layout":
+        """Read a file that `save` wrote. Raises ValueError for one that contradicts itself."""
+        with np.load(path, allow_pickle=False) as file:
             head = json.loads(file["head"].tobytes())
             cuts = np.cumsum(head["counts"])[:-1]
             starts, lengths = np.split(np.cumsum(file["starts"]), cuts), np.split(file["lengths"], cuts)
@@ -181,7 +195,7 @@ def modules_by_tensor(model: PreTrainedModel) -> dict[str, list[str]]:
 
 
 def observe(root: Path, folder: Path, model: PreTrainedModel) -> Layout:
-    """Observe where the converter puts a model's tensors.
+    """Observe where the converter puts a model's tensors; what the pinned one does is kept in the cache.
 
     Args:
         root: the converter (converter_root).
@@ -193,7 +207,21 @@ def observe(root: Path, folder: Path, model: PreTrainedModel) -> Layout:
     """
     flipped = conv1d_weights(model)
     shapes = {n: s[::-1] if n in flipped else s for n, s in state_shapes(model).items()}
-    numbering = Numbering.of(shapes)
+    kept = cache_dir() / "layouts" / f"{layout_sha256(read_config(folder), shapes, root.name)}.npz"
+    if root.suffix == ".zip":  # a checkout may change
+        with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return Layout.load(kept)
+    layout = _observed(root, folder, model, Numbering.of(shapes), flipped)
+    if root.suffix == ".zip":
+        with suppress(OSError):  # the next run observes again
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(kept) as scratch:
+                layout.save(scratch)
+    return layout
+
+
+def _observed(root: Path, folder: Path, model: PreTrainedModel, numbering: Numbering, flipped: set[str]) -> Layout:
+    """The layout, by having the converter convert tensors of numbered elements."""
 
     def numbers(number: int) -> SavedTensors:
         def read(names: Any) -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from gptq_awq.errors import UserError
-from gptq_awq.export.verify import reference_model
+from gptq_awq.export.reference import reference_model
 
 
 def load_checkpoint(folder: Path | str) -> tuple[PreTrainedModel, Any]:

@@ -2,8 +2,7 @@
 
 Every checkpoint has a verification.json: for each quantized weight the hash of its codes and of its dequantized values
 in memory when the model was scored, the hash of every file, and a few windows of tokens with the in-memory model's
-losses on them. `verify` decodes the checkpoint with an independent decoder and compares hashes; `compare_engine` runs
-it in an inference engine and compares next-token distributions.
+losses on them. `verify` decodes the checkpoint with an independent decoder and compares hashes.
 """
 
 import hashlib
@@ -13,22 +12,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, Format, Source
-from gptq_awq.export.engines import Comparison, answer, compare
-from gptq_awq.export.folder import FolderTensors, read_config
 from gptq_awq.export.formats import make_format
 from gptq_awq.export.public import names_only
-from gptq_awq.models.auto_class import auto_class
 from gptq_awq.storage.assets import file_sha256
 from gptq_awq.storage.bounded import RECORD_BYTES, read_json
 
@@ -260,75 +254,6 @@ def _check_equal(decoded: Decoded, expected: Mapping[str, str], folder: Path) ->
         raise UserError(f"{folder}: the codes of {decoded.name} are not those that were scored")
     if tensor_sha256(decoded.weight) != expected["weight"]:
         raise UserError(f"{folder}: the weights of {decoded.name} are not those that were scored")
-
-
-def compare_engine(folder: Path, engine: str) -> Comparison:
-    """Compare an engine's logits on the recorded tokens with a float32 reference model that has the decoded weights.
-
-    Raises:
-        UserError: the engine isn't installed, or refuses the checkpoint.
-    """
-    record = VerificationRecord.read(folder)
-    tokens = torch.tensor(record.tokens)
-    model = reference_model(folder)
-    with torch.no_grad():
-        ours = torch.stack([model(input_ids=row[None]).logits[0] for row in tokens])
-    path = next(folder.glob("*.gguf"), folder) if record.format == "gguf" else folder
-    theirs = answer(engine, path, tokens, record.format, vocab=ours.shape[-1])
-    return compare(ours, theirs.logits, tokens)
-
-
-def reference_model(folder: Path) -> PreTrainedModel:
-    """Build a float32 transformers model from a checkpoint's decoded weights. Raises UserError if some are missing."""
-    format_ = VerificationRecord.read(folder).make_format()
-    with decoding(folder):
-        return _reference_model(folder, format_)
-
-
-def _reference_model(folder: Path, format_: Format) -> PreTrainedModel:
-    config = read_config(folder)
-    for key in ("quantization_config", "quantization", "auto_map"):  # auto_map: code of the folder, which is not run
-        config.pop(key, None)
-    made = AutoConfig.for_model(**config)
-    read = getattr(format_, "plain", FolderTensors)
-    plain = {name: tensor.float() for name, tensor in read(folder).items()}
-    decoded = {f"{decoded.name}.weight": decoded.weight for decoded in format_.decode(folder)}
-    if (getattr(made.get_text_config(), "num_hidden_layers", None) or 0) > len(plain | decoded):
-        raise UserError(f"{folder}: config.json describes more layers than there are tensors")
-    with torch.device("meta"):
-        model = auto_class(made).from_config(made, dtype=torch.float32)
-    _check_size(model, sum(tensor.numel() for tensor in (plain | decoded).values()), folder)
-    model = auto_class(made).from_config(made, dtype=torch.float32).eval()
-    own = {name: parameter for name, parameter in model.state_dict().items()}
-    state = {name: t for name, t in plain.items() if name in own and t.shape == own[name].shape} | decoded
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    if state.keys() - own.keys() or own.keys() - state.keys() - tied:  # names of the original checkpoint
-        parts = tuple(name.removesuffix("weight") for name in decoded)
-        rest = {n: tensor for n, tensor in plain.items() if not n.startswith(parts) or n.endswith(".bias")}
-        return _loaded(made, rest | decoded, folder)
-    model.load_state_dict(state, strict=False)
-    model.tie_weights()
-    return model
-
-
-def _loaded(config: PreTrainedConfig, tensors: Mapping[str, Tensor], origin: Path) -> PreTrainedModel:
-    """Build a model from a checkpoint's own names, as transformers loads one. Raises UserError if some are missing."""
-    with TemporaryDirectory() as folder:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(folder) / "model.safetensors")
-        GenerationConfig().save_pretrained(folder)
-        model, found = auto_class(config).from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True
-        )
-    if lost := sorted(found["missing_keys"]):
-        raise UserError(f"{origin}: holds no {lost[0]}")
-    return model.eval()
-
-
-def _check_size(model: PreTrainedModel, numbers: int, folder: Path) -> None:
-    """Raise UserError where config.json describes a model of more parameters than the files hold."""
-    wanted = sum(parameter.numel() for parameter in model.parameters())
-    if wanted > numbers:
-        raise UserError(f"{folder}: config.json describes {wanted:,} parameters, and the files hold {numbers:,}")
 
 
 def token_losses(logits: Float[Tensor, "tokens vocab"], tokens: Int[Tensor, "tokens"]) -> Float[Tensor, "tokens-1"]:

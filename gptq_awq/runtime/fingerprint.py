@@ -39,6 +39,7 @@ COMPUTED_BY = {
     "output curvature": ("gptq_awq.calibration.output_curvature", "gptq_awq.models.load"),
     "written text": ("gptq_awq.calibration.self_calibration", "gptq_awq.models.load"),
     "token ids": ("gptq_awq.data.tokens",),
+    "gguf layout": ("gptq_awq.export.gguf_layout",),
 }
 """Modules that compute what the cache keeps, by its kind."""
 _TOKENIZER_FILES = re.compile(
@@ -163,6 +164,11 @@ def written_sha256(model: Any, model_sha256: str, tokens_sha256: str, writer: An
         "dtype": str(dtype),
     }
     return _computed_sha256("written text", content, [writer])
+
+
+def layout_sha256(config: Mapping[str, Any], shapes: Mapping[str, Any], converter: str) -> str:
+    """Hash that names where llama.cpp's converter puts a model's tensors: of its config and shapes, not its values."""
+    return _computed_sha256("gguf layout", {"config": config, "shapes": shapes, "converter": converter})
 
 
 def token_ids_sha256(text: str, tokenizer: Any) -> str:

@@ -21,7 +21,8 @@ from gptq_awq.export.gptq import GPTQFormat
 from gptq_awq.export.hf import HFFormat
 from gptq_awq.export.mlx import MLXFormat
 from gptq_awq.export.overflow import check_overflow
-from gptq_awq.export.verify import Probe, VerificationRecord, reference_model, verify
+from gptq_awq.export.reference import reference_model
+from gptq_awq.export.verify import Probe, VerificationRecord, verify
 from gptq_awq.export.write import Exports, make_exports
 from gptq_awq.grids.signed import SignedGrid
 from gptq_awq.grids.table import TableGrid

@@ -33,7 +33,8 @@ from gptq_awq.export.compressed_tensors import (
     quantization_config,
 )
 from gptq_awq.export.folder import FolderTensors
-from gptq_awq.export.verify import Probe, reference_model, verify
+from gptq_awq.export.reference import reference_model
+from gptq_awq.export.verify import Probe, verify
 from gptq_awq.export.write import Exports
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.per_layer import PerLayerGrid

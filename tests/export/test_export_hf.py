@@ -18,7 +18,8 @@ from gptq_awq.export.compressed_tensors import CompressedTensorsFormat
 from gptq_awq.export.folder import FolderTensors
 from gptq_awq.export.gptq import GPTQFormat
 from gptq_awq.export.hf import HFFormat
-from gptq_awq.export.verify import Probe, VerificationRecord, reference_model, verify
+from gptq_awq.export.reference import reference_model
+from gptq_awq.export.verify import Probe, VerificationRecord, verify
 from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.mix import LlamaMix

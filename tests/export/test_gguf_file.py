@@ -13,12 +13,14 @@ from helpers.quantized_weights import assert_decodes, rounded_source
 from helpers.tiny_models import GROUPED, MIXTURES, tiny_model, tiny_tokens
 
 from gptq_awq.errors import UserError
+from gptq_awq.export import gguf_layout
 from gptq_awq.export.base import LinearSpec, Source
 from gptq_awq.export.engines import answer, compare, find
 from gptq_awq.export.gguf import GGUFFormat
 from gptq_awq.export.gguf_file import read_gguf
-from gptq_awq.export.gguf_layout import LAYOUT, Layout
-from gptq_awq.export.verify import Probe, reference_model, verify
+from gptq_awq.export.gguf_layout import LAYOUT, Layout, observe, skeleton
+from gptq_awq.export.reference import reference_model
+from gptq_awq.export.verify import Probe, verify
 from gptq_awq.export.write import Exports
 from gptq_awq.grids.mix import llama_grid
 from gptq_awq.models.experts import unfuse
@@ -213,3 +215,18 @@ def test_llama_cpp_computes_what_the_rounded_model_does(llama_cpp, tmp_path):
     with torch.no_grad():
         ours = source.model(ids).logits
     assert compare(ours, llama_cpp(path, ids), ids).mean_kl < 3e-3  # its kernels round activations to 8 bits
+
+
+def test_where_tensors_go_is_observed_once_for_a_config(converter, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTQ_AWQ_CACHE", str(tmp_path / "cache"))
+    model, seen = built("llama"), []
+    observed = gguf_layout._observed
+    monkeypatch.setattr(gguf_layout, "_observed", lambda *given: seen.append(1) or observed(*given))
+    with skeleton(model, None) as folder:
+        first, second = observe(converter, folder, model), observe(converter, folder, model)
+    assert len(seen) == 1
+    assert first.runs.keys() == second.runs.keys()
+    assert all(np.array_equal(first.runs[name].starts, second.runs[name].starts) for name in first.runs)
+    with skeleton(other := built("gemma3"), None) as folder:
+        observe(converter, folder, other)
+    assert len(seen) == 2

@@ -25,7 +25,8 @@ from gptq_awq.export.hf import HFFormat
 from gptq_awq.export.modelfile import modelfile
 from gptq_awq.export.packing import unpack_words
 from gptq_awq.export.public import names_only
-from gptq_awq.export.verify import RECORD, Probe, reference_model, verify
+from gptq_awq.export.reference import reference_model
+from gptq_awq.export.verify import RECORD, Probe, verify
 from gptq_awq.export.write import Exports
 from gptq_awq.report.escape import markdown
 from gptq_awq.runtime.progress import no_track

@@ -70,6 +70,7 @@ class Case:
                 *of, self.tokens, self.curvature, self.dtype, self.transforms
             ),
             "written text": fingerprint.written_sha256(*of, self.tokens, self.writer, self.dtype),
+            "gguf layout": fingerprint.layout_sha256(self.model.config.to_dict(), {}, "converter"),
             "token ids": fingerprint.token_ids_sha256(self.text, self.tokenizer),
         }
 

@@ -42,8 +42,9 @@ class FormatSupport:
     Attributes:
         modules: Python modules that its interpreter must be able to import.
         dtype: default compute dtype.
-        max_kl: largest KL divergence of a token, in nats, that rounding in that dtype explains (measured with
-            correct checkpoints of trained models with 15M and 135M parameters).
+        max_kl: largest KL divergence of a token, in nats, that rounding in that dtype explains, for engines that
+            read no other file of the model to be judged by (measured with correct checkpoints of trained models with
+            15M and 135M parameters).
     """
 
     modules: tuple[str, ...]
@@ -94,9 +95,9 @@ ENGINES: Mapping[str, Engine] = {
     "vllm": Engine(
         formats={
             "hf": FormatSupport(("vllm",)),
-            "gptq": FormatSupport(("vllm",), "float16", 1e-3),
-            "awq": FormatSupport(("vllm",), "float16", 1e-3),
-            "compressed_tensors": FormatSupport(("vllm",), "float16", 1e-3),
+            "gptq": FormatSupport(("vllm",), "float16"),
+            "awq": FormatSupport(("vllm",), "float16"),
+            "compressed_tensors": FormatSupport(("vllm",), "float16"),
         },
         note="on a CPU 4 bits only; gptq symmetric, in natural order, groups of 32, 64, 128 or whole rows",
     ),
@@ -107,7 +108,7 @@ ENGINES: Mapping[str, Engine] = {
         note="weights expanded to float32 by its BLAS backend; its own kernels would round activations to 8 bits",
     ),
     "xllamacpp": Engine(
-        formats={"gguf": FormatSupport(("xllamacpp",), max_kl=0.1)},
+        formats={"gguf": FormatSupport(("xllamacpp",))},
         note="needs no compiler; rounds activations to 8 bits; one call per position, so a few tokens only",
     ),
 }

@@ -1,0 +1,158 @@
+"""A checkpoint's decoded weights as a model in float32, and how far an engine is from what it computes.
+
+Engines round activations, scales or sums, each in its own way. How much of a difference that explains is measured: the
+same engine runs the same decoded weights from a file without the format's codes, its control, and what it differs
+there is its noise.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from gptq_awq.errors import UserError
+from gptq_awq.export.base import Format, Source
+from gptq_awq.export.engines import ENGINES, Comparison, answer, compare
+from gptq_awq.export.folder import FolderTensors, read_config
+from gptq_awq.export.gguf import GGUFFormat
+from gptq_awq.export.hf import HFFormat
+from gptq_awq.export.verify import VerificationRecord, decoding
+from gptq_awq.grids.base import QuantizedWeight
+from gptq_awq.grids.mix import llama_grid
+from gptq_awq.models.auto_class import auto_class
+from gptq_awq.models.linear import is_linear, matrix
+from gptq_awq.solvers.rtn import RTN
+
+TIMES = 5.0
+"""An engine may differ by so many times its noise."""
+FLOOR = 1e-4
+"""Largest KL of a token, in nats, that passes whatever the noise is."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How far an engine is from a checkpoint's decoded weights, and how far it may be.
+
+    Attributes:
+        found: the engine on the checkpoint.
+        noise: the engine on its control; None where it reads no other file of the model.
+        limit: largest KL of a token, in nats.
+    """
+
+    found: Comparison
+    noise: Comparison | None
+    limit: float
+
+    @property
+    def within(self) -> bool:
+        """Whether the engine's noise explains the difference."""
+        return self.found.max_kl <= self.limit
+
+
+@torch.no_grad()
+def judge_engine(folder: Path, engine: str) -> Judgement:
+    """Compare an engine's logits on the recorded tokens with those of the decoded weights, and with its own noise.
+
+    Raises:
+        UserError: the engine isn't installed, or refuses the checkpoint.
+    """
+    record = VerificationRecord.read(folder)
+    tokens, model = torch.tensor(record.tokens), reference_model(folder)
+    ours = torch.stack([model(input_ids=row[None]).logits[0] for row in tokens])
+    path = next(folder.glob("*.gguf"), folder) if record.format == "gguf" else folder
+    theirs = answer(engine, path, tokens, record.format, vocab=ours.shape[-1]).logits
+    noise = _noise(engine, record, model, ours, tokens)
+    limit = ENGINES[engine].formats[record.format].max_kl if noise is None else max(FLOOR, TIMES * noise.max_kl)
+    return Judgement(compare(ours, theirs, tokens), noise, limit)
+
+
+def _noise(
+    engine: str,
+    record: VerificationRecord,
+    model: PreTrainedModel,
+    ours: Float[Tensor, "windows seqlen vocab"],
+    tokens: Int[Tensor, "windows seqlen"],
+) -> Comparison | None:
+    """The engine's difference on its control: a folder of the decoded weights, or a GGUF file of them in Q8_0.
+
+    llama.cpp rounds activations only where weights are quantized, and then to 8 bits, as it does for Q8_0.
+    """
+    formats = ENGINES[engine].formats
+    name = "hf" if "hf" in formats else "gguf"
+    if name not in formats:
+        return None
+    with TemporaryDirectory(prefix="control-") as path:
+        folder = Path(path)
+        if name == "hf":
+            HFFormat("float32").write(Source(model, None, "control", {}), folder)
+        else:
+            rounded = {module: _in_q8_0(model, module) for module in record.weights}
+            GGUFFormat(plain_dtype="F32").write(Source(model, None, "control", rounded), folder)
+        file = folder / "model.gguf" if name == "gguf" else folder
+        dtype = formats[record.format].dtype
+        return compare(ours, answer(engine, file, tokens, name, dtype, vocab=ours.shape[-1]).logits, tokens)
+
+
+def _in_q8_0(model: PreTrainedModel, name: str) -> QuantizedWeight:
+    module = model.get_submodule(name)
+    weight = matrix(module) if is_linear(module) else module.get_parameter("weight")
+    return RTN().solve(weight.detach(), None, llama_grid("q8_0")).quantized
+
+
+def reference_model(folder: Path) -> PreTrainedModel:
+    """Build a float32 transformers model from a checkpoint's decoded weights. Raises UserError if some are missing."""
+    format_ = VerificationRecord.read(folder).make_format()
+    with decoding(folder):
+        return _reference_model(folder, format_)
+
+
+def _reference_model(folder: Path, format_: Format) -> PreTrainedModel:
+    config = read_config(folder)
+    for key in ("quantization_config", "quantization", "auto_map"):  # auto_map: code of the folder, which is not run
+        config.pop(key, None)
+    made = AutoConfig.for_model(**config)
+    read = getattr(format_, "plain", FolderTensors)
+    plain = {name: tensor.float() for name, tensor in read(folder).items()}
+    decoded = {f"{decoded.name}.weight": decoded.weight for decoded in format_.decode(folder)}
+    if (getattr(made.get_text_config(), "num_hidden_layers", None) or 0) > len(plain | decoded):
+        raise UserError(f"{folder}: config.json describes more layers than there are tensors")
+    with torch.device("meta"):
+        model = auto_class(made).from_config(made, dtype=torch.float32)
+    _check_size(model, sum(tensor.numel() for tensor in (plain | decoded).values()), folder)
+    model = auto_class(made).from_config(made, dtype=torch.float32).eval()
+    own = {name: parameter for name, parameter in model.state_dict().items()}
+    state = {name: t for name, t in plain.items() if name in own and t.shape == own[name].shape} | decoded
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    if state.keys() - own.keys() or own.keys() - state.keys() - tied:  # names of the original checkpoint
+        parts = tuple(name.removesuffix("weight") for name in decoded)
+        rest = {n: tensor for n, tensor in plain.items() if not n.startswith(parts) or n.endswith(".bias")}
+        return _loaded(made, rest | decoded, folder)
+    model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    return model
+
+
+def _loaded(config: PreTrainedConfig, tensors: Mapping[str, Tensor], origin: Path) -> PreTrainedModel:
+    """Build a model from a checkpoint's own names, as transformers loads one. Raises UserError if some are missing."""
+    with TemporaryDirectory() as folder:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(folder) / "model.safetensors")
+        GenerationConfig().save_pretrained(folder)
+        model, found = auto_class(config).from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    if lost := sorted(found["missing_keys"]):
+        raise UserError(f"{origin}: holds no {lost[0]}")
+    return model.eval()
+
+
+def _check_size(model: PreTrainedModel, numbers: int, folder: Path) -> None:
+    """Raise UserError where config.json describes a model of more parameters than the files hold."""
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    if wanted > numbers:
+        raise UserError(f"{folder}: config.json describes {wanted:,} parameters, and the files hold {numbers:,}")
