@@ -78,6 +78,7 @@ class Case:
 OF_MODEL = {"observations", "baseline", "floor", "answers", "sensitivities", "output curvature", "written text"}
 OF_TOKENS = OF_MODEL - {"answers"}
 ALL = OF_MODEL | {"token ids"}
+LAYOUT = {"gguf layout"}
 
 
 @pytest.fixture
@@ -259,10 +260,13 @@ def test_the_version_of_every_package_that_computes_is_part_of_a_run(monkeypatch
 @pytest.mark.parametrize(
     ("package", "kinds"),
     [
-        *((name, ALL) for name in ("torch", "triton", "numba", "llvmlite", "transformers", "tokenizers", "numpy")),
-        ("greenlet", {"observations", "sensitivities"}),
+        *(
+            (name, ALL | LAYOUT)
+            for name in ("torch", "triton", "numba", "llvmlite", "transformers", "tokenizers", "numpy")
+        ),
+        ("greenlet", {"observations", "sensitivities"} | LAYOUT),
         ("lm_eval", {"answers"}),
-        *((name, OF_MODEL) for name in ("gguf", "bitsandbytes")),  # a model may be a GGUF file, or come in NF4
+        *((name, OF_MODEL | LAYOUT) for name in ("gguf", "bitsandbytes")),  # a model may be a GGUF file, or come in NF4
         *((name, set()) for name in ("scipy", "wandb", "rich")),
     ],
 )
