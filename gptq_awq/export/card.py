@@ -22,14 +22,17 @@ class Usage:
         install: packages to install, as arguments of `pip install`.
         code: tested Python example; FOLDER stands for the checkpoint's folder.
         caveat: known limitation of the engine, "" for none.
+        commands: lines for a shell, one for each engine that has such.
     """
 
     library: str
     install: str
     code: str
     caveat: str = ""
+    commands: tuple[str, ...] = ()
 
 
+_SERVE = ("vllm serve FOLDER",)
 _TRANSFORMERS = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = AutoModelForCausalLM.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
@@ -49,11 +52,16 @@ from gptqmodel import GPTQModel
 model = GPTQModel.load("FOLDER")
 print(model.tokenizer.decode(model.generate("Once upon a time", max_new_tokens=32)[0]))""",
         "vLLM on a CPU takes 4 bits, symmetric, without act_order only.",
+        _SERVE,
     ),
     "awq": Usage(
-        "transformers", "vllm", _VLLM, 'In a script, vLLM wants to be called below `if __name__ == "__main__":`.'
+        "transformers",
+        "vllm",
+        _VLLM,
+        'In a script, vLLM wants to be called below `if __name__ == "__main__":`.',
+        _SERVE,
     ),
-    "compressed_tensors": Usage("transformers", "transformers compressed-tensors", _TRANSFORMERS),
+    "compressed_tensors": Usage("transformers", "transformers compressed-tensors", _TRANSFORMERS, commands=_SERVE),
     "gguf": Usage(
         "gguf",
         "xllamacpp",
@@ -64,6 +72,10 @@ params.model.path = "FOLDER/model.gguf"
 answer = xllamacpp.Server(params).handle_completions({"prompt": "Once upon a time", "max_tokens": 32})
 print(answer["choices"][0]["text"])""",
         "llama.cpp rounds activations too, so its logits differ from those of the same weights elsewhere.",
+        (
+            'llama-cli -m FOLDER/model.gguf -p "Once upon a time"',
+            "ollama create NAME -f FOLDER/Modelfile && ollama run NAME",
+        ),
     ),
     "mlx": Usage(
         "mlx",
@@ -72,6 +84,7 @@ print(answer["choices"][0]["text"])""",
 from mlx_lm import generate, load
 model, tokenizer = load("FOLDER")
 print(generate(model, tokenizer, prompt="Once upon a time", max_tokens=32))""",
+        commands=('mlx_lm.generate --model FOLDER --prompt "Once upon a time"',),
     ),
     "bnb": Usage("transformers", "transformers accelerate bitsandbytes", _TRANSFORMERS),
     "hf": Usage("transformers", "transformers", _TRANSFORMERS, "The weights are dequantized: no smaller than before."),
@@ -101,6 +114,7 @@ def model_card(
     ]
     if usage:
         parts += ["## Loading", f"    pip install {usage.install}", f"```python\n{usage.code}\n```"]
+        parts += ["Or in a shell:\n\n" + "\n".join(f"    {line}" for line in usage.commands)] if usage.commands else []
     caveats = [*(markdown(note) for note in notes), *([usage.caveat] if usage and usage.caveat else [])]
     if caveats:
         parts += ["## Notes", "\n".join(f"- {note}" for note in caveats)]

@@ -97,3 +97,13 @@ def test_the_code_is_python_and_names_the_folder(name):
     ast.parse(usage.code)
     assert "FOLDER" in usage.code
     assert usage.code in model_card(None, name, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "engines"),
+    [("gguf", ["llama-cli", "ollama"]), ("mlx", ["mlx_lm.generate"]), ("compressed_tensors", ["vllm"]), ("hf", [])],
+)
+def test_each_engine_has_its_line_for_a_shell(name, engines):
+    card = model_card(ROW, name, [], FACTS)
+    assert [line.split()[0] for line in USAGE[name].commands] == engines
+    assert all(f"\n    {line}\n" in card for line in USAGE[name].commands)

@@ -271,6 +271,7 @@ def test_an_engine_computes_what_the_decoded_weights_compute_but_for_its_noise(n
     assert judged.found.ppl_engine == pytest.approx(judged.found.ppl_ours, rel=1e-2 if name == "xllamacpp" else 1e-3)
 
 
+@pytest.mark.slow
 def test_one_wrong_row_is_beyond_an_engines_noise(checkpoint, monkeypatch):
     folder = checkpoint("hf")
     assert judge_engine(folder, "transformers").within
