@@ -105,8 +105,11 @@ def wrapped(x):
 
 
 def place(x: Tensor) -> torch.device:
-    """The device that a tensor says it is on."""
-    return CUDA if isinstance(x, OnDevice) else CPU
+    """The device that a tensor says it is on; meta, too, as loaders ask which buffers are still empty."""
+    if isinstance(x, OnDevice):
+        return CUDA
+    with torch._C.DisableTorchFunction():
+        return x.device
 
 
 def computed(func, args, kwargs):
@@ -281,7 +284,7 @@ def _new_tensor(x, data, **kwargs):
 ANSWERS = {
     Tensor.device.__get__: place,
     Tensor.is_cuda.__get__: lambda x: isinstance(x, OnDevice),
-    Tensor.is_cpu.__get__: lambda x: not isinstance(x, OnDevice),
+    Tensor.is_cpu.__get__: lambda x: place(x).type == "cpu",
     Tensor.get_device: lambda x: 0 if isinstance(x, OnDevice) else -1,
     Tensor.to: _to,
     Tensor.cpu: lambda x, *_, **__: transferred(x, CPU),
@@ -352,5 +355,9 @@ def accelerator() -> Iterator[Accelerator]:
         for name, answer in PRETENDED.items():
             patch.setattr(torch.cuda, name, answer)
         patch.setattr(torch, "Generator", _Generator)
-        yield COUNTED
+        torch.use_deterministic_algorithms(True, warn_only=True)  # fills what isn't initialized with NaN
+        try:
+            yield COUNTED
+        finally:
+            torch.use_deterministic_algorithms(False)
     sys.stdout.flush()
