@@ -16,7 +16,7 @@ from gptq_awq.calibration.block_inputs import Settings
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.grids.allocated import BudgetedGrid, stored_bits
-from gptq_awq.models.linear import is_linear, matrix
+from gptq_awq.models.linear import matrix
 from gptq_awq.quantization.method import Method
 from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.storage.atomic import replacing
@@ -155,8 +155,7 @@ def _too_small(grid: BudgetedGrid, least: int, budget: int, beside: int) -> User
 
 
 def _rows(model: PreTrainedModel, name: str) -> int:
-    module = model.get_submodule(name)
-    return len(matrix(module) if is_linear(module) else module.get_parameter("weight"))
+    return len(matrix(model.get_submodule(name)))
 
 
 def allocated_widths(

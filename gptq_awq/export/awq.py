@@ -34,6 +34,7 @@ from gptq_awq.export.packing import (
     unpack_words,
     unquantized,
 )
+from gptq_awq.export.saved import renaming
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.runtime.options import ByteSize, Dtype, checked_dataclass
@@ -79,8 +80,9 @@ class AWQFormat:
         )
         grid = next(iter(source.weights.values())).grid
         assert isinstance(grid, IntGrid)
-        config = quantization_config(grid, unquantized(source))
-        write_folder(source, folder, packed, dtype, config, self.shard)
+        rename = renaming(source.model)
+        config = quantization_config(grid, unquantized(source, rename))
+        write_folder(source, folder, packed, dtype, config, self.shard, rename)
 
     def decoder(self) -> str:
         """Name of our own reader, as no library reads this layout on a CPU without patching others."""

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gptq_awq.calibration.input_statistics import InputStatistics
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight
-from gptq_awq.models.linear import is_linear, matrix
+from gptq_awq.models.linear import matrix
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def linear_specs(model: nn.Module, grids: Mapping[str, Grid], natural_order: boo
     specs, head = [], model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     for name, grid in grids.items():
         module = model.get_submodule(name)
-        rows, columns = (matrix(module) if is_linear(module) else module.get_parameter("weight")).shape
+        rows, columns = matrix(module).shape
         specs.append(LinearSpec(name, rows, columns, grid, natural_order, module is head))
     return specs
 

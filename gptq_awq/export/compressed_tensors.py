@@ -113,8 +113,8 @@ class CompressedTensorsFormat:
         packer = pack if self.layout == "pack" else pack_int8
 
         def parts(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-            own = pack_float(weight) if isinstance(weight.grid, ScaledFloatGrid) else packer(weight, dtype)
-            return own | self._input_scale(source, name)
+            codes = pack_float(weight) if isinstance(weight.grid, ScaledFloatGrid) else packer(weight, dtype)
+            return codes | self._input_scale(source, name)
 
         model = source.model
         own = weights if experts_in(model) else source.weights  # readers ask by names of the model and of files
@@ -122,10 +122,10 @@ class CompressedTensorsFormat:
         grids = {name: stored_grid(weight.grid) for name, weight in {**own, **weights}.items()}
         head, rename = model.get_output_embeddings(), renaming(model)
         heads = [new for name in source.weights if model.get_submodule(name) is head for new in {name, rename(name)}]
-        config = quantization_config(grids, FORMATS[self.layout], unquantized(source), self.activations, heads)
+        config = quantization_config(grids, FORMATS[self.layout], unquantized(source, rename), self.activations, heads)
         if self.kv_cache is not None:
             config["kv_cache_scheme"] = kv_cache_scheme()
-        write_folder(source, folder, packed, dtype, config, self.shard, replaced=weights)
+        write_folder(source, folder, packed, dtype, config, self.shard, rename, replaced=weights)
 
     def stored(self, source: Source) -> Mapping[str, QuantizedWeight]:
         """Weights under the names that the folder has for them: readers want one linear for each expert's matrix."""

@@ -12,15 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Source
 from gptq_awq.export.public import names_only
-from gptq_awq.export.saved import SavedTensors, read_state, renaming
+from gptq_awq.export.saved import SavedTensors, blocks_by_name, read_state, renaming, saved
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.carried import carried
-from gptq_awq.models.experts import experts_in, fused_tensors
+from gptq_awq.models.experts import experts_in
 from gptq_awq.models.offload import each_tensor
 from gptq_awq.runtime.memory import parse_bytes
 
@@ -85,18 +84,15 @@ def _saved(source: Source, dtype: torch.dtype, without: Collection[str]) -> Iter
 
 def _fused(source: Source, dtype: torch.dtype, packed: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Tensors in the original checkpoint's layout, one block at a time, as a fused expert tensor combines many."""
-    prefix, blocks = find_blocks(source.model)
-
-    def block(name: str) -> str | None:
-        """Index (as a string) of the block that a tensor belongs to; None outside of the blocks."""
-        return name[len(prefix) + 1 :].split(".")[0] if name.startswith(f"{prefix}.") else None
+    _, blocks = find_blocks(source.model)
+    block = blocks_by_name(source.model)
 
     def reverted(index: str | None, group: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors of a block in the original layout; only those of `group` if the rest is written already."""
         plain = [] if index in written else plain_tensors(source, dtype, lambda name: block(name) == index)
         tensors = dict(chain(group, plain))
         written.add(index)
-        return revert_weight_conversion(source.model, fused_tensors(source.model, tensors)) if tensors else {}
+        return saved(source.model, tensors)
 
     written: set[str | None] = set()
     rest = [(index, ()) for index in [*map(str, range(len(blocks))), None]]  # blocks without packed tensors

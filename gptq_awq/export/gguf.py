@@ -27,7 +27,7 @@ from gptq_awq.export.gguf_blocks import BLOCK_TYPES, pack
 from gptq_awq.export.gguf_converter import Vocabulary, converter_root, known_architectures
 from gptq_awq.export.gguf_file import Packed, read_gguf, write_gguf
 from gptq_awq.export.gguf_layout import Layout, observe, skeleton
-from gptq_awq.export.gguf_tokenizer import vocabulary_for
+from gptq_awq.export.gguf_tokenizer import ENGINE, vocabulary_for
 from gptq_awq.export.modelfile import modelfile
 from gptq_awq.export.text_part import text_linears, text_part, text_source
 from gptq_awq.grids.affine import AffineGrid
@@ -100,12 +100,9 @@ class GGUFFormat:
             options = {"dtype": "F32", "model_name": "", "vocabulary": vocabulary}
             write = partial(write_gguf, folder / "model.gguf", converter_root(self.converter), folder, model, layout)
             path = folder / "model.gguf"
-            untried = check_engine("xllamacpp", "gguf", model, path, lambda: write({}, {}, options), limit=1e-3)
-        return (
-            [difference] * bool(difference)
-            + untried
-            + _notes(layout, types, {f"{linear.name}.weight" for linear in linears})
-        )
+            untried = check_engine(ENGINE, self.name, model, path, lambda: write({}, {}, options), limit=1e-3)
+        quantized = {f"{linear.name}.weight" for linear in linears}
+        return [difference] * bool(difference) + untried + _notes(layout, types, quantized)
 
     def _text(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model itself where the converter knows it, else its text part."""

@@ -207,16 +207,17 @@ def observe(root: Path, folder: Path, model: PreTrainedModel) -> Layout:
     """
     flipped = conv1d_weights(model)
     shapes = {n: s[::-1] if n in flipped else s for n, s in state_shapes(model).items()}
+    numbering = Numbering.of(shapes)
+    if root.suffix != ".zip":  # a checkout, which may change
+        return _observed(root, folder, model, numbering, flipped)
     kept = cache_dir() / "layouts" / f"{layout_sha256(read_config(folder), shapes, root.name)}.npz"
-    if root.suffix == ".zip":  # a checkout may change
-        with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
-            return Layout.load(kept)
-    layout = _observed(root, folder, model, Numbering.of(shapes), flipped)
-    if root.suffix == ".zip":
-        with suppress(OSError):  # the next run observes again
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(kept) as scratch:
-                layout.save(scratch)
+    with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return Layout.load(kept)
+    layout = _observed(root, folder, model, numbering, flipped)
+    with suppress(OSError):  # the next run observes again
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(kept) as scratch:
+            layout.save(scratch)
     return layout
 
 

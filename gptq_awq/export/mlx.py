@@ -35,7 +35,7 @@ from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.signed import SignedGrid
 from gptq_awq.grids.ternary import TernaryGrid
-from gptq_awq.models.linear import is_linear, matrix
+from gptq_awq.models.linear import matrix
 from gptq_awq.runtime.options import ByteSize, Dtype, checked_dataclass
 from gptq_awq.solvers.rtn import RTN
 
@@ -149,8 +149,7 @@ def _in_eight_bits(linears: Sequence[LinearSpec], model: PreTrainedModel) -> dic
     """Weights rounded to nearest in 8 bits, in the groups asked for where MLX has such."""
     found = {}
     for linear in linears:
-        module = model.get_submodule(linear.name)
-        weight = matrix(module) if is_linear(module) else module.get_parameter("weight").detach()
+        weight = matrix(model.get_submodule(linear.name))
         group = linear.grid.group_size if linear.grid.group_size in GROUPS else GROUPS[0]
         found[linear.name] = RTN().solve(weight.float().cpu(), None, AffineGrid(8, group)).quantized
     return found

@@ -11,18 +11,18 @@ import torch
 from transformers import PreTrainedModel
 
 from gptq_awq.errors import UserError
-from gptq_awq.export.base import Format, LinearSpec
+from gptq_awq.export.base import LinearSpec
 from gptq_awq.models.offload import each_tensor
 
 LARGEST = torch.finfo(torch.float16).max
 
 
-def check_overflow(format_: Format, linears: Sequence[LinearSpec], model: PreTrainedModel) -> None:
+def check_overflow(format_: Any, linears: Sequence[LinearSpec], model: PreTrainedModel) -> None:
     """Raise UserError where a format stores a value that overflows its float16, naming the dtypes that hold it."""
     option = "plain_dtype" if hasattr(format_, "plain_dtype") else "dtype"
     chosen = getattr(format_, option, None)
     if chosen == "auto":  # the shortest that is exact for the grids' scales
-        chosen = getattr(format_, "stored_dtype")(linears)  # noqa: B009
+        chosen = format_.stored_dtype(linears)
     if chosen not in ("float16", "F16"):
         return
     packed = set() if format_.name == "hf" else {f"{linear.name}.weight" for linear in linears}

@@ -6,7 +6,7 @@ neither repeats a mistake of the other.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from transformers import PreTrainedConfig
 import gptq_awq
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import LinearSpec, Source, require_dtype
-from gptq_awq.export.saved import renaming
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.models.carried import carried_names
 
@@ -157,9 +156,9 @@ def require_plain_head(linears: Sequence[LinearSpec], name: str, others: str) ->
         raise UserError(f"head: {name}'s readers take the output head in 16 bits; choose head=null or {others}")
 
 
-def unquantized(source: Source) -> list[str]:
+def unquantized(source: Source, rename: Callable[[str], str]) -> list[str]:
     """Names of the linears that stay unquantized, an unquantized output head and what is carried along included."""
     linears = [name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)]
     carried = [name.removesuffix(".weight") for name, x in carried_names(source.model).items() if len(x.shape) == 2]
     names = [name for name in (*linears, *carried) if name not in source.weights]
-    return list(dict.fromkeys([*names, *map(renaming(source.model), names)]))  # readers ask by either name
+    return list(dict.fromkeys([*names, *map(rename, names)]))  # readers ask by either name

@@ -26,7 +26,7 @@ from gptq_awq.export.verify import VerificationRecord, decoding
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.grids.mix import llama_grid
 from gptq_awq.models.auto_class import auto_class
-from gptq_awq.models.linear import is_linear, matrix
+from gptq_awq.models.linear import matrix
 from gptq_awq.solvers.rtn import RTN
 
 TIMES = 5.0
@@ -100,9 +100,7 @@ def _noise(
 
 
 def _in_q8_0(model: PreTrainedModel, name: str) -> QuantizedWeight:
-    module = model.get_submodule(name)
-    weight = matrix(module) if is_linear(module) else module.get_parameter("weight")
-    return RTN().solve(weight.detach(), None, llama_grid("q8_0")).quantized
+    return RTN().solve(matrix(model.get_submodule(name)), None, llama_grid("q8_0")).quantized
 
 
 def reference_model(folder: Path) -> PreTrainedModel:

@@ -35,8 +35,9 @@ class SavedTensors(Mapping[str, Tensor]):
     def __init__(self, model: PreTrainedModel, read: Read) -> None:
         self._model, self._read, self.config = model, read, model.config
         self._groups: dict[str | None, list[str]] = {}
+        block = blocks_by_name(model)
         for name in state_shapes(model):
-            self._groups.setdefault(block_of(model, name), []).append(name)
+            self._groups.setdefault(block(name), []).append(name)
         state = model.state_dict(keep_vars=True)
         self.meta: dict[str, Tensor] = {}
         """Tensors without data, by name: their shapes and dtypes."""
@@ -117,8 +118,9 @@ def saved_weights(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight]
     """
     found: dict[str, QuantizedWeight] = {}
     groups: dict[str | None, list[str]] = {}
+    block = blocks_by_name(model)
     for name in state_shapes(model):
-        groups.setdefault(block_of(model, name), []).append(name)
+        groups.setdefault(block(name), []).append(name)
     for names in groups.values():
         found |= _saved_in_group(model, names, weights)
     return found
@@ -156,10 +158,10 @@ def _saved_in_group(
     return found
 
 
-def block_of(model: PreTrainedModel, name: str) -> str | None:
-    """Index (as a string) of the block that a tensor belongs to; None outside of the blocks."""
+def blocks_by_name(model: PreTrainedModel) -> Callable[[str], str | None]:
+    """A function from a tensor's name to the index (as a string) of the block that it is in; None outside of them."""
     prefix, _ = find_blocks(model)
-    return name[len(prefix) + 1 :].split(".")[0] if name.startswith(f"{prefix}.") else None
+    return lambda name: name[len(prefix) + 1 :].split(".")[0] if name.startswith(f"{prefix}.") else None
 
 
 def read_state(model: PreTrainedModel) -> Read:

@@ -20,14 +20,14 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def matrix(module: nn.Module) -> Float[Tensor, "out in"]:
-    """The linear's weight as a view of shape (out, in); writing to the view writes to the module."""
+    """The weight of a linear as a view (out, in), or of another module as it is; writing to it writes to the module."""
     weight = module.weight.data  # pyright: ignore[reportAttributeAccessIssue]
     return weight.T if isinstance(module, Conv1D) else weight  # pyright: ignore[reportReturnType]
 
 
 def channels(module: nn.Module) -> int:
     """Number of output channels of a linear or a norm."""
-    return (matrix(module) if is_linear(module) else module.get_parameter("weight")).shape[0]
+    return matrix(module).shape[0]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.models.blocks import BlockCalls, find_blocks
 from gptq_awq.models.embeddings import is_tied, untie
-from gptq_awq.models.linear import Site, is_linear, matrix
+from gptq_awq.models.linear import Site, matrix
 from gptq_awq.models.offload import residence, resident
 from gptq_awq.numerics.distributed import Ranks
 from gptq_awq.quantization.ledger import LinearReport
@@ -212,7 +212,7 @@ def _quantize_module(
     """Quantize one module's weight in place; returns the quantized weight and its ledger row."""
     started, module = time.perf_counter(), model.get_submodule(name)
     with resident(module):
-        weight = _matrix(module).float()
+        weight = matrix(module).float()
         solution = solved(solver, name, weight, moments, grid)
         dequantized = _write_weight(module, solution.quantized)
     report = LinearReport(name, -1, Site((name,), weight.shape[1]), method, moments, prepared)
@@ -223,12 +223,8 @@ def _quantize_module(
 def _write_weight(module: nn.Module, quantized: QuantizedWeight) -> Float[Tensor, "out in"]:
     """Write the dequantized weight into the module, and into the place that an offloaded module is read from."""
     dequantized = quantized.dequantize()
-    _matrix(module).copy_(dequantized)
+    matrix(module).copy_(dequantized)
     if (home := residence(module)) is not None:
         (own,) = home.parameters  # the embedding's, or the head's: it has no bias
         home.moved(lambda: [(own, quantized.dequantize())])
     return dequantized
-
-
-def _matrix(module: nn.Module) -> Float[Tensor, "out in"]:
-    return matrix(module) if is_linear(module) else module.get_parameter("weight").data
