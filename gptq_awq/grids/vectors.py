@@ -34,6 +34,8 @@ from gptq_awq.runtime.options import Search, checked_dataclass
 
 MOST = 15
 """Largest σ."""
+CANDIDATES = {4: 24, 8: 32}
+"""Entries that are tried for a vector, by its columns; 32 at most (kernels/vectors.py)."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,16 @@ class Codebook:
         entries: (K, v) magnitudes.
         levels: (L,) the different magnitudes, ascending.
         indices: (K, v) each magnitude's index among the levels.
+        middles: (L - 1,) middles between levels.
+        near: (L^v, C) the entries nearest to each point of the lattice of all levels, of which the first column's
+            level is the most significant digit; the nearest first.
     """
 
     entries: Float[np.ndarray, "entries columns"]
     levels: Float[np.ndarray, "levels"]
     indices: Int[np.ndarray, "entries columns"]
+    middles: Float[np.ndarray, "gaps"]
+    near: Int[np.ndarray, "points candidates"]
 
 
 @lru_cache
@@ -86,7 +93,11 @@ def codebook(name: str) -> Codebook:
     kind.init_grid()
     entries = np.ascontiguousarray(kind.grid[0, 0], np.float32)
     levels, indices = np.unique(entries, return_inverse=True)
-    return Codebook(entries, levels, indices.reshape(entries.shape).astype(np.int32))
+    indices = indices.reshape(entries.shape).astype(np.int32)
+    points = levels[np.indices((len(levels),) * entries.shape[1]).reshape(entries.shape[1], -1).T]
+    distances = (points**2).sum(1, keepdims=True) - 2 * points @ entries.T + (entries**2).sum(1)  # whole numbers: exact
+    near = np.argsort(distances, 1, kind="stable")[:, : CANDIDATES[entries.shape[1]]].astype(np.uint32)
+    return Codebook(entries, levels, indices, (levels[1:] + levels[:-1]) / 2, np.ascontiguousarray(near))
 
 
 @checked_dataclass
@@ -172,9 +183,7 @@ class VectorGrid(SearchedGrid):
         if self.search != "minmax":
             for i, (part, h) in enumerate(blocks):
                 near = (sigma[:, i, None] + torch.tensor([0, -1, 1]).to(part)).clamp(0, MOST)
-                best, _ = search_ranges(
-                    part, d * unit * (2 * near + 1), torch.zeros_like(near), self.arithmetic, self.search, h
-                )
+                best = self._best(part, d * unit * (2 * near + 1), h)
                 sigma[:, i] = torch.where(d == 0, 0.0, torch.round((best / (d * unit) - 1) / 2))[:, 0]
         scales = d * unit * (2 * sigma + 1)
         return Fitted(scales, torch.zeros_like(scales), {"d": d, "scale_codes": sigma})
@@ -185,7 +194,15 @@ class VectorGrid(SearchedGrid):
         if self.search == "minmax":
             return scale
         scale = scale * torch.cat([shrinks(w), shrinks(w)[1:] * 0.5])
-        return search_ranges(w, scale, torch.zeros_like(scale), self.arithmetic, self.search, h)[0]
+        return self._best(w, scale, h)
+
+    def _best(self, w: Tensor, scales: Tensor, h: Tensor | None) -> Float[Tensor, "rows 1"]:
+        """The best of each row's candidates (rows, n) for a sub-block's scale."""
+        arithmetic = self.arithmetic
+        if self.search == "mse":  # signs don't matter: half the levels are enough
+            w, levels = w.abs(), codebook(self.type).levels.tolist()
+            arithmetic = Arithmetic("table", len(levels) - 1, tuple(levels))
+        return search_ranges(w, scales, torch.zeros_like(scales), arithmetic, self.search, h)[0]
 
     def encode(self, w: Float[Tensor, "rows cols"], params: Params) -> Float[Tensor, "rows cols"]:
         """Codes of the entries nearest to the weights, in whole units of columns."""
@@ -217,10 +234,10 @@ class VectorGrid(SearchedGrid):
             own,
             factor,
             scales,
-            book.entries,
+            book.entries.T.copy(),
             book.indices,
-            len(book.levels),
-            self.unit,
+            book.middles,
+            book.near,
             self._type.even,
             written,
             left,

@@ -42,19 +42,31 @@ def nearest(x, s, z, max_code, kind, levels, code, value):  # pragma: no cover (
     elif kind == FLOAT:
         nearest_float(x, s, max_code, levels, code, value)
     else:
-        least = np.full(LANES, np.float32(np.inf))
-        level = np.zeros(LANES, np.float32)
+        nearest_level(x, s, levels, code, value)
+
+
+@numba.njit(inline="always")
+def nearest_level(x, s, levels, code, value):  # pragma: no cover (compiled)
+    """Round x to multiples s of a table's levels, the first on a tie; arguments as in `nearest`.
+
+    Distances are compared, and codes chosen, as bits: floats that aren't negative have their bits' order, and LLVM
+    puts a choice by a comparison of floats, `code[r] = c if closer else code[r]`, into no vector registers.
+    """
+    zero = np.float32(0.0)
+    t, distance = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    bits, least, chosen = distance.view(np.int32), np.full(LANES, np.int32(2**31 - 1)), np.zeros(LANES, np.int32)
+    for r in range(LANES):
+        t[r] = x[r] / s[r] if s[r] != zero else zero
+    for c in range(len(levels)):
         for r in range(LANES):
-            code[r] = zero
-        for c in range(len(levels)):
-            for r in range(LANES):
-                distance = abs((x[r] / s[r] if s[r] != zero else zero) - levels[c])
-                closer = distance < least[r]
-                least[r] = distance if closer else least[r]
-                level[r] = levels[c] if closer else level[r]
-                code[r] = np.float32(c) if closer else code[r]
+            distance[r] = abs(t[r] - levels[c])
         for r in range(LANES):
-            value[r] = s[r] * level[r]
+            closer = (bits[r] - least[r]) >> np.int32(31)
+            chosen[r] += closer & (np.int32(c) - chosen[r])
+            least[r] = min(least[r], bits[r])
+    for r in range(LANES):
+        code[r] = np.float32(chosen[r])
+        value[r] = s[r] * levels[np.uint32(chosen[r])]
 
 
 @numba.njit(inline="always")
