@@ -12,15 +12,16 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import levels
 import plot_results
 
 from gptq_awq.report import make_report, records
 from gptq_awq.report.text import difference, number
-from gptq_awq.results import load
+from gptq_awq.results import Result, load
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "benchmarks" / "results" / "readme"
@@ -63,13 +64,6 @@ def results_table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def levels_table(levels: Sequence[Mapping[str, str]]) -> str:
-    """The table of what everyone asks first: FP32 to ternary."""
-    head = ["bits", "name", "size", "reduction", "bits/weight", PPL, "loss [95%]", "KL", "same top word", ""]
-    lines = [_line(head), _line(["---:", ":---", *["---:"] * 7, ":---"])]
-    return "\n".join([*lines, *(_line(list(level.values())) for level in levels)])
-
-
 def speed_line(found: Mapping[str, Any]) -> str:
     """How long GPTQ takes here and elsewhere, in a sentence."""
     seconds = dict(found["speed"]["seconds"])
@@ -90,7 +84,7 @@ def parts() -> dict[str, str]:
         "protocol": protocol_line(found),
         "results": results_table(found),
         "speed": speed_line(found),
-        "levels": levels_table(stored("levels.json")),
+        "levels": levels.table(stored("levels.json")),
     }
 
 
@@ -132,8 +126,24 @@ def store(root: Path) -> None:
                 "metrics": metrics,
                 "marks": marks,
             }
-    text = json.dumps(found | {"runs": list(kept.values())}, indent=1, ensure_ascii=False)
-    (STORED / "runs.json").write_text(f"{text}\n", encoding="utf-8")
+    write("runs.json", found | {"runs": list(kept.values())})
+    write("levels.json", list(renewed_levels(root)))
+
+
+def renewed_levels(root: Path) -> Iterator[Mapping[str, str]]:
+    """The rows of levels.py: of its runs below `root`, or else as they are stored."""
+    known = {level["name"]: level for level in stored("levels.json")}
+    for row in levels.ROWS:
+        results = row.folder(root) / "results.json"
+        if results.is_file():
+            yield levels.level(row, Result.read(results))
+        elif row.name in known:
+            yield known[row.name]
+
+
+def write(name: str, content: Any) -> None:
+    """Write a file of the stored set."""
+    (STORED / name).write_text(f"{json.dumps(content, indent=1, ensure_ascii=False)}\n", encoding="utf-8")
 
 
 def _marked(text: str, mark: str | None) -> str:

@@ -11,9 +11,9 @@ from hydra.utils import instantiate
 
 
 @pytest.fixture
-def seed_table(monkeypatch):
+def levels(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    return importlib.import_module("seed_table")
+    return importlib.import_module("levels")
 
 
 def result(size, bits, delta, interval):
@@ -22,9 +22,10 @@ def result(size, bits, delta, interval):
     return replace(GPTQ_RESULT, size_bytes=size, baseline_size_bytes=200, bits=bits, metrics=metrics)
 
 
-def test_reductions_are_from_float32(seed_table):
-    full, int8 = seed_table.ROWS[0], seed_table.ROWS[3]
-    text = seed_table.table([(full, result(200, 16, 0.0, [0, 0])), (int8, result(110, 8, 0.5, [0.4, 0.6]))])
+def test_reductions_are_from_float32(levels):
+    full, int8 = levels.ROWS[0], levels.ROWS[3]
+    cells = [levels.level(full, result(200, 16, 0.0, [0, 0])), levels.level(int8, result(110, 8, 0.5, [0.4, 0.6]))]
+    text = levels.table(cells)
     fp32, rounded = text.splitlines()[2:]
     assert "| 32 | FP32 |" in fp32
     assert "| 1.00× | 32.00 | 20.00 | 0 |" in fp32
@@ -33,13 +34,13 @@ def test_reductions_are_from_float32(seed_table):
     assert "+0.5 [+0.4, +0.6]" in rounded
 
 
-def test_a_difference_around_zero_says_so(seed_table):
-    row = seed_table.ROWS[1]
-    assert "not distinguishable" in seed_table.table([(row, result(200, 16, 0.1, [-0.1, 0.3]))])
+def test_a_difference_around_zero_says_so(levels):
+    row = levels.ROWS[1]
+    assert "not distinguishable" in levels.level(row, result(200, 16, 0.1, [-0.1, 0.3]))["loss [95%]"]
 
 
-def test_every_row_composes(seed_table):
-    for row in seed_table.ROWS:
+def test_every_row_composes(levels):
+    for row in levels.ROWS:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             cfg = compose("config", overrides=[*row.options, "out=somewhere"])
         instantiate(cfg.method, _convert_="all")
