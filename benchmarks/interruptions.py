@@ -49,7 +49,7 @@ Hook = Callable[[str, tuple], None]
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit code (-9 for SIGKILL) and what it printed."""
+    """End of a process: its exit code (-9 for SIGKILL) and what it printed."""
 
     code: int
     printed: str
@@ -57,7 +57,7 @@ class Ended:
 
 @dataclass
 class Trials:
-    """What went wrong, by way of interruption, and how many trials of it were made."""
+    """Failures by way of interruption, and the number of trials of each."""
 
     made: Counter[str] = field(default_factory=Counter)
     wrong: dict[str, list[str]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""How near to this machine's limit each phase of quantization runs.
+"""Share of this machine's limit that each phase of quantization reaches.
 
     python benchmarks/roofline.py [--methods gptq awq] [--model DIR] [--samples 32] [--seqlen 512] [--out FILE]
 

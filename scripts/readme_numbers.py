@@ -65,7 +65,7 @@ def results_table(found: Mapping[str, Any]) -> str:
 
 
 def speed_line(found: Mapping[str, Any]) -> str:
-    """How long GPTQ takes here and elsewhere, in a sentence."""
+    """A sentence with the seconds of GPTQ here and elsewhere."""
     seconds = dict(found["speed"]["seconds"])
     ours = seconds.pop("ours")
     others = ", ".join(f"{name} {value:g} s ({value / ours:.1f}×)" for name, value in seconds.items())
@@ -73,12 +73,12 @@ def speed_line(found: Mapping[str, Any]) -> str:
 
 
 def protocol_line(found: Mapping[str, Any]) -> str:
-    """What the numbers are of."""
+    """A sentence with the model, the protocol and the date of the runs."""
     return f"{found['model']}, {found['protocol']}. Runs of {found['date']}."
 
 
 def parts() -> dict[str, str]:
-    """What stands between README's marks, by their names."""
+    """Text between README's marks, by their names."""
     found = stored("runs.json")
     return {
         "protocol": protocol_line(found),

@@ -23,7 +23,7 @@ from gptq_awq.models.linear import is_linear
 PROBE_TOKENS = 16
 """Length of the short forwards by which a model's structure is observed."""
 TEXT = ("input_ids", "inputs_embeds", "decoder_input_ids")
-"""What the main input of a model of text is called."""
+"""Name of the main input of a model of text."""
 
 
 @dataclass(frozen=True)

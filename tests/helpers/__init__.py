@@ -1,1 +1,1 @@
-"""What several test files use: models, data, runs, and stand-ins for servers."""
+"""Things that several test files use: models, data, runs, and stand-ins for servers."""

@@ -139,7 +139,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon+parallel": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}),
     "opt+post_norm": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
 }
-"""What an architecture's default config leaves out: name → model_type, further fields."""
+"""Fields that an architecture's default config leaves out: name → model_type, further fields."""
 
 
 def architectures() -> list[str]:

@@ -1,4 +1,4 @@
-"""What operations do on a GPU that they don't on a CPU: refuse operands on two devices, and let the host wait."""
+"""Rules that operations keep on a GPU and not on a CPU: one device for all operands, and hosts that wait."""
 
 from collections.abc import Callable
 

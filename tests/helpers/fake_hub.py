@@ -32,7 +32,7 @@ def fake_hub(repos: Repos) -> Iterator[str]:
 
 
 def run_against(endpoint: str, script: str, folder: Path) -> str:
-    """What a Python script prints whose hub is `endpoint` and whose caches lie in `folder`.
+    """Output of a Python script whose hub is `endpoint` and whose caches lie in `folder`.
 
     In a process of its own, as the hub's clients read their settings when they are imported.
     """

@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass
 class FakeWandb:
-    """What the server was told: per run id its fields and history lines. `silent`: it accepts and never answers."""
+    """Messages to the server: per run id its fields and history lines. `silent`: it accepts and never answers."""
 
     silent: bool = False
     deleted: str | None = None

@@ -67,7 +67,7 @@ class Forked:
             raise subprocess.TimeoutExpired(list(self.arguments), timeout)
 
     def communicate(self, timeout: float = 300) -> tuple[str, str]:
-        """What it printed, once it has ended; the second time nothing."""
+        """Output, once the program has ended; the second time nothing."""
         self.wait(timeout)
         if not self.printed.is_dir():
             return "", ""

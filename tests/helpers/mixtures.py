@@ -31,7 +31,7 @@ def codes(result):
 
 
 def entering(model, ids):
-    """What the experts of the last block are called with: hidden states, and indices of experts."""
+    """Inputs of the experts of the last block: hidden states, and indices of experts."""
     seen = []
     experts = model.model.layers[-1].mlp.experts
     hook = experts.register_forward_pre_hook(lambda _m, args: seen.append(args))

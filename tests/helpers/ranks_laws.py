@@ -1,4 +1,4 @@
-"""What two ranks do, for test_distributed.py: started with a folder as argument; what came out is left there."""
+"""Work of two ranks for test_distributed.py, started with a folder as argument, where results are left."""
 
 import sys
 from contextlib import suppress
@@ -69,7 +69,7 @@ class Failing(GPTQ):
 
 
 def together(ranks, folder: Path) -> dict:
-    """What ranks do while nothing goes wrong."""
+    """Work of ranks while nothing goes wrong."""
     found = {"folder": folder} | {name: run(method, ranks) for name, method in METHODS.items()}
     journal, record = Journal(folder / "journal", "key"), ObservationCache(Journal(folder / "record", "key"), 10**9)
     for kept in (journal, Journal(folder / "left", "key")):

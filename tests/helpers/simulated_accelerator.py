@@ -40,7 +40,7 @@ FREE = 8 * 10**9
 
 @dataclass
 class Accelerator:
-    """What has been asked of the simulated device.
+    """Requests that the simulated device has had.
 
     Attributes:
         uploads: tensors copied onto it.
@@ -62,7 +62,7 @@ class Accelerator:
 
 
 COUNTED = Accelerator()
-"""Of the accelerator that is simulated now."""
+"""Requests to the accelerator that is simulated now."""
 
 
 class OnDevice(Tensor):

@@ -1,4 +1,4 @@
-"""What nearly every program that tests start does first, done once in the process that they are forked off.
+"""Imports that nearly every program in tests needs, made once in the process that they are forked off.
 
 Imports that wait until they are needed, and tables that parsers build when they are first called.
 """

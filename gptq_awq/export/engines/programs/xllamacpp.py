@@ -64,7 +64,7 @@ STRING = 3  # LLAMA_KV_OVERRIDE_TYPE_STR
 
 
 ERRORS: list[str] = []
-"""What llama.cpp logged as errors."""
+"""Errors that llama.cpp logged."""
 
 
 @LOG
