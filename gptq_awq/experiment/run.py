@@ -31,7 +31,7 @@ from gptq_awq.experiment.plan import Plan, preflight
 from gptq_awq.experiment.registry import Run, alone_in
 from gptq_awq.experiment.store import store, told, writing
 from gptq_awq.experiment.summary import results_row, run_manifest
-from gptq_awq.experiment.sweeps.following import finish, follow, follow_finished, log_block
+from gptq_awq.experiment.sweeps.following import follow, follow_finished, log_block
 from gptq_awq.experiment.sweeps.sweep import (
     check_objective,
     failed,
@@ -238,7 +238,7 @@ def compute(plan: Plan, context: RunContext, clock: Clock, track: Track, examine
     except Exception as error:
         tracker.finish(failed(plan.config, error))
         raise
-    finish(tracker, result, plan.out)
+    tracker.finish(result)
     return result
 
 

@@ -95,7 +95,6 @@ def test_an_offline_wandb_run_holds_config_metrics_ledger_and_results(wandb_home
     tracker.log({"quantize/error": 0.25}, step=2)
     tracker.ledger([{"layer": "0.q", "shape": [8, 4], "damping": 0.01}])
     tracker.ledger([{"layer": "1.q", "shape": [8, 4], "damping": 0.1, "fallback": "rtn"}])
-    tracker.log({"wikitext2/kl/p95": 0.5})
     tracker.finish(AWQ_RESULT)
 
     records = list(offline_records(wandb_home))
@@ -120,7 +119,7 @@ def test_an_offline_wandb_run_holds_config_metrics_ledger_and_results(wandb_home
     assert size is not None
     assert (summary["bits_per_weight"], summary["size_mb"]) == (4.5, size / 1e6)
     assert {f"seconds/{phase}" for phase in AWQ_RESULT.seconds} <= set(summary)
-    assert summary["wikitext2/kl/p95"] == 0.5
+    assert set(AWQ_RESULT.metrics) <= {name.removesuffix("/low").removesuffix("/high") for name in summary}
     (told,) = table(wandb_home, "report")
     assert (told["method"], told["bits/weight"]) == ("awq", "4.500")
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -13,8 +12,6 @@ from gptq_awq.experiment.plan import Plan
 from gptq_awq.experiment.registry import Run
 from gptq_awq.experiment.sweeps.sweep import sweep_folder
 from gptq_awq.experiment.sweeps.tracking import Tracker, run_name
-from gptq_awq.report.distributions import QUANTILES, kl_quantiles
-from gptq_awq.report.verdicts import read_scores
 from gptq_awq.results import Result
 
 
@@ -36,13 +33,6 @@ def follow_finished(plan: Plan, run: Run, result: Result) -> None:
     for block, of_block in groupby(rows, key=lambda row: row.get("block")):
         log_block(tracker, block, list(of_block))
     tracker.ledger(rows)
-    finish(tracker, result, plan.out)
-
-
-def finish(tracker: Tracker, result: Result, out: Path) -> None:
-    """Tell a tracker of a run that is done: of what its mean KL hides, and of its row."""
-    if tails := kl_tails(out):
-        tracker.log(tails)
     tracker.finish(result)
 
 
@@ -51,14 +41,3 @@ def log_block(tracker: Tracker, block: int, rows: Sequence[Mapping[str, Any]]) -
     errors = [row["error_after"] for row in rows if isinstance(row.get("error_after"), float)]
     if errors:
         tracker.log({"quantize/relative_error": sum(errors) / len(errors)}, step=block)
-
-
-def kl_tails(folder: Path) -> dict[str, float]:
-    """Quantiles of the KL over blocks of tokens, by name: `wikitext2/kl/p95`; of a finished run in `folder`."""
-    (of_texts,) = kl_quantiles([{"path": str(folder)}], read_scores)
-    names = [f"p{100 * q:g}" if q < 1 else "max" for q in QUANTILES]
-    return {
-        f"{text}/kl/{name}": value
-        for text, values in of_texts.items()
-        for name, value in zip(names, values, strict=True)
-    }
