@@ -143,9 +143,11 @@ def reload(folder: Path, model: nn.Module, limit: float) -> None:
 def export(format_: Any, model: Any, weights: Mapping[str, Any], tokenizer: Any, folder: Path) -> None:
     """Write a checkpoint, decode it, and compare with what is in memory."""
     folder.mkdir(parents=True)
-    format_.write(Source(model, tokenizer, "tiny", weights), folder)
+    source = Source(model, tokenizer, "tiny", weights)
+    format_.write(source, folder)
+    stored = format_.stored(source) if hasattr(format_, "stored") else weights
     for each in format_.decode(folder):
-        expected = weights[each.name].dequantize()
+        expected = stored[each.name].dequantize()
         if not torch.allclose(each.weight.float(), expected, rtol=1e-3, atol=1e-6):
             raise ValueError(f"corrupt: {each.name} decodes to something else")
 
