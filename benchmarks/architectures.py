@@ -45,6 +45,7 @@ from gptq_awq.errors import UserError  # noqa: E402
 from gptq_awq.export.base import Source, linear_specs  # noqa: E402
 from gptq_awq.export.compressed_tensors import CompressedTensorsFormat  # noqa: E402
 from gptq_awq.export.hf import HFFormat  # noqa: E402
+from gptq_awq.export.transformers_reader import unread  # noqa: E402
 from gptq_awq.export.write import Exports  # noqa: E402
 from gptq_awq.grids.integer import IntGrid  # noqa: E402
 from gptq_awq.models.auto_class import auto_class  # noqa: E402
@@ -194,6 +195,8 @@ def study(name: str, tell: Tell, scratch: Path) -> None:
         Exports((format_,)).check(linear_specs(model, assign_grids(model, grid), True), model, tokenizer)
         made = quantize_model(model, None, method, grid=grid, settings=settings)
         export(format_, model, made.weights, tokenizer, scratch / "ct")
+        if why := unread(model, made.weights):
+            raise UserError(why)
         reload(scratch / "ct", model, 0.02)
 
 
