@@ -1,6 +1,7 @@
 """Read and write transformers folders: sharded safetensors with an index, configs and tokenizer."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import chain, groupby
@@ -18,11 +19,12 @@ from gptq_awq.export.base import Source
 from gptq_awq.export.public import names_only
 from gptq_awq.export.saved import SavedTensors, blocks_by_name, read_state, renaming, saved
 from gptq_awq.models.blocks import find_blocks
-from gptq_awq.models.carried import carried
+from gptq_awq.models.carried import carried, outdated_names
 from gptq_awq.models.experts import experts_in
 from gptq_awq.models.offload import each_tensor
 from gptq_awq.runtime.memory import parse_bytes
 
+log = logging.getLogger(__name__)
 SHARD = "4GB"
 PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
@@ -65,6 +67,13 @@ def write_folder(
         tensors = ((rename(name), tensor) for name, tensor in chain(plain_tensors(source, dtype), packed))
     for name, tensor in tensors:
         shards.add(name, tensor)
+    if outdated := outdated_names(source.model):
+        log.warning(
+            "%d tensors of the source that transformers has no place for (%s …) are left out of the checkpoint: a "
+            "transform changed what they read",
+            len(outdated),
+            outdated[0],
+        )
     for name, tensor in carried(source.model, dtype):  # under the names of the source's files
         shards.add(name, tensor)
     shards.finish()

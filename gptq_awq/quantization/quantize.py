@@ -34,6 +34,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, GridChoice
 from gptq_awq.kernels.threads import match_torch
 from gptq_awq.models.blocks import find_blocks
+from gptq_awq.models.carried import mark_changed
 from gptq_awq.models.experts import unfuse
 from gptq_awq.models.left import mark_left
 from gptq_awq.models.linear import KEPT
@@ -171,6 +172,7 @@ class _BlockLoop:
         model, method, ranks = self.model, self.method, self.settings.ranks
         prefix, blocks = find_blocks(model)
         prepared = {each.name: Scaling(None, each.prepare(model)) for each in method.model_transforms}
+        mark_changed(model, whole=bool(method.model_transforms), blocks=bool(method.block_transforms))
         free_head(model, method)
         grids = assign_grids(model, self.grid, method.head)
         _check_tunings(method, {grid for name, grid in grids.items() if name.startswith(f"{prefix}.")})
