@@ -185,19 +185,15 @@ def study(name: str, tell: Tell, scratch: Path) -> None:
             reload(scratch / "hf", best.model, SAME_LOGITS)
         tell("coverage", coverage(full, best.model))
     with telling(tell, "compressed_tensors"):
-        model, grid, (method, _) = (
-            copy.deepcopy(full),
-            IntGrid(4, 32, True, scale_dtype="float16"),
-            load_method("rtn", 4, 32),
-        )
+        model, grid, (method, _) = copy.deepcopy(full), IntGrid(4, 16, True), load_method("rtn", 4, 32)
         prepare(model, method, grid)
-        format_ = CompressedTensorsFormat()
+        format_ = CompressedTensorsFormat("float32")
         Exports((format_,)).check(linear_specs(model, assign_grids(model, grid), True), model, tokenizer)
         made = quantize_model(model, None, method, grid=grid, settings=settings)
         export(format_, model, made.weights, tokenizer, scratch / "ct")
         if why := unread(model, made.weights):
             raise UserError(why)
-        reload(scratch / "ct", model, 0.02)
+        reload(scratch / "ct", model, SAME_LOGITS)
 
 
 def coverage(full: nn.Module, quantized: nn.Module) -> float:

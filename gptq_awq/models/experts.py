@@ -202,7 +202,10 @@ def unfuse(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _unfuse_all(model: nn.Module, prefix: str, blocks: nn.ModuleList, pending: Sequence[tuple[int, nn.Module]]) -> None:
-    """Unfuse the experts of the pending blocks; one block of each kind is observed and verified."""
+    """Unfuse the experts of the pending blocks; one block of each kind is observed and verified.
+
+    Experts that the probe doesn't call, as they are for images, have the layout of others of their kind.
+    """
     ids = torch.arange(1, PROBE_TOKENS + 1, device=next(model.parameters()).device)[None]
     known: dict[Kind, Layout | None] = {}
     for index, block, hidden, call in _entered(model, blocks, ids, dict(pending)):
@@ -213,9 +216,9 @@ def _unfuse_all(model: nn.Module, prefix: str, blocks: nn.ModuleList, pending: S
         with resident(block):
             expected = call.run(block, hidden)
             seen = observe_layout(block, hidden, call)
-            unfuse_block(block, seen)
+            known = dict.fromkeys(kinds.values()) | known | {kinds[name]: layout for name, layout in seen.items()}
+            unfuse_block(block, {name: found for name, kind in kinds.items() if (found := known[kind]) is not None})
             _check_same(call.run(block, hidden), expected, hidden, f"{prefix}.{index}")
-        known |= {kind: seen.get(name) for name, kind in kinds.items()}
 
 
 def _entered(
