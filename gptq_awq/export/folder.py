@@ -199,9 +199,38 @@ def write_config(
     config.pop("quantization_config", None)
     if quantization_config is not None:
         config["quantization_config"] = dict(quantization_config)
-    (folder / "config.json").write_text(json.dumps(legacy_config(config), indent=2, default=str) + "\n")
+    config = _read_alike(type(model.config), config, legacy_config(config))
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
+
+
+def _read_alike(cls: type[PreTrainedConfig], config: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """A config with those options of `more` that don't change what transformers reads, whichever way its class does.
+
+    Classes with several kinds of layers, for example, may take `rope_scaling` for all of `rope_parameters`.
+    """
+
+    def read(options: dict[str, Any]) -> dict[str, Any]:
+        return cls.from_dict(json.loads(json.dumps(options, default=str))).to_dict()
+
+    expected, found = read(config), config
+    for name in (name for name, value in more.items() if name not in config or config[name] != value):
+        try:
+            again = read(found | {name: more[name]})
+        except Exception:
+            continue
+        if all(_holds(again.get(key), value) for key, value in expected.items() if key != name):
+            found = found | {name: more[name]}
+    return found
+
+
+def _holds(found: Any, expected: Any) -> bool:
+    """Whether an option has an expected value; maps may have a `type` beside it, as older readers call `rope_type`."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        more = found.keys() - expected.keys() - {"type"}
+        return not more and all(_holds(found.get(key), value) for key, value in expected.items())
+    return found == expected
 
 
 def published_options(config: PreTrainedConfig) -> dict[str, Any]:
