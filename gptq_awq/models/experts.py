@@ -16,6 +16,7 @@ stays in full precision: `is_linear` is false for its linear.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -279,6 +280,20 @@ def fuse(model: nn.Module) -> None:
         owner = model.get_submodule(path)
         del owner._modules[attribute]
         setattr(owner, attribute, nn.Parameter(experts.fused(), requires_grad=False))
+
+
+@contextmanager
+def fused_in_name(model: nn.Module) -> Iterator[None]:
+    """Context in which the model has a parameter without data for each `Experts`, where transformers asks its shape."""
+    owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in experts_in(model)]
+    for owner, name in owners:
+        shape = owner._modules[name].shape  # pyright: ignore[reportOptionalMemberAccess]
+        owner._parameters[name] = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)  # pyright: ignore[reportArgumentType,reportCallIssue]
+    try:
+        yield
+    finally:
+        for owner, name in owners:
+            del owner._parameters[name]
 
 
 def fused_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

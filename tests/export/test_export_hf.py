@@ -69,7 +69,20 @@ def test_float32_gives_the_logits_of_the_model_in_memory(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt_neox", "llava", "hrm_text", "kimi_linear", "lfm3", "axk2", "beam", "mixtral", "gpt2", "gemma3"]
+    "name",
+    [
+        "gpt_neox",
+        "llava",
+        "hrm_text",
+        "kimi_linear",
+        "lfm3",
+        "axk2",
+        "beam",
+        "qwen3_vl_moe",
+        "mixtral",
+        "gpt2",
+        "gemma3",
+    ],
 )
 def test_tensors_have_the_names_that_save_pretrained_gives_them(name, tmp_path):
     model = tiny_architecture(name)
