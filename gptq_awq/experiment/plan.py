@@ -165,7 +165,8 @@ def _grid(cfg: DictConfig) -> GridChoice:
     if protect is None:
         return grid
     if isinstance(grid, BudgetedGrid):
-        raise UserError(f"protect: grid={grid.label} spends its budget where rounding costs most; leave protect out")
+        label = getattr(grid, "label", "allocated")
+        raise UserError(f"protect: grid={label} spends its budget where rounding costs most; leave protect out")
     return ProtectedGrid(grid, protect if protect == AUTO else tuple(protect), cfg.protect_share)
 
 

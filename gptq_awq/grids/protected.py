@@ -34,7 +34,7 @@ class ProtectedGrid:
         return self.protect == AUTO
 
     def keeping(self, names: Iterable[str]) -> "ProtectedGrid":
-        """The same with these linears protected, by their full names."""
+        """This grid with chosen linears protected, by their full names."""
         return replace(self, protect=tuple(names))
 
     @property
