@@ -93,6 +93,7 @@ def test_tensors_have_the_names_that_save_pretrained_gives_them(name, tmp_path):
     theirs, ours = FolderTensors(tmp_path / "theirs"), FolderTensors(tmp_path / "ours")
     assert set(ours) == set(theirs)
     assert {key: ours[key].shape for key in ours} == {key: theirs[key].shape for key in theirs}
+    assert {each.name for each in HFFormat("float32").decode(tmp_path / "ours")} == set(done.weights)
 
 
 @pytest.mark.parametrize("format_", [GPTQFormat(), AWQFormat(), CompressedTensorsFormat()], ids=lambda made: made.name)
