@@ -45,6 +45,7 @@ from gptq_awq.errors import UserError  # noqa: E402
 from gptq_awq.export.base import Source, linear_specs  # noqa: E402
 from gptq_awq.export.compressed_tensors import CompressedTensorsFormat  # noqa: E402
 from gptq_awq.export.hf import HFFormat  # noqa: E402
+from gptq_awq.export.transformers_reader import unread  # noqa: E402
 from gptq_awq.export.write import Exports  # noqa: E402
 from gptq_awq.grids.integer import IntGrid  # noqa: E402
 from gptq_awq.models.auto_class import auto_class  # noqa: E402
@@ -143,9 +144,11 @@ def reload(folder: Path, model: nn.Module, limit: float) -> None:
 def export(format_: Any, model: Any, weights: Mapping[str, Any], tokenizer: Any, folder: Path) -> None:
     """Write a checkpoint, decode it, and compare with what is in memory."""
     folder.mkdir(parents=True)
-    format_.write(Source(model, tokenizer, "tiny", weights), folder)
+    source = Source(model, tokenizer, "tiny", weights)
+    format_.write(source, folder)
+    stored = format_.stored(source) if hasattr(format_, "stored") else weights
     for each in format_.decode(folder):
-        expected = weights[each.name].dequantize()
+        expected = stored[each.name].dequantize()
         if not torch.allclose(each.weight.float(), expected, rtol=1e-3, atol=1e-6):
             raise ValueError(f"corrupt: {each.name} decodes to something else")
 
@@ -182,17 +185,15 @@ def study(name: str, tell: Tell, scratch: Path) -> None:
             reload(scratch / "hf", best.model, SAME_LOGITS)
         tell("coverage", coverage(full, best.model))
     with telling(tell, "compressed_tensors"):
-        model, grid, (method, _) = (
-            copy.deepcopy(full),
-            IntGrid(4, 32, True, scale_dtype="float16"),
-            load_method("rtn", 4, 32),
-        )
+        model, grid, (method, _) = copy.deepcopy(full), IntGrid(4, 16, True), load_method("rtn", 4, 32)
         prepare(model, method, grid)
-        format_ = CompressedTensorsFormat()
+        format_ = CompressedTensorsFormat("float32")
         Exports((format_,)).check(linear_specs(model, assign_grids(model, grid), True), model, tokenizer)
         made = quantize_model(model, None, method, grid=grid, settings=settings)
         export(format_, model, made.weights, tokenizer, scratch / "ct")
-        reload(scratch / "ct", model, 0.02)
+        if why := unread(model, made.weights):
+            raise UserError(why)
+        reload(scratch / "ct", model, SAME_LOGITS)
 
 
 def coverage(full: nn.Module, quantized: nn.Module) -> float:

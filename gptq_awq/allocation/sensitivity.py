@@ -37,7 +37,7 @@ from gptq_awq.evaluation.perplexity import TokenScores, token_losses
 from gptq_awq.grids.allocated import BudgetedGrid
 from gptq_awq.grids.base import Grid, Place
 from gptq_awq.models.blocks import find_blocks
-from gptq_awq.models.linear import matrix
+from gptq_awq.models.linear import Site, matrix
 from gptq_awq.models.offload import offloaded, read_ahead, resident
 from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.numerics.linalg import NotPositiveDefiniteError
@@ -197,25 +197,36 @@ def measured_costs(
     Raises:
         UserError: the Hessian of an input does not factor.
     """
-    prefix, blocks = find_blocks(model)
     needs_cross = getattr(solver, "needs_cross", False)
+    for block, site, moments in observed_sites(inputs, model, track):
+        if needs_cross:  # nothing has drifted from full precision
+            moments = replace(moments, cross=moments.hessian)
+        for linear in site.linears:
+            name = f"{block}.{linear}"
+            weight = matrix(model.get_submodule(name)).float()
+            widths = grid.fitting(weight.shape[1])
+            rounded = _rounded(name, weight, solver, moments, [grid.grid(width) for width in widths])
+            costs = dict(zip(widths, measure(name, rounded, moments), strict=True))
+            yield Cost(name, f"{block}.{site.name}", tuple(map(costs.get, grid.widths)))
+
+
+def observed_sites(inputs: Inputs, model: nn.Module, track: Track = no_track) -> Iterator[tuple[str, Site, Moments]]:
+    """Yield each block's name with each of its sites and the moments of that site's full-precision input.
+
+    Blocks that the model calls for images only have none.
+    """
+    prefix, blocks = find_blocks(model)
     for index in track(range(len(blocks)), "sensitivities", len(blocks)):
         block = blocks[index]
         if index + 1 < len(blocks):
             read_ahead(blocks[index + 1])
         with torch.no_grad(), resident(block):
+            if not inputs.enter(index):
+                continue
             runner = inputs.runner(block) if inputs.activations is not None else block
             seen = inputs.observe(block, runner, index)
             for site, moments in zip(seen.sites, seen.moments, strict=True):
-                if needs_cross:  # nothing has drifted from full precision
-                    moments = replace(moments, cross=moments.hessian)
-                for linear in site.linears:
-                    name = f"{prefix}.{index}.{linear}"
-                    weight = matrix(block.get_submodule(linear)).float()
-                    widths = grid.fitting(weight.shape[1])
-                    rounded = _rounded(name, weight, solver, moments, [grid.grid(width) for width in widths])
-                    costs = dict(zip(widths, measure(name, rounded, moments), strict=True))
-                    yield Cost(name, f"{prefix}.{index}.{site.name}", tuple(map(costs.get, grid.widths)))
+                yield f"{prefix}.{index}", site, moments
 
 
 def allocated_places(model: PreTrainedModel, grid: BudgetedGrid) -> list[Place]:

@@ -27,7 +27,7 @@ from gptq_awq.calibration.activations import BatchActivations
 from gptq_awq.calibration.moments import Moments, MomentsSum
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import hooks
-from gptq_awq.models.experts import Experts
+from gptq_awq.models.experts import Experts, holder
 from gptq_awq.models.linear import Site, is_linear
 from gptq_awq.numerics.distributed import ONE, Ranks
 from gptq_awq.runtime.options import checked_dataclass
@@ -301,7 +301,8 @@ class _Expert:
         if is_linear(block.get_submodule(own)):
             fused = isinstance(block.get_submodule(above[0]), Experts)
             above = above[1:] if fused and len(above) > 1 else above
-            return cls(int(site.expert or 0), None, above[0], tuple(above[:1]))
+            owner = holder(block, above[0])
+            return cls(int(site.expert or 0), None, owner, (owner,))
         return cls(int(site.expert or 0), own, above[0], tuple(above))
 
 

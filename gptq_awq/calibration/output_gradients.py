@@ -51,7 +51,7 @@ def mean_over_tokens(
 
     def begin(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
         entering[:] = [output.detach().requires_grad_()]
-        return entering[0]
+        return entering[0].clone()  # models may write into it
 
     count = 0
     with hooks([*observed, model.get_input_embeddings().register_forward_hook(begin)]):

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from gptq_awq.allocation.allocate import sizes_and_budget
+from gptq_awq.allocation.protect import check_protectable
 from gptq_awq.allocation.sensitivity import allocated_places, check_offloaded
 from gptq_awq.calibration.activations import batches_of
 from gptq_awq.calibration.observation import ObservationCache
@@ -27,6 +28,7 @@ from gptq_awq.export.base import linear_specs
 from gptq_awq.export.gguf_size import gguf_bytes_beside
 from gptq_awq.grids.allocated import BudgetedGrid
 from gptq_awq.grids.base import Grid
+from gptq_awq.grids.protected import ProtectedGrid
 from gptq_awq.models.activations import check_activations
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.embeddings import untie
@@ -109,6 +111,8 @@ def load(plan: Plan) -> RunContext:
         untie(loaded.model)
     free_head(loaded.model, plan.method)
     beside = 0
+    if isinstance(plan.grid, ProtectedGrid) and plan.grid.undecided:
+        check_protectable(loaded.model)
     if isinstance(plan.grid, BudgetedGrid) and plan.method.solver is not None:
         check_offloaded(loaded.model, plan.grid)
         beside = bytes_beside(loaded, plan.grid)

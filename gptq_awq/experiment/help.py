@@ -57,6 +57,8 @@ Often changed (key=value)
   act=int8|int4|fp8  kv=int8|int4|fp8        activations, cached keys and values (bits=8 act=int8 is W8A8)
   grid=q4_k_m|nf4|ternary|...    other number formats, which have bits of their own
   head=solve                     the output head too, by the method's solver (rtn: to nearest); untie_head=true
+  protect=auto                   the sites that rounding costs most stay in full precision (protect_share=0.02 of the
+                                 weights); protect=["*.down_proj"] names them
   export.formats=[gptq,gguf]     checkpoints: gptq awq compressed_tensors gguf mlx bnb hf
   tracking=wandb  tracking.mode=offline
   hydra/launcher=joblib|slurm|ray  with -m or experiment=: docs/sweeps.md

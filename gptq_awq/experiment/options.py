@@ -13,6 +13,7 @@ from gptq_awq.runtime.options import (
     ByteSize,
     ComputeDtype,
     Device,
+    Fraction,
     GroupSize,
     NonNegative,
     PositiveFloat,
@@ -44,6 +45,8 @@ class RunOptions:
     budget: str | float = "q4_k_m"
     head: Literal["rtn", "solve"] | None = None
     untie_head: bool = False
+    protect: Literal["auto"] | list[str] | None = None
+    protect_share: Fraction = 0.02
     seed: Seed = 0
     device: Device = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

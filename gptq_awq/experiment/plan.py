@@ -18,8 +18,10 @@ from gptq_awq.evaluation.protocol import Evaluation
 from gptq_awq.experiment.options import check_options
 from gptq_awq.experiment.sweeps.tracking import Tracking
 from gptq_awq.export.write import Exports
+from gptq_awq.grids.allocated import BudgetedGrid
 from gptq_awq.grids.base import GridChoice
 from gptq_awq.grids.dynamic import DynamicGrid, Unrounded
+from gptq_awq.grids.protected import AUTO, ProtectedGrid
 from gptq_awq.models.load import checked_device
 from gptq_awq.numerics.distributed import ONE, Ranks
 from gptq_awq.numerics.dtypes import resolve_compute_dtype
@@ -81,7 +83,7 @@ def preflight(cfg: DictConfig, ranks: Ranks = ONE) -> Plan:
         plan = Plan(
             config=OmegaConf.to_container(cfg, resolve=True),  # pyright: ignore[reportArgumentType]
             method=_method(cfg),
-            grid=_build(cfg.grid),
+            grid=_grid(cfg),
             act=_build(cfg.act) if "act" in cfg else Unrounded(),  # a replayed run may be older than the option
             kv=_build(cfg.kv) if "kv" in cfg else Unrounded(),
             settings=Settings(
@@ -151,6 +153,21 @@ def _method(cfg: DictConfig) -> Method:
     """Instantiate the method with what becomes of the output head; a replayed run may be older than that option."""
     untie_head = cfg.get("untie_head", False)
     return replace(_build(cfg.method), head=cfg.get("head"), untie_head=untie_head)
+
+
+def _grid(cfg: DictConfig) -> GridChoice:
+    """Instantiate the grid, without the linears that stay in full precision; see `_method` for older options.
+
+    Raises:
+        UserError: a grid with a budget, which gives sensitive linears more bits.
+    """
+    grid, protect = _build(cfg.grid), cfg.get("protect")
+    if protect is None:
+        return grid
+    if isinstance(grid, BudgetedGrid):
+        label = getattr(grid, "label", "allocated")
+        raise UserError(f"protect: grid={label} spends its budget where rounding costs most; leave protect out")
+    return ProtectedGrid(grid, protect if protect == AUTO else tuple(protect), cfg.protect_share)
 
 
 def _build(node: Any) -> Any:

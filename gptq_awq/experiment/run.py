@@ -15,13 +15,13 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
-from gptq_awq.allocation.allocate import Allocation, allocate
 from gptq_awq.cache import leftovers
 from gptq_awq.cache.cache import prune
 from gptq_awq.evaluation.evaluate import full_precision, score
 from gptq_awq.evaluation.samples.continuation import Continuation, continue_greedily
 from gptq_awq.evaluation.samples.difference import compared
 from gptq_awq.experiment import lookup
+from gptq_awq.experiment.allocating import Say, allocated
 from gptq_awq.experiment.context import RunContext, curvature_file, load, record_of, self_calibrated
 from gptq_awq.experiment.folder import UNFINISHED, clear_leftovers
 from gptq_awq.experiment.forecasting.forecast import announce, compare
@@ -46,11 +46,10 @@ from gptq_awq.experiment.time_budget import within_budget
 from gptq_awq.export.base import Source
 from gptq_awq.export.verify import Probe
 from gptq_awq.export.write import Exported
-from gptq_awq.grids.allocated import BudgetedGrid
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.models.activations import quantized_activations
 from gptq_awq.models.offload import offloaded
-from gptq_awq.numerics.distributed import ONE, Ranks, opened
+from gptq_awq.numerics.distributed import Ranks, opened
 from gptq_awq.quantization.codes import Codes
 from gptq_awq.quantization.footprint import Footprint
 from gptq_awq.quantization.quantize import examine, quantize
@@ -215,14 +214,17 @@ def _computed(plan: Plan, context: RunContext, clock: Clock, track: Track, telle
     coverage = examine(context.loaded.model, context.tokens, plan.method, plan.grid)
     if coverage is not None:
         coverage.tell(teller.note)
-    result = compute(plan, context, clock, track, {} if coverage is None else {"coverage": coverage.row()})
+    examined = {} if coverage is None else {"coverage": coverage.row()}
+    result = compute(plan, context, clock, track, teller.note, examined)
     (plan.out / FAILURE).unlink(missing_ok=True)
     context.run.remember()
     context.run.forget_progress()
     return result
 
 
-def compute(plan: Plan, context: RunContext, clock: Clock, track: Track, examined: Mapping[str, Any]) -> Result:
+def compute(
+    plan: Plan, context: RunContext, clock: Clock, track: Track, say: Say, examined: Mapping[str, Any]
+) -> Result:
     """Baseline, quantize, export, evaluate, store; followed by a tracker, also into a failure.
 
     Args:
@@ -230,11 +232,12 @@ def compute(plan: Plan, context: RunContext, clock: Clock, track: Track, examine
         context: what it needs, loaded.
         clock: times its phases.
         track: reports progress.
+        say: tells the user what was chosen.
         examined: facts for the manifest, found before anything was computed.
     """
     tracker = follow(plan, context.loaded.name, context.run)
     try:
-        result = _compute(plan, context, tracker, clock, track, examined)
+        result = _compute(plan, context, tracker, clock, track, say, examined)
     except Exception as error:
         tracker.finish(failed(plan.config, error))
         raise
@@ -243,7 +246,13 @@ def compute(plan: Plan, context: RunContext, clock: Clock, track: Track, examine
 
 
 def _compute(
-    plan: Plan, context: RunContext, tracker: Tracker, clock: Clock, track: Track, examined: Mapping[str, Any]
+    plan: Plan,
+    context: RunContext,
+    tracker: Tracker,
+    clock: Clock,
+    track: Track,
+    say: Say,
+    examined: Mapping[str, Any],
 ) -> Result:
     loaded = context.loaded
     if plan.method.self_calibration is not None:
@@ -264,7 +273,7 @@ def _compute(
             compute_dtype=plan.evaluation.compute_dtype,
         )
         written = _written(plan, context, track)
-    plan, allocation = allocated(plan, context, clock, track)
+    plan, allocation, facts = allocated(plan, context, clock, track, say)
     if not plan.resume:
         context.run.journal.clear()
     _agreed(plan)
@@ -279,9 +288,7 @@ def _compute(
     with clock.phase("evaluate"), quantized_activations(loaded.model, plan.act, plan.kv):
         scored = score(loaded.model, loaded.tokenizer, baseline, plan.seed, track)
         samples = compared(written, _written(plan, context, track))
-    manifest = run_manifest(plan, context, baseline, checkpoints) | {"resumed": quantized.resumed, **examined}
-    if allocation is not None:
-        manifest |= {"allocation": allocation.summary()}
+    manifest = run_manifest(plan, context, baseline, checkpoints) | {"resumed": quantized.resumed, **examined, **facts}
     result = results_row(plan, context, quantized.footprint, scored.metrics, clock, manifest, expected)
     compare(result)
     return store(plan, result, scored.scores, allocation, checkpoints, samples)
@@ -293,27 +300,6 @@ def _written(plan: Plan, context: RunContext, track: Track) -> list[Continuation
         return []
     model, tokenizer = context.loaded.model, context.loaded.tokenizer
     return continue_greedily(model, tokenizer, context.prompts, plan.evaluation.sample_tokens, track)
-
-
-def allocated(plan: Plan, context: RunContext, clock: Clock, track: Track) -> tuple[Plan, Allocation | None]:
-    """Replace a grid that has a budget by the widths that the budget allows each linear."""
-    if not isinstance(plan.grid, BudgetedGrid) or plan.method.solver is None or context.tokens is None:
-        return plan, None
-    loaded = context.loaded
-    with clock.phase("allocate"):
-        allocation = allocate(
-            loaded.model,
-            context.tokens,
-            plan.method,
-            plan.grid,
-            settings=replace(plan.settings, ranks=ONE),
-            seed=plan.seed,
-            model_sha256=loaded.sha256,
-            cache=cache_dir(),
-            track=track,
-            beside=context.beside,
-        )
-    return replace(plan, grid=allocation.grid), allocation
 
 
 def _changes_output(plan: Plan, context: RunContext) -> bool:

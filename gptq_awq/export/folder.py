@@ -1,6 +1,7 @@
 """Read and write transformers folders: sharded safetensors with an index, configs and tokenizer."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import chain, groupby
@@ -18,11 +19,12 @@ from gptq_awq.export.base import Source
 from gptq_awq.export.public import names_only
 from gptq_awq.export.saved import SavedTensors, blocks_by_name, read_state, renaming, saved
 from gptq_awq.models.blocks import find_blocks
-from gptq_awq.models.carried import carried
+from gptq_awq.models.carried import carried, outdated_names
 from gptq_awq.models.experts import experts_in
 from gptq_awq.models.offload import each_tensor
 from gptq_awq.runtime.memory import parse_bytes
 
+log = logging.getLogger(__name__)
 SHARD = "4GB"
 PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
@@ -65,6 +67,13 @@ def write_folder(
         tensors = ((rename(name), tensor) for name, tensor in chain(plain_tensors(source, dtype), packed))
     for name, tensor in tensors:
         shards.add(name, tensor)
+    if outdated := outdated_names(source.model):
+        log.warning(
+            "%d tensors of the source that transformers has no place for (%s …) are left out of the checkpoint: a "
+            "transform changed what they read",
+            len(outdated),
+            outdated[0],
+        )
     for name, tensor in carried(source.model, dtype):  # under the names of the source's files
         shards.add(name, tensor)
     shards.finish()
@@ -190,9 +199,38 @@ def write_config(
     config.pop("quantization_config", None)
     if quantization_config is not None:
         config["quantization_config"] = dict(quantization_config)
-    (folder / "config.json").write_text(json.dumps(legacy_config(config), indent=2, default=str) + "\n")
+    config = _read_alike(type(model.config), config, legacy_config(config))
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
+
+
+def _read_alike(cls: type[PreTrainedConfig], config: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """A config with those options of `more` that don't change what transformers reads, whichever way its class does.
+
+    Classes with several kinds of layers, for example, may take `rope_scaling` for all of `rope_parameters`.
+    """
+
+    def read(options: dict[str, Any]) -> dict[str, Any]:
+        return cls.from_dict(json.loads(json.dumps(options, default=str))).to_dict()
+
+    expected, found = read(config), config
+    for name in (name for name, value in more.items() if name not in config or config[name] != value):
+        try:
+            again = read(found | {name: more[name]})
+        except Exception:
+            continue
+        if all(_holds(again.get(key), value) for key, value in expected.items() if key != name):
+            found = found | {name: more[name]}
+    return found
+
+
+def _holds(found: Any, expected: Any) -> bool:
+    """Whether an option has an expected value; maps may have a `type` beside it, as older readers call `rope_type`."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        more = found.keys() - expected.keys() - {"type"}
+        return not more and all(_holds(found.get(key), value) for key, value in expected.items())
+    return found == expected
 
 
 def published_options(config: PreTrainedConfig) -> dict[str, Any]:
@@ -255,9 +293,9 @@ def legacy_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     rope: dict[str, Any] = config.get("rope_parameters") or {}
     found: dict[str, Any] = {}
-    if "sliding_attention" in rope:
+    if rope.get("sliding_attention"):
         found["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
-    rope = rope.get("full_attention", rope)
+    rope = rope.get("full_attention", rope) or {}  # None: such layers have no positions
     found |= {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
     if rope.get("rope_type", "default") != "default":
         found["rope_scaling"] = rope | {"type": rope["rope_type"]}

@@ -12,7 +12,8 @@ names the convention; engines that don't know v2 would read every zero point one
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +24,20 @@ from transformers import PreTrainedConfig
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
 from gptq_awq.export.folder import FolderTensors, read_config, write_folder
-from gptq_awq.export.packing import PRODUCER, WORD, exactly, one_int_grid, pack_words, require_multiple, unpack_words
-from gptq_awq.export.saved import renamed_weights
+from gptq_awq.export.packing import (
+    PRODUCER,
+    WORD,
+    exactly,
+    one_int_grid,
+    pack_words,
+    require_multiple,
+    unpack_words,
+    unquantized,
+)
+from gptq_awq.export.saved import renamed_weights, renaming
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
+from gptq_awq.models.blocks import find_blocks
 from gptq_awq.runtime.options import ByteSize, Dtype, checked_dataclass
 
 BITS = (2, 3, 4, 8)
@@ -87,6 +98,7 @@ class GPTQFormat:
         head = source.model.get_output_embeddings()
         with_head = any(source.model.get_submodule(name) is head for name in weights)
         config = quantization_config(grid, version, desc_act=not natural, lm_head=with_head)
+        config |= exclusions(source, renaming(source.model))
         write_folder(source, folder, packed, dtype, config, self.shard)
         # Readers older than transformers' own GPTQ support look for the config in this file.
         (folder / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -130,6 +142,21 @@ def pack(weight: QuantizedWeight, version: str, dtype: torch.dtype) -> dict[str,
         "qzeros": pack_words(zeros.T.to(torch.uint8), bits),
         "scales": exactly(weight.scales.T, dtype, "scales"),
         "g_idx": weight.group_of_column.to("cpu", torch.int32),
+    }
+
+
+def exclusions(source: Source, rename: Callable[[str], str]) -> dict[str, Any]:
+    """Entries of the config that keep engines from expecting packed weights of linears in the blocks that have none.
+
+    GPTQModel and vLLM go by `dynamic`, where a minus excludes a pattern; optimum, and so transformers, by the names of
+    those that are packed. Where all linears in the blocks are packed there are no such entries.
+    """
+    prefix, _ = find_blocks(source.model)
+    if not (left := [name for name in unquantized(source, str) if name.startswith(f"{prefix}.")]):
+        return {}
+    return {
+        "dynamic": {f"-:^{re.escape(rename(name))}$": {} for name in left},
+        "modules_in_block_to_quantize": [[rename(name) for name in source.weights]],
     }
 
 

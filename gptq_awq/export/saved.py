@@ -17,7 +17,7 @@ from gptq_awq.export.base import Source
 from gptq_awq.export.placement import Numbering, indices
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.models.blocks import find_blocks
-from gptq_awq.models.experts import fused_tensors
+from gptq_awq.models.experts import fused_in_name, fused_tensors
 from gptq_awq.models.offload import each_tensor
 
 Read = Callable[[Collection[str]], Iterable[tuple[str, Tensor]]]
@@ -64,7 +64,13 @@ class SavedTensors(Mapping[str, Tensor]):
 
 def saved(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a model's state dict, whole blocks of it, as its checkpoint holds them."""
-    return revert_weight_conversion(model, fused_tensors(model, tensors)) if tensors else {}
+    return _reverted(model, fused_tensors(model, tensors)) if tensors else {}
+
+
+def _reverted(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors with transformers' conversions taken back, some of which ask for the shape of a fused parameter."""
+    with fused_in_name(model):
+        return revert_weight_conversion(model, tensors)
 
 
 def saved_names(model: PreTrainedModel) -> dict[str, str]:
@@ -73,7 +79,7 @@ def saved_names(model: PreTrainedModel) -> dict[str, str]:
     Tensors that a checkpoint keeps together with others, or in parts, are left out.
     """
     empty = ((name, torch.empty(shape, device="meta")) for name, shape in state_shapes(model).items())
-    alone = {name: list(revert_weight_conversion(model, {name: tensor})) for name, tensor in empty}
+    alone = {name: list(_reverted(model, {name: tensor})) for name, tensor in empty}
     owners = Counter(new for found in alone.values() for new in found)
     return {name: new for name, (new, *more) in alone.items() if not more and owners[new] == 1 and new != name}
 

@@ -15,8 +15,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import ChecksModel, Format, LinearSpec, Source
 from gptq_awq.export.card import model_card
+from gptq_awq.export.lint import FORMATS as PACKED
 from gptq_awq.export.lint import lint
 from gptq_awq.export.overflow import check_overflow
+from gptq_awq.export.transformers_reader import unread
 from gptq_awq.export.verify import Probe, VerificationRecord, verify
 from gptq_awq.models.auto_class import also_sees
 from gptq_awq.models.experts import experts_in
@@ -87,6 +89,8 @@ class Exports:
             if isinstance(format_, ChecksModel):
                 for note in format_.check_model(linears, model, tokenizer):
                     log.warning("export.formats: %s", note)
+            if format_.name in PACKED and (why := unread(model, [linear.name for linear in linears])):
+                log.warning("export.formats: %s: %s", format_.name, why)
         for line in self.notes(linears, model.config):
             log.info("%s", line)
 

@@ -105,8 +105,8 @@ class PerLayerGrid:
             raise UserError(f"grid.blocks={dict(self.blocks)}: give a block's number") from error
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern, a glob or `re:` and a regular expression, matches a whole name.
+def matches(pattern: str, name: str, option: str = "grid.overrides") -> bool:
+    """Whether a pattern of an option, a glob or `re:` and a regular expression, matches a whole name.
 
     Raises:
         UserError: the regular expression is invalid.
@@ -116,4 +116,4 @@ def matches(pattern: str, name: str) -> bool:
     try:
         return re.fullmatch(pattern.removeprefix("re:"), name) is not None
     except re.error as error:
-        raise UserError(f"grid.overrides.{pattern}: {error}") from error
+        raise UserError(f"{option}.{pattern}: {error}") from error

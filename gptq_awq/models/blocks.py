@@ -6,7 +6,7 @@ replaced by a stub that passes the hidden states through.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -52,6 +52,31 @@ class Call:
         if self.keyword is None:
             return block(hidden, *args, **kwargs)
         return block(*args, **kwargs, **{self.keyword: hidden})
+
+
+def call_of_windows(chosen: Sequence[tuple[Call, int, int]]) -> Call:
+    """One call for windows of several batches.
+
+    Tensors with a row for each window, such as masks and embeddings of a layer's own, are put together from the rows of
+    these windows. All else is the first batch's.
+
+    Args:
+        chosen: for each window its batch's call, its row in that batch, and the batch's size.
+    """
+
+    def rows(values: Sequence[Any]) -> Any:
+        first = values[0]
+        if isinstance(first, tuple):
+            return tuple(rows(each) for each in zip(*values, strict=True))
+        if isinstance(first, dict):
+            return {key: rows([value[key] for value in values]) for key in first}
+        pairs = list(zip(values, chosen, strict=True))
+        if isinstance(first, Tensor) and first.dim() > 1 and all(len(x) == size for x, (_, _, size) in pairs):
+            return torch.stack([x[row] for x, (_, row, _) in pairs])
+        return first
+
+    calls = [call for call, _, _ in chosen]
+    return Call(rows([c.args for c in calls]), rows([c.kwargs for c in calls]), calls[0].keyword)
 
 
 def take(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, Call]:

@@ -23,6 +23,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from gptq_awq.errors import UserError
+from gptq_awq.models.experts import fused_in_name
 from gptq_awq.models.quantized_source import decoded, quantization_of
 from gptq_awq.models.tensor_files import stored_tensors
 from gptq_awq.storage.headers import safetensors_places
@@ -158,7 +159,8 @@ class Checkpoint:
         converter = copy.deepcopy(recipe.converter)
         for source, pattern in recipe.sources:
             converter.add_tensor(recipe.targets[0], source, pattern, partial(tensor, source))  # pyright: ignore
-        made = converter.convert(recipe.targets[0], model=self._model, config=self._model.config)
+        with fused_in_name(self._model):
+            made = converter.convert(recipe.targets[0], model=self._model, config=self._model.config)
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
 
     def nbytes(self, names: Collection[str]) -> int:

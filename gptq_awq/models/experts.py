@@ -1,10 +1,11 @@
-"""Fused experts as linears: one nn.Linear per slice of a 3-D parameter, and back.
+"""Fused experts as linears: one nn.Linear per slice of a fused parameter, and back.
 
 transformers keeps the experts of a mixture as parameters such as `experts.gate_up_proj` (experts, 2 I, H), and its
 eager forward multiplies by one slice at a time: `F.linear(x, self.gate_up_proj[e])`, or `x @ self.gate_up_proj[e]`
 where the layout is transposed. `unfuse` puts an `Experts`, a list of linears, in the parameter's place; their weights
 are views of its slices. The forward stays the module's own: indexing an `Experts` gives a stand-in for the slice, and a
-product with it calls the linear, so hooks fire, and everything that looks for linears finds them.
+product with it calls the linear, so hooks fire, and everything that looks for linears finds them. A parameter with two
+dimensions (DBRX) holds its experts one below the other, and its forward views it as three.
 
 Which parameters are fused experts, and which are transposed, is observed in one call of a block and verified: the
 block's output must stay the same. There is no table of architectures.
@@ -15,18 +16,18 @@ stays in full precision: `is_linear` is false for its linear.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import PROBE_TOKENS, BlockCalls, Call, find_blocks, update_error
+from gptq_awq.models.expert_layouts import Layout, fused_parameters, observe_layout, product_of
 from gptq_awq.models.linear import ROUTER, is_linear, matrix
 from gptq_awq.models.offload import offloaded, residence, resident
 from gptq_awq.models.walk import Walk
@@ -35,18 +36,6 @@ log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-2
 """Largest relative change of what a block adds to a token in 16 bits: only the rounding of products may differ."""
-PRODUCTS = {
-    functional.linear,
-    torch.matmul,
-    torch.bmm,
-    torch.baddbmm,
-    torch.einsum,
-    torch.Tensor.matmul,
-    torch.Tensor.bmm,
-    torch.Tensor.__rmatmul__,
-}
-PLAIN, TRANSPOSED = "plain", "transposed"
-LAYOUTS = {PLAIN, TRANSPOSED}
 Kind = tuple[type[nn.Module], str]
 """Class of the module that holds a parameter, and the parameter's name there; a kind has one layout."""
 
@@ -55,18 +44,19 @@ class Experts(nn.ModuleList):
     """The slices of a fused parameter as linears; a forward indexes it as it indexed the parameter.
 
     Args:
-        fused: (experts, out, in), or (experts, in, out) where it is transposed.
-        transposed: whether the forward multiplies x @ fused[e].
+        fused: (experts, out, in), or (experts, in, out) where it is transposed; (experts · out, in) where it is flat.
+        layout: how the forward uses it.
     """
 
-    def __init__(self, fused: Float[Tensor, "experts _ _"], transposed: bool) -> None:
-        outs, ins = (2, 1) if transposed else (1, 2)
-        size = {"in_features": fused.shape[ins], "out_features": fused.shape[outs]}
-        super().__init__(nn.Linear(**size, bias=False, device="meta") for _ in fused)
-        self.transposed = transposed
+    def __init__(self, fused: Float[Tensor, "..."], layout: Layout) -> None:
+        stacked = fused if layout.flat is None else fused.unflatten(0, (layout.flat, -1))
+        outs, ins = (2, 1) if layout.transposed else (1, 2)
+        size = {"in_features": stacked.shape[ins], "out_features": stacked.shape[outs]}
+        super().__init__(nn.Linear(**size, bias=False, device="meta") for _ in stacked)
+        self.transposed, self.flat = layout.transposed, layout.flat is not None
         self.take(fused)
 
-    def take(self, fused: Float[Tensor, "experts _ _"]) -> None:
+    def take(self, fused: Float[Tensor, "..."]) -> None:
         """Make the linears' weights views of `fused`, in its dtype and on its device.
 
         Raises:
@@ -78,11 +68,16 @@ class Experts(nn.ModuleList):
         for linear, weight in zip(self._linears(), self.slices(fused), strict=True):
             linear.weight = nn.Parameter(weight, requires_grad=False)
 
-    def slices(self, fused: Float[Tensor, "experts _ _"]) -> list[Float[Tensor, "out in"]]:
+    def slices(self, fused: Float[Tensor, "..."]) -> list[Float[Tensor, "out in"]]:
         """Views of a fused tensor as the linears' weights."""
-        return [weight.T if self.transposed else weight for weight in fused.detach()]
+        stacked = fused.detach().unflatten(0, (len(self), -1)) if self.flat else fused.detach()
+        return [weight.T if self.transposed else weight for weight in stacked]
 
-    def fused(self) -> Float[Tensor, "experts _ _"]:
+    def stacked(self, weights: Sequence[Float[Tensor, "out in"]]) -> Float[Tensor, "..."]:
+        """A fused tensor of the linears' weights, or of tensors like them; the inverse of `slices`."""
+        return (torch.cat if self.flat else torch.stack)([w.T if self.transposed else w for w in weights])
+
+    def fused(self) -> Float[Tensor, "..."]:
         """The fused parameter: a view of the linears' storage where they share one, else a copy."""
         slices = [weight.data.T if self.transposed else weight.data for weight in self.weights]
         first, size = slices[0], slices[0].numel()
@@ -92,14 +87,15 @@ class Experts(nn.ModuleList):
             for e, s in enumerate(slices)
         )
         if together and storage:
-            return first.as_strided(tuple(self.shape), (size, *first.stride()), offset)
-        return torch.stack(slices)
+            stacked = first.as_strided((len(slices), *first.shape), (size, *first.stride()), offset)
+            return stacked.flatten(0, 1) if self.flat else stacked
+        return self.stacked([weight.data for weight in self.weights])
 
     @property
     def shape(self) -> torch.Size:
         """Shape of the fused parameter, from which forwards read the number of experts."""
-        rows, columns = self.weights[0].shape
-        return torch.Size((len(self), columns, rows) if self.transposed else (len(self), rows, columns))
+        rows, columns = self.weights[0].T.shape if self.transposed else self.weights[0].shape
+        return torch.Size((len(self) * rows, columns) if self.flat else (len(self), rows, columns))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -129,6 +125,12 @@ class Experts(nn.ModuleList):
         """Stand-in for the parameter's transpose in `torch.bmm(x, fused.transpose(1, 2))`."""
         return self
 
+    def view(self, *_shape: Any) -> "Experts":
+        """Stand-in for the view of a flat parameter as three dimensions."""
+        return self
+
+    reshape = view
+
     def _linears(self) -> list[nn.Module]:
         return list(self._modules.values())  # pyright: ignore[reportReturnType]
 
@@ -146,11 +148,16 @@ class _Slice:
     linear: nn.Module
     transposed: bool
 
+    @property
+    def T(self) -> "_Slice":
+        """Stand-in for the matrix's transpose."""
+        return _Slice(self.linear, not self.transposed)
+
     @classmethod
     def __torch_function__(
         cls, func: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Tensor:
-        product = _product(func, args, kwargs or {})
+        product = product_of(func, args, kwargs or {})
         weight = product.weight if product else None
         if product is None or not isinstance(weight, cls) or product.transposed != weight.transposed:
             raise UserError(f"model: an expert's weight was seen in products of one kind, now it is in {func.__name__}")
@@ -158,102 +165,19 @@ class _Slice:
         return out if product.bias is None else out + product.bias
 
 
-@dataclass(frozen=True)
-class _Product:
-    """A product of activations and a weight, with the layout in which a forward wrote it."""
-
-    x: Tensor
-    weight: Any
-    bias: Tensor | None
-    transposed: bool
-
-
-def _product(func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> _Product | None:
-    """Recognise a call of F.linear(x, W, b), x @ W or torch.matmul(x, W); None for other functions."""
-    if func is functional.linear and len(args) >= 2:
-        return _Product(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias"), False)
-    if func in (torch.Tensor.matmul, torch.matmul) and len(args) == 2:
-        return _Product(args[0], args[1], None, True)
-    return None
-
-
-class _Watch(TorchFunctionMode):
-    """Mode that observes in which products, and in which layout, a forward uses 3-D parameters."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        super().__init__()
-        self._of = {p.untyped_storage().data_ptr(): name for name, p in parameters.items()}
-        self._whole = set(map(id, parameters.values()))
-        self._slices: dict[int, Tensor] = {}  # held, so that ids stay unique
-        self.uses: dict[str, set[str]] = {name: set() for name in parameters}
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func is torch.Tensor.__getitem__ and id(args[0]) in self._whole and out.dim() == 2:
-            self._slices[id(out)] = out
-        elif func in PRODUCTS:
-            self._note(func, args, kwargs)
-        return out
-
-    def _note(self, func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        product = _product(func, args, kwargs)
-        for tensor in _tensors((args, kwargs)):
-            name = self._of.get(tensor.untyped_storage().data_ptr())
-            if name is None:
-                continue
-            as_expert = product is not None and tensor is product.weight and id(tensor) in self._slices
-            use = (TRANSPOSED if product.transposed else PLAIN) if product and as_expert else func.__name__
-            if func in (torch.bmm, torch.Tensor.bmm) and tensor is args[1]:
-                use = TRANSPOSED if tensor.is_contiguous() else PLAIN  # by the parameter itself, or by its transpose
-            self.uses[name].add(use)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, Mapping):
-        yield from _tensors(tuple(value.values()))
-
-
-def fused_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters with three dimensions, which may be fused experts, by name within the module."""
-    return {name: p for name, p in module.named_parameters() if p.dim() == 3}
-
-
 def experts_in(module: nn.Module) -> dict[str, Experts]:
     """Unfused experts in a module, by name of the fused parameter that they replace."""
     return {name: m for name, m in module.named_modules() if isinstance(m, Experts)}
 
 
-@torch.no_grad()
-def observe_layout(block: nn.Module, hidden: Float[Tensor, "1 tokens width"], call: Call) -> dict[str, bool]:
-    """Map each fused-expert parameter of a block to whether its layout is transposed, as observed in one call.
-
-    3-D parameters that take part in no product (kernels of convolutions), or in another one than of one expert's matrix
-    or of a batch of them, are left out: they stay as they are.
-    """
-    watch = _Watch(fused_parameters(block))
-    with watch:
-        call.run(block, hidden)
-    found = {name: TRANSPOSED in uses for name, uses in watch.uses.items() if len(uses) == 1 and uses <= LAYOUTS}
-    for name in sorted(name for name, uses in watch.uses.items() if uses and name not in found):
-        log.debug("%s multiplies by %s in %s", type(block).__name__, name, ", ".join(sorted(watch.uses[name])))
-    return found
-
-
-def unfuse_block(block: nn.Module, layout: Mapping[str, bool]) -> None:
-    """Replace a block's fused parameters by `Experts`, in place; `layout`: name → whether it is transposed."""
-    for name, transposed in layout.items():
+def unfuse_block(block: nn.Module, layouts: Mapping[str, Layout]) -> None:
+    """Replace a block's fused parameters by `Experts`, in place; `layouts`: name → layout."""
+    for name, layout in layouts.items():
         path, _, attribute = name.rpartition(".")
         owner = block.get_submodule(path)
         fused = owner._parameters.pop(attribute)
         assert fused is not None
-        experts = Experts(fused, transposed)
+        experts = Experts(fused, layout)
         setattr(owner, attribute, experts)
         if (home := residence(block)) is not None:
             home.split(fused, experts.weights, experts.slices)
@@ -279,20 +203,23 @@ def unfuse(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _unfuse_all(model: nn.Module, prefix: str, blocks: nn.ModuleList, pending: Sequence[tuple[int, nn.Module]]) -> None:
-    """Unfuse the experts of the pending blocks; one block of each kind is observed and verified."""
+    """Unfuse the experts of the pending blocks; one block of each kind is observed and verified.
+
+    Experts that the probe doesn't call, as they are for images, have the layout of others of their kind.
+    """
     ids = torch.arange(1, PROBE_TOKENS + 1, device=next(model.parameters()).device)[None]
-    known: dict[Kind, bool | None] = {}
+    known: dict[Kind, Layout | None] = {}
     for index, block, hidden, call in _entered(model, blocks, ids, dict(pending)):
         kinds = {name: _kind(block, name) for name in fused_parameters(block)}
         if all(kind in known for kind in kinds.values()):
-            unfuse_block(block, {name: bool(known[kind]) for name, kind in kinds.items() if known[kind] is not None})
+            unfuse_block(block, {name: found for name, kind in kinds.items() if (found := known[kind]) is not None})
             continue
         with resident(block):
             expected = call.run(block, hidden)
             seen = observe_layout(block, hidden, call)
-            unfuse_block(block, seen)
+            known = dict.fromkeys(kinds.values()) | known | {kinds[name]: layout for name, layout in seen.items()}
+            unfuse_block(block, {name: found for name, kind in kinds.items() if (found := known[kind]) is not None})
             _check_same(call.run(block, hidden), expected, hidden, f"{prefix}.{index}")
-        known |= {kind: seen.get(name) for name, kind in kinds.items()}
 
 
 def _entered(
@@ -319,12 +246,23 @@ def _routers(block: nn.Module) -> Iterator[nn.Module]:
         if not isinstance(experts, nn.ModuleList) or len(experts) < 2:
             continue
         fused = isinstance(experts, Experts)
-        owner = path.rpartition(".")[0] if fused else path
+        owner = holder(block, path.rpartition(".")[0] if fused else path)
         beside = block.get_submodule(owner.rpartition(".")[0]).children()
         for child in (each for each in beside if each is not block.get_submodule(owner)):
             linears = [m for m in child.modules() if is_linear(m)]
             if len(linears) == 1 and len(matrix(linears[0])) in (1, len(experts)):
                 yield linears[0]
+
+
+def holder(block: nn.Module, owner: str) -> str:
+    """Name of the outermost module of a block that holds those experts, and nothing else that has parameters."""
+    while "." in owner:
+        above = owner.rpartition(".")[0]
+        within = {id(p) for p in block.get_submodule(owner).parameters()}
+        if any(id(p) not in within for p in block.get_submodule(above).parameters()):
+            break
+        owner = above
+    return owner
 
 
 def compute_eagerly(model: nn.Module) -> None:
@@ -344,6 +282,20 @@ def fuse(model: nn.Module) -> None:
         setattr(owner, attribute, nn.Parameter(experts.fused(), requires_grad=False))
 
 
+@contextmanager
+def fused_in_name(model: nn.Module) -> Iterator[None]:
+    """Context in which the model has a parameter without data for each `Experts`, where transformers asks its shape."""
+    owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in experts_in(model)]
+    for owner, name in owners:
+        shape = owner._modules[name].shape  # pyright: ignore[reportOptionalMemberAccess]
+        owner._parameters[name] = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)  # pyright: ignore[reportArgumentType,reportCallIssue]
+    try:
+        yield
+    finally:
+        for owner, name in owners:
+            del owner._parameters[name]
+
+
 def fused_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Stack the tensors that are named after experts' linears into fused ones; other tensors stay as they are."""
     fused = dict(tensors)
@@ -351,7 +303,7 @@ def fused_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
         if f"{name}.0.weight" not in tensors:  # experts of another block
             continue
         slices = [fused.pop(f"{name}.{e}.weight") for e in range(len(experts))]
-        fused[name] = torch.stack([s.T if experts.transposed else s for s in slices])
+        fused[name] = experts.stacked(slices)
     return fused
 
 

@@ -11,6 +11,7 @@ ROUTER = "routers stay in full precision"
 NOT_PASSED = "no calibration token passes it"
 CHOOSES = "it only chooses, and nothing else depends on it"
 COEFFICIENTS = "coefficients, no channels"
+KEPT = "protect or the grid keeps it in full precision"
 SHARED = "its weight is another one's, which is rounded there"
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from gptq_awq.errors import UserError
+from gptq_awq.experiment.allocating import allocated
 from gptq_awq.experiment.context import load, record_of, self_calibrated
 from gptq_awq.experiment.folder import CHECKPOINTS, LEDGER, VERIFICATION
 from gptq_awq.experiment.plan import Plan, preflight
-from gptq_awq.experiment.run import allocated
 from gptq_awq.export.loading import load_checkpoint
 from gptq_awq.models.activations import quantized_activations
 from gptq_awq.models.load import LoadedModel, LocalModel
@@ -91,7 +91,7 @@ class StoredRun:
 
     def _again(self, track: Track, say: Callable[[str], object]) -> Opened:
         context = self_calibrated(self.plan, load(self.plan), track)
-        plan, _ = allocated(self.plan, context, Clock(), track)
+        plan, _, _ = allocated(self.plan, context, Clock(), track, say)
         model, stored, others = context.loaded.model, self._hashes(), 0
         record = record_of(plan, context)
         for block in quantize(model, context.tokens, plan.method, plan.grid, plan.settings, track, record=record):

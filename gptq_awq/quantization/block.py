@@ -83,8 +83,9 @@ class BlockStep:
     def run(self, inputs: Inputs | None) -> None:
         """Transform, solve and tune the block, and advance `inputs` to the next one; None: without calibration."""
         assert self.method.solver is not None
-        left = [(name, m) for name, m in self.block.named_modules() if getattr(m, "left", None) in MARKS]
-        self.rows += [left_row(f"{self.name}.{name}", self.index, name, self.method, m) for name, m in left]
+        for name, module in self.block.named_modules():
+            if (why := getattr(module, "left", None)) in MARKS:
+                self.leave(name, str(why))
         if inputs is None:
             for site in self._own(_each_linear(self.block)):
                 self._solve_sites([(site, self._diagonal(site.linears[0]))])
@@ -98,6 +99,11 @@ class BlockStep:
         self._transform_and_solve(inputs)
         if tuning and inputs.activations is not None:
             self._tune(inputs.activations, block_inputs)
+
+    def leave(self, name: str, why: str) -> None:
+        """Add the ledger row of a linear that stays as it is."""
+        weight = matrix(self.block.get_submodule(name))
+        self.rows.append(left_row(f"{self.name}.{name}", self.index, name, self.method, weight, why))
 
     def _diagonal(self, linear: str) -> Moments | None:
         """Moments of which only the mean squares are known, of an importance matrix; None: it has none."""
@@ -169,25 +175,29 @@ class BlockStep:
 
     def _observe(self, inputs: Inputs) -> Observation:
         seen = inputs.observe(self.block, self.runner, self.index)
-        known = dict(zip([site.linears for site in seen.sites], seen.moments, strict=True))
-        own = self._own(seen.sites)
-        self._leave_missed(own)
-        if len(own) == len(seen.sites):
-            return seen
-        return replace(seen, sites=own, moments=[known[site.linears] for site in own])
+        pairs = zip(seen.sites, seen.moments, strict=True)
+        own = [(site, moments) for each, moments in pairs for site in self._own([each])]
+        self._leave_missed([site for site, _ in own])
+        return replace(seen, sites=[site for site, _ in own], moments=[moments for _, moments in own])
 
     def _own(self, sites: Iterable[Site]) -> list[Site]:
-        """Leave out the sites of weights that an earlier block shares, where they were solved."""
-        return [site for site in sites if site.linears[0] in self.grids]
+        """Sites without linears that have no grid, as they are protected, or were solved with an earlier block.
+
+        A site that keeps some in full precision has no absorber: the scales of its input would be theirs, too.
+        """
+        found = []
+        for site in sites:
+            own = tuple(name for name in site.linears if name in self.grids)
+            found += [site] if own == site.linears else [replace(site, linears=own, absorber=None)] if own else []
+        return found
 
     def _leave_missed(self, sites: Sequence[Site]) -> None:
         """Leave, and name in log and ledger, linears that are in no site: no token passed them here."""
         reached = {linear for site in sites for linear in site.linears}
         for name in (name for name in self.grids if name not in reached):
-            module = self.block.get_submodule(name)
-            module.left = NOT_PASSED  # pyright: ignore[reportArgumentType]
+            self.block.get_submodule(name).left = NOT_PASSED  # pyright: ignore[reportArgumentType]
             log.warning("%s.%s stays as it is: %s", self.name, name, NOT_PASSED)
-            self.rows.append(left_row(f"{self.name}.{name}", self.index, name, self.method, module))
+            self.leave(name, NOT_PASSED)
 
     def _transform(self, seen: Observation) -> list[Moments]:
         """Apply the block's transforms in place; returns the moments of all sites' transformed inputs."""

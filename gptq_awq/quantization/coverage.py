@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from gptq_awq.models.blocks import find_blocks, language_modules
-from gptq_awq.models.linear import ROUTER, is_linear
+from gptq_awq.models.linear import KEPT, ROUTER, is_linear
 
 log = logging.getLogger(__name__)
 LITTLE = 0.9
@@ -138,4 +138,4 @@ def _reason(module: nn.Module, name: str, in_decoder: bool, prefix: str) -> str:
         return ROUTER
     if not name.startswith(f"{prefix}."):
         return f"outside of the blocks, {prefix}"
-    return "the grid has none for it" if is_linear(module) else "no linear layer"
+    return KEPT if is_linear(module) else "no linear layer"

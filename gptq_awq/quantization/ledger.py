@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from gptq_awq.calibration.moments import Moments
 from gptq_awq.grids.base import QuantizedWeight, nearest, row_parts
@@ -112,9 +112,8 @@ class LinearReport:
         return row
 
 
-def left_row(name: str, block: int, site: str, method: Method, module: nn.Module) -> dict[str, Any]:
-    """Ledger row of a linear that stays as it is; its `left` says why, and it has no codes."""
-    weight = module.get_parameter("weight")
+def left_row(name: str, block: int, site: str, method: Method, weight: Tensor, why: str) -> dict[str, Any]:
+    """Ledger row of a linear that stays as it is, and has no codes."""
     return {
         "name": name,
         "block": block,
@@ -122,7 +121,7 @@ def left_row(name: str, block: int, site: str, method: Method, module: nn.Module
         "shape": list(weight.shape),
         "requested": method.name,
         "solver": None,
-        "left": module.left,
+        "left": why,
         "bits": None,
         "bits_per_weight": 8 * weight.dtype.itemsize,
         "codes_sha256": "",

@@ -34,8 +34,10 @@ from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, GridChoice
 from gptq_awq.kernels.threads import match_torch
 from gptq_awq.models.blocks import find_blocks
+from gptq_awq.models.carried import mark_changed
 from gptq_awq.models.experts import unfuse
 from gptq_awq.models.left import mark_left
+from gptq_awq.models.linear import KEPT
 from gptq_awq.models.offload import offloaded, read_ahead, resident
 from gptq_awq.models.shared_inputs import linears_by_input
 from gptq_awq.numerics.distributed import Ranks
@@ -45,7 +47,7 @@ from gptq_awq.quantization.coverage import Coverage, coverage_of
 from gptq_awq.quantization.embeddings import HeadStep, free_head, round_embeddings
 from gptq_awq.quantization.method import Method
 from gptq_awq.quantization.resume import BlockResult, Progress
-from gptq_awq.quantization.targets import assign_grids
+from gptq_awq.quantization.targets import assign_grids, block_places
 from gptq_awq.quantization.tuning_step import tuned_model
 from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.storage.journal import Journal
@@ -170,9 +172,11 @@ class _BlockLoop:
         model, method, ranks = self.model, self.method, self.settings.ranks
         prefix, blocks = find_blocks(model)
         prepared = {each.name: Scaling(None, each.prepare(model)) for each in method.model_transforms}
+        mark_changed(model, whole=bool(method.model_transforms), blocks=bool(method.block_transforms))
         free_head(model, method)
         grids = assign_grids(model, self.grid, method.head)
         _check_tunings(method, {grid for name, grid in grids.items() if name.startswith(f"{prefix}.")})
+        kept = [place for place in block_places(model) if place.name not in grids]
         head = HeadStep.of(model, method, grids, prepared, ranks)
         curvatures, fused = self._curvatures(), self._fused(grids)
         inputs = self._inputs(blocks, with_head=head is not None)  # full precision's begin before anything is rounded
@@ -192,6 +196,8 @@ class _BlockLoop:
             if index + 1 < count:
                 read_ahead(blocks[index + 1])
             with torch.no_grad(), resident(block):
+                for place in (place for place in kept if place.block == index):
+                    step.leave(place.name.removeprefix(f"{name}."), KEPT)
                 step.run(inputs)
                 done = BlockResult(index, step.weights, step.rows)
                 progress.save(name, block, done, activations)

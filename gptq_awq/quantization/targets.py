@@ -22,7 +22,7 @@ def assign_grids(model: nn.Module, choice: GridChoice, head: str | None = None) 
         UserError: a grid whose format does not take a weight's width; names in a grid's options that no weight has.
     """
     grids: dict[str, Grid] = {}
-    places = [*_outside_places(model, head is not None), *_block_places(model)]
+    places = [*_outside_places(model, head is not None), *block_places(model)]
     if unmatched := getattr(choice, "unmatched", lambda _: [])(places):
         raise UserError(f"{unmatched[0]}: the model has no such linear")
     for place in places:
@@ -43,10 +43,10 @@ def changes_output(model: nn.Module, grids: Mapping[str, Grid]) -> bool:
 
 def all_places(model: nn.Module) -> list[Place]:
     """Places of the embedding, of an output head with a matrix of its own, and of the blocks' linears."""
-    return [*_outside_places(model, False), *_block_places(model)]
+    return [*_outside_places(model, False), *block_places(model)]
 
 
-def _block_places(model: nn.Module) -> Iterator[Place]:
+def block_places(model: nn.Module) -> Iterator[Place]:
     """The places of the blocks' linears; a weight that several of them share has one."""
     prefix, blocks = find_blocks(model)
     shared_kv = (heads_of(model) or 1) // key_value_heads(text_config(model))

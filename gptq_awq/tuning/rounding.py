@@ -12,7 +12,7 @@ GPTQ.
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -24,6 +24,7 @@ from torch.autograd import Function
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.models.attention import differentiable_attention
+from gptq_awq.models.blocks import Call, call_of_windows
 from gptq_awq.models.linear import matrix
 from gptq_awq.runtime.options import NonNegative, PositiveInt, Seed, checked_dataclass
 from gptq_awq.tuning.base import Example
@@ -83,10 +84,13 @@ class LearnedRounding:
         Raises:
             UserError: calibration data with padding.
         """
-        # Windows are drawn from different batches, but a call holds the attention mask of a whole batch.
         if any(e.mask is not None for e in examples):
             raise UserError("method.tuning.rounding: learns from unpadded windows only; choose data.packing=windows")
-        windows = [(x, y, e) for e in examples for x, y in zip(e.inputs, e.targets, strict=True)]
+        windows = [
+            _Window(x, y, e.call, row, len(e.inputs))
+            for e in examples
+            for row, (x, y) in enumerate(zip(e.inputs, e.targets, strict=True))
+        ]
         per_step = max(1, self.tokens_per_step // examples[0].inputs.shape[1])
         steps = round(self.epochs * len(windows) / per_step)
         student = _StudentBlock(block, weights, originals, examples[0].inputs.dtype, self.margin)
@@ -104,6 +108,21 @@ def _details(losses: list[float], per_step: int, windows: int) -> dict[str, Any]
         return {"steps": 0}
     first, last = first_and_last(losses, max(1, windows // per_step))
     return {"steps": len(losses), "error_first_pass": first, "error_last_pass": last}
+
+
+@dataclass(frozen=True)
+class _Window:
+    """One calibration window at the block: hidden states that enter and shall leave it, and where its arguments are.
+
+    Attributes:
+        call: arguments of the window's batch, which has it as this `row` of its `size` windows.
+    """
+
+    input: Float[Tensor, "tokens width"]
+    target: Float[Tensor, "tokens width"]
+    call: Call
+    row: int
+    size: int
 
 
 class _Rounded(Function):
@@ -191,11 +210,12 @@ class _StudentBlock:
             return _SignSGD([g for g in groups if g["largest"]])
         return torch.optim.Adam([g for g in groups if g["largest"]], lr=0.0, betas=(0.9, 0.95), eps=1e-15)
 
-    def learn(self, chosen: list[tuple[Tensor, Tensor, Example]]) -> float:
+    def learn(self, chosen: Sequence["_Window"]) -> float:
         """Compute the relative output error of some windows, and add its numerator's gradients to the parameters'."""
-        x, y = torch.stack([c[0] for c in chosen]), torch.stack([c[1] for c in chosen]).float()
+        x, y = torch.stack([w.input for w in chosen]), torch.stack([w.target for w in chosen]).float()
+        call = call_of_windows([(w.call, w.row, w.size) for w in chosen])
         with differentiable_attention(x.dtype):
-            out = chosen[0][2].call.run(self._block, x).float()
+            out = call.run(self._block, x).float()
         loss = (out - y).square().mean()
         loss.backward()
         return float(loss.detach() / y.square().mean())

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from helpers.architectures import tiny_architecture
 from helpers.quantized_weights import (
     NoTokenizer,
     assert_decodes,
@@ -199,6 +200,24 @@ def test_experts_are_linears_of_their_own_and_transformers_reads_them(name, tmp_
         read = transformers.AutoModelForCausalLM.from_pretrained(done.path, dtype=torch.float32)(tokens).logits
     torch.testing.assert_close(rebuilt, ours, rtol=0, atol=1e-5)
     torch.testing.assert_close(read, ours, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["zamba", "falcon_mamba", "gpt_bigcode", "llama"])
+def test_a_warning_before_calibration_names_the_models_that_transformers_cannot_load_packed(name, tmp_path, caplog):
+    model = tiny_architecture(name)
+    weights = quantize_model(model, method="rtn", grid=IntGrid(4, 16, sym=True, scale_dtype="float16")).weights
+    source, format_ = Source(model, NoTokenizer(), name, weights), CompressedTensorsFormat(dtype="float32")
+    Exports((format_,)).check(source_specs(source), model, None)
+    told = "transformers can't load packed linears" in caplog.text
+    format_.write(source, tmp_path)
+    assert len(list(format_.decode(tmp_path))) == len(weights)
+    try:
+        read = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(tiny_tokens()).logits
+    except AttributeError:
+        assert told
+    else:
+        assert not told
+        torch.testing.assert_close(read, model(tiny_tokens()).logits, rtol=0, atol=1e-5)
 
 
 def test_experts_that_checkpoints_keep_in_one_tensor_are_refused_before_calibration():

@@ -8,7 +8,7 @@ from helpers.architectures import tiny_architecture
 from helpers.gguf_models import bpe
 from helpers.quantized_weights import NoTokenizer, rounded_source, source_specs
 from helpers.tiny_models import CONFIGS, tiny_model, tiny_tokens
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gptq_awq import quantize_model
 from gptq_awq.errors import UserError
@@ -69,7 +69,20 @@ def test_float32_gives_the_logits_of_the_model_in_memory(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt_neox", "llava", "hrm_text", "kimi_linear", "lfm3", "axk2", "mixtral", "gpt2", "gemma3"]
+    "name",
+    [
+        "gpt_neox",
+        "llava",
+        "hrm_text",
+        "kimi_linear",
+        "lfm3",
+        "axk2",
+        "beam",
+        "qwen3_vl_moe",
+        "mixtral",
+        "gpt2",
+        "gemma3",
+    ],
 )
 def test_tensors_have_the_names_that_save_pretrained_gives_them(name, tmp_path):
     model = tiny_architecture(name)
@@ -80,6 +93,7 @@ def test_tensors_have_the_names_that_save_pretrained_gives_them(name, tmp_path):
     theirs, ours = FolderTensors(tmp_path / "theirs"), FolderTensors(tmp_path / "ours")
     assert set(ours) == set(theirs)
     assert {key: ours[key].shape for key in ours} == {key: theirs[key].shape for key in theirs}
+    assert {each.name for each in HFFormat("float32").decode(tmp_path / "ours")} == set(done.weights)
 
 
 @pytest.mark.parametrize("format_", [GPTQFormat(), AWQFormat(), CompressedTensorsFormat()], ids=lambda made: made.name)
@@ -121,6 +135,26 @@ def test_the_config_says_the_dtype_and_nothing_of_quantization(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
     assert "quantization_config" not in config
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "gemma3_text", "falcon", "gpt_neox", "lfm3", "llama"])
+def test_options_for_older_readers_change_nothing_that_transformers_reads(name, tmp_path):
+    model = tiny_architecture(name)
+    if name == "llama":
+        model.config.rope_parameters = {
+            **{"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 64},
+            **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        }
+    HFFormat("float32").write(Source(model, NoTokenizer(), "tiny", {}), tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    read, own = AutoConfig.from_pretrained(tmp_path).to_dict()["rope_parameters"], model.config.rope_parameters
+    assert {key: read[key] for key in own or {}} == (own or {})
+    assert (written.get("rope_scaling") or {}).get("rope_type") == ("llama3" if name == "llama" else None)
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(tiny_tokens()).logits
+        expected = type(model)(model.config).eval()
+        expected.load_state_dict(model.state_dict())
+        torch.testing.assert_close(again, expected(tiny_tokens()).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_every_part_of_a_config_says_that_the_head_is_tied(tmp_path):

@@ -35,7 +35,7 @@ SIZES = [
     (r"((text|llm|out|language|decoder|mm|projector)_)?hidden_size|embedding_size|d_model|n_embe?d|emb_dim", 64),
     (r"word_embed_proj_dim|projection(_hidden)?_dim", 64),
     (r"(dense_)?intermediate_size(_mlp)?|((encoder|decoder)_)?ffn_dim|n_inner|d_ff|dim_ff|d_inner", 128),
-    (r"ffn_hidden_size|feed_forward_size|mamba_d_ssm|original_max_position_embeddings", 128),
+    (r"dff|ffn_hidden_size|feed_forward_size|mamba_d_ssm|original_max_position_embeddings", 128),
     (r"(swa_)?num_attention_heads|n_heads?|num_heads|(encoder|decoder)_attention_heads|indexer_n_heads", 4),
     (r"linear_num_(value_)?heads|linear_attn_num_heads|index_n_heads", 4),
     (r"((swa|global|attention)_)?head_dim|kv_channels|d_kv|head_size|dim_head|(swa_)?v_head_dim", 16),

@@ -1,5 +1,9 @@
 """Laws of the compiled inner loops that no other test covers."""
 
+import os
+import subprocess
+import sys
+
 import numba
 import numpy as np
 import pytest
@@ -122,3 +126,11 @@ def test_compiled_loops_use_as_many_threads_as_torch():
     finally:
         torch.set_num_threads(before)
         match_torch()
+
+
+def test_compiled_loops_leave_torch_as_many_threads_as_it_had():
+    code = (
+        "import torch; torch.set_num_threads(1); from gptq_awq.kernels.threads import match_torch; match_torch(); "
+        "assert torch.get_num_threads() == 1, torch.get_num_threads()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"NUMBA_NUM_THREADS": "2"})

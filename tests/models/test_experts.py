@@ -7,10 +7,12 @@ import pytest
 import torch
 from helpers.mixtures import GRID, KEEP, codes, entering, run
 from helpers.quantization_runs import SMALL, tokens
+from helpers.quantized_weights import NoTokenizer
 from helpers.tiny_models import MIXTURES, tiny_model, tiny_tokens
 from torch import nn
-from transformers import AutoModelForCausalLM, Llama4TextConfig
+from transformers import AutoModelForCausalLM, DbrxConfig, Llama4TextConfig
 
+from gptq_awq import quantize_model
 from gptq_awq.api import observe_moments
 from gptq_awq.calibration.activations import open_activations
 from gptq_awq.calibration.expert_policy import ExpertPolicy
@@ -19,6 +21,7 @@ from gptq_awq.calibration.sequential import staged_forward
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import BlockCalls, find_blocks
+from gptq_awq.models.expert_layouts import Layout
 from gptq_awq.models.experts import Experts, experts_in, fuse, unfuse
 from gptq_awq.models.linear import matrix
 from gptq_awq.models.topology import observe_sites, relative_error
@@ -43,6 +46,31 @@ def test_experts_as_linears_give_the_same_logits_and_fuse_back(name):
     assert model.state_dict().keys() == before.keys()
 
 
+def test_experts_of_two_dimensions_are_linears_too_and_their_router_stays(tmp_path):
+    config = DbrxConfig(
+        **{"vocab_size": 300, "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128},
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 16, "moe_top_k": 2, "hidden_size": 64},
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape), alpha=0.1)
+    before, logits = copy.deepcopy(model.state_dict()), model(tiny_tokens()).logits
+    done = quantize_model(copy.deepcopy(model), tiny_tokens(), "gptq", grid=GRID)
+    assert sum(".experts." in name for name in done.weights) == 2 * 3 * 16
+    assert not any("router" in name for name in done.weights)
+    assert {row.get("experts") for row in done.ledger if ".experts." in row["name"]} - {None} == {"route"}
+    unfuse(model)
+    assert torch.allclose(model(tiny_tokens()).logits, logits, rtol=1e-4, atol=1e-5)
+    fuse(model)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    folder = done.save(tmp_path / "hf", tokenizer=NoTokenizer(), dtype="float32")
+    read = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.allclose(read(tiny_tokens()).logits, done.model(tiny_tokens()).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_the_linears_are_views_and_copies_are_not():
     model = tiny_model("gpt-oss")
     owner = model.model.layers[0].mlp.experts
@@ -61,7 +89,7 @@ def test_the_linears_are_views_and_copies_are_not():
 
 
 def test_a_slice_that_is_used_in_another_way_is_told():
-    experts = Experts(torch.randn(2, 4, 3), transposed=False)
+    experts = Experts(torch.randn(2, 4, 3), Layout(transposed=False))
     assert experts[torch.tensor(1)].linear is list(experts)[1]
     with pytest.raises(IndexError):
         experts[2]

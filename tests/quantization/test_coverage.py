@@ -4,16 +4,15 @@ import logging
 
 import pytest
 import torch
-import transformers as T  # noqa: N812
 from helpers.mixtures import GRID
-from helpers.quantization_runs import tokens
 from helpers.tiny_models import CONFIGS, MIXTURES, tiny_model
 from torch import nn
 
 from gptq_awq import quantize_model
 from gptq_awq.api import load_method
 from gptq_awq.grids.mix import LlamaMix
-from gptq_awq.models.experts import fused_parameters, unfuse
+from gptq_awq.models.expert_layouts import fused_parameters
+from gptq_awq.models.experts import unfuse
 from gptq_awq.quantization.coverage import coverage_of
 from gptq_awq.quantization.quantize import examine
 from gptq_awq.quantization.targets import assign_grids
@@ -83,22 +82,6 @@ def test_experts_that_no_one_rounds_are_named_with_their_size(caplog):
     with caplog.at_level(logging.WARNING, "gptq_awq"):
         found.tell()
     assert caplog.messages == [str(found)]
-
-
-def test_experts_of_two_dimensions_that_are_no_linears_are_warned_of(caplog):
-    torch.manual_seed(0)
-    config = T.DbrxConfig(
-        **{"vocab_size": 64, "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128},
-        attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
-        ffn_config={"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
-    )
-    model = T.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.normal_(0, 0.3)
-    with caplog.at_level(logging.WARNING, "gptq_awq"):
-        quantize_model(model, tokens(), "gptq", grid=GRID)
-    line = next(m for m in caplog.messages if "will be rounded" in m)
-    assert "2 DbrxExpertGLU.w1 32,768 (no linear layer)" in line
 
 
 def test_linears_beside_the_blocks_are_named():

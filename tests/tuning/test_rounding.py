@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.architectures import tiny_architecture
 from helpers.interrupted_runs import KilledError
 from helpers.quantization_runs import SMALL, tokens
 from helpers.quantized_weights import quantized
 from helpers.sharp_models import padded, sharp_model
+from helpers.tiny_models import MIXTURES, tiny_model, tiny_tokens
 from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
@@ -19,7 +21,7 @@ from gptq_awq.grids.base import Grid
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.kquant import KGrid
 from gptq_awq.grids.table import TableGrid
-from gptq_awq.models.blocks import Call
+from gptq_awq.models.blocks import BlockCalls, Call, call_of_windows, find_blocks
 from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.quantization.method import Method
 from gptq_awq.quantization.quantize import quantize
@@ -227,24 +229,12 @@ def test_codes_stay_codes_and_latents_near_them_however_large_steps_are(optimize
 
 @pytest.mark.parametrize("windows", [3, 5, 8])
 @pytest.mark.parametrize("tokens_per_step", [1, 16, 40, 1000])
-def test_every_window_is_seen_as_often_as_epochs_say(windows, tokens_per_step):
+def test_every_window_is_seen_as_often_as_epochs_say(windows, tokens_per_step, monkeypatch):
     block, weights, originals, examples = problem(windows=windows)
-    seen = []
-    recorded = [replace(e, call=Recorded(seen)) for e in examples]
-    replace(LEARNING, tokens_per_step=tokens_per_step).apply_block(block, weights, originals, recorded)
+    seen, run_block = [], Call.run
+    monkeypatch.setattr(Call, "run", lambda self, *args: seen.append(len(args[1])) or run_block(self, *args))
+    replace(LEARNING, tokens_per_step=tokens_per_step).apply_block(block, weights, originals, examples)
     assert sum(seen) == pytest.approx(LEARNING.epochs * windows, abs=max(1, tokens_per_step // 8))
-
-
-class Recorded(Call):
-    """Notes how many windows each forward had."""
-
-    def __init__(self, seen):
-        super().__init__()
-        object.__setattr__(self, "seen", seen)
-
-    def run(self, block, hidden):
-        self.seen.append(len(hidden))  # pyright: ignore[reportAttributeAccessIssue]
-        return super().run(block, hidden)
 
 
 @pytest.mark.parametrize(
@@ -347,3 +337,33 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path, tuning):
     again = killed(journal, tuning)
     assert again[0] == plain[0]
     assert all(torch.equal(value, again[1][key]) for key, value in plain[1].items())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "gemma3_text", "gemma4_text"])
+def test_windows_of_several_batches_are_called_with_their_own_arguments(name):
+    model = tiny_architecture(name)
+    _, blocks = find_blocks(model)
+    calls, ids = BlockCalls(model, blocks), tiny_tokens(5, 24)
+    batches = [calls.record(part) for part in (ids[:2], ids[2:])]
+    rows = [(1, 2), (0, 1), (1, 0)]  # batch, row in it
+    with torch.no_grad():
+        for index, block in enumerate(blocks[:2]):
+            expected = [arguments[index].run(block, hidden) for hidden, arguments in batches]
+            chosen = [(batches[b][1][index], row, len(batches[b][0])) for b, row in rows]
+            hidden = torch.stack([batches[b][0][row] for b, row in rows])
+            found = call_of_windows(chosen).run(block, hidden)
+            torch.testing.assert_close(found, torch.stack([expected[b][row] for b, row in rows]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_learn_too(name):
+    method = Method("learned", GPTQ(), tuning={"rounding": LEARNING, "distill": Distill(tokens_per_step=64)})
+    model = tiny_model(name)
+    done = quantize_model(model, tokens(8), method, grid=IntGrid(3, 32), settings=SMALL)
+    experts = [row for row in done.ledger if ".experts." in row["name"]]
+    assert experts
+    for row in experts:
+        learned = row["tuning"]["rounding"]
+        assert learned["error_last_pass"] < learned["error_first_pass"]
+    for key, weight in done.weights.items():
+        assert torch.equal(matrix(model.get_submodule(key)), weight.dequantize())
