@@ -30,6 +30,14 @@ from gptq_awq.solvers.rtn import RTN
 LLAMA = SimpleNamespace(model_type="llama")
 
 
+def known_model(name):
+    """A tiny model that mlx-lm has a class for."""
+    model = tiny_model(name)
+    if name == "gpt-neox":  # mlx-lm has no other MLP than four times as wide
+        model = type(model)(type(model.config)(**model.config.to_dict() | {"intermediate_size": 256})).eval()
+    return model.requires_grad_(False)
+
+
 def rounded(grid, rows=24, columns=256, seed=0):
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.1 + 0.02
     return RTN().solve(weight, None, grid).quantized
@@ -84,8 +92,9 @@ def test_packing_then_independent_unpacking_gives_codes_and_weights_bit_for_bit(
 @pytest.mark.parametrize("grid", [AffineGrid(4, 32), IntGrid(3, 32, scale_dtype="float16"), SignedGrid(8, 32)], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox"])
 def test_a_folder_decodes_to_what_was_in_memory(name, grid, tmp_path, monkeypatch):
+    pytest.importorskip("mlx_lm")
     monkeypatch.setattr(mlx_format, "_has_mlx", lambda: False)
-    source = rounded_source(tiny_model(name), grid)
+    source = rounded_source(known_model(name), grid)
     assert_decodes(MLXFormat(), source, tmp_path)
     plain = MLXFormat().plain(tmp_path)
     state = source.model.state_dict()
@@ -180,10 +189,7 @@ def mlx_logits(folder, tokens):
 @pytest.mark.parametrize("name", [name for name in CONFIGS if "opt" not in name])
 def test_mlx_lm_computes_the_logits_of_the_model_in_memory(name, tmp_path):
     pytest.importorskip("mlx_lm")
-    model = tiny_model(name)
-    if name == "gpt-neox":  # mlx-lm has no other MLP than four times as wide
-        model = type(model)(type(model.config)(**model.config.to_dict() | {"intermediate_size": 256})).eval()
-    source = rounded_source(model.requires_grad_(False), AffineGrid(4, 32))
+    source = rounded_source(known_model(name), AffineGrid(4, 32))
     MLXFormat("float32").write(source, tmp_path)
     tokens = tiny_tokens(2, 24)
     torch.testing.assert_close(mlx_logits(tmp_path, tokens), source.model(tokens).logits, atol=2e-5, rtol=0)
