@@ -98,7 +98,7 @@ class Conversion:
     def _converted(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """The tensors as mlx-lm names them, which must be those that its class has.
 
-        Some classes know the names of checkpoints without a head only, which have no prefix of the decoder.
+        Some classes know other spellings of a checkpoint only; which one, is tried.
         """
 
         def convert(given: dict[str, Any]) -> dict[str, Any]:
@@ -108,15 +108,16 @@ class Conversion:
             theirs.load_weights(list(found.items()), strict=True)
             return found
 
+        spelled = [
+            dict(map(spelling, tensors, tensors.values())) for spelling in (self._bare, self._experts_as_weights)
+        ]
         with _refusing(self.model):
             try:
                 return convert(dict(tensors))
             except ValueError:
-                for spelling in (self._bare, self._experts_as_weights):
+                for other in spelled:
                     with suppress(ValueError):
-                        return convert(
-                            {new: array for name, old in tensors.items() for new, array in spelling(name, old)}
-                        )
+                        return convert(other)
                 raise
 
     def _bare(self, name: str, array: Any) -> tuple[str, Any]:
