@@ -268,9 +268,8 @@ def legacy_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     rope: dict[str, Any] = config.get("rope_parameters") or {}
     found: dict[str, Any] = {}
-    if "sliding_attention" in rope:
-        found["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
-    rope = rope.get("full_attention", rope)
+    found["rope_local_base_freq"] = (rope.get("sliding_attention") or {}).get("rope_theta")
+    rope = rope.get("full_attention") or rope
     found |= {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
     if rope.get("rope_type", "default") != "default":
         found["rope_scaling"] = rope | {"type": rope["rope_type"]}

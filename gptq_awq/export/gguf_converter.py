@@ -207,6 +207,7 @@ def _observed(known: Any, base: Any, tensors: Mapping[str, Tensor], meta: Mappin
             fields = self.gguf_writer.kv_data[0]
             if vocabulary.by_merges:
                 _score_by_merges(fields, self.dir_model)
+            _mark_added(fields, self.dir_model)
             for name, added in vocabulary.around:
                 fields.pop(f"tokenizer.ggml.{name}", None)
                 self.gguf_writer.add_bool(f"tokenizer.ggml.{name}", added)
@@ -231,6 +232,17 @@ def _score_by_merges(fields: Mapping[str, Any], folder: Path) -> None:
         rank.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), number)
     tokens, scores = (fields[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores"))
     scores.value = [-float(rank.get(token, len(merges))) for token in map(_text, tokens.value)]
+
+
+def _mark_added(fields: Mapping[str, Any], folder: Path) -> None:
+    """Mark added tokens as such where the converter takes those without a role (BOS, EOS, …) for pieces of text."""
+    path, types = folder / "tokenizer.json", fields.get("tokenizer.ggml.token_type")
+    if types is None or not path.is_file():
+        return
+    kinds = sys.modules["gguf"].TokenType
+    for token in json.loads(path.read_text())["added_tokens"]:
+        if token["id"] < len(types.value) and types.value[token["id"]] == kinds.NORMAL:
+            types.value[token["id"]] = kinds.CONTROL if token["special"] else kinds.USER_DEFINED
 
 
 def _text(token: str | bytes) -> str:

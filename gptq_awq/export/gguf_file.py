@@ -103,8 +103,10 @@ def write_gguf(
 
 
 def _complete(writer: Any, model: PreTrainedModel) -> None:
-    """Add what the converter leaves to the tokenizer, and keep llama.cpp within the window where it would ignore it."""
+    """Add what the converter leaves to the tokenizer, drop what it guesses, and keep llama.cpp within one window."""
     fields, config = writer.kv_data[0], model.config.get_text_config()
+    for guessed in ("basename", "finetune", "version"):  # from the name of the scratch folder
+        fields.pop(f"general.{guessed}", None)
     size, length, window = (
         f"{writer.arch}.{key}" for key in ("vocab_size", "context_length", "attention.sliding_window")
     )
