@@ -178,16 +178,19 @@ def conversion(
             f"export.formats=gguf: llama.cpp's converter does not know {architecture}; choose another format"
         ) from error
     ftype = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}[options["dtype"]]
-    return _observed(known, base, tensors, meta, options)(
-        folder,
-        sys.modules["gguf"].LlamaFileType[ftype],
-        options["out"],
-        model_name=options["model_name"],
-        hparams=hparams,
-    )
+    base.ModelBase.in_memory, base.ModelBase.lazy_tensor = (tensors, meta), base.LazyTorchTensor
+
+    def made(known: Any) -> Any:
+        kind = sys.modules["gguf"].LlamaFileType[ftype]
+        observed = _observed(known, base, options)
+        return observed(folder, kind, options["out"], model_name=options["model_name"], hparams=hparams)
+
+    instance = made(known)
+    chosen = getattr(instance, "impl", None)  # of a class that only chooses one among others, and hands on to it
+    return instance if chosen is None else made(type(chosen))
 
 
-def _observed(known: Any, base: Any, tensors: Mapping[str, Tensor], meta: Mapping[str, Tensor], options: Any) -> Any:
+def _observed(known: Any, base: Any, options: Mapping[str, Any]) -> Any:
     """The converter's class of an architecture, reading tensors from memory and the tokenizer as told."""
 
     vocabulary: Vocabulary | None = options["vocabulary"]
@@ -195,7 +198,6 @@ def _observed(known: Any, base: Any, tensors: Mapping[str, Tensor], meta: Mappin
 
     class Observed(known):
         model_arch = known.model_arch
-        in_memory = tensors, meta
 
         def get_vocab_base_pre(self, tokenizer: Any) -> str:
             return (vocabulary and vocabulary.pre) or super().get_vocab_base_pre(tokenizer)
@@ -218,7 +220,6 @@ def _observed(known: Any, base: Any, tensors: Mapping[str, Tensor], meta: Mappin
                 return sys.modules["gguf"].GGMLQuantizationType.F32
             return super().tensor_force_quant(name, new_name, bid, n_dims)
 
-    Observed.lazy_tensor = base.LazyTorchTensor
     if known.supports_mtp_export:
         Observed.no_mtp = True  # transformers has no layers that predict further tokens
     return Observed
