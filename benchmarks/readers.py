@@ -43,7 +43,8 @@ from gptq_awq.export.write import Exports  # noqa: E402
 from gptq_awq.grids.affine import AffineGrid  # noqa: E402
 from gptq_awq.grids.base import Grid  # noqa: E402
 from gptq_awq.grids.integer import IntGrid  # noqa: E402
-from gptq_awq.models.experts import experts_in  # noqa: E402
+from gptq_awq.models.blocks import find_blocks  # noqa: E402
+from gptq_awq.models.experts import experts_in, fused_parameters  # noqa: E402
 
 STORE = ROOT / "benchmarks" / "results" / "readers.json"
 PAGE = ROOT / "docs" / "export.md"
@@ -109,7 +110,7 @@ def read(name: str, reading: Reading) -> dict[str, Any]:
             folder, model = Path(path), tiny_architecture(name)
             grid = reading.grid
             weights = {} if grid is None else quantize_model(model, method="rtn", grid=grid).weights
-            found["mixture"] = bool(experts_in(model))
+            found["mixture"] = bool(experts_in(model) or any(map(fused_parameters, find_blocks(model)[1])))
             specs = linear_specs(model, {n: weight.grid for n, weight in weights.items()}, natural_order=True)
             tokens = torch.randint(3, 200, (1, TOKENS), generator=torch.Generator().manual_seed(0))
             ours = model(input_ids=tokens).logits.float()
@@ -144,13 +145,14 @@ def table(stored: Mapping[str, Any]) -> str:
     mixtures = []
     for name, reading in READINGS.items():
         of = {each: row[name] for each, row in stored["found"].items() if name in row}
+        if not of:
+            continue
         states = {each: state(row, reading) for each, row in of.items()}
         same = [each for each, word in states.items() if word == "equal"]
         mixed = [each for each in same if any(row.get("mixture") for row in stored["found"][each].values())]
         counts = [list(states.values()).count(word) for word in ("refused", "other", "failed")]
-        lines.append(
-            f"| `{name}` | {reading.reader} | {len(of)} | {len(same)} | {len(mixed)} | {counts[0]} | {counts[1]} |"
-        )
+        cells = (f"`{name}`", reading.reader, len(of), len(same), len(mixed), *counts)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
         mixtures.append(f"- `{name}`: {', '.join(mixed) or 'none'}")
     return "\n".join([*lines, "", "Mixtures of experts with the same logits:", "", *mixtures]) + "\n"
 

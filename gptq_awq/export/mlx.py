@@ -140,7 +140,7 @@ class MLXFormat:
             {name.removesuffix(".weight"): weights[of].grid for name, of in first.items()}
         )
         # mlx-lm reads `quantization`, the hub displays `quantization_config`.
-        config = conversion.config | read_config(folder)
+        config = {**conversion.config, **read_config(folder)}
         config |= {"quantization": quantization, "quantization_config": quantization}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
