@@ -4,10 +4,10 @@ import copy
 import json
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from helpers.architectures import tiny_architecture
+from helpers.mlx_logits import mlx_logits
 from helpers.quantized_weights import assert_decodes, rounded_source
 from helpers.tiny_models import CONFIGS, tiny_model, tiny_tokens
 
@@ -175,15 +175,6 @@ def test_a_bias_that_overflows_is_refused_not_rounded():
     with pytest.raises(UserError, match=r"export\.mlx\.dtype=float32"):
         pack(weight, torch.float16)
     assert pack(weight, torch.float32)["biases"][0, 0] == -(2.0**17)
-
-
-def mlx_logits(folder, tokens):
-    mx = pytest.importorskip("mlx.core")
-    load_model = pytest.importorskip("mlx_lm.utils").load_model
-    mx.set_default_device(mx.cpu)
-    model, _ = load_model(folder)
-    model.set_dtype(mx.float32)
-    return torch.from_numpy(np.array(model(mx.array(tokens.numpy()))))
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if "opt" not in name])

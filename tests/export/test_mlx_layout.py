@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 from helpers.architectures import tiny_architecture
+from helpers.mlx_logits import mlx_logits
 from helpers.quantized_weights import rounded_source, source_specs
 from helpers.tiny_models import tiny_model
-from test_export_mlx import mlx_logits
 
 from gptq_awq.errors import UserError
 from gptq_awq.export import layout, mlx_layout

@@ -172,7 +172,7 @@ def find(name: str, format_name: str | None = None) -> Path | None:
 
 
 def engine_version(name: str) -> str:
-    """What is installed of an engine: its environment's record, or the version in this one."""
+    """Version of an installed engine: its environment's record, or else that of the package installed here."""
     record = engines_folder() / name / RECORD
     return record.read_text() if record.is_file() else version(name)
 
