@@ -27,7 +27,7 @@ from gptq_awq.export.base import Source
 from gptq_awq.export.engines.run import find
 from gptq_awq.export.gguf import GGUFFormat
 from gptq_awq.export.gguf_file import read_gguf
-from gptq_awq.export.gguf_layout import Layout
+from gptq_awq.export.layout import Layout
 from gptq_awq.grids.mix import LlamaMix
 from gptq_awq.models.load import AssetModel, LoadedModel, LocalModel
 from gptq_awq.quantization.quantize import quantize

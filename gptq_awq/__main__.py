@@ -13,6 +13,7 @@ SUBCOMMANDS = {
     "report": "gptq_awq.report.command",
     "replay": "gptq_awq.replay.replay",
     "export": "gptq_awq.export.__main__",
+    "push": "gptq_awq.export.push",
     "cache": "gptq_awq.cache.cache",
     "frontier": "gptq_awq.frontier.frontier",
     "generate": "gptq_awq.playground.generate",

@@ -38,7 +38,8 @@ KINDS = {
     "moments": "second moments and factors of full-precision inputs",
     "sensitivities": "loss from rounding each linear, for allocating bits",
     "progress": "finished blocks of runs that were interrupted",
-    "layouts": "where llama.cpp's converter puts a model's tensors",
+    "layouts": "where llama.cpp's converter and mlx-lm put a model's tensors",
+    "vocabularies": "how llama.cpp's files describe tokenizers, and texts that it tokenizes otherwise",
     "choices": "recipes that were chosen for a time budget",
     "runs": "locations of finished runs",
     "assets": "downloads: models and texts, checked by sha256",
@@ -46,7 +47,7 @@ KINDS = {
     "hashes": "sha256 of models' files, by path, size and times",
     "engines": "environments of inference engines",
 }
-DISPENSABLE = ("tokens", "baselines", "curvatures", "moments", "sensitivities", "layouts")
+DISPENSABLE = ("tokens", "baselines", "curvatures", "moments", "sensitivities", "layouts", "vocabularies")
 """Kinds whose least recently used entries are deleted where they exceed `cache_gb`."""
 
 

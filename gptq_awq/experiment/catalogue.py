@@ -28,7 +28,7 @@ KINDS = {
 GROUPS = ("method", "grid", "model", "data", "eval", "act", "kv", "export", "tracking", "experiment", "hydra/launcher")
 WIDTH = 110
 """Characters of a line on a choice, at most."""
-COMMANDS = ("report", "replay", "export", "cache", "frontier", "generate", "compare", "ls", "completion")
+COMMANDS = ("report", "replay", "export", "push", "cache", "frontier", "generate", "compare", "ls", "completion")
 SCRIPTS = {
     "bash": r"""_gptq_awq() {
     local line="${COMP_LINE:0:$COMP_POINT}" word

@@ -25,10 +25,11 @@ Quantize a causal language model, score it against full precision, store one res
 Subcommands (gptq-awq SUBCOMMAND --help)
 
   report     tables and a page of stored runs           replay     compute a stored run again, name what differs
-  export     verify checkpoints, run them in engines    frontier   size against quality: table and plot
+  export     verify checkpoints, run them in engines    push       upload a verified checkpoint to the hub
   generate   let a run or checkpoint write text         compare    what runs write beside full precision
-  ls         methods, grids, models … with a line each  cache      list or clear what runs share on disk
-  completion bash|zsh|fish: the Tab key                 --version  the version of gptq_awq
+  frontier   size against quality: table and plot       cache      list or clear what runs share on disk
+  ls         methods, grids, models … with a line each  completion bash|zsh|fish: the Tab key
+  --version  the version of gptq_awq
 
 Choices (group=choice)
 

@@ -4,7 +4,8 @@ Engines have graphs of their own. What a config asks for beyond them (another ro
 routers that don't normalize) they ignore without a word, so the only proof is to run one and compare distributions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.engines import answer, compare, find
+from gptq_awq.grids.base import QuantizedWeight
+from gptq_awq.models.linear import matrix
 from gptq_awq.models.offload import offloaded
 
 LARGEST = 2_000_000_000
@@ -23,7 +26,12 @@ LIMIT_16_BITS = 3e-2
 
 @torch.no_grad()
 def check_engine(
-    engine: str, format_name: str, model: PreTrainedModel, path: Path, write: Callable[[], object], limit: float
+    engine: str,
+    format_name: str,
+    model: PreTrainedModel,
+    path: Path,
+    write: Callable[[], Mapping[str, QuantizedWeight]],
+    limit: float,
 ) -> list[str]:
     """Compare an engine's distributions with the model's, on one window of random tokens.
 
@@ -32,7 +40,7 @@ def check_engine(
         format_name: format of the file or folder.
         model: full-precision model.
         path: where `write` writes a checkpoint of it.
-        write: writes the checkpoint.
+        write: writes the checkpoint, and returns the weights that it holds in place of the model's own.
         limit: largest mean KL in nats, of a model in float32.
 
     Returns:
@@ -45,11 +53,12 @@ def check_engine(
     if find(engine, format_name) is None or offloaded(model) or size > LARGEST:
         why = "the model is too large" if find(engine, format_name) else f"{engine} is not installed"
         return [f"{format_name}: not tried in {engine} before calibration, as {why}"]
-    write()
+    weights = write()
     rows = model.get_input_embeddings().get_parameter("weight").shape[0]
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(min(3, rows - 1), rows, (1, TOKENS), generator=draw)
-    ours = model(input_ids=tokens.to(model.device)).logits.float().cpu()
+    with _holding(model, weights):
+        ours = model(input_ids=tokens.to(model.device)).logits.float().cpu()
     try:
         theirs = answer(engine, path, tokens, format_name, vocab=ours.shape[-1]).logits
     except UserError as error:
@@ -62,3 +71,17 @@ def check_engine(
             f"{found.mean_kl:.2g}): its graph has no such option as the config asks for; choose another format"
         )
     return []
+
+
+@contextmanager
+def _holding(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight]) -> Iterator[None]:
+    """Context manager inside of which a model has other weights."""
+    own = {name: matrix(model.get_submodule(name)) for name in weights}
+    kept = {name: weight.clone() for name, weight in own.items()}
+    try:
+        for name, weight in own.items():
+            weight.copy_(weights[name].dequantize())
+        yield
+    finally:
+        for name, weight in own.items():
+            weight.copy_(kept[name])

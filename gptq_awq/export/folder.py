@@ -57,7 +57,6 @@ def write_folder(
     Raises:
         UserError: a parameter overflows `dtype`.
     """
-    shards = Shards(folder, shard)
     if experts_in(source.model) and replaced:
         tensors = chain(_saved(source, dtype, {f"{name}.weight" for name in replaced}), packed)
     elif quantization_config is None and rename is None:
@@ -65,8 +64,6 @@ def write_folder(
     else:
         rename = rename or renaming(source.model)
         tensors = ((rename(name), tensor) for name, tensor in chain(plain_tensors(source, dtype), packed))
-    for name, tensor in tensors:
-        shards.add(name, tensor)
     if outdated := outdated_names(source.model):
         log.warning(
             "%d tensors of the source that transformers has no place for (%s …) are left out of the checkpoint: a "
@@ -74,7 +71,21 @@ def write_folder(
             len(outdated),
             outdated[0],
         )
-    for name, tensor in carried(source.model, dtype):  # under the names of the source's files
+    tensors = chain(tensors, carried(source.model, dtype))  # these under the names of the source's files
+    write_tensors(source, folder, tensors, dtype, quantization_config, shard)
+
+
+def write_tensors(
+    source: Source,
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    quantization_config: Mapping[str, Any] | None,
+    shard: str = SHARD,
+) -> None:
+    """Write tensors in the order they come, with configs, tokenizer and processor; see `write_folder`."""
+    shards = Shards(folder, shard)
+    for name, tensor in tensors:
         shards.add(name, tensor)
     shards.finish()
     write_config(source.model, folder, dtype, quantization_config)
@@ -195,6 +206,8 @@ def write_config(
         for part in (config, config.get("text_config")):  # readers differ in which of them they ask
             if isinstance(part, dict) and "tie_word_embeddings" in part:
                 part["tie_word_embeddings"] = True
+    aliases = {alias: config.get(own) for alias, own in type(model.config).attribute_map.items()}  # earlier names, too
+    config = {alias: value for alias, value in aliases.items() if value is not None} | config
     config = names_only(config)  # such as _name_or_path, the folder that the model came from
     config.pop("quantization_config", None)
     if quantization_config is not None:

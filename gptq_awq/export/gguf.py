@@ -6,9 +6,8 @@ so is a model that llama.cpp's converter doesn't know, or whose tokenizer llama.
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,9 +24,10 @@ from gptq_awq.export.engine_check import check_engine
 from gptq_awq.export.folder import write_config
 from gptq_awq.export.gguf_blocks import BLOCK_TYPES, pack
 from gptq_awq.export.gguf_converter import Vocabulary, converter_root, known_architectures
-from gptq_awq.export.gguf_file import Packed, read_gguf, write_gguf
-from gptq_awq.export.gguf_layout import Layout, observe, skeleton
+from gptq_awq.export.gguf_file import Packed, block_types, read_gguf, write_gguf
+from gptq_awq.export.gguf_layout import observe, skeleton
 from gptq_awq.export.gguf_tokenizer import ENGINE, vocabulary_for
+from gptq_awq.export.layout import Layout, quantized, unquantized
 from gptq_awq.export.modelfile import modelfile
 from gptq_awq.export.text_part import text_linears, text_part, text_source
 from gptq_awq.grids.affine import AffineGrid
@@ -95,14 +95,18 @@ class GGUFFormat:
             linears, model = text_linears(linears, model, shell), shell
         with skeleton(model, tokenizer) as folder:
             layout = observe(converter_root(self.converter), folder, model)
-            types = layout.types({f"{linear.name}.weight": str(ggml_type(linear.grid)) for linear in linears})
+            types = block_types(layout, {f"{linear.name}.weight": str(ggml_type(linear.grid)) for linear in linears})
             vocabulary, difference = self._vocabulary(folder, tokenizer)
-            options = {"dtype": "F32", "model_name": "", "vocabulary": vocabulary}
-            write = partial(write_gguf, folder / "model.gguf", converter_root(self.converter), folder, model, layout)
-            path = folder / "model.gguf"
-            untried = check_engine(ENGINE, self.name, model, path, lambda: write({}, {}, options), limit=1e-3)
-        quantized = {f"{linear.name}.weight" for linear in linears}
-        return [difference] * bool(difference) + untried + _notes(layout, types, quantized)
+            path, root = folder / "model.gguf", converter_root(self.converter)
+
+            def write() -> Mapping[str, QuantizedWeight]:
+                options = {"dtype": "F32", "model_name": "", "vocabulary": vocabulary}
+                write_gguf(path, root, folder, model, layout, {}, {}, options)
+                return {}
+
+            untried = check_engine(ENGINE, self.name, model, path, write, limit=1e-3)
+        names = [f"{linear.name}.weight" for linear in linears]
+        return [difference] * bool(difference) + untried + layout.notes(types, names, self.name, "llama.cpp")
 
     def _text(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model itself where the converter knows it, else its text part."""
@@ -146,17 +150,12 @@ class GGUFFormat:
     def decode(self, folder: Path) -> Iterator[Decoded]:
         """Decode every quantized weight, with rows in transformers' order."""
         layout = Layout.read(folder)
-        for tensor in read_gguf(folder / "model.gguf", layout):
-            if tensor.codes is not None or tensor.name in layout.exact:
-                codes = None if tensor.codes is None else torch.from_numpy(tensor.codes)
-                yield Decoded(tensor.name.removesuffix(".weight"), codes, torch.from_numpy(tensor.weight))
+        yield from quantized(read_gguf(folder / "model.gguf", layout), layout)
 
     def plain(self, folder: Path) -> dict[str, Tensor]:
         """Unquantized tensors by their names in transformers."""
         layout = Layout.read(folder)
-        read = (t for t in read_gguf(folder / "model.gguf", layout) if t.codes is None and t.name not in layout.exact)
-        values = ((tensor.name, torch.from_numpy(tensor.weight)) for tensor in read)
-        return {name: value.T if name in layout.flipped else value for name, value in values}
+        return unquantized(read_gguf(folder / "model.gguf", layout), layout)
 
 
 def ggml_type(grid: Grid) -> str | None:
@@ -188,29 +187,10 @@ def _float_type(grid: ScaledFloatGrid) -> str | None:
     return "NVFP4" if (grid.element, grid.scale, grid.group_size) == ("e2m1", "e4m3", 16) and without else None
 
 
-def _notes(layout: Layout, types: Mapping[str, str], quantized: Set[str]) -> list[str]:
-    """Sentences on quantized weights that the file can't hold as blocks."""
-    exact, lost = [tensor for tensor, kind in types.items() if kind == "F32"], quantized & set(layout.lost())
-    notes = []
-    if exact:
-        notes.append(
-            f"gguf: llama.cpp keeps {len(exact)} tensors in an order that blocks can't follow, such as {exact[0]}; "
-            "they are stored as rounded, in float32"
-        )
-    if lost:
-        notes.append(
-            f"gguf: llama.cpp's converter computes what it stores for {len(lost)} weights, such as {min(lost)}; "
-            "they are stored as rounded, in the dtype of unquantized matrices"
-        )
-    return notes
-
-
 def _exact(source: Source, layout: Layout, packed: Packed) -> dict[str, Tensor]:
     """Dequantized values (out, in) of the quantized weights that can't be stored as blocks."""
-    types = layout.types({name: kind for name, (kind, _) in packed.items()})
-    held = {part.name for tensor, kind in types.items() if kind == "F32" for part in layout.parts(tensor)}
-    apart = held | set(layout.lost())
-    return {n: source.weights[n.removesuffix(".weight")].dequantize().cpu() for n in packed if n in apart}
+    apart = layout.not_as_codes(block_types(layout, {name: kind for name, (kind, _) in packed.items()}), packed)
+    return {name: source.weights[name.removesuffix(".weight")].dequantize().cpu() for name in apart}
 
 
 def _packed(source: Source) -> dict[str, tuple[str, np.ndarray]]:

@@ -178,16 +178,19 @@ def conversion(
             f"export.formats=gguf: llama.cpp's converter does not know {architecture}; choose another format"
         ) from error
     ftype = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}[options["dtype"]]
-    return _observed(known, base, tensors, meta, options)(
-        folder,
-        sys.modules["gguf"].LlamaFileType[ftype],
-        options["out"],
-        model_name=options["model_name"],
-        hparams=hparams,
-    )
+    base.ModelBase.in_memory, base.ModelBase.lazy_tensor = (tensors, meta), base.LazyTorchTensor
+
+    def made(known: Any) -> Any:
+        kind = sys.modules["gguf"].LlamaFileType[ftype]
+        observed = _observed(known, base, options)
+        return observed(folder, kind, options["out"], model_name=options["model_name"], hparams=hparams)
+
+    instance = made(known)
+    chosen = getattr(instance, "impl", None)  # of a class that only chooses one among others, and hands on to it
+    return instance if chosen is None else made(type(chosen))
 
 
-def _observed(known: Any, base: Any, tensors: Mapping[str, Tensor], meta: Mapping[str, Tensor], options: Any) -> Any:
+def _observed(known: Any, base: Any, options: Mapping[str, Any]) -> Any:
     """The converter's class of an architecture, reading tensors from memory and the tokenizer as told."""
 
     vocabulary: Vocabulary | None = options["vocabulary"]
@@ -195,7 +198,6 @@ def _observed(known: Any, base: Any, tensors: Mapping[str, Tensor], meta: Mappin
 
     class Observed(known):
         model_arch = known.model_arch
-        in_memory = tensors, meta
 
         def get_vocab_base_pre(self, tokenizer: Any) -> str:
             return (vocabulary and vocabulary.pre) or super().get_vocab_base_pre(tokenizer)
@@ -207,6 +209,7 @@ def _observed(known: Any, base: Any, tensors: Mapping[str, Tensor], meta: Mappin
             fields = self.gguf_writer.kv_data[0]
             if vocabulary.by_merges:
                 _score_by_merges(fields, self.dir_model)
+            _mark_added(fields, self.dir_model)
             for name, added in vocabulary.around:
                 fields.pop(f"tokenizer.ggml.{name}", None)
                 self.gguf_writer.add_bool(f"tokenizer.ggml.{name}", added)
@@ -217,7 +220,6 @@ def _observed(known: Any, base: Any, tensors: Mapping[str, Tensor], meta: Mappin
                 return sys.modules["gguf"].GGMLQuantizationType.F32
             return super().tensor_force_quant(name, new_name, bid, n_dims)
 
-    Observed.lazy_tensor = base.LazyTorchTensor
     if known.supports_mtp_export:
         Observed.no_mtp = True  # transformers has no layers that predict further tokens
     return Observed
@@ -231,6 +233,17 @@ def _score_by_merges(fields: Mapping[str, Any], folder: Path) -> None:
         rank.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), number)
     tokens, scores = (fields[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores"))
     scores.value = [-float(rank.get(token, len(merges))) for token in map(_text, tokens.value)]
+
+
+def _mark_added(fields: Mapping[str, Any], folder: Path) -> None:
+    """Mark added tokens as such where the converter takes those without a role (BOS, EOS, …) for pieces of text."""
+    path, types = folder / "tokenizer.json", fields.get("tokenizer.ggml.token_type")
+    if types is None or not path.is_file():
+        return
+    kinds = sys.modules["gguf"].TokenType
+    for token in json.loads(path.read_text())["added_tokens"]:
+        if token["id"] < len(types.value) and types.value[token["id"]] == kinds.NORMAL:
+            types.value[token["id"]] = kinds.CONTROL if token["special"] else kinds.USER_DEFINED
 
 
 def _text(token: str | bytes) -> str:

@@ -9,24 +9,24 @@ import logging
 import math
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gguf
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader
-from jaxtyping import Float, UInt8
+from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
+from jaxtyping import UInt8
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.gguf_blocks import BLOCK_TYPES, unpack_codes
 from gptq_awq.export.gguf_converter import conversion, imported, refusing
-from gptq_awq.export.gguf_layout import Layout, Part, conv1d_weights
+from gptq_awq.export.layout import Flat, Layout, Part, WholeTensor, put_together, replacing_weights
 from gptq_awq.export.placement import indices
-from gptq_awq.export.saved import SavedTensors, read_state
+from gptq_awq.export.saved import SavedTensors
 from gptq_awq.models.gguf_claims import checked_gguf
 from gptq_awq.models.offload import each_tensor
 
@@ -34,6 +34,11 @@ log = logging.getLogger(__name__)
 
 Packed = Mapping[str, tuple[str, UInt8[np.ndarray, "out row_bytes"]]]
 """Tensor of the model → block type and packed bytes, with rows in the module's order."""
+
+
+def block_types(layout: Layout, kinds: Mapping[str, str]) -> dict[str, str]:
+    """GGUF tensor → block type to store it in, or "F32"; `kinds`: quantized tensors of the model → their block type."""
+    return layout.types(kinds, lambda _, kind: BLOCK_TYPES[kind].block, "llama.cpp")
 
 
 def write_gguf(
@@ -64,9 +69,9 @@ def write_gguf(
     Raises:
         UserError: the converter refuses the model or its tokenizer; a value overflows the dtype.
     """
-    types = layout.types({name: kind for name, (kind, _) in packed.items()})
+    types = block_types(layout, {name: kind for name, (kind, _) in packed.items()})
     held = {tensor for tensor, kind in types.items() if kind == "F32"}
-    tensors = SavedTensors(model, _replacing(model, exact))
+    tensors = SavedTensors(model, replacing_weights(model, exact))
     with imported(root) as package:
         given = {**options, "config": model.config, "out": path, "exact": held}
         instance = conversion(package, skeleton, tensors, tensors.meta, **given)
@@ -98,8 +103,10 @@ def write_gguf(
 
 
 def _complete(writer: Any, model: PreTrainedModel) -> None:
-    """Add what the converter leaves to the tokenizer, and keep llama.cpp within the window where it would ignore it."""
+    """Add what the converter leaves to the tokenizer, drop what it guesses, and keep llama.cpp within one window."""
     fields, config = writer.kv_data[0], model.config.get_text_config()
+    for guessed in ("basename", "finetune", "version"):  # from the name of the scratch folder
+        fields.pop(f"general.{guessed}", None)
     size, length, window = (
         f"{writer.arch}.{key}" for key in ("vocab_size", "context_length", "attention.sliding_window")
     )
@@ -114,17 +121,6 @@ def _complete(writer: Any, model: PreTrainedModel) -> None:
         )
         del fields[length]
         writer.add_context_length(narrow)
-
-
-def _replacing(model: PreTrainedModel, exact: Mapping[str, Tensor]) -> Any:
-    """Reader of a model's tensors with some replaced by exact ones."""
-    own, flipped = read_state(model), conv1d_weights(model)
-
-    def read(names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        yield from own([name for name in names if name not in exact])
-        yield from ((n, exact[n].T if n in flipped else exact[n]) for n in names if n in exact)
-
-    return read
 
 
 def _their_type(kind: str) -> Any:
@@ -176,23 +172,7 @@ def _file_type(layout: Layout, types: Mapping[str, str], plain: str) -> str:
     return f"MOSTLY_{kind}"
 
 
-class StoredTensor(NamedTuple):
-    """One of the model's tensors read from a GGUF file.
-
-    Attributes:
-        name: name in the model's state dict, such as "model.layers.0.self_attn.q_proj.weight".
-        ggml_type: type name such as "Q4_K" or "F16".
-        codes: codes of a quantized matrix (out, in); None for others.
-        weight: dequantized float32 values, matrices as (out, in).
-    """
-
-    name: str
-    ggml_type: str
-    codes: UInt8[np.ndarray, "out in"] | None
-    weight: Float[np.ndarray, "..."]
-
-
-def read_gguf(path: Path, layout: Layout) -> Iterator[StoredTensor]:
+def read_gguf(path: Path, layout: Layout) -> Iterator[WholeTensor]:
     """Read a model's tensors from a GGUF file, decoded by the gguf library and put together by the file's layout.
 
     Raises UserError for a file that claims what it doesn't hold.
@@ -204,48 +184,15 @@ def read_gguf(path: Path, layout: Layout) -> Iterator[StoredTensor]:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())})") from error
 
 
-def _read_tensors(reader: GGUFReader, layout: Layout) -> Iterator[StoredTensor]:
-    shapes = layout.numbering.shapes
-    left = {name: math.prod(shape) for name, shape in shapes.items()}
-    if sum(left.values()) > 2 * sum(int(tensor.n_elements) for tensor in reader.tensors) + layout.computed_size:
-        raise ValueError("its layout is of more weights than it holds")
-    partial: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
-    for tensor in reader.tensors:
-        parts = [part for part in layout.parts(tensor.name) if left[part.name]]
-        if not parts:
-            continue
-        if sum(int(part.lengths.sum()) for part in layout.parts(tensor.name)) != tensor.n_elements:
-            raise ValueError(f"{tensor.name} is not what its layout says")
-        kind = tensor.tensor_type.name
-        weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(-1)
-        codes = None
-        if kind in BLOCK_TYPES:
-            rows = tensor.data.reshape(math.prod(tensor.data.shape[:-1]), -1).view(np.uint8)
-            codes = unpack_codes(kind, rows).reshape(-1)
-        for part in parts:
-            size = math.prod(shapes[part.name])
-            whole = partial.setdefault(
-                part.name, (np.empty(size, np.float32), None if codes is None else np.empty(size, np.uint8))
-            )
-            _scatter(part, weight, whole[0])
-            if codes is None or whole[1] is None:
-                partial[part.name] = whole[0], None
-            else:
-                _scatter(part, codes, whole[1])
-            left[part.name] -= int(part.lengths.sum())
-            if left[part.name] <= 0:
-                weights, own = partial.pop(part.name)
-                left[part.name] = 0
-                shape = shapes[part.name]
-                yield StoredTensor(part.name, kind, None if own is None else own.reshape(shape), weights.reshape(shape))
-    for name, values in layout.computed.items():
-        yield StoredTensor(name, "computed", None, values)
+def _read_tensors(reader: GGUFReader, layout: Layout) -> Iterator[WholeTensor]:
+    most = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    yield from put_together(map(_decoded, reader.tensors), layout, most)
 
 
-def _scatter(part: Part, source: np.ndarray, target: np.ndarray) -> None:
-    """Copy a part's elements from a flattened GGUF tensor into the flattened tensor of the model."""
-    if len(part.starts) <= 1 + len(target) // 1024:
-        for start, at, n in zip(part.starts.tolist(), part.positions.tolist(), part.lengths.tolist(), strict=True):
-            target[start : start + n] = source[at : at + n]
-    else:
-        target[indices(part.starts, part.lengths)] = source[indices(part.positions, part.lengths)]
+def _decoded(tensor: ReaderTensor) -> Flat:
+    """A GGUF tensor's name, values and codes."""
+    kind, codes = tensor.tensor_type.name, None
+    if kind in BLOCK_TYPES:
+        rows = tensor.data.reshape(math.prod(tensor.data.shape[:-1]), -1).view(np.uint8)
+        codes = unpack_codes(kind, rows).reshape(-1)
+    return Flat(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(-1), codes)

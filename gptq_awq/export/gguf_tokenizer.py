@@ -17,16 +17,23 @@ import logging
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from gptq_awq.errors import UserError
-from gptq_awq.export.engines import find, tokenize
+from gptq_awq.export.engines import engine_version, find, tokenize
 from gptq_awq.export.gguf_converter import Vocabulary, conversion, imported, refusing
+from gptq_awq.runtime.fingerprint import vocabulary_sha256
+from gptq_awq.storage.assets import cache_dir
+from gptq_awq.storage.notes import note, noted
 
 log = logging.getLogger(__name__)
 ENGINE = "xllamacpp"
+Wanted = Mapping[str, Sequence[int]]
+"""Texts, and the ids that transformers gives them."""
+
 ADDED = 24
 """Added tokens that are tried in texts, at most."""
 
@@ -161,13 +168,8 @@ def vocabulary_for(root: Path, folder: Path, tokenizer: Any, pre: str | None, al
     given = Vocabulary(pre, around=_around(tokenizer))
     if find(ENGINE, "gguf") is None:
         return _unasked(root, folder, given), "gguf: token ids were not compared: xllamacpp is not installed"
-    different = _different(root, folder, given, wanted)
-    if not different:
-        raise UserError(
-            "export.formats=gguf: llama.cpp does not load this tokenizer; choose another format, such as hf"
-        )
-    best = min(different, key=lambda vocabulary: len(different[vocabulary]))
-    if not (wrong := different[best]):
+    best, wrong = _kept(root, folder, given, wanted)
+    if not wrong:
         return best, ""
     what = f"llama.cpp gives other token ids than transformers for {len(wrong)} of {len(wanted)} texts, "
     what += f"first for {wrong[0]!r:.80}"
@@ -178,6 +180,32 @@ def vocabulary_for(root: Path, folder: Path, tokenizer: Any, pre: str | None, al
             f"export.formats=gguf: {what}; choose another format, such as hf, or export.gguf.other_ids=allow"
         )
     return best, f"gguf: {what}"
+
+
+def _kept(root: Path, folder: Path, given: Vocabulary, wanted: Wanted) -> tuple[Vocabulary, list[str]]:
+    """The description that differs least and the texts where it does; what the pinned converter says is kept."""
+    if root.suffix != ".zip":  # a checkout, which may change
+        return _best(root, folder, given, wanted)
+    name = vocabulary_sha256(folder, wanted, given, root.name, engine_version(ENGINE))
+    path = cache_dir() / "vocabularies" / f"{name}.json"
+    with suppress(KeyError, TypeError, ValueError):  # of a damaged note
+        kept = noted(path)
+        around = tuple((str(option), bool(added)) for option, added in kept["around"])
+        return Vocabulary(kept["pre"], kept["by_merges"], around), list(kept["wrong"])
+    best, wrong = _best(root, folder, given, wanted)
+    with suppress(OSError):  # the next export asks again
+        note(path, {**asdict(best), "wrong": wrong})
+    return best, wrong
+
+
+def _best(root: Path, folder: Path, given: Vocabulary, wanted: Wanted) -> tuple[Vocabulary, list[str]]:
+    """The description that differs least and the texts where it does. Raises UserError where llama.cpp loads none."""
+    different = _different(root, folder, given, wanted)
+    if not different:
+        raise UserError(
+            "export.formats=gguf: llama.cpp does not load this tokenizer; choose another format, such as hf"
+        )
+    return min(different.items(), key=lambda found: len(found[1]))
 
 
 def _unasked(root: Path, folder: Path, given: Vocabulary) -> Vocabulary:
@@ -192,9 +220,7 @@ def _unasked(root: Path, folder: Path, given: Vocabulary) -> Vocabulary:
     return plain
 
 
-def _different(
-    root: Path, folder: Path, given: Vocabulary, wanted: Mapping[str, Sequence[int]]
-) -> dict[Vocabulary, list[str]]:
+def _different(root: Path, folder: Path, given: Vocabulary, wanted: Wanted) -> dict[Vocabulary, list[str]]:
     """Texts whose ids differ in llama.cpp, for each description that was tried until there were none."""
     with tempfile.TemporaryDirectory(prefix="vocab-") as scratch:
         path = Path(scratch) / "vocab.gguf"

@@ -12,6 +12,7 @@ float32 for any z, as s has 11 significant bits and z at most 8. Then s c + b eq
 
 import importlib.util
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -27,15 +28,29 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
 from gptq_awq.export.engine_check import check_engine
-from gptq_awq.export.folder import FolderTensors, read_config, write_folder
+from gptq_awq.export.folder import FolderTensors, read_config, stored, write_tensors
+from gptq_awq.export.layout import (
+    Flat,
+    Layout,
+    Part,
+    WholeTensor,
+    put_together,
+    quantized,
+    replacing_weights,
+    unquantized,
+)
 from gptq_awq.export.mlx_floats import decode_floats, decode_floats_with_mlx, mode_of, pack_floats
+from gptq_awq.export.mlx_layout import Conversion
 from gptq_awq.export.packing import PRODUCER, exactly, pack_words, require_natural_order, unpack_words
+from gptq_awq.export.placement import indices
 from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.signed import SignedGrid
 from gptq_awq.grids.ternary import TernaryGrid
+from gptq_awq.models.carried import carried_names
 from gptq_awq.models.linear import matrix
+from gptq_awq.models.offload import each_tensor
 from gptq_awq.runtime.options import ByteSize, Dtype, checked_dataclass
 from gptq_awq.solvers.rtn import RTN
 
@@ -43,14 +58,8 @@ PARTS = ("weight", "scales", "biases")
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
 DTYPES = ("float16", "bfloat16", "float32")
-LIMIT = 5e-3
-"""Largest mean KL in nats between a model and what mlx-lm computes with weights of 8 bits."""
-
-NAMES: Mapping[str, tuple[str, str]] = {
-    "gpt2": ("transformer.", "model."),  # with the names on the hub mlx-lm would transpose packed weights
-    "gpt_neox": ("lm_head.", "embed_out."),
-}
-"""Model type → prefix of tensor names in transformers, and the prefix that mlx-lm expects instead."""
+LIMIT = 1e-4
+"""Largest mean KL in nats between a model with weights of 8 bits and what mlx-lm computes with them in float32."""
 
 
 @checked_dataclass
@@ -80,13 +89,17 @@ class MLXFormat:
 
     def check_model(self, linears: Sequence[LinearSpec], model: PreTrainedModel, tokenizer: Any) -> list[str]:  # noqa: ARG002
         """Raise UserError for a model that mlx-lm doesn't load, or computes otherwise: it runs one of 8 bits."""
+        layout, names = Conversion.of(model).layout(), [f"{linear.name}.weight" for linear in linears]
+        types = _types(layout, {linear.name: linear.grid for linear in linears})
         with TemporaryDirectory(prefix="mlx-") as path:
 
-            def write() -> None:
-                source = Source(model, None, "", _in_eight_bits(linears, model))
-                replace(self, dtype="float32").write(source, Path(path))
+            def write() -> Mapping[str, QuantizedWeight]:
+                weights = _in_eight_bits(linears, model)
+                replace(self, dtype="float32").write(Source(model, None, "", weights), Path(path))
+                return weights
 
-            return check_engine("mlx", self.name, model, Path(path), write, LIMIT)
+            untried = check_engine("mlx", self.name, model, Path(path), write, LIMIT)
+        return untried + layout.notes(types, names, self.name, "mlx-lm") + _left_out(model)
 
     def _check_dtype(self, grid: Grid) -> None:
         """Raise UserError if the requested dtype can't store the grid's scales and biases exactly."""
@@ -104,19 +117,31 @@ class MLXFormat:
     def write(self, source: Source, folder: Path) -> None:
         """Write the folder. Raises UserError where a parameter overflows the dtype."""
         dtype = torch_dtype(self.stored_dtype(source.weights.values()), "export.mlx.dtype")
-        packed = (
-            (f"{name}.{part}", tensor)
-            for name, weight in source.weights.items()
-            for part, tensor in pack(weight, dtype).items()
+        conversion = Conversion.of(source.model)
+        layout = conversion.layout()
+        types = _types(layout, {name: weight.grid for name, weight in source.weights.items()})
+        weights = {f"{name}.weight": weight for name, weight in source.weights.items()}
+        exact = {name: weights[name].dequantize().cpu() for name in layout.not_as_codes(types, weights)}
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in conversion.tensors(replacing_weights(source.model, exact)):
+                if types.get(name, "F32") != "F32":
+                    yield from _placed(name, layout.parts(name), weights, tensor.shape, dtype)
+                else:
+                    yield name, stored(name, tensor, torch.float32 if name in types else dtype)
+
+        write_tensors(source, folder, tensors(), dtype, None, self.shard)
+        lost = set(layout.lost())
+        computed = {name: value.float().cpu().numpy() for name, value in each_tensor(source.model, lost.__contains__)}
+        computed |= {name: value.numpy() for name, value in exact.items() if name in lost}
+        replace(layout, computed=computed, exact=tuple(exact)).write(folder)
+        first = {name: layout.parts(name)[0].name for name, kind in types.items() if kind != "F32"}
+        quantization = quantization_config(
+            {name.removesuffix(".weight"): weights[of].grid for name, of in first.items()}
         )
-        hf_prefix, mlx_prefix = NAMES.get(source.model.config.model_type, ("", ""))
-        write_folder(
-            source, folder, packed, dtype, None, self.shard, lambda name: _renamed(name, hf_prefix, mlx_prefix)
-        )
-        grids = {_renamed(name, hf_prefix, mlx_prefix): weight.grid for name, weight in source.weights.items()}
-        quantization = quantization_config(grids)
         # mlx-lm reads `quantization`, the hub displays `quantization_config`.
-        config = read_config(folder) | {"quantization": quantization, "quantization_config": quantization}
+        config = {**conversion.config, **read_config(folder)}
+        config |= {"quantization": quantization, "quantization_config": quantization}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     def decoder(self) -> str:
@@ -125,24 +150,61 @@ class MLXFormat:
 
     def decode(self, folder: Path) -> Iterator[Decoded]:
         """Decode every quantized weight, in float32."""
-        config, tensors = read_config(folder), FolderTensors(folder)
-        hf_prefix, mlx_prefix = NAMES.get(config["model_type"], ("", ""))
-        for name in [key.removesuffix(".scales") for key in tensors if key.endswith(".scales")]:
-            sizes = config["quantization"] | config["quantization"].get(name, {})
-            parts = {part: tensors[key] for part in PARTS if (key := f"{name}.{part}") in tensors}
-            codes, weight = _read(parts, sizes)
-            yield Decoded(_renamed(name, mlx_prefix, hf_prefix), codes, weight)
+        layout = Layout.read(folder)
+        yield from quantized(_read_folder(folder, layout), layout)
 
     def plain(self, folder: Path) -> dict[str, Tensor]:
         """Unquantized tensors by their names in transformers."""
-        hf_prefix, mlx_prefix = NAMES.get(read_config(folder)["model_type"], ("", ""))
-        tensors = FolderTensors(folder)
-        quantized = {key.removesuffix(".scales") for key in tensors if key.endswith(".scales")}
-        return {
-            _renamed(name, mlx_prefix, hf_prefix): tensor
-            for name, tensor in tensors.items()
-            if name.rpartition(".")[0] not in quantized or name.endswith(".bias")
-        }
+        layout = Layout.read(folder)
+        return unquantized(_read_folder(folder, layout), layout)
+
+
+def _types(layout: Layout, grids: Mapping[str, Grid]) -> dict[str, str]:
+    """mlx-lm's tensors → bits, group and mode to store them in, or "F32"; `grids`: modules → their grids."""
+    kinds = {f"{name}.weight": " ".join(map(str, _size(grid))) for name, grid in grids.items()}
+    return layout.types(kinds, lambda name, _: layout.numbering.shapes[name][-1], "mlx-lm")
+
+
+def _placed(
+    name: str, parts: Sequence[Part], weights: Mapping[str, QuantizedWeight], shape: torch.Size, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """mlx-lm's tensors of one of its weights: packed rows of the model's weights, where its parts come from."""
+    found: dict[str, Tensor] = {}
+    for part in parts:
+        starts, positions, lengths = (a // shape[-1] for a in (part.starts, part.positions, part.lengths))
+        rows, places = (torch.from_numpy(indices(each, lengths)) for each in (starts, positions))
+        for key, packed in pack(weights[part.name], dtype).items():
+            whole = found.setdefault(key, packed.new_empty(math.prod(shape[:-1]), packed.shape[1]))
+            whole.view(torch.uint8)[places] = packed.view(torch.uint8)[rows]  # of types that torch can't index, too
+    for key, whole in found.items():
+        yield f"{name.removesuffix('weight')}{key}", whole.reshape(*shape[:-1], -1)
+
+
+def _read_folder(folder: Path, layout: Layout) -> Iterator[WholeTensor]:
+    """The model's tensors of a folder, decoded."""
+    sizes, tensors = read_config(folder)["quantization"], FolderTensors(folder)
+    packed = {key.removesuffix(".scales") for key in tensors if key.endswith(".scales")}
+
+    def flat() -> Iterator[Flat]:
+        for key in tensors:
+            name, _, part = key.rpartition(".")
+            if name not in packed or part not in PARTS:
+                yield Flat(key, tensors[key].float().reshape(-1).numpy(), None)
+            elif part == "weight":
+                parts = {part: tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in tensors}
+                rows = {part: tensor.reshape(-1, tensor.shape[-1]) for part, tensor in parts.items()}
+                codes, weight = _read(rows, sizes | sizes.get(name, {}))
+                yield Flat(key, weight.reshape(-1).numpy(), codes.reshape(-1).numpy())
+
+    held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return put_together(flat(), layout, held * 8 // min(BITS))
+
+
+def _left_out(model: PreTrainedModel) -> list[str]:
+    """A sentence on tensors of the model's files that mlx-lm has no place for."""
+    names = sorted(carried_names(model))
+    left = f"mlx: {len(names)} tensors that transformers doesn't load are left out, such as {names[0]}" if names else ""
+    return [left] * bool(left)
 
 
 def _in_eight_bits(linears: Sequence[LinearSpec], model: PreTrainedModel) -> dict[str, QuantizedWeight]:
@@ -205,19 +267,19 @@ def quantization_config(grids: Mapping[str, Grid]) -> dict[str, Any]:
 
     mlx-lm leaves modules without scales in the file unquantized, whatever the settings say.
     """
-    sizes = {name: (grid.group_size, stored_bits(grid), mode_of(grid)) for name, grid in grids.items()}
+    sizes = {name: _size(grid) for name, grid in grids.items()}
     usual = max(set(sizes.values()), key=lambda size: (list(sizes.values()).count(size), size))
     others = {name: _entry(size) for name, size in sizes.items() if size != usual}
     return _entry(usual) | others
 
 
+def _size(grid: Grid) -> tuple[int, int, str]:
+    """Group size, bits and mode of a grid."""
+    return grid.group_size, stored_bits(grid), mode_of(grid)
+
+
 def _entry(size: tuple[int, int, str]) -> dict[str, Any]:
     return {"group_size": size[0], "bits": size[1], "mode": size[2]}
-
-
-def _renamed(name: str, old: str, new: str) -> str:
-    """Replace the prefix `old` of a name by `new`; names without that prefix stay unchanged."""
-    return new + name.removeprefix(old) if old and name.startswith(old) else name
 
 
 def _decode(parts: Mapping[str, Tensor], bits: int, group: int) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from gptq_awq.export.verify import VerificationRecord, decoding
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.grids.mix import llama_grid
 from gptq_awq.models.auto_class import auto_class
+from gptq_awq.models.experts import fused_parameters, unfuse
 from gptq_awq.models.linear import matrix
 from gptq_awq.solvers.rtn import RTN
 
@@ -124,7 +125,9 @@ def _reference_model(folder: Path, format_: Format) -> PreTrainedModel:
         model = auto_class(made).from_config(made, dtype=torch.float32)
     _check_size(model, sum(tensor.numel() for tensor in (plain | decoded).values()), folder)
     model = auto_class(made).from_config(made, dtype=torch.float32).eval()
-    own = {name: parameter for name, parameter in model.state_dict().items()}
+    if any(name.rsplit(".", 2)[0] in fused_parameters(model) for name in decoded):  # one linear for each expert
+        unfuse(model)
+    own = dict(model.state_dict())
     state = {name: t for name, t in plain.items() if name in own and t.shape == own[name].shape} | decoded
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     if state.keys() - own.keys() or own.keys() - state.keys() - tied:  # names of the original checkpoint

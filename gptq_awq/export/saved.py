@@ -55,6 +55,13 @@ class SavedTensors(Mapping[str, Tensor]):
             self._held = group, saved(self._model, dict(self._read(self._groups[group])))
         return self._held[1][name]
 
+    def by_block(self) -> dict[str | None, list[str]]:
+        """Names of the tensors by the block that they are in; None: in none."""
+        found: dict[str | None, list[str]] = {}
+        for name, group in self._group_of.items():
+            found.setdefault(group, []).append(name)
+        return found
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.meta)
 

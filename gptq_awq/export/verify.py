@@ -98,7 +98,7 @@ class VerificationRecord:
         return cls(
             format=format_.name,
             target=f"{type(format_).__module__}.{type(format_).__qualname__}",
-            options=asdict(format_) if is_dataclass(format_) else {},  # pyright: ignore[reportArgumentType]
+            options=names_only(asdict(format_)) if is_dataclass(format_) else {},  # pyright: ignore[reportArgumentType]
             weights=weights,
             files={path.name: file_sha256(path) for path in files},
             tokens=probe.tokens.tolist(),

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 CARD = "README.md"
 MULTIMODAL = ("hf", "compressed_tensors", "gguf")
 """Formats for multimodal models: their configs name every layer that is quantized, or they hold the text part."""
-MIXTURES = ("hf", "gguf", "compressed_tensors")
+MIXTURES = ("hf", "gguf", "compressed_tensors", "mlx")
 """Formats for mixtures of experts."""
 
 

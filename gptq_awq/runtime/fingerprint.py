@@ -39,7 +39,8 @@ COMPUTED_BY = {
     "output curvature": ("gptq_awq.calibration.output_curvature", "gptq_awq.models.load"),
     "written text": ("gptq_awq.calibration.self_calibration", "gptq_awq.models.load"),
     "token ids": ("gptq_awq.data.tokens",),
-    "gguf layout": ("gptq_awq.export.gguf_layout",),
+    "layout": ("gptq_awq.export.gguf_layout", "gptq_awq.export.mlx_layout"),
+    "vocabulary": ("gptq_awq.export.gguf_tokenizer",),
 }
 """Modules that compute what the cache keeps, by its kind."""
 _TOKENIZER_FILES = re.compile(
@@ -167,8 +168,15 @@ def written_sha256(model: Any, model_sha256: str, tokens_sha256: str, writer: An
 
 
 def layout_sha256(config: Mapping[str, Any], shapes: Mapping[str, Any], converter: str) -> str:
-    """Hash that names where llama.cpp's converter puts a model's tensors: of its config and shapes, not its values."""
-    return _computed_sha256("gguf layout", {"config": config, "shapes": shapes, "converter": converter})
+    """Hash that names where a converter puts a model's tensors: of its config and shapes, not its values."""
+    return _computed_sha256("layout", {"config": config, "shapes": shapes, "converter": converter})
+
+
+def vocabulary_sha256(folder: Path, wanted: Mapping[str, Any], given: Any, converter: str, engine: str) -> str:
+    """Hash that names how an engine tokenizes: of a folder's files, the ids that texts should have, and versions."""
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    content = {"files": files, "wanted": wanted, "given": described(given), "converter": converter, "engine": engine}
+    return _computed_sha256("vocabulary", content)
 
 
 def token_ids_sha256(text: str, tokenizer: Any) -> str:

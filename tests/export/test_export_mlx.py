@@ -4,10 +4,10 @@ import copy
 import json
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from helpers.architectures import tiny_architecture
+from helpers.mlx_logits import mlx_logits
 from helpers.quantized_weights import assert_decodes, rounded_source
 from helpers.tiny_models import CONFIGS, tiny_model, tiny_tokens
 
@@ -28,6 +28,14 @@ from gptq_awq.grids.ternary import TernaryGrid
 from gptq_awq.solvers.rtn import RTN
 
 LLAMA = SimpleNamespace(model_type="llama")
+
+
+def known_model(name):
+    """A tiny model that mlx-lm has a class for."""
+    model = tiny_model(name)
+    if name == "gpt-neox":  # mlx-lm has no other MLP than four times as wide
+        model = type(model)(type(model.config)(**model.config.to_dict() | {"intermediate_size": 256})).eval()
+    return model.requires_grad_(False)
 
 
 def rounded(grid, rows=24, columns=256, seed=0):
@@ -84,8 +92,9 @@ def test_packing_then_independent_unpacking_gives_codes_and_weights_bit_for_bit(
 @pytest.mark.parametrize("grid", [AffineGrid(4, 32), IntGrid(3, 32, scale_dtype="float16"), SignedGrid(8, 32)], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox"])
 def test_a_folder_decodes_to_what_was_in_memory(name, grid, tmp_path, monkeypatch):
+    pytest.importorskip("mlx_lm")
     monkeypatch.setattr(mlx_format, "_has_mlx", lambda: False)
-    source = rounded_source(tiny_model(name), grid)
+    source = rounded_source(known_model(name), grid)
     assert_decodes(MLXFormat(), source, tmp_path)
     plain = MLXFormat().plain(tmp_path)
     state = source.model.state_dict()
@@ -168,22 +177,10 @@ def test_a_bias_that_overflows_is_refused_not_rounded():
     assert pack(weight, torch.float32)["biases"][0, 0] == -(2.0**17)
 
 
-def mlx_logits(folder, tokens):
-    mx = pytest.importorskip("mlx.core")
-    load_model = pytest.importorskip("mlx_lm.utils").load_model
-    mx.set_default_device(mx.cpu)
-    model, _ = load_model(folder)
-    model.set_dtype(mx.float32)
-    return torch.from_numpy(np.array(model(mx.array(tokens.numpy()))))
-
-
 @pytest.mark.parametrize("name", [name for name in CONFIGS if "opt" not in name])
 def test_mlx_lm_computes_the_logits_of_the_model_in_memory(name, tmp_path):
     pytest.importorskip("mlx_lm")
-    model = tiny_model(name)
-    if name == "gpt-neox":  # mlx-lm has no other MLP than four times as wide
-        model = type(model)(type(model.config)(**model.config.to_dict() | {"intermediate_size": 256})).eval()
-    source = rounded_source(model.requires_grad_(False), AffineGrid(4, 32))
+    source = rounded_source(known_model(name), AffineGrid(4, 32))
     MLXFormat("float32").write(source, tmp_path)
     tokens = tiny_tokens(2, 24)
     torch.testing.assert_close(mlx_logits(tmp_path, tokens), source.model(tokens).logits, atol=2e-5, rtol=0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as T  # noqa: N812
-from helpers.gguf_models import GEMMA, VARIANTS, bpe, built, exported, fields
+from helpers.gguf_models import GEMMA, VARIANTS, block_types_in, bpe, built, exported, fields
 from helpers.quantized_weights import assert_decodes, rounded_source
 from helpers.tiny_models import GROUPED, MIXTURES, tiny_model, tiny_tokens
 
@@ -18,7 +18,8 @@ from gptq_awq.export.base import LinearSpec, Source
 from gptq_awq.export.engines import answer, compare, find
 from gptq_awq.export.gguf import GGUFFormat
 from gptq_awq.export.gguf_file import read_gguf
-from gptq_awq.export.gguf_layout import LAYOUT, Layout, observe, skeleton
+from gptq_awq.export.gguf_layout import observe, skeleton
+from gptq_awq.export.layout import LAYOUT, Layout
 from gptq_awq.export.reference import reference_model
 from gptq_awq.export.verify import Probe, verify
 from gptq_awq.export.write import Exports
@@ -87,7 +88,7 @@ def test_experts_of_one_tensor_want_one_grid(tmp_path):
     linears = [
         LinearSpec(n, *w.codes.shape, llama_grid("q4_0") if n == name else w.grid) for n, w in source.weights.items()
     ]
-    with pytest.raises(UserError, match=r"one block type for .*down_proj\.\d\.weight \(Q8_0\)"):
+    with pytest.raises(UserError, match=r"llama.cpp has one type for .*down_proj\.\d\.weight \(Q8_0\)"):
         GGUFFormat().check_model(linears, source.model, None)
 
 
@@ -112,9 +113,11 @@ def test_matrices_are_rounded_once_and_vectors_never(plain, tmp_path):
     model = built("llama")
     path = exported(tmp_path, model, plain_dtype=plain)
     dtype = {"F16": torch.float16, "BF16": torch.bfloat16}[plain]
-    for tensor in read_gguf(path, Layout.read(tmp_path)):
+    layout = Layout.read(tmp_path)
+    types = block_types_in(path, layout)
+    for tensor in read_gguf(path, layout):
         weight = model.state_dict()[tensor.name]
-        assert tensor.ggml_type == ("F32" if weight.dim() == 1 else plain)
+        assert types[tensor.name] == ("F32" if weight.dim() == 1 else plain)
         np.testing.assert_array_equal(tensor.weight, weight.to(torch.float32 if weight.dim() == 1 else dtype).float())
 
 

@@ -3,12 +3,11 @@
 import subprocess
 
 import pytest
-from helpers.gguf_models import exported
+from helpers.gguf_models import block_types_in, exported
 
 from gptq_awq.export.engines import find
 from gptq_awq.export.gguf import ggml_type
-from gptq_awq.export.gguf_file import read_gguf
-from gptq_awq.export.gguf_layout import Layout
+from gptq_awq.export.layout import Layout
 from gptq_awq.grids.mix import BASE, LlamaMix
 from gptq_awq.models.load import load_folder
 from gptq_awq.quantization.targets import assign_grids
@@ -29,8 +28,8 @@ def test_mixes_choose_what_llama_quantize_chooses(full, tmp_path, kind):
     path, model = full
     command = [python.parent / "llama-quantize", path, tmp_path / "q.gguf", kind.upper()]
     subprocess.run(command, check=True, capture_output=True)
-    read = read_gguf(tmp_path / "q.gguf", Layout.read(path.parent))
-    theirs = {tensor.name.removesuffix(".weight"): tensor.ggml_type for tensor in read}
+    read = block_types_in(tmp_path / "q.gguf", Layout.read(path.parent))
+    theirs = {name.removesuffix(".weight"): kind for name, kind in read.items()}
     ours = {name: ggml_type(grid) for name, grid in assign_grids(model, LlamaMix(kind)).items()}
     assert ours == {name: theirs[name] for name in ours}
     assert {name for name, dtype in theirs.items() if dtype != "F32"} == set(ours)

@@ -1,15 +1,17 @@
 """Tokenizers of GGUF files: llama.cpp gives transformers' ids, or the export is refused; Modelfiles for Ollama."""
 
+import json
 from functools import partial
 
 import pytest
 import torch
 import transformers as T  # noqa: N812
 from helpers.gguf_models import bpe, built, exported, fields, pieces
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from gptq_awq.errors import UserError
+from gptq_awq.export import gguf_tokenizer
 from gptq_awq.export.engines import find, tokenize
 from gptq_awq.export.gguf import GGUFFormat
 from gptq_awq.export.gguf_tokenizer import TEXTS
@@ -129,3 +131,34 @@ def test_a_tokenizer_that_llama_cpp_has_no_kind_for_is_refused(tiny_folder):
     model = T.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     with pytest.raises(UserError, match=r"export\.formats=gguf"):
         GGUFFormat().check_model([], model, T.AutoTokenizer.from_pretrained(tiny_folder))
+
+
+@pytest.mark.usefixtures("llama_cpp")
+@pytest.mark.parametrize("special", [True, False])
+def test_added_tokens_without_a_role_are_tokens_in_llama_cpp_too(special, tmp_path):
+    content = json.loads(pieces("never").backend_tokenizer.to_str())
+    for token in content["added_tokens"]:
+        token["special"] = special or token["content"] != "<s>"
+    made = Tokenizer.from_str(json.dumps(content))
+    tokenizer = T.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="</s>")
+    assert checked(tokenizer) == []
+    kinds = fields(exported(tmp_path, built("llama", len(tokenizer)), tokenizer))["tokenizer.ggml.token_type"]
+    assert kinds[tokenizer.convert_tokens_to_ids("<s>")] == (3 if special else 4)
+
+
+@pytest.mark.usefixtures("llama_cpp")
+def test_llama_cpp_is_asked_once_for_a_tokenizer(monkeypatch, tmp_path):
+    monkeypatch.setattr(gguf_tokenizer, "cache_dir", lambda: tmp_path / "cache")
+    tokenizer, asked = pieces("first"), []
+    monkeypatch.setattr(gguf_tokenizer, "tokenize", lambda *given: asked.append(1) or tokenize(*given))
+    said = checked(tokenizer)
+    before = len(asked)
+    assert before
+    first = fields(exported(tmp_path, built("llama", len(tokenizer)), tokenizer))
+    assert (checked(tokenizer), len(asked)) == (said, before)
+    (note,) = (tmp_path / "cache" / "vocabularies").iterdir()
+    note.write_text("{}")
+    assert (checked(tokenizer), len(asked)) == (said, 2 * before), "a damaged note is asked for again"
+    assert fields(exported(tmp_path, built("llama", len(tokenizer)), tokenizer)) == first
+    checked(pieces("never"))
+    assert len(asked) > 2 * before

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from helpers.hub_uploads import Uploads
 from helpers.paths import ROOT
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -20,9 +21,10 @@ Repos = dict[str, dict[str, bytes]]
 
 
 @contextmanager
-def fake_hub(repos: Repos) -> Iterator[str]:
-    """Serve `repos`; yields the endpoint."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"repos": repos}))
+def fake_hub(repos: Repos, **state: object) -> Iterator[str]:
+    """Serve `repos`, which clients may change; yields the endpoint. `state`: attributes of Uploads."""
+    state = {"private": set(), "stored": {}, "token": "a token", "messages": {}} | state | {"repos": repos}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), state))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
@@ -31,21 +33,21 @@ def fake_hub(repos: Repos) -> Iterator[str]:
         server.server_close()
 
 
-def run_against(endpoint: str, script: str, folder: Path) -> str:
+def run_against(endpoint: str, script: str, folder: Path, **settings: str) -> str:
     """Output of a Python script whose hub is `endpoint` and whose caches lie in `folder`.
 
     In a process of its own, as the hub's clients read their settings when they are imported.
     """
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf")}
-    environment |= {"GPTQ_AWQ_CACHE": str(folder / "own")}
+    environment |= {"GPTQ_AWQ_CACHE": str(folder / "own"), **settings}
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Uploads, BaseHTTPRequestHandler):
     repos: Repos
     protocol_version = "HTTP/1.1"
 
@@ -56,9 +58,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.uploads(unquote(urlsplit(self.path).path).strip("/"), sent):
+            return
+        body = sent.decode()
         fields = json.loads(body) if body.startswith("{") else parse_qs(body)
         self.answer(fields.get("paths"))
+
+    def do_PUT(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        self.stored[self.path.rpartition("/")[2]] = content
+        self.send(b"")
 
     def do_GET(self) -> None:
         self.answer(None)
@@ -72,10 +82,12 @@ class _Handler(BaseHTTPRequestHandler):
         if repo is None:
             return self.send(b"{}", 404, {"X-Error-Code": "RepoNotFound"})
         verb, _, rest = path.removeprefix(repo).strip("/").partition("/")
-        files = self.repos[repo]
+        revision = rest.partition("/")[0]
+        files = self.repos.get(f"{repo}@{revision}", self.repos[repo])
         if is_api and verb in ("", "revision"):
             siblings = [{"rfilename": name} for name in files]
-            return self.send_json({"id": repo.removeprefix("datasets/"), "sha": COMMIT, "siblings": siblings})
+            found = {"id": repo.removeprefix("datasets/"), "sha": COMMIT, "siblings": siblings}
+            return self.send_json(found | {"private": repo in self.private})
         if is_api and verb == "paths-info":
             return self.send_json([_entry(name, files) for name in files if name in (wanted or ())])
         if is_api and verb == "tree":
@@ -95,8 +107,8 @@ class _Handler(BaseHTTPRequestHandler):
         headers["Content-Range"] = f"bytes {first}-{end}/{len(content)}"
         return self.send(content[int(first) : end + 1], 206, headers)
 
-    def send_json(self, value: object) -> None:
-        self.send(json.dumps(value).encode(), 200, {"Content-Type": "application/json"})
+    def send_json(self, value: object, status: int = 200) -> None:
+        self.send(json.dumps(value).encode(), status, {"Content-Type": "application/json"})
 
     def send(self, content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)

@@ -130,3 +130,9 @@ def exported(folder, model, tokenizer=None, weights=None, **options):
 def fields(path):
     """The metadata of a GGUF file."""
     return {key: field.contents() for key, field in GGUFReader(path).fields.items()}
+
+
+def block_types_in(path, layout):
+    """The model's tensors in a GGUF file → type that llama.cpp stores them in."""
+    read = GGUFReader(path).tensors
+    return {part.name: tensor.tensor_type.name for tensor in read for part in layout.parts(tensor.name)}

@@ -51,6 +51,7 @@ class Case:
     writer: SelfCalibration = SelfCalibration()  # noqa: RUF009 (frozen)
     curvature: OutputCurvature = OutputCurvature()  # noqa: RUF009 (frozen)
     text: str = "the cat sees"
+    folder: Path = Path()
 
     def names(self) -> dict[str, str]:
         """The name of each kind of thing that is kept."""
@@ -70,7 +71,8 @@ class Case:
                 *of, self.tokens, self.curvature, self.dtype, self.transforms
             ),
             "written text": fingerprint.written_sha256(*of, self.tokens, self.writer, self.dtype),
-            "gguf layout": fingerprint.layout_sha256(self.model.config.to_dict(), {}, "converter"),
+            "layout": fingerprint.layout_sha256(self.model.config.to_dict(), {}, "converter"),
+            "vocabulary": fingerprint.vocabulary_sha256(self.folder, {self.text: [1]}, None, "converter", "engine"),
             "token ids": fingerprint.token_ids_sha256(self.text, self.tokenizer),
         }
 
@@ -78,12 +80,13 @@ class Case:
 OF_MODEL = {"observations", "baseline", "floor", "answers", "sensitivities", "output curvature", "written text"}
 OF_TOKENS = OF_MODEL - {"answers"}
 ALL = OF_MODEL | {"token ids"}
-LAYOUT = {"gguf layout"}
+LAYOUT = {"layout", "vocabulary"}
 
 
 @pytest.fixture
 def case(tmp_path):
-    return Case(tiny_model("llama"), AutoTokenizer.from_pretrained(save_tiny_folder(tmp_path / "model")))
+    folder = save_tiny_folder(tmp_path / "model")
+    return Case(tiny_model("llama"), AutoTokenizer.from_pretrained(folder), folder=folder)
 
 
 def changed(before: Case, after: Case) -> set[str]:
@@ -115,7 +118,7 @@ def changed(before: Case, after: Case) -> set[str]:
         ({"writer": SelfCalibration(temperature=0.5)}, {"written text"}),
         ({"curvature": OutputCurvature(draws=2)}, {"output curvature"}),
         ({"curvature": OutputCurvature(tile=8, damping=0.1)}, set()),
-        ({"text": "the dog sees"}, {"token ids"}),
+        ({"text": "the dog sees"}, {"token ids", "vocabulary"}),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",  # a set's order differs between processes
 )

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.gguf_file import read_gguf
-from gptq_awq.export.gguf_layout import Layout
+from gptq_awq.export.layout import Layout
 from gptq_awq.export.placement import Numbering, Runs
 from gptq_awq.models.gguf_claims import checked_gguf
 from gptq_awq.storage.bounded import read_bytes, read_json, read_yaml

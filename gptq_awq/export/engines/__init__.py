@@ -8,8 +8,20 @@ from gptq_awq.export.engines.run import (
     FormatSupport,
     answer,
     compare,
+    engine_version,
     find,
     tokenize,
 )
 
-__all__ = ["ENGINES", "Comparison", "Engine", "EngineAnswer", "FormatSupport", "answer", "compare", "find", "tokenize"]
+__all__ = [
+    "ENGINES",
+    "Comparison",
+    "Engine",
+    "EngineAnswer",
+    "FormatSupport",
+    "answer",
+    "compare",
+    "engine_version",
+    "find",
+    "tokenize",
+]

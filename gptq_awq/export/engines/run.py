@@ -17,6 +17,7 @@ import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,12 @@ def find(name: str, format_name: str | None = None) -> Path | None:
     return Path(sys.executable) if all(importlib.util.find_spec(module) for module in modules) else None
 
 
+def engine_version(name: str) -> str:
+    """Version of an installed engine: its environment's record, or else that of the package installed here."""
+    record = engines_folder() / name / RECORD
+    return record.read_text() if record.is_file() else version(name)
+
+
 def answer(
     name: str,
     path: Path,
@@ -204,10 +211,10 @@ def answer(
         command = [python, "-I", program, path.resolve(), folder, dtype or _support(name, format_name).dtype]
         _run(name, path, [str(part) for part in command], timeout)
         logits = torch.from_numpy(np.load(folder / "logits.npy"))[..., :vocab]
-        version = (folder / "version.txt").read_text()
+        found = (folder / "version.txt").read_text()
     if not logits.isfinite().all():
-        raise UserError(f"{name} {version} computes NaN or infinite logits from {path}: try another dtype")
-    return EngineAnswer(logits, name, version, time.monotonic() - started)
+        raise UserError(f"{name} {found} computes NaN or infinite logits from {path}: try another dtype")
+    return EngineAnswer(logits, name, found, time.monotonic() - started)
 
 
 def tokenize(

@@ -1,0 +1,169 @@
+"""Where mlx-lm puts every tensor of a model: its own class of the model is asked, with tensors of numbered elements.
+
+mlx-lm's `sanitize` turns a published checkpoint's tensors into those of its class: experts are stacked, fused matrices
+split, some tensors computed (norms + 1). Blocks are given to it one after the other; all other tensors are NaN then,
+which nothing evaluates: MLX computes what is asked for only.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gptq_awq.errors import UserError
+from gptq_awq.export.folder import read_config, write_config
+from gptq_awq.export.layout import Layout, digits_of, kept_layout, numbered
+from gptq_awq.export.saved import Read, SavedTensors
+from gptq_awq.models.experts import experts_in
+from gptq_awq.runtime.fingerprint import layout_sha256
+
+log = logging.getLogger(__name__)
+NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
+"""The block that a tensor is in, by its name in mlx-lm."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """mlx-lm's conversion of one model.
+
+    Attributes:
+        model: model that is converted.
+        config: its config.json.
+    """
+
+    model: PreTrainedModel
+    config: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Conversion":
+        """The conversion of a model. Raises UserError where mlx-lm isn't installed."""
+        if importlib.util.find_spec("mlx_lm") is None:
+            raise UserError(
+                "export.formats=mlx: mlx-lm says where tensors go, and it is not installed here: pip install mlx-lm, "
+                "on Linux also 'mlx[cpu]'"
+            )
+        with TemporaryDirectory(prefix="mlx-") as path:
+            write_config(model, Path(path), torch.float32, None)
+            config = read_config(Path(path))
+        with _refusing(model):
+            _, options = _classes(config)
+        wanted = [
+            name for name, option in inspect.signature(options).parameters.items() if option.default is option.empty
+        ]
+        return cls(model, {name: _option(model, name) for name in wanted} | config)
+
+    def layout(self) -> Layout:
+        """Where the model's tensors go; kept in the cache. Raises UserError for a model that mlx-lm doesn't know."""
+        name = layout_sha256(self.config, numbered(self.model)[0].shapes, f"mlx-lm {version('mlx-lm')}")
+        return kept_layout(name, self._observed)
+
+    def tensors(self, read: Read) -> Iterator[tuple[str, Tensor]]:
+        """mlx-lm's tensors of a model whose tensors `read` gives, block by block, in float32 where they are floats.
+
+        Raises:
+            UserError: a model that mlx-lm doesn't know, or whose blocks it doesn't convert one by one.
+        """
+        import mlx.core as mx  # pyright: ignore[reportMissingImports]
+
+        held = SavedTensors(self.model, read)
+        nothing = {name: mx.broadcast_to(mx.array(float("nan")), tensor.shape) for name, tensor in held.meta.items()}
+        for block, names in held.by_block().items():
+            given = {name: mx.array(_as_numpy(held[name])) for name in names}
+            for name, array in self._converted(nothing | given).items():
+                if ((found := NUMBER.search(name)) and found[1]) == block:
+                    yield name, _checked(name, np.array(array))
+
+    def _observed(self) -> Layout:
+        """The layout, by having mlx-lm convert tensors of numbered elements."""
+        numbering, flipped = numbered(self.model)
+        passes = [self.tensors(digits_of(numbering, flipped, number)) for number in range(numbering.passes)]
+        runs = {}
+        for each in zip(*passes, strict=True):
+            runs[each[0][0]] = numbering.runs([tensor.numpy() for _, tensor in each])
+        return Layout(numbering, {name: found for name, found in runs.items() if found is not None}, flipped=flipped)
+
+    def _converted(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """The tensors as mlx-lm names them, which must be those that its class has.
+
+        Some classes know other spellings of a checkpoint only; which one, is tried.
+        """
+
+        def convert(given: dict[str, Any]) -> dict[str, Any]:
+            made, options = _classes(self.config)
+            theirs = made(options.from_dict(dict(self.config)))  # sanitize may change it; weights aren't computed
+            found = theirs.sanitize(given) if hasattr(theirs, "sanitize") else given
+            theirs.load_weights(list(found.items()), strict=True)
+            return found
+
+        spelled = [
+            dict(map(spelling, tensors, tensors.values())) for spelling in (self._bare, self._experts_as_weights)
+        ]
+        with _refusing(self.model):
+            try:
+                return convert(dict(tensors))
+            except ValueError:
+                for other in spelled:
+                    with suppress(ValueError):
+                        return convert(other)
+                raise
+
+    def _bare(self, name: str, array: Any) -> tuple[str, Any]:
+        """A tensor under its name in a checkpoint without a head, which has no prefix of the decoder."""
+        return name.removeprefix(f"{self.model.base_model_prefix}."), array
+
+    def _experts_as_weights(self, name: str, array: Any) -> tuple[str, Any]:
+        """Experts in one tensor as the weight (experts, out, in) of a module of that name."""
+        experts = experts_in(self.model).get(name)
+        if experts is None:
+            return name, array
+        return f"{name}.weight", array.swapaxes(1, 2) if experts.transposed else array
+
+
+def _classes(config: Mapping[str, Any]) -> Any:
+    """mlx-lm's class of a model, and that of its options."""
+    return importlib.import_module("mlx_lm.utils")._get_classes(dict(config))
+
+
+def _option(model: PreTrainedModel, name: str) -> Any:
+    """An option that mlx-lm wants stated: published configs have what transformers' classes compute or leave out."""
+    config = model.config
+    found = getattr(config, name, None)
+    return config.hidden_size // config.num_attention_heads if name == "head_dim" and found is None else found
+
+
+@contextmanager
+def _refusing(model: PreTrainedModel) -> Iterator[None]:
+    """Context manager that turns whatever mlx-lm raises into a UserError with its words."""
+    try:
+        yield
+    except Exception as error:  # of what a class lacks, or of tensors that it has no place for
+        log.debug("mlx-lm failed", exc_info=True)
+        raise UserError(
+            f"export.formats=mlx: mlx refuses this {type(model).__name__} ({type(error).__name__}: "
+            f"{' '.join(str(error).split()):.200}); choose another format, such as hf"
+        ) from error
+
+
+def _as_numpy(tensor: Tensor) -> np.ndarray:
+    """A tensor's values; floats in float32, as numpy has no bfloat16."""
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def _checked(name: str, array: np.ndarray) -> Tensor:
+    """A converted tensor. Raises UserError for one that is of several blocks, or of none."""
+    if np.isnan(array).any():
+        raise UserError(f"export.formats=mlx: mlx-lm computes {name} from several blocks; choose another format")
+    return torch.from_numpy(array)

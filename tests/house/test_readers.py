@@ -1,0 +1,36 @@
+"""docs/export.md's table of readers is what benchmarks/readers.py found."""
+
+import importlib
+import json
+
+import pytest
+from helpers.paths import ROOT
+
+
+@pytest.fixture
+def readers(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("readers")
+
+
+def test_the_table_is_that_of_the_stored_findings(readers):
+    page = readers.PAGE.read_text()
+    assert page == readers.written(page, json.loads(readers.STORE.read_text())), (
+        "benchmarks/readers.py --write makes it"
+    )
+
+
+def test_a_finding_is_counted_once_and_by_what_it_says(readers):
+    same, other = {"kl": 1e-9, "mixture": True}, {"kl": 1.0, "mixture": False}
+    refused, failed = {"refused": "mlx has no such", "mixture": True}, {"failed": "Error"}
+    findings = {
+        "a": {"mlx": same},
+        "b": {"mlx": other},
+        "c": {"mlx": refused},
+        "d": {"mlx": failed},
+        "e": {"gguf": same},
+    }
+    lines = readers.table({"versions": {"transformers": "5"}, "found": findings}).splitlines()
+    assert "| `mlx` | mlx-lm | 4 | 1 | 1 | 1 | 1 | 1 |" in lines
+    assert "- `mlx`: a" in lines
+    assert "- `gguf`: e" in lines
