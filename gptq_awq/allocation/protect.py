@@ -19,7 +19,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.grids.protected import ProtectedGrid
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import matrix
-from gptq_awq.models.offload import offloaded
+from gptq_awq.models.offload import check_in_memory
 from gptq_awq.quantization.targets import assign_grids, block_places
 from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.solvers.rtn import RTN
@@ -78,11 +78,7 @@ class _Unit:
 
 def check_protectable(model: nn.Module) -> None:
     """Raise UserError for a model whose gradients can't be computed, as it is offloaded."""
-    if offloaded(model):
-        raise UserError(
-            "protect=auto: gradients go through the whole model, which is offloaded from disk; give protect a list of "
-            "patterns, or stream=false and a memory_budget that the model fits into"
-        )
+    check_in_memory(model, "protect=auto: gradients go through", "give protect a list of patterns")
 
 
 def protected(

@@ -38,7 +38,7 @@ from gptq_awq.grids.allocated import BudgetedGrid
 from gptq_awq.grids.base import Grid, Place
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import Site, matrix
-from gptq_awq.models.offload import offloaded, read_ahead, resident
+from gptq_awq.models.offload import check_in_memory, read_ahead, resident
 from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.numerics.linalg import NotPositiveDefiniteError
 from gptq_awq.quantization.targets import all_places
@@ -129,11 +129,8 @@ def check_offloaded(model: nn.Module, grid: BudgetedGrid) -> None:
     Raises:
         UserError: naming the option.
     """
-    if grid.sensitivity == "fisher" and offloaded(model):
-        raise UserError(
-            "grid.sensitivity=fisher: gradients go through the whole model, which is offloaded from disk; choose "
-            "grid.sensitivity=error, or stream=false and a memory_budget that the model fits into"
-        )
+    if grid.sensitivity == "fisher":
+        check_in_memory(model, "grid.sensitivity=fisher: gradients go through", "choose grid.sensitivity=error")
 
 
 class Measure:

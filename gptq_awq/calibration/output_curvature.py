@@ -19,7 +19,7 @@ from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.linear import is_linear, matrix
-from gptq_awq.models.offload import offloaded
+from gptq_awq.models.offload import check_in_memory
 from gptq_awq.runtime.options import NonNegative, PositiveInt, Seed, checked_dataclass
 from gptq_awq.runtime.progress import Track, no_track
 from gptq_awq.storage.checksummed import ChecksummedFile, once
@@ -45,11 +45,7 @@ class OutputCurvature:
 
     def check(self, model: Any) -> None:
         """Raise UserError where the model is offloaded: gradients go through the whole of it."""
-        if offloaded(model):
-            raise UserError(
-                "method.output_curvature: gradients go through the whole model, which is offloaded from disk; set it "
-                "to null, or memory_budget to what the model fits into"
-            )
+        check_in_memory(model, "method.output_curvature: gradients go through", "set it to null")
 
     def gather(
         self, model: Any, tokens: TokenSet, dtype: torch.dtype, track: Track = no_track

@@ -24,7 +24,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from gptq_awq.data.tokens import TokenSet, make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import head_size, key_value_heads, text_config
-from gptq_awq.models.offload import offloaded
+from gptq_awq.models.offload import check_in_memory
 from gptq_awq.numerics.sampling import sampled
 from gptq_awq.runtime.options import PositiveFloat, PositiveInt, Seed, checked_dataclass
 from gptq_awq.runtime.progress import Track, no_track
@@ -53,11 +53,7 @@ class SelfCalibration:
 
     def check(self, model: Any, tokens: TokenSet) -> None:
         """Raise UserError where the model cannot generate text, or the calibration windows are too short or padded."""
-        if offloaded(model):
-            raise UserError(
-                "method.self_calibration: writing takes the whole model at every token, and it is offloaded from disk; "
-                "set it to null, or memory_budget to what the model fits into"
-            )
+        check_in_memory(model, "method.self_calibration: every token written takes", "set it to null")
         if not model.can_generate():
             raise UserError(f"method.self_calibration: {type(model).__name__} can't generate; set it to null")
         if tokens.mask is not None:

@@ -165,8 +165,7 @@ def _grid(cfg: DictConfig) -> GridChoice:
     if protect is None:
         return grid
     if isinstance(grid, BudgetedGrid):
-        label = getattr(grid, "label", "allocated")
-        raise UserError(f"protect: grid={label} spends its budget where rounding costs most; leave protect out")
+        raise UserError("protect: a grid with a budget spends it where rounding costs most; leave protect out")
     return ProtectedGrid(grid, protect if protect == AUTO else tuple(protect), cfg.protect_share)
 
 

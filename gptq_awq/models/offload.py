@@ -15,6 +15,8 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from gptq_awq.errors import UserError
+
 Read = Callable[[], Iterable[tuple[str, Tensor]]]
 """Reader of parameters: yields names and tensors one by one, so that only one is in memory twice."""
 
@@ -152,3 +154,21 @@ def read_ahead(module: nn.Module) -> None:
 def offloaded(model: nn.Module) -> bool:
     """Whether any of the model's modules is offloaded."""
     return any(residence(module) is not None for module in model.modules())
+
+
+def check_in_memory(model: nn.Module, use: str, instead: str) -> None:
+    """Refuse what takes the whole model at once, for a model that is offloaded.
+
+    Args:
+        model: the model.
+        use: the option and what it does, up to "the whole model".
+        instead: what to choose.
+
+    Raises:
+        UserError: naming both.
+    """
+    if offloaded(model):
+        raise UserError(
+            f"{use} the whole model, which is offloaded from disk block by block; {instead}, or stream=false and a "
+            "memory_budget that the model fits into"
+        )

@@ -38,7 +38,7 @@ from gptq_awq.models.carried import mark_changed
 from gptq_awq.models.experts import unfuse
 from gptq_awq.models.left import mark_left
 from gptq_awq.models.linear import KEPT
-from gptq_awq.models.offload import offloaded, read_ahead, resident
+from gptq_awq.models.offload import check_in_memory, offloaded, read_ahead, resident
 from gptq_awq.models.shared_inputs import linears_by_input
 from gptq_awq.numerics.distributed import Ranks
 from gptq_awq.numerics.dtypes import resolve_compute_dtype
@@ -128,8 +128,7 @@ def quantize(
         ValueError: an offloaded model without a journal.
     """
     match_torch()
-    if offloaded(model):
-        _check_blockwise(method, progress)
+    _check_blockwise(model, method, progress)
     check_ranks(method, settings.ranks)
     if method.solver is None:
         if method.cast is not None:
@@ -271,7 +270,7 @@ def _check_tunings(method: Method, grids: set[Grid]) -> None:
             tuning.check(grid)
 
 
-def _check_blockwise(method: Method, progress: Journal | None) -> None:
+def _check_blockwise(model: nn.Module, method: Method, progress: Journal | None) -> None:
     """Refuse a method that needs a whole model in memory, for a model that is offloaded block by block.
 
     Raises:
@@ -281,11 +280,8 @@ def _check_blockwise(method: Method, progress: Journal | None) -> None:
     whole = [*(each.name for each in method.model_transforms), *(each.name for each in method.model_tunings)]
     whole += [f"method.cast={method.cast}"] if method.cast else []
     if whole:
-        raise UserError(
-            f"method={method.name}: {whole[0]} works on the whole model, which is offloaded from disk block by block; "
-            "choose a method without it, or a memory_budget that the model fits into"
-        )
-    if progress is None:
+        check_in_memory(model, f"method={method.name}: {whole[0]} works on", "choose a method without it")
+    if progress is None and offloaded(model):
         raise ValueError("an offloaded model needs a journal: its finished blocks go there")
 
 

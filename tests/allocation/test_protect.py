@@ -98,7 +98,7 @@ def test_a_run_stores_what_auto_protected_and_goes_by_it(cli, tiny, tmp_path):
 def test_a_grid_with_a_budget_protects_nothing(cli, tiny, tmp_path):
     done = cli("method=rtn", "grid=mixed", "protect=auto", *tiny, f"out={tmp_path / 'out'}")
     assert done.returncode == 2
-    assert "spends its budget where rounding costs most" in " ".join(done.stderr.split())
+    assert "a grid with a budget spends it where rounding costs most" in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize("format_", [GPTQFormat(), CompressedTensorsFormat()], ids=lambda made: made.name)
