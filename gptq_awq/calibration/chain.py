@@ -20,6 +20,7 @@ from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import BlockCalls, Call, find_blocks, hidden_of, hooks, take, update_error
 from gptq_awq.models.offload import offloaded
+from gptq_awq.models.steady import check_unchanged, versions
 from gptq_awq.models.walk import Walk
 
 log = logging.getLogger(__name__)
@@ -40,13 +41,16 @@ def check_chain(model: nn.Module, tokens: TokenSet | None, calibrates: bool) -> 
         calibrates: whether the method looks at data. For one that doesn't, a chain that breaks is logged only.
 
     Raises:
-        UserError: naming the first block that differs.
+        UserError: naming the first block that differs, or a weight that the forward changes.
     """
     name = type(model).__name__
     if offloaded(model):
         log.info("chain check: skipped, as the weights of %s are read from disk for each forward", name)
         return
-    if (alone := why_not_alone(model, tokens)) is None:
+    before = versions(model)
+    alone = why_not_alone(model, tokens)
+    check_unchanged(model, before)
+    if alone is None:
         return
     within = _broken_by(lambda: _compare_walk(model, *_probe(model, tokens)), name)
     if within is None:

@@ -36,6 +36,7 @@ from gptq_awq.models.experts import compute_eagerly, unfuse
 from gptq_awq.models.left import mark_left
 from gptq_awq.models.linear import widest
 from gptq_awq.models.load import LoadedModel
+from gptq_awq.models.steady import keep_weights
 from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.quantization.embeddings import free_head
 from gptq_awq.quantization.footprint import Footprint
@@ -101,6 +102,7 @@ def load(plan: Plan) -> RunContext:
     room = plan.settings.ranks.from_first(lambda: plan.room)  # all stream the model, or none
     loaded = plan.model.load(dtype=plan.dtype, device=str(plan.device), room=room)
     compute_eagerly(loaded.model)
+    keep_weights(loaded.model)
     if plan.method.solver is not None or plan.act.label is not None:
         unfuse(loaded.model)
     if plan.method.solver is not None:

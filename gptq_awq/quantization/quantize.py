@@ -40,6 +40,7 @@ from gptq_awq.models.left import mark_left
 from gptq_awq.models.linear import KEPT
 from gptq_awq.models.offload import check_in_memory, offloaded, read_ahead, resident
 from gptq_awq.models.shared_inputs import linears_by_input
+from gptq_awq.models.steady import keep_weights
 from gptq_awq.numerics.distributed import Ranks
 from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.quantization.block import BlockStep
@@ -82,6 +83,7 @@ def examine(model: nn.Module, tokens: TokenSet | None, method: Method, grid: Gri
 
 def prepare(model: nn.Module, method: Method, grid: GridChoice) -> None:
     """Make a model's fused experts linears, and mark what a method leaves: routers, and what no token passes."""
+    keep_weights(model)
     unfuse(model)
     mark_left(model, needs_calibration(method, grid))
 
