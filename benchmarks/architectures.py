@@ -1,4 +1,4 @@
-"""What is quantized of every architecture of transformers: a tiny random model of each, every method and format.
+"""Census of all architectures of transformers: what works for a tiny random model of each, every method and format.
 
     python benchmarks/architectures.py [--out FOLDER] [--only NAME,NAME] [--command] [--write]
 
@@ -235,7 +235,7 @@ def by_command(name: str, tell: Tell, scratch: Path) -> None:
 
 
 def forked(work: Callable[[str, Tell, Path], None], name: str) -> Found:
-    """What `work` tells, even if it dies or takes too long; in a process of its own."""
+    """Facts that `work` tells, even if it dies or takes too long; in a process of its own."""
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
         os.close(reader)
@@ -277,7 +277,7 @@ def census(names: list[str], store: Path, command: bool) -> dict[str, Found]:
 
 
 def counts(found: Mapping[str, Found]) -> dict[str, int]:
-    """How many architectures each thing works for."""
+    """Numbers of architectures that each thing works for."""
     built = [seen for seen in found.values() if seen.get("built") == "ok"]
     numbers = {column: sum(seen.get(column) == "ok" for seen in built) for column in COLUMNS}
     wrong = sum("calibrated on other inputs" in str(seen.get("inputs")) for seen in built)
