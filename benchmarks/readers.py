@@ -44,7 +44,8 @@ from gptq_awq.grids.affine import AffineGrid  # noqa: E402
 from gptq_awq.grids.base import Grid  # noqa: E402
 from gptq_awq.grids.integer import IntGrid  # noqa: E402
 from gptq_awq.models.blocks import find_blocks  # noqa: E402
-from gptq_awq.models.experts import experts_in, fused_parameters  # noqa: E402
+from gptq_awq.models.expert_layouts import fused_parameters  # noqa: E402
+from gptq_awq.models.experts import experts_in  # noqa: E402
 
 STORE = ROOT / "benchmarks" / "results" / "readers.json"
 PAGE = ROOT / "docs" / "export.md"

@@ -15,9 +15,9 @@ from gptq_awq.data.tokens import TokenSet, make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.models.blocks import find_blocks, heads_of
-from gptq_awq.models.experts import unfuse
 from gptq_awq.models.left import mark_left
 from gptq_awq.models.linear import Site, matrix
+from gptq_awq.models.unfuse import unfuse
 from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.quantization.quantize import Settings
 

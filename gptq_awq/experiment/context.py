@@ -32,11 +32,11 @@ from gptq_awq.grids.protected import ProtectedGrid
 from gptq_awq.models.activations import check_activations
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.embeddings import untie
-from gptq_awq.models.experts import compute_eagerly, unfuse
 from gptq_awq.models.left import mark_left
 from gptq_awq.models.linear import widest
 from gptq_awq.models.load import LoadedModel
 from gptq_awq.models.steady import keep_weights
+from gptq_awq.models.unfuse import compute_eagerly, unfuse
 from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.quantization.embeddings import free_head
 from gptq_awq.quantization.footprint import Footprint

@@ -19,9 +19,9 @@ from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
 from gptq_awq.export.folder import FolderTensors, read_config, write_folder
 from gptq_awq.models.auto_class import auto_class
-from gptq_awq.models.experts import unfuse
 from gptq_awq.models.offload import each_tensor
 from gptq_awq.models.offloaded_model import open_offloaded
+from gptq_awq.models.unfuse import unfuse
 from gptq_awq.runtime.options import ByteSize, Dtype, checked_dataclass
 
 QUANTIZED = "gptq_awq_quantized"

@@ -185,7 +185,7 @@ def conv1d_weights(model: PreTrainedModel) -> set[str]:
 def numbered(model: PreTrainedModel) -> tuple[Numbering, frozenset[str]]:
     """Numbers of the elements of a model's tensors, matrices as (out, in), and the names of those held as (in, out)."""
     flipped = frozenset(conv1d_weights(model))
-    shapes = {name: s[::-1] if name in flipped else s for name, s in state_shapes(model).items()}
+    shapes = {name: s[::-1] if name in flipped else s for name, s in sorted(state_shapes(model).items())}
     return Numbering.of(shapes), flipped
 
 

@@ -26,8 +26,9 @@ from gptq_awq.export.verify import VerificationRecord, decoding
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.grids.mix import llama_grid
 from gptq_awq.models.auto_class import auto_class
-from gptq_awq.models.experts import fused_parameters, unfuse
+from gptq_awq.models.expert_layouts import fused_parameters
 from gptq_awq.models.linear import matrix
+from gptq_awq.models.unfuse import unfuse
 from gptq_awq.solvers.rtn import RTN
 
 TIMES = 5.0

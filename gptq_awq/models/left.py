@@ -6,7 +6,7 @@ What isn't passed    text passes it by (cross-attention of a decoder without its
                      its weight without calling it (Mamba's dt_proj), so that nothing calibrates it. Experts that those
                      few tokens miss are no such linears. A method without calibration rounds them.
 
-Routers are found beside their experts (`models.experts`).
+Routers are found beside their experts (`models.unfuse`).
 """
 
 from collections.abc import Iterator, Sequence

@@ -35,12 +35,12 @@ from gptq_awq.grids.base import Grid, GridChoice
 from gptq_awq.kernels.threads import match_torch
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.carried import mark_changed
-from gptq_awq.models.experts import unfuse
 from gptq_awq.models.left import mark_left
 from gptq_awq.models.linear import KEPT
 from gptq_awq.models.offload import check_in_memory, offloaded, read_ahead, resident
 from gptq_awq.models.shared_inputs import linears_by_input
 from gptq_awq.models.steady import keep_weights
+from gptq_awq.models.unfuse import unfuse
 from gptq_awq.numerics.distributed import Ranks
 from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.quantization.block import BlockStep

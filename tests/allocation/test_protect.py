@@ -17,8 +17,8 @@ from gptq_awq.export.compressed_tensors import CompressedTensorsFormat
 from gptq_awq.export.gptq import GPTQFormat
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.protected import ProtectedGrid
-from gptq_awq.models.experts import unfuse
 from gptq_awq.models.linear import KEPT
+from gptq_awq.models.unfuse import unfuse
 
 VALUES = ["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"]
 

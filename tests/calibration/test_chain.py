@@ -17,7 +17,7 @@ from gptq_awq.calibration.chain import check_chain
 from gptq_awq.calibration.moments import MomentsSum
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
-from gptq_awq.models.experts import unfuse
+from gptq_awq.models.unfuse import unfuse
 from gptq_awq.quantization.quantize import quantize
 from gptq_awq.storage.journal import Journal
 

@@ -39,7 +39,7 @@ from gptq_awq.export.verify import Probe, verify
 from gptq_awq.export.write import Exports
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.per_layer import PerLayerGrid
-from gptq_awq.models.experts import unfuse
+from gptq_awq.models.unfuse import unfuse
 from gptq_awq.runtime.progress import no_track
 
 LLAMA = LlamaConfig()

@@ -24,7 +24,7 @@ from gptq_awq.export.reference import reference_model
 from gptq_awq.export.verify import Probe, verify
 from gptq_awq.export.write import Exports
 from gptq_awq.grids.mix import llama_grid
-from gptq_awq.models.experts import unfuse
+from gptq_awq.models.unfuse import unfuse
 from gptq_awq.runtime.progress import no_track
 
 pytestmark = pytest.mark.usefixtures("converter")

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from gptq_awq import quantize_model
 from gptq_awq.export.folder import FolderTensors
 from gptq_awq.models.carried import carried, carried_names
-from gptq_awq.models.experts import unfuse
 from gptq_awq.models.load import load_folder
+from gptq_awq.models.unfuse import unfuse
 
 
 def opened(folder):

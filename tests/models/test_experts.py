@@ -22,9 +22,10 @@ from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.models.blocks import BlockCalls, find_blocks
 from gptq_awq.models.expert_layouts import Layout
-from gptq_awq.models.experts import Experts, experts_in, fuse, unfuse
+from gptq_awq.models.experts import Experts, experts_in, fuse
 from gptq_awq.models.linear import matrix
 from gptq_awq.models.topology import observe_sites, relative_error
+from gptq_awq.models.unfuse import unfuse
 from gptq_awq.numerics.linalg import quadratic
 from gptq_awq.quantization.method import Method
 from gptq_awq.solvers.gptq import GPTQ

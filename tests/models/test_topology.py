@@ -9,9 +9,9 @@ from helpers.tiny_models import CONFIGS, tiny_model, tiny_tokens
 from torch import nn
 
 from gptq_awq.models.blocks import BlockCalls, Call, find_blocks
-from gptq_awq.models.experts import unfuse
 from gptq_awq.models.linear import is_linear
 from gptq_awq.models.topology import absorb, observe_sites, relative_error
+from gptq_awq.models.unfuse import unfuse
 
 
 def sites_of(model, index=0):

@@ -12,7 +12,7 @@ from gptq_awq import quantize_model
 from gptq_awq.api import load_method
 from gptq_awq.grids.mix import LlamaMix
 from gptq_awq.models.expert_layouts import fused_parameters
-from gptq_awq.models.experts import unfuse
+from gptq_awq.models.unfuse import unfuse
 from gptq_awq.quantization.coverage import coverage_of
 from gptq_awq.quantization.quantize import examine
 from gptq_awq.quantization.targets import assign_grids

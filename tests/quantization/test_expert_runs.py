@@ -22,8 +22,9 @@ from gptq_awq.export.folder import Shards
 from gptq_awq.export.gptq import GPTQFormat
 from gptq_awq.export.hf import HFFormat
 from gptq_awq.export.write import Exports
-from gptq_awq.models.experts import fuse, unfuse
+from gptq_awq.models.experts import fuse
 from gptq_awq.models.offloaded_model import open_offloaded
+from gptq_awq.models.unfuse import unfuse
 from gptq_awq.quantization.codes import Codes
 from gptq_awq.quantization.method import Method
 from gptq_awq.quantization.quantize import Settings, quantize

@@ -16,7 +16,7 @@ from gptq_awq.calibration.output_curvature import OutputCurvature
 from gptq_awq.calibration.self_calibration import SelfCalibration
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.grids.allocated import AllocatedGrid
-from gptq_awq.models.experts import unfuse
+from gptq_awq.models.unfuse import unfuse
 from gptq_awq.runtime import fingerprint, source
 from gptq_awq.runtime.fingerprint import described
 from gptq_awq.runtime.source import PACKAGES, Code
