@@ -82,7 +82,7 @@ class Conversion:
         nothing = {name: mx.broadcast_to(mx.array(float("nan")), tensor.shape) for name, tensor in held.meta.items()}
         for block, names in held.by_block().items():
             given = {name: mx.array(_as_numpy(held[name])) for name in names}
-            for name, array in self._converted(nothing | given).items():
+            for name, array in sorted(self._converted(nothing | given).items()):
                 if ((found := NUMBER.search(name)) and found[1]) == block:
                     yield name, _checked(name, np.array(array))
 

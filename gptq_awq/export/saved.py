@@ -56,11 +56,11 @@ class SavedTensors(Mapping[str, Tensor]):
         return self._held[1][name]
 
     def by_block(self) -> dict[str | None, list[str]]:
-        """Names of the tensors, sorted, by the block that they are in; None: in none."""
+        """Names of the tensors by the block that they are in; None: in none."""
         found: dict[str | None, list[str]] = {}
         for name, group in self._group_of.items():
             found.setdefault(group, []).append(name)
-        return {group: sorted(names) for group, names in found.items()}
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.meta)
