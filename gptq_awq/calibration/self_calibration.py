@@ -53,7 +53,7 @@ class SelfCalibration:
 
     def check(self, model: Any, tokens: TokenSet) -> None:
         """Raise UserError where the model cannot generate text, or the calibration windows are too short or padded."""
-        check_in_memory(model, "method.self_calibration: every token written takes", "set it to null")
+        check_in_memory(model, "method.self_calibration: writing takes", "set it to null")
         if not model.can_generate():
             raise UserError(f"method.self_calibration: {type(model).__name__} can't generate; set it to null")
         if tokens.mask is not None:
