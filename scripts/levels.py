@@ -16,6 +16,8 @@ from pathlib import Path
 from gptq_awq.report import distinguishable
 from gptq_awq.results import Result
 
+LEFT = ("name", "method", "")
+"""Columns of words."""
 RUN = Path(__file__).resolve().parent.parent / "run.py"
 
 
@@ -98,12 +100,12 @@ def level(row: Row, result: Result) -> dict[str, str]:
     }
 
 
-def table(levels: Sequence[Mapping[str, str]]) -> str:
-    """Levels as a Markdown table, which has the columns of the first."""
-    names = list(levels[0])
-    rules = [":---" if name in ("name", "") else "---:" for name in names]
-    rows = [names, rules, *([found[name] for name in names] for found in levels)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Cells by their columns as a Markdown table, which has the columns of the first row."""
+    names = list(rows[0])
+    rules = [":---" if name in LEFT else "---:" for name in names]
+    lines = [names, rules, *([row[name] for name in names] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -39,29 +39,24 @@ def stored(name: str) -> Any:
 
 def results_table(found: Mapping[str, Any]) -> str:
     """The table of methods at 16, 4 and 3 bits."""
-    head = ["method", "bits", "bits/weight", "size", PPL, f"Δ {PPL} [95%]", KL, TOP1]
     rows = [run for run in found["runs"] if run["bits"] in SHOWN_BITS and KL in run["metrics"]]
     rows.sort(key=lambda run: (-run["bits"], run["metrics"][PPL]))
-    lines = [_line(head), _line([":---"] + ["---:"] * (len(head) - 1))]
-    for run in rows:
-        metrics = run["metrics"]
-        cells = [_marked(number(metrics[name]), run["marks"].get(name)) for name in (PPL, KL, TOP1)]
-        name = run["method"] + ("" if run["grid"] in (None, "int") else f", {run['grid']}")
-        change = difference(metrics, PPL) or "0"
-        lines.append(
-            _line(
-                [
-                    name,
-                    run["bits"],
-                    number(run["bits_per_weight"]),
-                    f"{run['size_mb']:.1f} MB",
-                    cells[0],
-                    change,
-                    *cells[1:],
-                ]
-            )
-        )
-    return "\n".join(lines)
+    return levels.table([_cells(run) for run in rows])
+
+
+def _cells(run: Mapping[str, Any]) -> dict[str, str]:
+    metrics = run["metrics"]
+    marked = {name: _marked(number(metrics[name]), run["marks"].get(name)) for name in (PPL, KL, TOP1)}
+    return {
+        "method": run["method"] + ("" if run["grid"] in (None, "int") else f", {run['grid']}"),
+        "bits": str(run["bits"]),
+        "bits/weight": number(run["bits_per_weight"]),
+        "size": f"{run['size_mb']:.1f} MB",
+        PPL: marked[PPL],
+        f"Δ {PPL} [95%]": difference(metrics, PPL) or "0",
+        KL: marked[KL],
+        TOP1: marked[TOP1],
+    }
 
 
 def speed_line(found: Mapping[str, Any]) -> str:
@@ -148,10 +143,6 @@ def write(name: str, content: Any) -> None:
 
 def _marked(text: str, mark: str | None) -> str:
     return f"**{text}**" if mark == "best" else f"{text} ≈" if mark == "ties" else text
-
-
-def _line(cells: Sequence[Any]) -> str:
-    return f"| {' | '.join(str(cell) for cell in cells)} |"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from gptq_awq.cache.leftovers import clear_leftovers, leftovers
 from gptq_awq.errors import UserError
+from gptq_awq.runtime.commands import exit_code
 from gptq_awq.storage.assets import cache_dir
 from gptq_awq.storage.pins import delete_unpinned
 
@@ -147,17 +148,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     clearing.add_argument("kinds", nargs="*", metavar="KIND", help=f"one of {', '.join(KINDS)}; default: {_default()}")
     clearing.add_argument("--older", type=float, default=0, metavar="DAYS", help="only entries unused for so long")
     options = parser.parse_args(argv)
-    try:
-        if options.command == "list":
-            Console(width=None if sys.stdout.isatty() else 120).print(_listed())
-        else:
-            dropped = clear(options.kinds or _default().split(), options.older)
-            clear_leftovers()
-            sys.stdout.write(f"deleted {len(dropped)} entries, {sum(e.size_bytes for e in dropped) / 1e6:.1f} MB\n")
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+    return exit_code(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.command == "list":
+        Console(width=None if sys.stdout.isatty() else 120).print(_listed())
+    else:
+        dropped = clear(options.kinds or _default().split(), options.older)
+        clear_leftovers()
+        sys.stdout.write(f"deleted {len(dropped)} entries, {sum(e.size_bytes for e in dropped) / 1e6:.1f} MB\n")
 
 
 def _default() -> str:

@@ -6,13 +6,13 @@
 Both read the first comment of each yaml in configs, so a preset of one's own is in them as soon as its file is there.
 """
 
-import argparse
 import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from gptq_awq.runtime.commands import described_parser
 from gptq_awq.runtime.configs import CONFIGS
 
 KINDS = {
@@ -97,9 +97,7 @@ def _names(group: str) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ls`; returns 0, or 2 for a kind that there isn't."""
-    description, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(prog="gptq-awq ls", description=description, epilog=rest)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = described_parser("gptq-awq ls", __doc__)
     parser.add_argument("kind", nargs="?", choices=tuple(KINDS), help="what to list; nothing: the kinds")
     kind = parser.parse_args(arguments).kind
     if kind is None:

@@ -9,6 +9,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.export.engines import ENGINES, find
 from gptq_awq.export.reference import judge_engine
 from gptq_awq.export.verify import VerificationRecord, verify
+from gptq_awq.runtime.commands import exit_code
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,11 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"also run it in this engine: {', '.join(ENGINES)}, or all that are installed (may be repeated)",
     )
     options = parser.parse_args(arguments)
-    try:
-        return _verify(options.folder, options.engine)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    return exit_code(lambda: _verify(options.folder, options.engine))
 
 
 def _verify(folder: Path, engines: list[str]) -> int:

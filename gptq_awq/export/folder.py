@@ -231,7 +231,7 @@ def _read_alike(cls: type[PreTrainedConfig], config: dict[str, Any], more: dict[
     for name in (name for name, value in more.items() if name not in config or config[name] != value):
         try:
             again = read(found | {name: more[name]})
-        except Exception:
+        except Exception:  # of an option that its class refuses, which is left out
             continue
         if all(_holds(again.get(key), value) for key, value in expected.items() if key != name):
             found = found | {name: more[name]}

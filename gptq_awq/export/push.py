@@ -16,6 +16,7 @@ from typing import Any
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.verify import CARD, RECORD, VerificationRecord, verify
+from gptq_awq.runtime.commands import described_parser, exit_code
 from gptq_awq.storage.assets import hub_reachable
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
@@ -26,9 +27,7 @@ FILES_OF_THEIR_OWN = ("gguf", "imatrix")
 
 def parser() -> argparse.ArgumentParser:
     """Parser of the options of `gptq-awq push`."""
-    description, _, rest = (__doc__ or "").partition("\n")
-    options = argparse.ArgumentParser(prog="gptq-awq push", description=description, epilog=rest)
-    options.formatter_class = argparse.RawDescriptionHelpFormatter
+    options = described_parser("gptq-awq push", __doc__)
     options.add_argument("folder", type=Path, metavar="FOLDER", help="OUT/checkpoints/FORMAT")
     options.add_argument("repo", metavar="REPO", help="ORG/NAME, or NAME for one of your own; made if there is none")
     options.add_argument("--private", action="store_true", help="a new repository that only its owners see")
@@ -42,11 +41,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, 1 where the hub can't be reached, or 2 with one line on stderr for a mistake."""
     options = parser().parse_args(arguments)
-    try:
-        return push(options)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    return exit_code(lambda: push(options))
 
 
 def push(options: argparse.Namespace) -> int:

@@ -34,10 +34,7 @@ class SavedTensors(Mapping[str, Tensor]):
 
     def __init__(self, model: PreTrainedModel, read: Read) -> None:
         self._model, self._read, self.config = model, read, model.config
-        self._groups: dict[str | None, list[str]] = {}
-        block = blocks_by_name(model)
-        for name in state_shapes(model):
-            self._groups.setdefault(block(name), []).append(name)
+        self._groups = _names_by_block(model)
         state = model.state_dict(keep_vars=True)
         self.meta: dict[str, Tensor] = {}
         """Tensors without data, by name: their shapes and dtypes."""
@@ -130,11 +127,7 @@ def saved_weights(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight]
         UserError: the checkpoint keeps a weight in one tensor with others, or not as whole rows of it.
     """
     found: dict[str, QuantizedWeight] = {}
-    groups: dict[str | None, list[str]] = {}
-    block = blocks_by_name(model)
-    for name in state_shapes(model):
-        groups.setdefault(block(name), []).append(name)
-    for names in groups.values():
+    for names in _names_by_block(model).values():
         found |= _saved_in_group(model, names, weights)
     return found
 
@@ -168,6 +161,15 @@ def _saved_in_group(
             f"export.formats: checkpoints of {type(model).__name__} keep {min(left)} in one tensor with others, which "
             "this format has no place for; choose export.formats=[hf]"
         )
+    return found
+
+
+def _names_by_block(model: PreTrainedModel) -> dict[str | None, list[str]]:
+    """Names of a model's tensors by the block that they are in; None: in none."""
+    found: dict[str | None, list[str]] = {}
+    block = blocks_by_name(model)
+    for name in state_shapes(model):
+        found.setdefault(block(name), []).append(name)
     return found
 
 

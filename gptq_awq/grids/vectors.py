@@ -71,7 +71,7 @@ class Codebook:
     """Entries of a vector type.
 
     Attributes:
-        entries: (K, v) magnitudes.
+        magnitudes: (v, K) of the entries.
         levels: (L,) the different magnitudes, ascending.
         indices: (K, v) each magnitude's index among the levels.
         middles: (L - 1,) middles between levels.
@@ -79,11 +79,16 @@ class Codebook:
             level is the most significant digit; the nearest first.
     """
 
-    entries: Float[np.ndarray, "entries columns"]
+    magnitudes: Float[np.ndarray, "columns entries"]
     levels: Float[np.ndarray, "levels"]
     indices: Int[np.ndarray, "entries columns"]
     middles: Float[np.ndarray, "gaps"]
     near: Int[np.ndarray, "points candidates"]
+
+    @property
+    def entries(self) -> Float[np.ndarray, "entries columns"]:
+        """The entries' magnitudes."""
+        return self.magnitudes.T
 
 
 @lru_cache
@@ -97,7 +102,7 @@ def codebook(name: str) -> Codebook:
     points = levels[np.indices((len(levels),) * entries.shape[1]).reshape(entries.shape[1], -1).T]
     distances = (points**2).sum(1, keepdims=True) - 2 * points @ entries.T + (entries**2).sum(1)  # whole numbers: exact
     near = np.argsort(distances, 1, kind="stable")[:, : CANDIDATES[entries.shape[1]]].astype(np.uint32)
-    return Codebook(entries, levels, indices, (levels[1:] + levels[:-1]) / 2, np.ascontiguousarray(near))
+    return Codebook(entries.T.copy(), levels, indices, (levels[1:] + levels[:-1]) / 2, np.ascontiguousarray(near))
 
 
 @checked_dataclass
@@ -234,7 +239,7 @@ class VectorGrid(SearchedGrid):
             own,
             factor,
             scales,
-            book.entries.T.copy(),
+            book.magnitudes,
             book.indices,
             book.middles,
             book.near,

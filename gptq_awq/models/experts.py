@@ -8,7 +8,6 @@ product with it calls the linear, so hooks fire, and everything that looks for l
 dimensions (DBRX) holds its experts one below the other, and its forward views it as three.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ from torch import Tensor, nn
 
 from gptq_awq.errors import UserError
 from gptq_awq.models.expert_layouts import Layout, product_of
-
-log = logging.getLogger(__name__)
 
 
 class Experts(nn.ModuleList):

@@ -56,13 +56,13 @@ def _unfuse_all(model: nn.Module, prefix: str, blocks: nn.ModuleList, pending: S
     for index, block, hidden, call in _entered(model, blocks, ids, dict(pending)):
         kinds = {name: _kind(block, name) for name in fused_parameters(block)}
         if all(kind in known for kind in kinds.values()):
-            unfuse_block(block, {name: found for name, kind in kinds.items() if (found := known[kind]) is not None})
+            unfuse_block(block, _known(kinds, known))
             continue
         with resident(block):
             expected = call.run(block, hidden)
             seen = observe_layout(block, hidden, call)
             known = dict.fromkeys(kinds.values()) | known | {kinds[name]: layout for name, layout in seen.items()}
-            unfuse_block(block, {name: found for name, kind in kinds.items() if (found := known[kind]) is not None})
+            unfuse_block(block, _known(kinds, known))
             _check_same(call.run(block, hidden), expected, hidden, f"{prefix}.{index}")
 
 
@@ -117,6 +117,11 @@ def compute_eagerly(model: nn.Module) -> None:
         return
     if any(each not in (None, "eager") for each in model.get_experts_implementation().values()):
         model.set_experts_implementation("eager")
+
+
+def _known(kinds: Mapping[str, Kind], layouts: Mapping[Kind, Layout | None]) -> dict[str, Layout]:
+    """Layouts of those parameters that are experts."""
+    return {name: layout for name, kind in kinds.items() if (layout := layouts[kind]) is not None}
 
 
 def _kind(block: nn.Module, name: str) -> Kind:

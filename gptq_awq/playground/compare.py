@@ -25,6 +25,7 @@ from gptq_awq.playground.opening import StoredRun
 from gptq_awq.report import make_report, records
 from gptq_awq.report.samples import RunSamples, markdown, table
 from gptq_awq.results import FILE_NAME, load
+from gptq_awq.runtime.commands import described_parser, exit_code
 from gptq_awq.runtime.progress import Track, rich_track
 
 
@@ -39,9 +40,7 @@ class Options:
 
 def parser() -> argparse.ArgumentParser:
     """Parser of the options of `gptq-awq compare`."""
-    description, _, rest = (__doc__ or "").partition("\n")
-    options = argparse.ArgumentParser(prog="gptq-awq compare", description=description, epilog=rest)
-    options.formatter_class = argparse.RawDescriptionHelpFormatter
+    options = described_parser("gptq-awq compare", __doc__)
     options.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs, or of sweeps")
     options.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line, or .jsonl with a field prompt")
     options.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="a prompt (may be repeated)")
@@ -55,12 +54,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, or 2 with one line on stderr for a user's mistake."""
     options = parser().parse_args(argv)
-    try:
-        _main(options)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+    return exit_code(lambda: _main(options))
 
 
 def _main(options: argparse.Namespace) -> None:

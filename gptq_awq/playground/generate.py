@@ -19,14 +19,13 @@ from gptq_awq.errors import UserError
 from gptq_awq.evaluation.samples.continuation import Sampling, write
 from gptq_awq.evaluation.samples.prompts import Prompt
 from gptq_awq.playground.opening import open_model
+from gptq_awq.runtime.commands import described_parser, exit_code
 from gptq_awq.runtime.progress import rich_track
 
 
 def parser() -> argparse.ArgumentParser:
     """Parser of the options of `gptq-awq generate`."""
-    description, _, rest = (__doc__ or "").partition("\n")
-    options = argparse.ArgumentParser(prog="gptq-awq generate", description=description, epilog=rest)
-    options.formatter_class = argparse.RawDescriptionHelpFormatter
+    options = described_parser("gptq-awq generate", __doc__)
     options.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run's folder, a checkpoint or a model")
     options.add_argument("--prompt", metavar="TEXT", action="append", help="to go on from (may be repeated)")
     options.add_argument("--tokens", type=int, default=128, metavar="N", help="write at most N tokens (default: 128)")
@@ -43,23 +42,21 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, or 2 with one line on stderr for a user's mistake."""
     options = parser().parse_args(argv)
-    console = Console(stderr=True)
-    try:
-        sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed, options.tokens)
-        prompts = [Prompt(text, not options.plain) for text in options.prompt or _from_input()]
-        with rich_track(console) as track:
-            opened = open_model(options.path, track, _say, options.full, options.trust)
-        _say(opened.name)
-        for prompt in prompts:
-            if len(prompts) > 1:
-                sys.stdout.write(f"> {prompt.text}\n")
-            with opened.computing():
-                write(opened.model, opened.tokenizer, prompt, sampling, _stream)
-            sys.stdout.write("\n")
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+    return exit_code(lambda: _generate(options))
+
+
+def _generate(options: argparse.Namespace) -> None:
+    sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed, options.tokens)
+    prompts = [Prompt(text, not options.plain) for text in options.prompt or _from_input()]
+    with rich_track(Console(stderr=True)) as track:
+        opened = open_model(options.path, track, _say, options.full, options.trust)
+    _say(opened.name)
+    for prompt in prompts:
+        if len(prompts) > 1:
+            sys.stdout.write(f"> {prompt.text}\n")
+        with opened.computing():
+            write(opened.model, opened.tokenizer, prompt, sampling, _stream)
+        sys.stdout.write("\n")
 
 
 def _from_input() -> list[str]:

@@ -33,6 +33,7 @@ from gptq_awq.models.activations import quantized_activations
 from gptq_awq.quantization.quantize import quantize
 from gptq_awq.quantization.targets import changes_output
 from gptq_awq.results import FILE_NAME, Result
+from gptq_awq.runtime.commands import described_parser, exit_code
 from gptq_awq.runtime.configs import CONFIGS
 from gptq_awq.runtime.declarations import targets_in
 from gptq_awq.runtime.progress import Track, rich_track
@@ -260,20 +261,18 @@ def _short(value: Any) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0 for identical, 1 for different, 2 for a run that can't be replayed."""
-    description, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(prog="python -m gptq_awq.replay", description=description, epilog=rest)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = described_parser("python -m gptq_awq.replay", __doc__)
     parser.add_argument("run_dir", type=Path, help="the folder of a finished run")
     parser.add_argument("--scores", action="store_true", help="score the model too, and compare every metric")
     parser.add_argument("--device", help="another device than the stored run's")
     parser.add_argument("--trust", action="store_true", help="allow code of others that its config names")
     options = parser.parse_args(argv)
-    try:
-        with rich_track(Console(stderr=True)) as track:
-            done = replay(options.run_dir, track, options.scores, options.device, options.trust)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    return exit_code(lambda: _replayed(options))
+
+
+def _replayed(options: argparse.Namespace) -> int:
+    with rich_track(Console(stderr=True)) as track:
+        done = replay(options.run_dir, track, options.scores, options.device, options.trust)
     for line in done.circumstances:
         sys.stdout.write(f"not as it was: {line}\n")
     if done.difference is None:
