@@ -6,7 +6,8 @@
 A recipe is a list of the command line's options. The text is cut in two: calibration windows are drawn from its first
 half, by the seed, and KL is measured on windows of its second half, so a benchmark's test text stays unread. The
 change from the first recipe is paired: the same windows, the mean over seeds and windows, and twice its standard error.
-Times are in forwards of the calibration text.
+Times are in forwards of the calibration text. A folder without a tokenizer is one of small_model.py's, whose tokens are
+bytes.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from gptq_awq import quantize_model
 from gptq_awq.evaluation.divergence import token_kl
@@ -49,6 +51,16 @@ def recipe(options: str, bits: int, group_size: int) -> tuple[Method, Grid]:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         composed = compose("config", overrides=[*options.split(), f"bits={bits}", f"group_size={group_size}"])
     return tuple(instantiate(node, _convert_="all") for node in (composed.method, composed.grid))  # pyright: ignore
+
+
+def model_and_tokens(folder: str | None, text: str) -> tuple[Any, Int[Tensor, "tokens"]]:
+    """The full-precision model and a text's tokens, which are its bytes where the folder has no tokenizer."""
+    if folder and not list(Path(folder).glob("tokenizer*")):
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        return model, torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+    source = LocalModel(path=folder) if folder else AssetModel(name="smollm2", asset="smollm2-135m")
+    loaded = source.load("float32", "cpu")
+    return loaded.model, loaded.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
 
 
 def windows(ids: Int[Tensor, "tokens"], count: int, length: int, seed: int | None) -> Int[Tensor, "count length"]:
@@ -98,10 +110,7 @@ def main() -> None:
     parser.add_argument("--characters", type=int, default=1_400_000, help="of the text that are read")
     parser.add_argument("--json", help="file that rows are appended to")
     options = parser.parse_args()
-    source = LocalModel(path=options.model) if options.model else AssetModel(name="smollm2", asset="smollm2-135m")
-    loaded = source.load("float32", "cpu")
-    text = Path(options.text).read_text(encoding="utf-8")[: options.characters]
-    ids = loaded.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    full, ids = model_and_tokens(options.model, Path(options.text).read_text(encoding="utf-8")[: options.characters])
     first, second = ids[: len(ids) // 2], ids[len(ids) // 2 :]
     held_out = windows(second, options.held_out, options.seqlen, None)
     print("| bits | recipe | KL | change, ± 2 SE | perplexity | forwards |\n|---:|:---|---:|---:|---:|---:|")
@@ -109,14 +118,14 @@ def main() -> None:
         found: dict[str, list[Outcome]] = {each: [] for each in options.recipes}
         for seed in options.seeds:
             calibration = windows(first, options.samples, options.seqlen, seed)
-            unit = seconds_of_a_forward(loaded.model, calibration)
+            unit = seconds_of_a_forward(full, calibration)
             for each in options.recipes:
                 method, grid = recipe(each, bits, options.group_size)
-                model = copy.deepcopy(loaded.model)
+                model = copy.deepcopy(full)
                 started = time.perf_counter()
                 quantize_model(model, calibration, method, bits, options.group_size, grid=grid)
                 taken = (time.perf_counter() - started) / unit
-                found[each].append(Outcome(*compared(model, loaded.model, held_out), taken))
+                found[each].append(Outcome(*compared(model, full, held_out), taken))
                 print(f"{bits} bits, seed {seed}, {each}: {found[each][-1].kl.mean():.4f}", file=sys.stderr, flush=True)
         for each, outcomes in found.items():
             show(bits, each, outcomes, found[options.recipes[0]], options.json)

@@ -1,9 +1,11 @@
-"""A small Llama whose widths are multiples of 256, trained on bytes of a text: what llama.cpp's blocks of 256 need.
+"""Two small models trained on bytes of a text, for benchmarks that a published model doesn't fit or is not enough for.
 
-    python benchmarks/small_model.py --text FILE --out DIR [--minutes 15]
+    python benchmarks/small_model.py --text FILE --out DIR [--shape llama] [--minutes 15]
 
-Widths 256 and 512, 3 layers, 8 heads, 256 tokens, one per byte; AdamW with a linear decay over the given time. It has
-no tokenizer: benchmarks feed it bytes.
+Widths 256 and 512 (1024), 3 layers, 8 heads, 256 tokens, one per byte; AdamW with a linear decay over the given time.
+`llama` has rotary positions, grouped queries, RMSNorm and SwiGLU, and all its widths are multiples of 256, which
+llama.cpp's blocks need; `gpt2` has learned positions, LayerNorm, biases and GELU. They have no tokenizer: benchmarks
+feed them bytes.
 """
 
 import argparse
@@ -11,24 +13,28 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from gptq_awq.data.tokens import TokenSet, make_token_set
 
 SEQLEN, BATCH, RATE = 128, 6, 2e-3
 
 
-def config() -> LlamaConfig:
-    """Shape of the model."""
-    return LlamaConfig(
-        vocab_size=256,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
+def untrained(shape: str) -> PreTrainedModel:
+    """A model of one of the two shapes, initialised at random."""
+    if shape == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(vocab_size=256, n_embd=256, n_layer=3, n_head=8, n_positions=1024))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=256,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=3,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=1024,
+            tie_word_embeddings=False,
+        )
     )
 
 
@@ -45,10 +51,10 @@ def windows(text: Path, seqlen: int, count: int, first: int = 0) -> TokenSet:
     return make_token_set(text.name, ids, None, str(text))
 
 
-def train(text: Path, minutes: float) -> LlamaForCausalLM:
-    """Train the model on random windows of a text for the given time."""
+def train(text: Path, minutes: float, shape: str = "llama") -> PreTrainedModel:
+    """Train a model on random windows of a text for the given time."""
     torch.manual_seed(0)
-    model, data = LlamaForCausalLM(config()), bytes_of(text)
+    model, data = untrained(shape).train(), bytes_of(text)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
     started, step = time.monotonic(), 0
     while (spent := (time.monotonic() - started) / 60 / minutes) < 1:
@@ -72,9 +78,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shape", choices=["llama", "gpt2"], default="llama")
     parser.add_argument("--minutes", type=float, default=15.0)
     args = parser.parse_args()
-    train(args.text, args.minutes).save_pretrained(args.out)
+    train(args.text, args.minutes, args.shape).save_pretrained(args.out)
 
 
 if __name__ == "__main__":

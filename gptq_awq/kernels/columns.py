@@ -114,7 +114,7 @@ def sweep_columns(w, u, scale, zero, max_code, kind, levels, first, codes, error
     for index in numba.prange(stacks * tiles):
         stack, tile = index // tiles, index % tiles
         x = np.zeros((block, LANES), np.float32)
-        _load(w[stack], tile, x)
+        load(w[stack], tile, x)
         _sweep_tile(
             tile,
             x,
@@ -135,7 +135,7 @@ def sweep_columns(w, u, scale, zero, max_code, kind, levels, first, codes, error
 
 
 @numba.njit(inline="always")
-def _load(w, tile, x):  # pragma: no cover (compiled)
+def load(w, tile, x):  # pragma: no cover (compiled)
     """Transpose the tile's LANES rows of w (rows, cols) into x (cols, LANES)."""
     start, count = tile * LANES, min(LANES, len(w) - tile * LANES)
     for r in range(count):
@@ -203,7 +203,7 @@ def _best_range_tile(tile, w, scale, zero, max_code, kind, levels, hessian, best
     code, error = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     least = np.full(LANES, np.float32(np.inf))
     best[start : start + count] = 0
-    _load(w, tile, x)
+    load(w, tile, x)
     for c in range(scale.shape[1]):
         for r in range(count):
             s[r], z[r] = scale[start + r, c], zero[start + r, c]

@@ -13,7 +13,7 @@ choices by comparisons of floats into no vector registers.
 import numba
 import numpy as np
 
-from gptq_awq.kernels.columns import LANES, _load
+from gptq_awq.kernels.columns import LANES, load
 
 UNIT = 8
 """Columns that share a parity of signs."""
@@ -241,7 +241,7 @@ def _sweep_tile(
     y, m, value = np.empty((v, LANES), np.float32), np.empty((v, LANES), np.float32), np.empty((v, LANES), np.float32)
     near, keys = np.empty((table.shape[1], LANES), np.uint32), np.empty((2, LANES), np.int32)
     entry, odd, parity = np.empty(LANES, np.uint32), np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
-    _load(w, tile, x)
+    load(w, tile, x)
     for a in range(0, block, v):
         part = u[a : a + v, a : a + v]
         s[:count] = scale[start : start + count, a]

@@ -61,13 +61,24 @@ def inverse_choleskys(
     factors = hessians[0].new_empty(len(hessians), n, n)
     for factor, hessian, order in zip(factors, hessians, orders, strict=True):
         backwards = (torch.arange(n, device=hessian.device) if order is None else order).flip(0)
-        diagonal = torch.where(hessian.diagonal() == 0, 1.0, hessian.diagonal())
         reordered(hessian, backwards, factor)
-        factor.diagonal().copy_(diagonal[backwards] + damping * diagonal.mean())
+        factor.diagonal().copy_(_damped_diagonal(hessian, damping)[backwards])
     # A single matrix is not passed as a stack: its products are faster than batched ones.
     failed = _invert_factor(factors if len(factors) > 1 else factors[0])
     fine = (failed == 0) & torch.isfinite(factors.sum((1, 2)))
     return [_reversed(factor) if good else None for factor, good in zip(factors, fine.tolist(), strict=True)]
+
+
+def damped(hessian: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
+    """H + λ mean(diag H) I as `inverse_cholesky` factors it, in memory of its own."""
+    out = hessian.clone()
+    out.diagonal().copy_(_damped_diagonal(hessian, damping))
+    return out
+
+
+def _damped_diagonal(hessian: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n"]:
+    diagonal = torch.where(hessian.diagonal() == 0, 1.0, hessian.diagonal())
+    return diagonal + damping * diagonal.mean()
 
 
 def reordered(

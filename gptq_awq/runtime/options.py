@@ -26,6 +26,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.runtime.declarations import Built, Declared, declared_by, targets_in
 
 PositiveInt = Annotated[int, Ge(1)]
+NonNegativeInt = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]

@@ -11,7 +11,7 @@ Updates inside a block of `block_size` columns are immediate, those beyond it ar
 the last lazy update left them: the original code's choice, so that results equal its own.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,14 +21,16 @@ from torch import Tensor
 
 from gptq_awq.calibration.moments import Factor, Moments, factor_together
 from gptq_awq.grids.arithmetic import KINDS, Params, in_numbers
-from gptq_awq.grids.base import Fitted, Grid, QuantizedWeight, concat_stores, fit_all, group_of_columns, row_parts
+from gptq_awq.grids.base import Grid, QuantizedWeight, group_of_columns, row_parts
 from gptq_awq.grids.vectors import VectorGrid
 from gptq_awq.kernels import gpu
 from gptq_awq.kernels.columns import sweep_columns
-from gptq_awq.numerics.linalg import NotPositiveDefiniteError, reordered
-from gptq_awq.runtime.options import NonNegative, PositiveInt, checked_dataclass
+from gptq_awq.numerics.linalg import NotPositiveDefiniteError, damped, reordered
+from gptq_awq.runtime.options import NonNegative, NonNegativeInt, PositiveInt, checked_dataclass
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.solvers.base import Solution, Solver
+from gptq_awq.solvers.groups import Groups
+from gptq_awq.solvers.refine import refined
 from gptq_awq.solvers.rtn import RTN
 
 
@@ -43,6 +45,7 @@ class GPTQ:
             from: GPTQ's are the original ones, those of solvers that correct drift are shifted (see `target`).
         damping: λ, a fraction of the mean diagonal of H (percdamp); raised tenfold as long as H does not factor.
         block_size: columns per lazy update.
+        refine: passes of coordinate descent over codes and scales after the sweep (refine.py); 0: the paper's GPTQ.
         fallback: action where H factors at no damping: "none" fails the run, "rtn" rounds this linear to nearest
             and notes that in the ledger.
     """
@@ -51,6 +54,7 @@ class GPTQ:
     static_groups: bool = False
     damping: NonNegative = 0.01
     block_size: PositiveInt = 128
+    refine: NonNegativeInt = 0
     fallback: Literal["none", "rtn"] = "none"
     name: str = "gptq"
     needs_hessian: bool = True
@@ -130,7 +134,10 @@ class GPTQ:
         for stack, own, lost in zip(stacks, codes, losses, strict=True):
             damping = stack.factor[2]
             raised = f"damping raised from {self.damping:g} to {damping:g}" if damping != self.damping else None
-            for i, weight in zip(stack.members, stack.split_rows(own, lost), strict=True):
+            rounded = stack.split_rows(own, lost)
+            if stack.start is not None:
+                rounded = stack.refined(rounded, self.refine)
+            for i, weight in zip(stack.members, rounded, strict=True):
                 solutions[i] = Solution(weight, self.name, damping, raised)
         return solutions
 
@@ -144,10 +151,11 @@ class GPTQ:
         # Columns whose input is always zero do not affect the output. Drift may give them one in full precision, whose
         # share of the output the target has moved to the other columns by now.
         W.masked_fill_(moments.dead(), 0)
+        start = W.clone() if self.refine and grid.unit == 1 else None
         # Static groups are fitted now, in natural order; others when the sweep reaches them.
         hessian = moments.hessian if grid.needs_hessian else None
         group_of_column = group_of_columns(W.shape[1], grid.group_size)
-        groups = _Groups.empty(W, group_of_column, grid)
+        groups = Groups.empty(W, group_of_column, grid)
         if self.static_groups:
             groups.fit_all(W, hessian)
         if order is not None:
@@ -156,7 +164,8 @@ class GPTQ:
                 group_of_column = group_of_column[order.cpu()]
             elif hessian is not None:
                 hessian = reordered(hessian, order)
-        return _Stack(members, [len(w) for w in weights], W, factor, hessian, group_of_column, groups)
+        rows = [len(w) for w in weights]
+        return _Stack(members, rows, W, factor, hessian, group_of_column, groups, start, moments)
 
     def two_sided(self, curvature: Float[Tensor, "out n"], tile: int, damping: float) -> Solver:
         """This solver with feedback among the rows of one weight, whose output-side curvature is H_O."""
@@ -183,48 +192,6 @@ Rounding = Callable[[Tensor, Tensor, Grid, Params, Tensor, Tensor], None]
 Coupled = Callable[[Rounding], Rounding]
 
 
-@dataclass
-class _Groups:
-    """Scales and zeros of a stack's groups, filled in span by span as the sweep fits them, or all at once."""
-
-    grid: Grid
-    scales: Float[Tensor, "out groups"]
-    zeros: Float[Tensor, "out groups"]
-    span_of_group: Int[Tensor, "groups"]
-    stores: dict[int, Mapping[str, Tensor]]
-    store: Mapping[str, Tensor] | None = None
-
-    @classmethod
-    def empty(cls, W: Tensor, group_of_column: Tensor, grid: Grid) -> "_Groups":
-        """Allocate the groups of W, none of them fitted yet."""
-        columns, count = W.shape[1], int(group_of_column[-1]) + 1
-        span_of_group = torch.zeros(count, dtype=torch.int64)
-        span_of_group[group_of_column] = group_of_columns(columns, grid.span)
-        return cls(grid, W.new_empty(len(W), count), W.new_empty(len(W), count), span_of_group, {})
-
-    def all(self) -> Fitted:
-        """Scales, zeros and stored tensors of all groups, once every span is fitted."""
-        store = concat_stores([self.stores[span] for span in sorted(self.stores)]) if self.store is None else self.store
-        return Fitted(self.scales, self.zeros, store)
-
-    def fit_all(self, W: Tensor, hessian: Tensor | None) -> None:
-        """Fit every span of W, whose columns are in natural order."""
-        fitted = fit_all(self.grid, W, hessian)
-        self.scales, self.zeros, self.store = fitted.scales, fitted.zeros, fitted.store
-        self.stores = {span: {} for span in self.span_of_group.tolist()}
-
-    def take(self, span: int, fitted: Fitted) -> None:
-        """Enter the scales, zeros and stored tensors that were fitted to one span."""
-        first = int((self.span_of_group < span).sum())
-        groups = slice(first, first + fitted.scales.shape[1])
-        self.scales[:, groups], self.zeros[:, groups] = fitted.scales, fitted.zeros
-        self.stores[span] = fitted.store
-
-    def per_column(self, group_of_column: Tensor) -> Params:
-        """Scale and zero of each column, (out, columns) each, given the columns' groups."""
-        return Fitted(self.scales, self.zeros).per_column(group_of_column)
-
-
 @dataclass(frozen=True)
 class _Stack:
     """Weights that share one Hessian, their rows stacked in one matrix, ready for the sweep.
@@ -237,6 +204,8 @@ class _Stack:
         hessian: H in rounding order, for ranges fitted during the sweep; None where the grid does not read it.
         group_of_column: group of each column, in rounding order.
         groups: scales and zeros of the groups.
+        start: weight that the sweep starts from, columns in natural order; None where nothing is refined after it.
+        moments: moments of the input, columns in natural order.
     """
 
     members: list[int]
@@ -245,7 +214,16 @@ class _Stack:
     factor: Factor
     hessian: Float[Tensor, "in in"] | None
     group_of_column: Int[Tensor, "in"]
-    groups: _Groups
+    groups: Groups
+    start: Float[Tensor, "out in"] | None
+    moments: Moments
+
+    def refined(self, rounded: list[QuantizedWeight], passes: int) -> list[QuantizedWeight]:
+        """The stack's quantized weights after coordinate descent towards the weight that the sweep started from."""
+        assert self.start is not None
+        hessian = damped(self.moments.hessian, self.factor[2])
+        parts = zip(rounded, self.start.split(self.rows), strict=True)
+        return [refined(weight, start, hessian, passes) for weight, start in parts]
 
     def split_rows(self, codes: UInt8[Tensor, "out in"], losses: Float[Tensor, "out"]) -> list[QuantizedWeight]:
         """Split the stack into its quantized weights, with columns back in natural order."""

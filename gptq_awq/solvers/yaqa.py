@@ -22,9 +22,10 @@ from torch import Tensor
 from gptq_awq.calibration.moments import Moments
 from gptq_awq.grids.arithmetic import Params
 from gptq_awq.grids.base import Grid, QuantizedWeight
-from gptq_awq.numerics.linalg import NotPositiveDefiniteError
+from gptq_awq.numerics.linalg import NotPositiveDefiniteError, damped
 from gptq_awq.solvers.base import Solution
 from gptq_awq.solvers.gptq import GPTQ, Rounding
+from gptq_awq.solvers.refine import refined
 
 FITTED = 64
 """Rows whose ranges are fitted together, at least: to targets that have taken up the errors of all rows before them."""
@@ -73,11 +74,13 @@ class TwoSided:
             raise ValueError("feedback among rows needs moments, and a grid that fits each row by itself")
         grid = grid.for_weights([weight])
         try:
-            factor, columns, _ = moments.inverse_factor(self.solver.damping, self.solver.act_order, grid.unit)
+            factor, columns, damping = moments.inverse_factor(self.solver.damping, self.solver.act_order, grid.unit)
         except NotPositiveDefiniteError:
             return self.solver.solve(weight, moments, grid)  # which raises too, or falls back and says so
         start = self.solver.target(weight.clone(), moments, factor, columns).masked_fill_(moments.dead(), 0)
-        sweep = GPTQ(**{each.name: getattr(self.solver, each.name) for each in fields(GPTQ) if each.init})
+        options = {each.name: getattr(self.solver, each.name) for each in fields(GPTQ) if each.init}
+        sweep = GPTQ(**options | {"refine": 0})
+        hessian = damped(moments.hessian, damping) if self.solver.refine and grid.unit == 1 else None
         parts, order = [], []
         for rows, U in self._blocks():
             W = start[rows]
@@ -86,11 +89,26 @@ class TwoSided:
                 part = slice(first, first + max(self.tile, FITTED))
                 target = W[part] + U[:first, part].T @ E[:first]
                 feedback = _RowFeedback(target if columns is None else target[:, columns], U[part, part], self.tile)
-                parts += sweep.solve_together([target], [moments], grid, feedback.around)
-                E[part] = W[part] - parts[-1].quantized.dequantize()
+                rounded = sweep.solve_together([target], [moments], grid, feedback.around)[0]
+                if hessian is not None:
+                    rounded = self._refined(rounded, W, U, E, first, hessian)
+                E[part] = W[part] - rounded.quantized.dequantize()
+                parts.append(rounded)
             order.append(rows)
         quantized = QuantizedWeight.concat_rows([part.quantized for part in parts])
         return replace(parts[0], quantized=quantized.rows(torch.argsort(torch.cat(order))))
+
+    def _refined(
+        self, rounded: Solution, W: Tensor, U: Tensor, E: Tensor, first: int, hessian: Float[Tensor, "in in"]
+    ) -> Solution:
+        """Refine the rows from `first` on tile by tile towards A_t, which takes up the errors E of refined rows."""
+        tiles = []
+        for own in torch.arange(len(rounded.quantized.codes)).split(self.tile):
+            rows = slice(first + int(own[0]), first + int(own[-1]) + 1)
+            target = W[rows] + U[: rows.start, rows].T @ E[: rows.start]
+            tiles.append(refined(rounded.quantized.rows(own), target, hessian, self.solver.refine))
+            E[rows] = W[rows] - tiles[-1].dequantize()
+        return replace(rounded, quantized=QuantizedWeight.concat_rows(tiles))
 
     def _blocks(self) -> Iterator[tuple[Int[Tensor, "rows"], Float[Tensor, "rows rows"]]]:
         """Rows of each block in the order of rounding, and the factor U of their part of H_O."""

@@ -18,7 +18,7 @@ from torch.autograd import Function
 
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight
-from gptq_awq.grids.integer import stored
+from gptq_awq.grids.rescale import has_free_scales, times
 from gptq_awq.models.linear import matrix
 
 
@@ -92,7 +92,7 @@ class TunedLinear(nn.Module):
 
 def check_scales(grid: Grid, where: str) -> None:
     """Raise UserError for a format whose scales cannot be tuned; `where` is the option that the message names."""
-    if getattr(grid, "scale_dtype", None) is None or grid.span != grid.group_size:
+    if not has_free_scales(grid):
         raise UserError(f"{where}: the format of grid={grid.label} leaves no freedom to tune its scales")
 
 
@@ -123,15 +123,5 @@ def scale_rates(
 @torch.no_grad()
 def rescaled(weight: QuantizedWeight, delta: Float[Tensor, "out groups"]) -> QuantizedWeight:
     """Quantized weight with scales s exp(δ), rounded to the format's scale precision; codes are unchanged."""
-    scales, zeros, grid = weight.scales * delta.exp(), weight.zeros, weight.grid
-    dtype: str = grid.scale_dtype  # pyright: ignore[reportAttributeAccessIssue]
-    if grid.arithmetic.kind != "minimum":
-        return replace(weight, scales=stored(scales, dtype), loss=None)
-    # Minimums are in weight units and stored in the precision of scales; a scale of 0 stays 0.
-    return replace(weight, scales=_rounded_to(dtype, scales), zeros=_rounded_to(dtype, zeros * delta.exp()), loss=None)
-
-
-def _rounded_to(dtype: str, x: Tensor) -> Tensor:
-    """Round numbers of either sign to `dtype` and back, clamped to its range."""
-    most = torch.finfo(getattr(torch, dtype)).max
-    return x.clamp(-most, most).to(getattr(torch, dtype)).to(x.dtype)
+    scales, zeros = times(weight.grid, weight.scales, weight.zeros, delta.exp())
+    return replace(weight, scales=scales, zeros=zeros, loss=None)

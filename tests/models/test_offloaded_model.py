@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from gguf import GGUFReader
+from helpers.gguf_models import bpe, built
 from helpers.tiny_models import CONFIGS, save_tiny_folder, tiny_model, tiny_tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -271,8 +272,11 @@ def test_checkpoints_of_a_streamed_model_are_the_whole_models(formats, grid, cli
         assert ours == theirs
 
 
-def test_a_gguf_file_of_a_streamed_model_is_the_whole_models(cli, stories15m, tmp_path):
-    shared = ["method=rtn", "grid=q4_k_m", "model=local", f"model.path={stories15m}", "eval=none"]
+def test_a_gguf_file_of_a_streamed_model_is_the_whole_models(cli, tmp_path):
+    tokenizer, folder = bpe(["bytes of words"]), tmp_path / "model"
+    built("llama-256", len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    shared = ["method=rtn", "grid=q4_k_m", "model=local", f"model.path={folder}", "eval=none"]
     shared += ["export.formats=[gguf]", "export.gguf.other_ids=allow"]
     for stream in ("false", "true"):
         done = cli(*shared, f"stream={stream}", f"out={tmp_path / stream}", GPTQ_AWQ_CACHE=str(tmp_path / f"c{stream}"))

@@ -1,0 +1,117 @@
+"""Refinement by coordinate descent of codes (QuantEase, Behdin et al., arXiv 2309.01885) and scales, after the sweep.
+
+GPTQ rounds a column once, before it knows what later columns will do. With E = Ŵ - W, the error tr(E H Eᵀ) as a
+function of one column of Ŵ is least at
+
+    ŵ_j - (E H)_j / H_jj                    (eq. 7 of the paper)
+
+so the nearest grid point replaces ŵ_j, column after column. As a function of the factor f by which one group's scale
+changes it is least at
+
+    f = 1 - Σ_i∈g ŵ_i (E H)_i / (ŵ_g H_gg ŵ_gᵀ)
+
+which follows once the group's columns are done, where the format has free scales. No step raises the error.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gptq_awq.grids.arithmetic import Params, in_numbers
+from gptq_awq.grids.base import Grid, QuantizedWeight
+from gptq_awq.grids.rescale import has_free_scales, times
+from gptq_awq.kernels.descent import descend
+
+INNER = 2
+"""Times that a group's columns are taken before the next group's: they need no product with the whole of H."""
+FARTHEST = 2.0
+"""Largest factor by which a scale grows or shrinks in one step."""
+
+Columns = slice | Tensor
+
+
+def refined(
+    quantized: QuantizedWeight, target: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"], passes: int
+) -> QuantizedWeight:
+    """A rounded weight after some passes of coordinate descent towards its target.
+
+    Args:
+        quantized: the weight, of a grid that rounds column by column.
+        target: W, the weight that it stands for.
+        hessian: H = E[x xᵀ], damped, so that its diagonal is positive.
+        passes: times that every group of columns, and then its scale, is taken.
+    """
+    grid = quantized.grid
+    codes, scales, zeros = quantized.codes.clone(), quantized.scales.clone(), quantized.zeros.clone()
+    E = quantized.dequantize() - target
+    groups = list(_groups(quantized))
+    for _ in range(passes):
+        for group, columns in enumerate(groups):
+            rows_of_h = hessian[columns]
+            h = rows_of_h[:, columns].contiguous()
+            value, slope = E[:, columns] + target[:, columns], E @ rows_of_h.T  # as H is symmetric
+            params = scales[:, group, None], zeros[:, group, None]
+            chosen = _descended(grid, value, slope, h, params)
+            if has_free_scales(grid):
+                params = _rescaled(grid, chosen, slope, h, params)
+                value = grid.decode(chosen, params)
+                scales[:, group], zeros[:, group] = params[0][:, 0], params[1][:, 0]
+            codes[:, columns] = chosen.to(torch.uint8)
+            E[:, columns] = value - target[:, columns]
+    loss = float(((E @ hessian) * E).sum(dtype=torch.float64)) / 2
+    return replace(quantized, codes=codes, scales=scales, zeros=zeros, loss=loss)
+
+
+def _groups(quantized: QuantizedWeight) -> Iterator[Columns]:
+    """Columns of each group: a slice where neighbours, an index elsewhere."""
+    of_column = quantized.group_of_column
+    for group in range(quantized.scales.shape[1]):
+        columns = (of_column == group).nonzero()[:, 0]
+        first, last = int(columns[0]), int(columns[-1])
+        yield slice(first, last + 1) if last - first == len(columns) - 1 else columns.to(quantized.codes.device)
+
+
+def _descended(grid: Grid, value: Tensor, slope: Tensor, h: Tensor, params: Params) -> Float[Tensor, "rows cols"]:
+    """Codes of a group after coordinate descent; `value` and `slope` = (E H)_g are changed in place with them."""
+    if value.device.type == "cpu":
+        codes = torch.empty_like(value)
+        scale, zero = (each[:, 0].contiguous().numpy() for each in params)
+        max_code, kind, levels = in_numbers(grid.arithmetic)
+        descend(value.numpy(), slope.numpy(), h.numpy(), scale, zero, max_code, kind, levels, INNER, codes.numpy())
+        return codes
+    return descended_plain(grid, value, slope, h, params)
+
+
+def descended_plain(
+    grid: Grid,
+    value: Float[Tensor, "rows cols"],
+    slope: Float[Tensor, "rows cols"],
+    h: Float[Tensor, "cols cols"],
+    params: Params,
+) -> Float[Tensor, "rows cols"]:
+    """Codes of a group after coordinate descent, in plain PyTorch on any device: eq. 7, one line each."""
+    codes = torch.empty_like(value)
+    for _ in range(INNER):
+        for i in range(value.shape[1]):
+            wanted = value[:, i : i + 1] - slope[:, i : i + 1] / h[i, i]
+            code = grid.encode(wanted, params)
+            new = grid.decode(code, params)
+            slope += (new - value[:, i : i + 1]) * h[i]
+            value[:, i : i + 1], codes[:, i : i + 1] = new, code
+    return codes
+
+
+def _rescaled(grid: Grid, codes: Tensor, slope: Tensor, h: Tensor, params: Params) -> Params:
+    """Scale and zero of a group that leave the least error to its codes; what they are where storing spoils that."""
+    value = grid.decode(codes, params)
+    along = (value * slope).sum(1, keepdim=True)
+    curvature = ((value @ h) * value).sum(1, keepdim=True)
+    factor = 1 - along / curvature.clamp(min=torch.finfo(value.dtype).tiny)
+    new = times(grid, *params, factor.clamp(1 / FARTHEST, FARTHEST))
+    change = grid.decode(codes, new) - value
+    better = ((2 * slope + change @ h) * change).sum(1, keepdim=True) < 0
+    scale, zero = (torch.where(better, after, before) for after, before in zip(new, params, strict=True))
+    return scale, zero

@@ -1,0 +1,171 @@
+"""Coordinate descent after the sweep: no step raises the error, and where it ends no single change would lower it."""
+
+import pytest
+import torch
+
+from gptq_awq.calibration.moments import Moments
+from gptq_awq.grids.affine import AffineGrid
+from gptq_awq.grids.arithmetic import in_numbers
+from gptq_awq.grids.integer import IntGrid
+from gptq_awq.grids.kquant import KGrid
+from gptq_awq.grids.scaled_float import ScaledFloatGrid
+from gptq_awq.grids.table import TableGrid
+from gptq_awq.kernels.descent import descend
+from gptq_awq.solvers.gptq import GPTQ
+from gptq_awq.solvers.refine import INNER, descended_plain, refined
+from gptq_awq.solvers.yaqa import TwoSided
+
+GRIDS = {
+    "int2": IntGrid(bits=2, group_size=16),
+    "int3, float16": IntGrid(bits=3, group_size=16, scale_dtype="float16"),
+    "int4, symmetric": IntGrid(bits=4, group_size=16, sym=True),
+    "int3, whole rows": IntGrid(bits=3, group_size=-1),
+    "int3, uneven groups": IntGrid(bits=3, group_size=24),
+    "minimum": AffineGrid(bits=3, group_size=16),
+    "nf4": TableGrid(group_size=16),
+    "nvfp4": ScaledFloatGrid(group_size=16),
+    "q2_k": KGrid("q2_k"),
+}
+
+
+def problem(rows=37, columns=64, seed=0):
+    """A weight and the moments of correlated inputs."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(200, columns, generator=draw) @ torch.randn(columns, columns, generator=draw)
+    weight = torch.randn(rows, columns, generator=draw)
+    return weight, Moments(x.T @ x / len(x), x.abs().mean(0), len(x))
+
+
+def error(quantized, weight, hessian):
+    """Output error of each row."""
+    delta = (quantized.dequantize() - weight).double()
+    return ((delta @ hessian.double()) * delta).sum(1)
+
+
+def columns_of(grid):
+    return 256 if grid == "q2_k" else 64
+
+
+def rounded(grid, **options):
+    weight, moments = problem(columns=columns_of(grid))
+    return weight, moments, GPTQ(damping=0.0, **options).solve(weight, moments, GRIDS[grid]).quantized
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_no_pass_raises_the_error_of_any_row(grid):
+    weight, moments, weight_now = rounded(grid)
+    before = first = error(weight_now, weight, moments.hessian)
+    for _ in range(4):
+        weight_now = refined(weight_now, weight, moments.hessian, 1)
+        after = error(weight_now, weight, moments.hessian)
+        assert (after <= before * (1 + 1e-5)).all()
+        before = after
+    assert after.sum() < 0.97 * first.sum()
+    assert weight_now.loss == pytest.approx(float(after.sum()) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("grid", ["int2", "nf4", "minimum", "q2_k"])
+def test_where_it_ends_no_other_code_lowers_the_error(grid):
+    weight, moments, now = rounded(grid)
+    now = refined(now, weight, moments.hessian, 60)
+    H, E = moments.hessian.double(), (now.dequantize() - weight).double()
+    scales, zeros = now.scales[:, now.group_of_column], now.zeros[:, now.group_of_column]
+    for code in range(now.grid.arithmetic.max_code + 1):
+        other = now.grid.decode(torch.full_like(weight, code), (scales, zeros))
+        change = (other - now.dequantize()).double()
+        gain = 2 * change * (E @ H) + change.square() * H.diagonal()  # of changing one code to this one
+        assert (gain >= -1e-4 * error(now, weight, moments.hessian)[:, None]).all()
+
+
+def test_where_it_ends_no_other_scale_lowers_the_error():
+    weight, moments, now = rounded("int2")
+    now = refined(now, weight, moments.hessian, 60)
+    ends = error(now, weight, moments.hessian)
+    for group in range(now.scales.shape[1]):
+        for factor in (0.98, 0.995, 1.005, 1.02):
+            scales = now.scales.clone()
+            scales[:, group] *= factor
+            moved = type(now)(now.codes, scales, now.zeros, now.group_of_column, now.grid)
+            assert (error(moved, weight, moments.hessian) >= ends * (1 - 1e-5)).all()
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_kernel_is_the_plain_loop(grid):
+    weight, moments, now = rounded(grid)
+    columns = torch.nonzero(now.group_of_column == 1 % now.scales.shape[1])[:, 0]
+    h = moments.hessian[columns][:, columns].contiguous()
+    E = now.dequantize() - weight
+    params = now.scales[:, 1 % now.scales.shape[1], None], now.zeros[:, 1 % now.zeros.shape[1], None]
+    ours, plain = (
+        [(E + weight)[:, columns].contiguous(), (E @ moments.hessian)[:, columns].contiguous()] for _ in range(2)
+    )
+    codes = torch.empty_like(ours[0])
+    max_code, kind, levels = in_numbers(now.grid.arithmetic)
+    scale, zero = (each[:, 0].contiguous().numpy() for each in params)
+    descend(ours[0].numpy(), ours[1].numpy(), h.numpy(), scale, zero, max_code, kind, levels, INNER, codes.numpy())
+    assert torch.equal(codes, descended_plain(now.grid, *plain, h, params))
+    assert torch.equal(ours[0], plain[0])
+    assert torch.allclose(ours[1], plain[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"act_order": True}, {"act_order": True, "static_groups": True}])
+@pytest.mark.parametrize("grid", ["int3, float16", "nf4"])
+def test_refinement_is_of_the_solver_and_follows_its_groups(grid, options):
+    weight, moments, plain = rounded(grid, **options)
+    _, _, better = rounded(grid, **options, refine=2)
+    assert torch.equal(better.group_of_column, plain.group_of_column)
+    before, after = (error(each, weight, moments.hessian).sum() for each in (plain, better))
+    assert after < 0.97 * before
+    assert better.loss == pytest.approx(float(after) / 2, rel=1e-4)
+    assert better.sha256() == refined(plain, weight, moments.hessian, 2).sha256()
+
+
+def test_stored_scales_stay_in_their_precision():
+    _, _, better = rounded("int3, float16", refine=3)
+    assert torch.equal(better.scales, better.scales.half().float())
+    _, _, plain = rounded("q2_k")
+    _, _, better = rounded("q2_k", refine=3)
+    assert torch.equal(better.scales, plain.scales)  # which are codes themselves: only the weights' codes change
+    assert not torch.equal(better.codes, plain.codes)
+
+
+def test_linears_solved_together_are_refined_as_by_themselves():
+    (a, moments), (b, others) = problem(rows=64), problem(rows=64, seed=1)
+    solver = GPTQ(refine=2)
+    together = solver.solve_together([a, b], [moments, others], GRIDS["int2"])
+    for weight, own, solution in zip((a, b), (moments, others), together, strict=True):
+        alone = solver.solve(weight, own, GRIDS["int2"]).quantized
+        assert torch.equal(solution.quantized.codes, alone.codes)
+        assert torch.equal(solution.quantized.scales, alone.scales)
+
+
+def test_rows_that_the_end_loss_does_not_couple_are_refined_as_without_it():
+    weight, moments = problem()
+    solver = GPTQ(act_order=True, static_groups=True, refine=2)
+    coupled = TwoSided(solver, torch.eye(len(weight)), tile=5, damping=0.0).solve(weight, moments, GRIDS["int2"])
+    alone = solver.solve(weight, moments, GRIDS["int2"])
+    assert (coupled.quantized.codes == alone.quantized.codes).float().mean() > 0.999  # sums of other orders
+    assert torch.allclose(coupled.quantized.scales, alone.quantized.scales, rtol=1e-3)
+
+
+def test_what_the_end_loss_feels_falls_where_rows_are_coupled():
+    weight, moments = problem()
+    draw = torch.Generator().manual_seed(2)
+    g = torch.randn(300, len(weight), generator=draw) @ torch.randn(len(weight), len(weight), generator=draw)
+    H_O = g.T @ g / len(g)
+    found = []
+    for passes in (0, 2):
+        solver = TwoSided(GPTQ(act_order=True, static_groups=True, refine=passes), H_O, tile=1, damping=0.0)
+        E = solver.solve(weight, moments, GRIDS["int3, float16"]).quantized.dequantize() - weight
+        found.append(float((H_O @ E @ moments.hessian @ E.T).trace()))
+    assert found[1] < 0.97 * found[0]
+
+
+def test_dead_inputs_and_empty_groups_keep_finite_scales():
+    weight, moments = problem()
+    dead = moments.hessian.clone()
+    dead[:16], dead[:, :16] = 0, 0
+    weight[:, 20:40] = 0
+    solution = GPTQ(refine=3).solve(weight, Moments(dead, dead.diagonal().sqrt(), 200), GRIDS["int2"])
+    assert torch.isfinite(solution.quantized.dequantize()).all()
+    assert (solution.quantized.scales > 0).all()
