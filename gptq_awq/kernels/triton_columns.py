@@ -45,7 +45,7 @@ def _nearest_float(units, s, max_code, levels):
 
 
 @triton.jit
-def _nearest(x, s, z, max_code, levels, KIND: tl.constexpr, LEVELS: tl.constexpr):
+def nearest(x, s, z, max_code, levels, KIND: tl.constexpr, LEVELS: tl.constexpr):
     """Round x to the grid: code and value of the nearest neighbour, as `Arithmetic.encode` and `decode` do."""
     if KIND == _MINIMUM:
         x = x - z
@@ -102,7 +102,7 @@ def _sweep(
         x = tl.sum(tl.where(j == i, tile, 0.0), 1)
         s = tl.load(scale + r * scale_row + (i - first) * scale_column, real, 1.0)
         z = tl.load(zero + r * zero_row + (i - first) * zero_column, real, 0.0)
-        code, q = _nearest(x, s, z, max_code, levels, KIND, LEVELS)
+        code, q = nearest(x, s, z, max_code, levels, KIND, LEVELS)
         e = tl.div_rn(x - q, tl.zeros_like(x) + tl.load(u + i * u_row + i))[:, None]
         later = tl.load(u + i * u_row + j, (j > i) & (j < block), 0.0)
         tile = tl.where(j == i, e, tile - e * later)
@@ -194,7 +194,7 @@ def _deltas(w, r, real, a, w_row, w_column, s, z, max_code, levels, columns,
     j = a + tl.arange(0, TILE)
     mask = real[:, None] & (j < columns)[None, :]
     x = tl.load(w + r[:, None] * w_row + j[None, :] * w_column, mask, 0.0)
-    _, value = _nearest(x, s[:, None], z[:, None], max_code, levels, KIND, LEVELS)
+    _, value = nearest(x, s[:, None], z[:, None], max_code, levels, KIND, LEVELS)
     return tl.where(mask, value - x, 0.0)
 
 

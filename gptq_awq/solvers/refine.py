@@ -20,9 +20,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gptq_awq.grids.arithmetic import Params, in_numbers
+from gptq_awq.grids.arithmetic import KINDS, Params, in_numbers
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.rescale import has_free_scales, times
+from gptq_awq.kernels import gpu
 from gptq_awq.kernels.descent import descend
 
 INNER = 2
@@ -76,13 +77,26 @@ def _groups(quantized: QuantizedWeight) -> Iterator[Columns]:
 
 def _descended(grid: Grid, value: Tensor, slope: Tensor, h: Tensor, params: Params) -> Float[Tensor, "rows cols"]:
     """Codes of a group after coordinate descent; `value` and `slope` = (E H)_g are changed in place with them."""
-    if value.device.type == "cpu":
-        codes = torch.empty_like(value)
-        scale, zero = (each[:, 0].contiguous().numpy() for each in params)
-        max_code, kind, levels = in_numbers(grid.arithmetic)
-        descend(value.numpy(), slope.numpy(), h.numpy(), scale, zero, max_code, kind, levels, INNER, codes.numpy())
-        return codes
-    return descended_plain(grid, value, slope, h, params)
+    if gpu.available(value.device):
+        return _by_triton(grid, value, slope, h, params)
+    if value.device.type != "cpu":
+        return descended_plain(grid, value, slope, h, params)
+    codes = torch.empty_like(value)
+    max_code, kind, levels = in_numbers(grid.arithmetic)
+    arrays = (each.contiguous().numpy() for each in (value, slope, h, params[0][:, 0], params[1][:, 0]))
+    descend(*arrays, max_code, kind, levels, INNER, codes.numpy())
+    return codes
+
+
+def _by_triton(grid: Grid, value: Tensor, slope: Tensor, h: Tensor, params: Params) -> Float[Tensor, "rows cols"]:
+    """Codes of a group by the compiled GPU kernel, in one launch (kernels/triton_descent.py)."""
+    from gptq_awq.kernels.triton_descent import descend
+
+    codes, arithmetic = torch.empty_like(value), grid.arithmetic
+    scale, zero = (each[:, 0].contiguous() for each in params)
+    levels, kind = value.new_tensor(arithmetic.levels), KINDS.index(arithmetic.kind)
+    descend(value, slope, h, scale, zero, arithmetic.max_code, kind, levels, INNER, codes)
+    return codes
 
 
 def descended_plain(
