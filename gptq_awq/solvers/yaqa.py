@@ -78,8 +78,8 @@ class TwoSided:
         except NotPositiveDefiniteError:
             return self.solver.solve(weight, moments, grid)  # which raises too, or falls back and says so
         start = self.solver.target(weight.clone(), moments, factor, columns).masked_fill_(moments.dead(), 0)
-        options = {each.name: getattr(self.solver, each.name) for each in fields(GPTQ) if each.init}
-        sweep = GPTQ(**options | {"refine": 0})
+        sweep = GPTQ(**{each.name: getattr(self.solver, each.name) for each in fields(GPTQ) if each.init})
+        sweep = replace(sweep, refine=0)  # it follows here, tile by tile
         hessian = damped(moments.hessian, damping) if self.solver.refine and grid.unit == 1 else None
         parts, order = [], []
         for rows, U in self._blocks():
