@@ -82,9 +82,9 @@ def _descended(grid: Grid, value: Tensor, slope: Tensor, h: Tensor, params: Para
     if value.device.type != "cpu":
         return descended_plain(grid, value, slope, h, params)
     codes = torch.empty_like(value)
+    scale, zero = (each[:, 0].contiguous().numpy() for each in params)
     max_code, kind, levels = in_numbers(grid.arithmetic)
-    arrays = (each.contiguous().numpy() for each in (value, slope, h, params[0][:, 0], params[1][:, 0]))
-    descend(*arrays, max_code, kind, levels, INNER, codes.numpy())
+    descend(value.numpy(), slope.numpy(), h.numpy(), scale, zero, max_code, kind, levels, INNER, codes=codes.numpy())
     return codes
 
 
