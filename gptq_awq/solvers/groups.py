@@ -23,7 +23,7 @@ class Groups:
     store: Mapping[str, Tensor] | None = None
 
     @classmethod
-    def empty(cls, W: Tensor, group_of_column: Tensor, grid: Grid) -> "_Groups":
+    def empty(cls, W: Tensor, group_of_column: Tensor, grid: Grid) -> "Groups":
         """Allocate the groups of W, none of them fitted yet."""
         columns, count = W.shape[1], int(group_of_column[-1]) + 1
         span_of_group = torch.zeros(count, dtype=torch.int64)
