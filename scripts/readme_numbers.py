@@ -12,7 +12,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ STORED = ROOT / "benchmarks" / "results" / "readme"
 README, PICTURE = ROOT / "README.md", ROOT / "docs" / "img" / "results.svg"
 PPL, KL, TOP1 = "wikitext2/ppl@2048", "wikitext2/kl", "wikitext2/top1_agreement"
 KEPT = (PPL, f"{PPL}/delta", f"{PPL}/delta_ci95", KL, TOP1)
+Key = tuple[str, str | None, float]
+"""Method, grid and bits of a run."""
 SHOWN_BITS = (16, 4, 3)
 """Bits that README's table has; the plot has all."""
 
@@ -68,8 +70,10 @@ def speed_line(found: Mapping[str, Any]) -> str:
 
 
 def protocol_line(found: Mapping[str, Any]) -> str:
-    """A sentence with the model, the protocol and the date of the runs."""
-    return f"{found['model']}, {found['protocol']}. Runs of {found['date']}."
+    """A sentence with the model, the protocol and the dates of the runs."""
+    dates = sorted({run["date"] for run in found["runs"]})
+    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f"{found['model']}, {found['protocol']}. Runs of {span}."
 
 
 def parts() -> dict[str, str]:
@@ -106,7 +110,8 @@ def store(root: Path) -> None:
     """Put the finished runs below `root` into the stored set, in place of those of the same method, grid and bits."""
     report = make_report(records(load(root)))
     found = stored("runs.json")
-    kept = {(run["method"], run["grid"], run["bits"]): run for run in found["runs"]}
+    kept: dict[Key, dict[str, Any]] = {(run["method"], run["grid"], run["bits"]): run for run in found["runs"]}
+    taken: set[Key] = set()
     for table in report.tables:
         for run in table.runs:
             verdicts = {name: report.verdicts.get((run["path"], name)) for name in (PPL, KL, TOP1)}
@@ -120,9 +125,24 @@ def store(root: Path) -> None:
                 "size_mb": run["size_bytes"] / 1e6,
                 "metrics": metrics,
                 "marks": marks,
+                "date": run["manifest"]["provenance"]["date"][:10],
             }
+            taken.add((run["method"], run["grid"], run["bits"]))
+    keep_marks_of_the_best(kept, taken)
     write("runs.json", found | {"runs": list(kept.values())})
     write("levels.json", list(renewed_levels(root)))
+
+
+def keep_marks_of_the_best(runs: Mapping[Key, dict[str, Any]], taken: Set[Key]) -> None:
+    """Drop marks of runs that weren't tested beside the best of their size: those taken just now, or all others."""
+    for bits in {run["bits"] for run in runs.values()}:
+        of_size = {key: run for key, run in runs.items() if run["bits"] == bits}
+        for name, sign in ((PPL, 1), (KL, 1), (TOP1, -1)):
+            known = [key for key, run in of_size.items() if name in run["metrics"]]
+            best = min(known, key=lambda key: sign * of_size[key]["metrics"][name], default=None)
+            for key in known:
+                if (key in taken) != (best in taken):
+                    of_size[key]["marks"].pop(name, None)
 
 
 def renewed_levels(root: Path) -> Iterator[Mapping[str, str]]:

@@ -109,6 +109,11 @@ def converter_root(path: str | None) -> Path:
     return root
 
 
+def is_pinned(root: Path) -> bool:
+    """Whether a converter is the asset, whose answers can be kept; a checkout may change."""
+    return root.suffix == ".zip"
+
+
 @functools.cache
 def _modules(_root: Path) -> dict[str, ModuleType]:
     """Modules imported from a converter, by name; filled while it is in use."""

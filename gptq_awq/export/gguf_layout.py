@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.folder import read_config, write_config, write_tokenizer
-from gptq_awq.export.gguf_converter import conversion, converter_root, imported, refusing
+from gptq_awq.export.gguf_converter import conversion, converter_root, imported, is_pinned, refusing
 from gptq_awq.export.layout import Layout, digits_of, kept_layout, numbered
 from gptq_awq.export.saved import SavedTensors
 from gptq_awq.runtime.fingerprint import layout_sha256
@@ -64,7 +64,7 @@ def observe(root: Path, folder: Path, model: PreTrainedModel) -> Layout:
     Raises:
         UserError: an architecture or a tensor that the converter doesn't know.
     """
-    if root.suffix != ".zip":  # a checkout, which may change
+    if not is_pinned(root):
         return _observed(root, folder, model)
     name = layout_sha256(read_config(folder), numbered(model)[0].shapes, root.name)
     return kept_layout(name, lambda: _observed(root, folder, model))

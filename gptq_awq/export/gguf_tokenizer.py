@@ -24,7 +24,7 @@ from typing import Any
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.engines import engine_version, find, tokenize
-from gptq_awq.export.gguf_converter import Vocabulary, conversion, imported, refusing
+from gptq_awq.export.gguf_converter import Vocabulary, conversion, imported, is_pinned, refusing
 from gptq_awq.runtime.fingerprint import vocabulary_sha256
 from gptq_awq.storage.assets import cache_dir
 from gptq_awq.storage.notes import note, noted
@@ -184,7 +184,7 @@ def vocabulary_for(root: Path, folder: Path, tokenizer: Any, pre: str | None, al
 
 def _kept(root: Path, folder: Path, given: Vocabulary, wanted: Wanted) -> tuple[Vocabulary, list[str]]:
     """The description that differs least and the texts where it does; what the pinned converter says is kept."""
-    if root.suffix != ".zip":  # a checkout, which may change
+    if not is_pinned(root):
         return _best(root, folder, given, wanted)
     name = vocabulary_sha256(folder, wanted, given, root.name, engine_version(ENGINE))
     path = cache_dir() / "vocabularies" / f"{name}.json"

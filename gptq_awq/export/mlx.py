@@ -13,8 +13,9 @@ float32 for any z, as s has 11 significant bits and z at most 8. Then s c + b eq
 import importlib.util
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -123,10 +124,14 @@ class MLXFormat:
         weights = {f"{name}.weight": weight for name, weight in source.weights.items()}
         exact = {name: weights[name].dequantize().cpu() for name in layout.not_as_codes(types, weights)}
 
+        @lru_cache(maxsize=1)  # a fused weight is split into several tensors, one after the other
+        def packed(name: str) -> dict[str, Tensor]:
+            return pack(weights[name], dtype)
+
         def tensors() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in conversion.tensors(replacing_weights(source.model, exact)):
                 if types.get(name, "F32") != "F32":
-                    yield from _placed(name, layout.parts(name), weights, tensor.shape, dtype)
+                    yield from _placed(name, layout.parts(name), packed, tensor.shape)
                 else:
                     yield name, stored(name, tensor, torch.float32 if name in types else dtype)
 
@@ -166,16 +171,16 @@ def _types(layout: Layout, grids: Mapping[str, Grid]) -> dict[str, str]:
 
 
 def _placed(
-    name: str, parts: Sequence[Part], weights: Mapping[str, QuantizedWeight], shape: torch.Size, dtype: torch.dtype
+    name: str, parts: Sequence[Part], packed: Callable[[str], Mapping[str, Tensor]], shape: torch.Size
 ) -> Iterator[tuple[str, Tensor]]:
     """mlx-lm's tensors of one of its weights: packed rows of the model's weights, where its parts come from."""
     found: dict[str, Tensor] = {}
     for part in parts:
         starts, positions, lengths = (a // shape[-1] for a in (part.starts, part.positions, part.lengths))
         rows, places = (torch.from_numpy(indices(each, lengths)) for each in (starts, positions))
-        for key, packed in pack(weights[part.name], dtype).items():
-            whole = found.setdefault(key, packed.new_empty(math.prod(shape[:-1]), packed.shape[1]))
-            whole.view(torch.uint8)[places] = packed.view(torch.uint8)[rows]  # of types that torch can't index, too
+        for key, given in packed(part.name).items():
+            whole = found.setdefault(key, given.new_empty(math.prod(shape[:-1]), given.shape[1]))
+            whole.view(torch.uint8)[places] = given.view(torch.uint8)[rows]  # of types that torch can't index, too
     for key, whole in found.items():
         yield f"{name.removesuffix('weight')}{key}", whole.reshape(*shape[:-1], -1)
 

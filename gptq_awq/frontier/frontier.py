@@ -23,6 +23,7 @@ from gptq_awq.report import Row, check_protocols, measured, records
 from gptq_awq.report.looks import MARKS, PALETTE
 from gptq_awq.report.text import number, size
 from gptq_awq.results import load
+from gptq_awq.runtime.commands import exit_code
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -201,18 +202,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, or 2 with one line on stderr for a mistake the user can fix."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
     options = parser().parse_args(argv)
-    try:
-        if options.out is not None and options.out.suffix not in FORMATS:
-            raise UserError(f"--out {options.out}: the file's ending must be one of {' '.join(FORMATS)}")
-        runs, metric = choose(records(load(*options.roots)), options.model, options.method, options.metric)
-        line = points(runs, metric)
-        if len(line) < len(runs):
-            sys.stderr.write(f"{len(runs) - len(line)} runs of other number formats left out\n")
-        title = f"{runs[0]['model']}, {runs[0]['method']}"
-        sys.stdout.write(f"### {title}, {metric}\n\n{table(line)}\n")
-        if options.out is not None:
-            save(draw(line, title, metric), options.out)
-    except UserError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    return 0
+    return exit_code(lambda: _main(options))
+
+
+def _main(options: argparse.Namespace) -> None:
+    if options.out is not None and options.out.suffix not in FORMATS:
+        raise UserError(f"--out {options.out}: the file's ending must be one of {' '.join(FORMATS)}")
+    runs, metric = choose(records(load(*options.roots)), options.model, options.method, options.metric)
+    line = points(runs, metric)
+    if len(line) < len(runs):
+        sys.stderr.write(f"{len(runs) - len(line)} runs of other number formats left out\n")
+    title = f"{runs[0]['model']}, {runs[0]['method']}"
+    sys.stdout.write(f"### {title}, {metric}\n\n{table(line)}\n")
+    if options.out is not None:
+        save(draw(line, title, metric), options.out)

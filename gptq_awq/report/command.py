@@ -27,6 +27,7 @@ from gptq_awq.report.table import Table, make_table
 from gptq_awq.report.verdicts import Verdicts, read_scores, verdicts
 from gptq_awq.report.webpage import page
 from gptq_awq.results import load
+from gptq_awq.runtime.commands import exit_code
 
 FORMATS = {"md": "report.md", "latex": "report.tex", "csv": "report.csv", "html": "report.html"}
 NO_FOLDERS = Folders()
@@ -121,11 +122,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, 1 where --against is not met, 2 with one line on stderr for a user's mistake."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    try:
-        return _main(parser().parse_args(argv))
-    except UserError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
+    options = parser().parse_args(argv)
+    return exit_code(lambda: _main(options))
 
 
 def _main(options: argparse.Namespace) -> int:
