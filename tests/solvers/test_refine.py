@@ -1,11 +1,13 @@
 """Coordinate descent after the sweep: no step raises the error, and where it ends no single change would lower it."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
 from gptq_awq.calibration.moments import Moments
 from gptq_awq.grids.affine import AffineGrid
-from gptq_awq.grids.arithmetic import in_numbers
+from gptq_awq.grids.arithmetic import KINDS, in_numbers
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.kquant import KGrid
 from gptq_awq.grids.scaled_float import ScaledFloatGrid
@@ -89,23 +91,47 @@ def test_where_it_ends_no_other_scale_lowers_the_error():
             assert (error(moved, weight, moments.hessian) >= ends * (1 - 1e-5)).all()
 
 
+def one_group(grid):
+    """Weights, E H, H, scale and zero of one group of a rounded weight."""
+    weight, moments, now = rounded(grid)
+    group = 1 % now.scales.shape[1]
+    columns = torch.nonzero(now.group_of_column == group)[:, 0]
+    E = now.dequantize() - weight
+    value, slope = (E + weight)[:, columns].contiguous(), (E @ moments.hessian)[:, columns].contiguous()
+    return value, slope, moments.hessian[columns][:, columns].contiguous(), now.scales[:, group], now.zeros[:, group]
+
+
+def assert_descends_alike(kernel, plain):
+    codes, *others = kernel
+    assert torch.equal(codes.cpu(), plain[0])
+    assert torch.equal(others[0].cpu(), plain[1])
+    assert torch.allclose(others[1].cpu(), plain[2], rtol=1e-3, atol=1e-3)
+
+
+def plainly(grid):
+    value, slope, h, scale, zero = one_group(grid)
+    return descended_plain(GRIDS[grid], value, slope, h, (scale[:, None], zero[:, None])), value, slope
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 def test_the_kernel_is_the_plain_loop(grid):
-    weight, moments, now = rounded(grid)
-    columns = torch.nonzero(now.group_of_column == 1 % now.scales.shape[1])[:, 0]
-    h = moments.hessian[columns][:, columns].contiguous()
-    E = now.dequantize() - weight
-    params = now.scales[:, 1 % now.scales.shape[1], None], now.zeros[:, 1 % now.zeros.shape[1], None]
-    ours, plain = (
-        [(E + weight)[:, columns].contiguous(), (E @ moments.hessian)[:, columns].contiguous()] for _ in range(2)
-    )
-    codes = torch.empty_like(ours[0])
-    max_code, kind, levels = in_numbers(now.grid.arithmetic)
-    scale, zero = (each[:, 0].contiguous().numpy() for each in params)
-    descend(ours[0].numpy(), ours[1].numpy(), h.numpy(), scale, zero, max_code, kind, levels, INNER, codes.numpy())
-    assert torch.equal(codes, descended_plain(now.grid, *plain, h, params))
-    assert torch.equal(ours[0], plain[0])
-    assert torch.allclose(ours[1], plain[1], rtol=1e-3, atol=1e-3)
+    tensors, codes = one_group(grid), torch.empty_like(one_group(grid)[0])
+    max_code, kind, levels = in_numbers(GRIDS[grid].arithmetic)
+    descend(*(each.contiguous().numpy() for each in tensors), max_code, kind, levels, INNER, codes.numpy())
+    assert_descends_alike((codes, *tensors[:2]), plainly(grid))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or find_spec("triton") is None, reason="no CUDA device, or no Triton")
+@pytest.mark.parametrize("grid", GRIDS)
+def test_on_a_gpu_the_kernel_is_the_plain_loop(grid):
+    from gptq_awq.kernels import triton_descent
+
+    tensors = [each.contiguous().cuda() for each in one_group(grid)]
+    arithmetic, codes = GRIDS[grid].arithmetic, torch.empty_like(tensors[0])
+    levels, kind = tensors[0].new_tensor(arithmetic.levels), KINDS.index(arithmetic.kind)
+    triton_descent.descend(*tensors, arithmetic.max_code, kind, levels, INNER, codes)
+    assert_descends_alike((codes, *tensors[:2]), plainly(grid))
 
 
 @pytest.mark.parametrize("options", [{}, {"act_order": True}, {"act_order": True, "static_groups": True}])
