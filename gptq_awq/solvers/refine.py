@@ -1,16 +1,17 @@
-"""Refinement by coordinate descent of codes (QuantEase, Behdin et al., arXiv 2309.01885) and scales, after the sweep.
+"""Refinement after the sweep: coordinate descent over codes (QuantEase, Behdin et al., arXiv 2309.01885) and scales.
 
 GPTQ rounds a column once, before it knows what later columns will do. With E = Ŵ - W, the error tr(E H Eᵀ) as a
 function of one column of Ŵ is least at
 
-    ŵ_j - (E H)_j / H_jj                    (eq. 7 of the paper)
+    ŵ_j - (E H)_j / H_jj
 
 so the nearest grid point replaces ŵ_j, column after column. As a function of the factor f by which one group's scale
 changes it is least at
 
     f = 1 - Σ_i∈g ŵ_i (E H)_i / (ŵ_g H_gg ŵ_gᵀ)
 
-which follows once the group's columns are done, where the format has free scales. No step raises the error.
+which follows once the group's columns are done, where the format has free scales (COMQ, Zhang et al., arXiv 2403.07134,
+descends over both). No step raises the error.
 """
 
 from collections.abc import Iterator
@@ -106,7 +107,7 @@ def descended_plain(
     h: Float[Tensor, "cols cols"],
     params: Params,
 ) -> Float[Tensor, "rows cols"]:
-    """Codes of a group after coordinate descent, in plain PyTorch on any device: eq. 7, one line each."""
+    """Codes of a group after coordinate descent, in plain PyTorch on any device: one line for each step."""
     codes = torch.empty_like(value)
     for _ in range(INNER):
         for i in range(value.shape[1]):
