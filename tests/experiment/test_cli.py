@@ -212,8 +212,8 @@ def test_a_real_model_loses_less_with_calibrated_methods_than_with_rtn(cli, shar
     done = cli(
         *("-m", "method=rtn,gptq,awq", "bits=3", "group_size=32", "sym=false", "seed=0"),
         *("model=local", f"model.path={stories15m}", "data=local", f"data.path={stories / 'tinystories_10k.txt'}"),
-        *("data.samples=8", "data.seqlen=256", f"eval.perplexity.path={stories / 'tinystories_val.txt'}"),
-        *("eval.perplexity.seqlen=256", "eval.perplexity.windows=8", f"hydra.sweep.dir={tmp_path / 'sweep'}"),
+        *("data.samples=16", "data.seqlen=256", f"eval.perplexity.path={stories / 'tinystories_val.txt'}"),
+        *("eval.perplexity.seqlen=256", "eval.perplexity.windows=16", f"hydra.sweep.dir={tmp_path / 'sweep'}"),
     )
     assert done.returncode == 0, done.stderr
     stored = [json.loads(path.read_text()) for path in (tmp_path / "sweep").glob("*/results.json")]
