@@ -117,9 +117,10 @@ def store(root: Path) -> None:
             verdicts = {name: report.verdicts.get((run["path"], name)) for name in (PPL, KL, TOP1)}
             marks = {n: "best" if v.best else "ties" for n, v in verdicts.items() if v and (v.best or v.ties)}
             metrics = {name: run["metrics"][name] for name in KEPT if name in run["metrics"]}
-            kept[run["method"], run["grid"], run["bits"]] = {
+            key = (run["method"], grid_name(run), run["bits"])
+            kept[key] = {
                 "method": run["method"],
-                "grid": run["grid"],
+                "grid": key[1],
                 "bits": run["bits"],
                 "bits_per_weight": run["bits_per_weight"],
                 "size_mb": run["size_bytes"] / 1e6,
@@ -127,10 +128,16 @@ def store(root: Path) -> None:
                 "marks": marks,
                 "date": run["manifest"]["provenance"]["date"][:10],
             }
-            taken.add((run["method"], run["grid"], run["bits"]))
+            taken.add(key)
     keep_marks_of_the_best(kept, taken)
     write("runs.json", found | {"runs": list(kept.values())})
     write("levels.json", list(renewed_levels(root)))
+
+
+def grid_name(run: Mapping[str, Any]) -> str | None:
+    """Name of a run's grid: `mixed` where bits and group sizes were both allocated, as configs/grid calls it."""
+    both = run["grid"] == "allocated" and run["config"]["grid"].get("group_sizes")
+    return "mixed" if both else run["grid"]
 
 
 def keep_marks_of_the_best(runs: Mapping[Key, dict[str, Any]], taken: Set[Key]) -> None:
