@@ -26,6 +26,7 @@ from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.rescale import has_free_scales, times
 from gptq_awq.kernels import gpu
 from gptq_awq.kernels.descent import descend
+from gptq_awq.numerics.linalg import quadratic
 
 INNER = 2
 """Times that a group's columns are taken before the next group's: they need no product with the whole of H."""
@@ -58,13 +59,11 @@ def refined(
             params = scales[:, group, None], zeros[:, group, None]
             chosen = _descended(grid, value, slope, h, params)
             if has_free_scales(grid):
-                params = _rescaled(grid, chosen, slope, h, params)
-                value = grid.decode(chosen, params)
+                params, value = _rescaled(grid, chosen, value, slope, h, params)
                 scales[:, group], zeros[:, group] = params[0][:, 0], params[1][:, 0]
             codes[:, columns] = chosen.to(torch.uint8)
             E[:, columns] = value - target[:, columns]
-    loss = float(((E @ hessian) * E).sum(dtype=torch.float64)) / 2
-    return replace(quantized, codes=codes, scales=scales, zeros=zeros, loss=loss)
+    return replace(quantized, codes=codes, scales=scales, zeros=zeros, loss=quadratic(E, hessian) / 2)
 
 
 def _groups(quantized: QuantizedWeight) -> Iterator[Columns]:
@@ -119,14 +118,19 @@ def descended_plain(
     return codes
 
 
-def _rescaled(grid: Grid, codes: Tensor, slope: Tensor, h: Tensor, params: Params) -> Params:
-    """Scale and zero of a group that leave the least error to its codes; what they are where storing spoils that."""
-    value = grid.decode(codes, params)
+def _rescaled(
+    grid: Grid, codes: Tensor, value: Tensor, slope: Tensor, h: Tensor, params: Params
+) -> tuple[Params, Float[Tensor, "rows cols"]]:
+    """Scale and zero of a group that leave the least error to its codes, and its values with them.
+
+    Both are what they were where storing them spoils that.
+    """
     along = (value * slope).sum(1, keepdim=True)
     curvature = ((value @ h) * value).sum(1, keepdim=True)
     factor = 1 - along / curvature.clamp(min=torch.finfo(value.dtype).tiny)
     new = times(grid, *params, factor.clamp(1 / FARTHEST, FARTHEST))
-    change = grid.decode(codes, new) - value
+    moved = grid.decode(codes, new)
+    change = moved - value
     better = ((2 * slope + change @ h) * change).sum(1, keepdim=True) < 0
     scale, zero = (torch.where(better, after, before) for after, before in zip(new, params, strict=True))
-    return scale, zero
+    return (scale, zero), torch.where(better, moved, value)

@@ -90,9 +90,10 @@ class TwoSided:
                 target = W[part] + U[:first, part].T @ E[:first]
                 feedback = _RowFeedback(target if columns is None else target[:, columns], U[part, part], self.tile)
                 rounded = sweep.solve_together([target], [moments], grid, feedback.around)[0]
-                if hessian is not None:
+                if hessian is None:
+                    E[part] = W[part] - rounded.quantized.dequantize()
+                else:
                     rounded = self._refined(rounded, W, U, E, first, hessian)
-                E[part] = W[part] - rounded.quantized.dequantize()
                 parts.append(rounded)
             order.append(rows)
         quantized = QuantizedWeight.concat_rows([part.quantized for part in parts])
@@ -101,7 +102,7 @@ class TwoSided:
     def _refined(
         self, rounded: Solution, W: Tensor, U: Tensor, E: Tensor, first: int, hessian: Float[Tensor, "in in"]
     ) -> Solution:
-        """Refine the rows from `first` on tile by tile towards A_t, which takes up the errors E of refined rows."""
+        """Refine the rows from `first` on tile by tile towards A_t, and enter into E what later tiles take up."""
         tiles = []
         for own in torch.arange(len(rounded.quantized.codes)).split(self.tile):
             rows = slice(first + int(own[0]), first + int(own[-1]) + 1)

@@ -4,8 +4,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from helpers.linear_problems import moments as moments_of
+from helpers.linear_problems import problem
 
-from gptq_awq.calibration.moments import Moments
 from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.arithmetic import KINDS, in_numbers
 from gptq_awq.grids.integer import IntGrid
@@ -30,14 +31,6 @@ GRIDS = {
 }
 
 
-def problem(rows=37, columns=64, seed=0):
-    """A weight and the moments of correlated inputs."""
-    draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(200, columns, generator=draw) @ torch.randn(columns, columns, generator=draw)
-    weight = torch.randn(rows, columns, generator=draw)
-    return weight, Moments(x.T @ x / len(x), x.abs().mean(0), len(x))
-
-
 def error(quantized, weight, hessian):
     """Output error of each row."""
     delta = (quantized.dequantize() - weight).double()
@@ -48,8 +41,14 @@ def columns_of(grid):
     return 256 if grid == "q2_k" else 64
 
 
+def drawn(columns=64, rows=37, seed=0):
+    """A weight and the moments of its input."""
+    weight, hessian = problem(rows, columns, seed)
+    return weight, moments_of(hessian)
+
+
 def rounded(grid, **options):
-    weight, moments = problem(columns=columns_of(grid))
+    weight, moments = drawn(columns_of(grid))
     return weight, moments, GPTQ(damping=0.0, **options).solve(weight, moments, GRIDS[grid]).quantized
 
 
@@ -156,7 +155,7 @@ def test_stored_scales_stay_in_their_precision():
 
 
 def test_linears_solved_together_are_refined_as_by_themselves():
-    (a, moments), (b, others) = problem(rows=64), problem(rows=64, seed=1)
+    (a, moments), (b, others) = drawn(rows=64), drawn(rows=64, seed=1)
     solver = GPTQ(refine=2)
     together = solver.solve_together([a, b], [moments, others], GRIDS["int2"])
     for weight, own, solution in zip((a, b), (moments, others), together, strict=True):
@@ -166,7 +165,7 @@ def test_linears_solved_together_are_refined_as_by_themselves():
 
 
 def test_rows_that_the_end_loss_does_not_couple_are_refined_as_without_it():
-    weight, moments = problem()
+    weight, moments = drawn()
     solver = GPTQ(act_order=True, static_groups=True, refine=2)
     coupled = TwoSided(solver, torch.eye(len(weight)), tile=5, damping=0.0).solve(weight, moments, GRIDS["int2"])
     alone = solver.solve(weight, moments, GRIDS["int2"])
@@ -175,7 +174,7 @@ def test_rows_that_the_end_loss_does_not_couple_are_refined_as_without_it():
 
 
 def test_what_the_end_loss_feels_falls_where_rows_are_coupled():
-    weight, moments = problem()
+    weight, moments = drawn()
     draw = torch.Generator().manual_seed(2)
     g = torch.randn(300, len(weight), generator=draw) @ torch.randn(len(weight), len(weight), generator=draw)
     H_O = g.T @ g / len(g)
@@ -188,10 +187,10 @@ def test_what_the_end_loss_feels_falls_where_rows_are_coupled():
 
 
 def test_dead_inputs_and_empty_groups_keep_finite_scales():
-    weight, moments = problem()
+    weight, moments = drawn()
     dead = moments.hessian.clone()
     dead[:16], dead[:, :16] = 0, 0
     weight[:, 20:40] = 0
-    solution = GPTQ(refine=3).solve(weight, Moments(dead, dead.diagonal().sqrt(), 200), GRIDS["int2"])
+    solution = GPTQ(refine=3).solve(weight, moments_of(dead), GRIDS["int2"])
     assert torch.isfinite(solution.quantized.dequantize()).all()
     assert (solution.quantized.scales > 0).all()
