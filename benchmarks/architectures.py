@@ -188,11 +188,12 @@ def study(name: str, tell: Tell, scratch: Path) -> None:
         model, grid, (method, _) = copy.deepcopy(full), IntGrid(4, 16, True), load_method("rtn", 4, 32)
         prepare(model, method, grid)
         format_ = CompressedTensorsFormat("float32")
-        Exports((format_,)).check(linear_specs(model, assign_grids(model, grid), True), model, tokenizer)
+        specs = linear_specs(model, assign_grids(model, grid), True)
+        Exports((format_,)).check(specs, model, tokenizer)
+        if why := unread(model, specs, format_, tokenizer):
+            raise UserError(why)
         made = quantize_model(model, None, method, grid=grid, settings=settings)
         export(format_, model, made.weights, tokenizer, scratch / "ct")
-        if why := unread(model, made.weights):
-            raise UserError(why)
         reload(scratch / "ct", model, SAME_LOGITS)
 
 

@@ -201,8 +201,13 @@ def _check_arguments(index: int, found: Call, expected: Call) -> None:
     calibration, own = ({**dict(_named(x.args)), **dict(_named(x.kwargs))} for x in (found, expected))
     for name in sorted(calibration.keys() | own.keys()):
         a, b = calibration.get(name), own.get(name)
-        if a is None or b is None or a.shape != b.shape or not torch.allclose(a.float(), b.float(), equal_nan=True):
+        if a is None or b is None or a.shape != b.shape or not torch.allclose(_real(a), _real(b), equal_nan=True):
             raise _broken(f"block {index} gets another argument {name} than in the model's forward")
+
+
+def _real(value: Tensor) -> Tensor:
+    """A tensor in float32; of a complex one (Llama 4's rotations) both parts."""
+    return (torch.view_as_real(value) if value.is_complex() else value).float()
 
 
 def _named(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -2,10 +2,12 @@
 
 The logits of a window are large (2048 tokens x 49152 words are 400 MB) while its hidden states are small (5 MB), so
 scores keep hidden states and recompute logits in chunks. Models differ in what they do between the two (see
-models/decoder_head.py), so a split is used only after it has reproduced the model's logits on a probe.
+models/decoder_head.py), so a split is used only after it has reproduced the model's logits on a probe. A model without
+such a split is scored all the same: its logits are kept in place of hidden states.
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,11 +22,12 @@ from gptq_awq.errors import UserError
 from gptq_awq.evaluation.precision import lowered, lowered_head
 from gptq_awq.kernels.threads import match_torch
 from gptq_awq.models.blocks import BlockCalls, find_blocks
-from gptq_awq.models.decoder_head import logits
+from gptq_awq.models.decoder_head import decoder_of, logits
 from gptq_awq.models.offload import offloaded, resident
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.storage.checksummed import tensor_bytes
 
+log = logging.getLogger(__name__)
 CHUNK_LOGITS = 2**23
 """Number of logits per chunk of whole rows: 32 MB in fp32."""
 TILE_TOKENS, TILE_WORDS = 512, 2048
@@ -44,7 +47,8 @@ class Head:
 
     Attributes:
         model: the whole model.
-        decoder: its decoder, from token ids to last hidden states.
+        decoder: its decoder, from token ids to last hidden states; the whole model where it has no such split, and
+            "hidden states" are logits.
         template: an output of the decoder; the head's forward reads hidden states from a copy of it.
         output: its output layer.
         vocab: number of logits per token.
@@ -64,23 +68,43 @@ class Head:
     def of(cls, model: PreTrainedModel, compute_dtype: torch.dtype = torch.float32) -> "Head":
         """Split `model` into decoder and head, and check that together they reproduce its logits.
 
-        Raises UserError where the model is not made of a decoder and a head that work on their own.
+        Raises UserError where the model has no output layer, or is offloaded and has no such split.
         """
         match_torch()
-        output, decoder = model.get_output_embeddings(), model.get_decoder()
-        if output is None or decoder is None or decoder is model:
-            raise _unsupported(model)
-        probe = torch.arange(1, PROBE_TOKENS + 1, device=model.device)[None]
+        if (output := model.get_output_embeddings()) is None:
+            raise _unsupported(model, "has no output layer")
         with torch.no_grad(), resident(output), _without_absent_blocks(model):
-            template = decoder(input_ids=probe, use_cache=False, return_dict=True)
-            expected = model(input_ids=probe, use_cache=False).logits[0].float()
-            if not isinstance(template, ModelOutput) or "last_hidden_state" not in template:
-                raise _unsupported(model)
-            head = cls(model, decoder, template, output, expected.shape[-1], compute_dtype=compute_dtype)
-            states = template["last_hidden_state"][0]
-            if not _same(head(states), expected):
-                raise _unsupported(model)
-            return replace(head, divisible=head._divides(states, expected))
+            ids, expected = _probed(model)
+            whole = cls(model, model, ModelOutput(), output, expected.shape[-1], compute_dtype=compute_dtype)
+            if (split := whole._split(ids, expected)) is not None:
+                return split
+        if offloaded(model):
+            raise _unsupported(model, "has no decoder and head that reproduce its logits, block by block")
+        log.warning(
+            "%s has no decoder and head that reproduce its logits, so that all logits are kept in memory while "
+            "it is scored",
+            type(model).__name__,
+        )
+        return whole
+
+    def _split(self, ids: Int[Tensor, "1 tokens"], expected: Float[Tensor, "tokens vocab"]) -> "Head | None":
+        """This head with the decoder apart, if the logits of any part of the positions are those `expected`."""
+        if (decoder := decoder_of(self.model)) is None:
+            return None
+        template = decoder(input_ids=ids, use_cache=False, return_dict=True)
+        if not isinstance(template, ModelOutput) or "last_hidden_state" not in template:
+            return None
+        head, states, cut = replace(self, decoder=decoder, template=template), template["last_hidden_state"][0], 3
+        try:  # in two parts, as a head might read another output of the decoder, which the template holds
+            found = torch.cat([head(states[:cut]), head(states[cut:])])
+        except (RuntimeError, IndexError):
+            return None
+        return replace(head, divisible=head._divides(states, expected)) if _same(found, expected) else None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the model has no split, and hidden states are its logits."""
+        return self.decoder is self.model
 
     @torch.no_grad()
     def hidden(
@@ -89,7 +113,7 @@ class Head:
         """The decoder's last hidden states, in the model's dtype and on its device."""
         with phase("score/forward", *ids.shape), lowered(self.compute_dtype):
             output = self.decoder(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True)
-        return output["last_hidden_state"]
+        return output["logits" if self.whole else "last_hidden_state"]
 
     @torch.no_grad()
     def __call__(
@@ -100,6 +124,8 @@ class Head:
         `words` selects a part of the vocabulary, for a divisible head only (None: all of it).
         """
         hidden = hidden.to(self.model.device)[None]
+        if self.whole:
+            return hidden[0].float()
         if words is not None and len(range(self.vocab)[words]) < self.vocab:
             output = {name: value[words] for name, value in (output or dict(self.output.named_parameters())).items()}
         size = (hidden.shape[1],) if words is None else (hidden.shape[1], words.stop - words.start)
@@ -147,8 +173,10 @@ class Head:
         return [p.shape[-1] for p in parts] == [cut, self.vocab - cut] and _same(torch.cat(parts, -1), expected)
 
     def sha256(self) -> str:
-        """Content hash of the output layer's state dict."""
+        """Content hash of the output layer's state dict: of what turns hidden states into logits."""
         digest = hashlib.sha256()
+        if self.whole:
+            return digest.hexdigest()
         for name, value in sorted(self.output.state_dict().items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(tensor_bytes(value))
@@ -171,10 +199,20 @@ def _same(logits: Float[Tensor, "tokens vocab"], expected: Float[Tensor, "tokens
     return not error > TOLERANCE  # NaN passes: scoring reports logits that are not finite, with their window
 
 
-def _unsupported(model: PreTrainedModel) -> UserError:
-    """The error for a model that is not made of a decoder and a head."""
+def _probed(model: PreTrainedModel) -> tuple[Int[Tensor, "1 tokens"], Float[Tensor, "tokens vocab"]]:
+    """Probe's token ids and the model's logits. Raises UserError where the model computes none."""
+    ids = torch.arange(1, PROBE_TOKENS + 1, device=model.device)[None]
+    try:
+        return ids, model(input_ids=ids, use_cache=False).logits[0].float()
+    except Exception as error:  # whatever a model's own code raises
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise _unsupported(model, f"computes no logits of {PROBE_TOKENS} tokens ({why})") from error
+
+
+def _unsupported(model: PreTrainedModel, why: str) -> UserError:
+    """The error for a model that can't be scored."""
     name = model.config.name_or_path or type(model).__name__
     return UserError(
-        f"model={name}: {type(model).__name__} cannot be split into a decoder and a head that reproduce its "
-        "logits, so its perplexity and KL cannot be measured here; set eval=none to quantize it all the same"
+        f"model={name}: {type(model).__name__} {why}, so its perplexity and KL cannot be measured here; set eval=none "
+        "to quantize it all the same"
     )

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import LinearSpec, Source
+from gptq_awq.models.decoder_head import decoder_of
 
 
 def text_part(model: PreTrainedModel) -> PreTrainedModel:
@@ -17,7 +18,7 @@ def text_part(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         UserError: transformers has no causal language model of this decoder.
     """
-    config, decoder = model.config.get_text_config(), model.get_decoder()
+    config, decoder = model.config.get_text_config(), decoder_of(model)
     try:
         with torch.device("meta"):
             shell = AutoModelForCausalLM.from_config(config)

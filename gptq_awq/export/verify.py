@@ -51,7 +51,9 @@ class Probe:
     @torch.no_grad()
     def of(cls, model: PreTrainedModel, tokens: Int[Tensor, "windows seqlen"], source: str) -> "Probe":
         """Score the tokens with a model, one window at a time."""
-        losses = [token_losses(model(input_ids=row[None].to(model.device)).logits[0], row) for row in tokens]
+        losses = [
+            token_losses(model(input_ids=row[None].to(model.device), use_cache=False).logits[0], row) for row in tokens
+        ]
         return cls(tokens, torch.stack(losses), source)
 
 

@@ -89,7 +89,7 @@ class Exports:
             if isinstance(format_, ChecksModel):
                 for note in format_.check_model(linears, model, tokenizer):
                     log.warning("export.formats: %s", note)
-            if format_.name in PACKED and (why := unread(model, [linear.name for linear in linears])):
+            if format_.name in PACKED and (why := unread(model, linears, format_, tokenizer)):
                 log.warning("export.formats: %s: %s", format_.name, why)
         for line in self.notes(linears, model.config):
             log.info("%s", line)

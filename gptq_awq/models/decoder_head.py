@@ -2,16 +2,39 @@
 
 Heads differ: most are a linear layer alone, Gemma 2 caps its logits, Granite and Cohere scale them. No table of
 architectures is needed: the head is the model's own forward, with the decoder replaced by one that returns given hidden
-states.
+states. Some heads read more than those (ProphetNet's reads its second stream), and have no such split.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module | None:
+    """The part of a model that turns token ids into last hidden states; None where it can't be told apart.
+
+    What the model names its decoder is believed where it holds a list of blocks and no head (ModernBERT's decoder names
+    its head, Llama 4 itself); else it is the outermost module that holds such a list and the input embeddings.
+    """
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+
+    def holds(module: nn.Module, part: Any) -> bool:
+        return part is not None and any(each is part for each in module.modules())
+
+    def fits(module: nn.Module) -> bool:
+        blocks = any(isinstance(each, nn.ModuleList) for each in module.modules())
+        return blocks and module is not model and not holds(module, head)
+
+    named = model.get_decoder()
+    if named is not None and fits(named):
+        return named
+    return next((each for each in model.modules() if fits(each) and holds(each, embeddings)), None)
 
 
 @contextmanager

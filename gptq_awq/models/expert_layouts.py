@@ -91,7 +91,7 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
-        self._of = {p.untyped_storage().data_ptr(): name for name, p in parameters.items()}
+        self._named = parameters
         self._whole = {id(p): p for p in parameters.values()}  # and views of flat ones, held so that ids stay unique
         self._slices: dict[int, tuple[Tensor, bool]] = {}  # and whether it is a transpose
         self.uses: dict[str, set[str]] = {name: set() for name in parameters}
@@ -106,16 +106,26 @@ class _Watch(TorchFunctionMode):
             self._slices[id(out)] = out, not self._slices[id(args[0])][1]
         elif func in VIEWS and id(args[0]) in self._whole and args[0].dim() == 2 and out.dim() == 3:
             self._whole[id(out)] = out
-            self.flat[self._of[out.untyped_storage().data_ptr()]] = len(out)
+            name = self._name(out)
+            assert name is not None
+            self.flat[name] = len(out)
         elif func in PRODUCTS:
             self._note(func, args, kwargs)
         return out
 
+    def _name(self, tensor: Tensor) -> str | None:
+        """Name of the parameter whose memory a tensor begins in; several may lie in one storage."""
+        storage, start = tensor.untyped_storage().data_ptr(), tensor.data_ptr()
+        for name, p in self._named.items():
+            inside = p.data_ptr() <= start < p.data_ptr() + p.numel() * p.element_size()
+            if inside and p.untyped_storage().data_ptr() == storage:
+                return name
+        return None
+
     def _note(self, func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
         product = product_of(func, args, kwargs)
         for tensor in _tensors((args, kwargs)):
-            name = self._of.get(tensor.untyped_storage().data_ptr())
-            if name is None:
+            if (name := self._name(tensor)) is None:
                 continue
             as_expert = product is not None and tensor is product.weight and id(tensor) in self._slices
             use = func.__name__

@@ -29,7 +29,7 @@ from gptq_awq.runtime.options import Fraction, NonNegative, PositiveInt, Seed, c
 from gptq_awq.runtime.progress import Track
 from gptq_awq.tuning.linear import check_scales, rescaled, scale_rates, tuned_linears
 from gptq_awq.tuning.passes import first_and_last, shuffled
-from gptq_awq.tuning.teacher import Teacher, decoder_of, inputs_of
+from gptq_awq.tuning.teacher import Teacher, inputs_of, tuned_decoder
 from gptq_awq.tuning.vectors import Vectors
 
 CHUNK_TOKENS = 128
@@ -110,7 +110,7 @@ class _Student:
 
     def __init__(self, model: nn.Module, weights: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> None:
         self._model = copy.deepcopy(model).to(dtype).requires_grad_(False)
-        self._decoder = decoder_of(self._model)
+        self._decoder = tuned_decoder(self._model)
         self._linears = tuned_linears(self._model, weights)
         self._weights = weights
         self._vectors = Vectors(self._model, model)

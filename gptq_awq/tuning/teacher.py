@@ -1,6 +1,7 @@
 """Teacher of end-to-end tuning: the full-precision model's predictions, kept without its blocks."""
 
 import copy
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
-from gptq_awq.models.decoder_head import logits
+from gptq_awq.models.decoder_head import decoder_of, logits
 from gptq_awq.runtime.profiling import phase
 
 
@@ -23,7 +24,7 @@ class Teacher:
 
     def __init__(self, model: nn.Module, tokens: TokenSet, dtype: torch.dtype) -> None:
         full = copy.deepcopy(model).to(dtype)
-        self._decoder, device = decoder_of(full), next(full.parameters()).device
+        self._decoder, device = tuned_decoder(full), next(full.parameters()).device
         self.dtype = dtype
         states = []
         with torch.no_grad():
@@ -43,10 +44,9 @@ class Teacher:
         return logits(self._model, self._decoder, self._template, hidden[None])[0]
 
 
-def decoder_of(model: nn.Module) -> nn.Module:
+def tuned_decoder(model: Any) -> nn.Module:
     """Decoder of a model, which ends in hidden states. Raises UserError where the model has none of its own."""
-    decoder = model.get_decoder()  # pyright: ignore[reportCallIssue]
-    if decoder is None or decoder is model:
+    if (decoder := decoder_of(model)) is None:
         raise UserError(f"method.tuning: {type(model).__name__} is not made of a decoder and a head")
     return decoder
 

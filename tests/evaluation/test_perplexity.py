@@ -3,12 +3,14 @@ import math
 import pytest
 import torch
 import transformers
+from helpers.architectures import tiny_architecture
 from helpers.scored_models import ARCHITECTURES, plain_losses, postprocessing_model, windows
 from helpers.tiny_models import CONFIGS, tiny_model, tiny_tokens
 
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation import head as head_module
+from gptq_awq.evaluation.divergence import divergence
 from gptq_awq.evaluation.head import Head
 from gptq_awq.evaluation.perplexity import perplexity, token_losses
 
@@ -31,6 +33,25 @@ def test_token_losses_equal_a_plain_loop(model):
     assert scores.nll.shape == (4, 31)
     assert scores.hidden.shape[:2] == (4, 31)
     torch.testing.assert_close(scores.nll, plain_losses(model, tokens.ids), rtol=1e-5, atol=1e-5)
+
+
+HEADS = {
+    "llama4_text": "a model that names itself its decoder",
+    "modernbert-decoder": "a decoder that is the head",
+    "xlstm": "a cache that its own code can't go on from",
+    "prophetnet": "a head that reads another stream than the last hidden states",
+}
+
+
+@pytest.mark.parametrize("name", HEADS, ids=HEADS.values())
+def test_models_without_a_common_split_are_scored_as_they_compute(name):
+    model, tokens = tiny_architecture(name), windows()
+    scores = token_losses(model, tokens)
+    torch.testing.assert_close(scores.nll, plain_losses(model, tokens.ids), rtol=1e-4, atol=1e-4)
+    assert Head.of(model).whole == (name == "prophetnet")
+    same = divergence(model, tokens, scores)
+    torch.testing.assert_close(same.nll, scores.nll)
+    assert float(same.kl.abs().max()) < 1e-6
 
 
 def test_perplexity_equals_the_original_codes():
@@ -75,7 +96,7 @@ def test_nonfinite_logits_are_refused_and_located():
         token_losses(model, tokens)
 
 
-def test_a_model_whose_head_needs_more_than_hidden_states_is_refused():
+def test_a_model_whose_head_needs_more_than_hidden_states_is_scored_whole():
     model = tiny_model("llama")
     forward = model.forward
 
@@ -85,7 +106,14 @@ def test_a_model_whose_head_needs_more_than_hidden_states_is_refused():
         return output
 
     model.forward = biased_by_its_input
-    with pytest.raises(UserError, match=r"model=LlamaForCausalLM.*eval=none"):
+    scores, tokens = token_losses(model, windows()), windows()
+    torch.testing.assert_close(scores.nll, plain_losses(model, tokens.ids), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_computes_no_logits_is_refused():
+    model = tiny_model("llama")
+    model.forward = lambda **_: 1 / 0
+    with pytest.raises(UserError, match=r"model=LlamaForCausalLM.*ZeroDivisionError.*eval=none"):
         token_losses(model, windows())
 
 

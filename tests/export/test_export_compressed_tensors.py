@@ -202,7 +202,7 @@ def test_experts_are_linears_of_their_own_and_transformers_reads_them(name, tmp_
     torch.testing.assert_close(read, ours, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["zamba", "falcon_mamba", "gpt_bigcode", "llama"])
+@pytest.mark.parametrize("name", ["zamba", "falcon_mamba", "gpt_bigcode", "kimi_linear", "llama"])
 def test_a_warning_before_calibration_names_the_models_that_transformers_cannot_load_packed(name, tmp_path, caplog):
     model = tiny_architecture(name)
     weights = quantize_model(model, method="rtn", grid=IntGrid(4, 16, sym=True, scale_dtype="float16")).weights
@@ -210,10 +210,10 @@ def test_a_warning_before_calibration_names_the_models_that_transformers_cannot_
     Exports((format_,)).check(source_specs(source), model, None)
     told = "transformers can't load packed linears" in caplog.text
     format_.write(source, tmp_path)
-    assert len(list(format_.decode(tmp_path))) == len(weights)
+    assert len(list(format_.decode(tmp_path))) == len(format_.stored(source))
     try:
         read = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(tiny_tokens()).logits
-    except AttributeError:
+    except (AttributeError, RuntimeError):  # kimi_linear: transformers joins its convolutions by names without packed
         assert told
     else:
         assert not told

@@ -27,10 +27,11 @@ def postprocessing_model(name):
 
 def plain_losses(model, ids):
     """An independent implementation: whole windows, transformers' logits, torch's cross entropy."""
-    rows = [
-        torch.nn.functional.cross_entropy(model(row[None]).logits[0, :-1], row[1:], reduction="none") for row in ids
+    logits = (model(row[None], use_cache=False).logits[0, :-1] for row in ids)
+    losses = [
+        torch.nn.functional.cross_entropy(x, row[1:], reduction="none") for x, row in zip(logits, ids, strict=True)
     ]
-    return torch.stack(rows)
+    return torch.stack(losses)
 
 
 def disturb(model, by=0.3, seed=1):

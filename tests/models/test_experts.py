@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.architectures import tiny_architecture
 from helpers.mixtures import GRID, KEEP, codes, entering, run
 from helpers.quantization_runs import SMALL, tokens
 from helpers.quantized_weights import NoTokenizer
@@ -261,3 +262,20 @@ def test_routers_are_never_quantized():
         after = result.model.model.layers[-1].mlp
         router = "router" if name == "gpt-oss" else "gate"
         assert torch.equal(getattr(before, router).weight, getattr(after, router).weight)
+
+
+def test_fused_experts_that_lie_in_one_storage_are_told_apart():
+    """As transformers leaves them where it cuts one stored tensor into several parameters."""
+    model = tiny_architecture("inkling_text")
+    expected = {name for name, _ in _unfused(copy.deepcopy(model)).named_parameters()}
+    for module in model.modules():
+        if type(module).__name__ == "InklingSharedExperts":
+            both = torch.cat([module.gate_proj.flatten(), module.up_proj.flatten()])
+            for parameter, values in zip((module.gate_proj, module.up_proj), both.chunk(2), strict=True):
+                parameter.data = values.view_as(parameter)
+    assert {name for name, _ in _unfused(model).named_parameters()} == expected
+
+
+def _unfused(model):
+    unfuse(model)
+    return model
