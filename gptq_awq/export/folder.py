@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Source
 from gptq_awq.export.public import names_only
-from gptq_awq.export.saved import SavedTensors, blocks_by_name, read_state, renaming, saved
+from gptq_awq.export.saved import SavedTensors, blocks_by_name, read_state, renaming, saved, tied_names
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.carried import carried, outdated_names
 from gptq_awq.models.experts import experts_in
@@ -173,17 +173,15 @@ class Shards:
 def plain_tensors(
     source: Source, dtype: torch.dtype, wanted: Callable[[str], bool] = lambda _name: True
 ) -> Iterator[tuple[str, Tensor]]:
-    """Unquantized tensors whose name is `wanted`, on the CPU in `dtype`; tied weights under their first name.
+    """Unquantized tensors whose name is `wanted`, on the CPU in `dtype`; tied weights under one name.
 
     Integer tensors keep their dtype. Raises UserError where a value overflows `dtype`.
     """
-    seen = {id(source.model.get_submodule(name).get_parameter("weight")) for name in source.weights}
-    plain = each_tensor(source.model, lambda name: wanted(name) and name.removesuffix(".weight") not in source.weights)
-    for name, tensor in plain:
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        yield name, stored(name, tensor, dtype)
+    packed = {id(source.model.get_submodule(name).get_parameter("weight")) for name in source.weights}
+    again = tied_names(source.model) | {f"{name}.weight" for name in source.weights}
+    for name, tensor in each_tensor(source.model, lambda name: wanted(name) and name not in again):
+        if id(tensor) not in packed:
+            yield name, stored(name, tensor, dtype)
 
 
 def stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -107,13 +107,22 @@ def renamed_weights(source: Source) -> dict[str, QuantizedWeight]:
 
 
 def state_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Shapes of a model's tensors by their names in its state dict; tied ones under their first name."""
-    shapes, seen = {}, set()
+    """Shapes of a model's tensors by their names in its state dict; tied ones under one name."""
+    again, state = tied_names(model), model.state_dict(keep_vars=True)
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in again}
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """Names in a model's state dict whose tensor is stored under another name: the one that transformers stores it by.
+
+    Older readers want that one: where it is missing, some leave the embedding empty, and the head that is tied to it.
+    """
+    names: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            shapes[name] = tuple(tensor.shape)
-    return shapes
+        names.setdefault(id(tensor), []).append(name)
+    targets = getattr(model, "all_tied_weights_keys", None) or {}
+    kept = {next((name for name in same if name not in targets), same[0]) for same in names.values()}
+    return {name for same in names.values() for name in same} - kept
 
 
 def saved_weights(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight]) -> dict[str, QuantizedWeight]:

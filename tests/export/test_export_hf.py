@@ -82,6 +82,7 @@ def test_float32_gives_the_logits_of_the_model_in_memory(name, tmp_path):
         "mixtral",
         "gpt2",
         "gemma3",
+        "camembert",
     ],
 )
 def test_tensors_have_the_names_that_save_pretrained_gives_them(name, tmp_path):
