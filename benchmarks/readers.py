@@ -9,6 +9,7 @@ docs/export.md. A reader that isn't installed is left out.
 """
 
 import argparse
+import copy
 import json
 import os
 import signal
@@ -28,6 +29,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch  # noqa: E402
 from helpers.architectures import tiny_architecture  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
 from transformers.models.auto import modeling_auto  # noqa: E402
 
 from gptq_awq import quantize_model  # noqa: E402
@@ -43,14 +45,15 @@ from gptq_awq.export.write import Exports  # noqa: E402
 from gptq_awq.grids.affine import AffineGrid  # noqa: E402
 from gptq_awq.grids.base import Grid  # noqa: E402
 from gptq_awq.grids.integer import IntGrid  # noqa: E402
-from gptq_awq.models.blocks import find_blocks  # noqa: E402
-from gptq_awq.models.expert_layouts import fused_parameters  # noqa: E402
 from gptq_awq.models.experts import experts_in  # noqa: E402
+from gptq_awq.models.unfuse import unfuse  # noqa: E402
 
 STORE = ROOT / "benchmarks" / "results" / "readers.json"
 PAGE = ROOT / "docs" / "export.md"
 BEGIN, END = "<!-- readers.json -->\n", "<!-- /readers.json -->\n"
 SECONDS, TOKENS = 240, 40
+UNKNOWN = ("does not recognize this arch", "does not know", "not supported")
+"""What readers say of architectures that they don't know."""
 
 
 class Reading(NamedTuple):
@@ -111,10 +114,10 @@ def read(name: str, reading: Reading) -> dict[str, Any]:
             folder, model = Path(path), tiny_architecture(name)
             grid = reading.grid
             weights = {} if grid is None else quantize_model(model, method="rtn", grid=grid).weights
-            found["mixture"] = bool(experts_in(model) or any(map(fused_parameters, find_blocks(model)[1])))
+            found["mixture"] = is_mixture(model)
             specs = linear_specs(model, {n: weight.grid for n, weight in weights.items()}, natural_order=True)
             tokens = torch.randint(3, 200, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-            ours = model(input_ids=tokens).logits.float()
+            ours = model(input_ids=tokens, use_cache=False).logits.float()
             Exports((reading.format,)).check(specs, model, None)
             reading.format.write(Source(model, None, name, weights), folder)
             path = next(folder.glob("*.gguf"), folder)
@@ -127,10 +130,19 @@ def read(name: str, reading: Reading) -> dict[str, Any]:
     return found
 
 
+def is_mixture(model: PreTrainedModel) -> bool:
+    """Whether a model has fused experts."""
+    apart = copy.deepcopy(model)
+    unfuse(apart)
+    return bool(experts_in(apart))
+
+
 def state(found: Mapping[str, Any], reading: Reading) -> str:
-    """Whether a reader computes the same, something else, or the model was refused before calibration."""
+    """Whether a reader computes the same, or other logits, or doesn't know the model, or it was refused beforehand."""
     if "kl" in found:
         return "equal" if found["kl"] <= reading.equal else "other"
+    if any(word in found.get("refused", "") for word in UNKNOWN):
+        return "unknown"
     return "refused" if "refused" in found else "failed"
 
 
@@ -140,8 +152,9 @@ def table(stored: Mapping[str, Any]) -> str:
         f"Tiny random models of {len(stored['found'])} causal architectures of transformers "
         f"{stored['versions']['transformers']}, each written and read again (`python benchmarks/readers.py`):",
         "",
-        "| format | read by | looked at | same logits | of which mixtures | refused | computed otherwise | failed |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| format | read by | looked at | same logits | of which mixtures | unknown to it | refused | other logits "
+        "| failed |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     mixtures = []
     for name, reading in READINGS.items():
@@ -151,7 +164,7 @@ def table(stored: Mapping[str, Any]) -> str:
         states = {each: state(row, reading) for each, row in of.items()}
         same = [each for each, word in states.items() if word == "equal"]
         mixed = [each for each in same if any(row.get("mixture") for row in stored["found"][each].values())]
-        counts = [list(states.values()).count(word) for word in ("refused", "other", "failed")]
+        counts = [list(states.values()).count(word) for word in ("unknown", "refused", "other", "failed")]
         cells = (f"`{name}`", reading.reader, len(of), len(same), len(mixed), *counts)
         lines.append(f"| {' | '.join(map(str, cells))} |")
         mixtures.append(f"- `{name}`: {', '.join(mixed) or 'none'}")
