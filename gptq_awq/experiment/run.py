@@ -377,7 +377,12 @@ def _export(plan: Plan, context: RunContext, source: Source, track: Track) -> li
     ids = torch.arange(64)[None] if known is None else known.ids[:PROBE_WINDOWS, :PROBE_SEQLEN]
     probe = Probe.of(loaded.model, ids, "token ids 0 to 63" if known is None else known.source)
     facts = {
-        "model": {"source": loaded.source, "sha256": loaded.sha256},
+        "model": {
+            "source": loaded.source,
+            "sha256": loaded.sha256,
+            "quantized_source": loaded.report.quantized_source,
+            "on_grid": loaded.report.on_grid,
+        },
         "method": plan.method.name,
         "grid": str(plan.grid),
         "calibration": None if tokens is None else {"source": tokens.source, "sha256": tokens.sha256},

@@ -100,7 +100,8 @@ def model_card(
         row: results row as in results.json; None before scoring.
         format_name: name of the format; without instructions to load it where USAGE has none.
         notes: sentences on how the checkpoint was verified and on its limitations.
-        facts: the run's provenance: `model` and `calibration` (source, sha256), `method`, `grid`, `code`.
+        facts: the run's provenance: `model` (source, sha256, what it came quantized as), `calibration` (source, sha256),
+            `method`, `grid`, `code`.
     """
     row, facts = dict(names_only(row or {})), dict(names_only(facts or {}))
     usage = USAGE.get(format_name)
@@ -147,6 +148,7 @@ def _provenance(row: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     group = {None: None, -1: "per channel"}.get(row.get("group_size"), f"{row.get('group_size')} columns")
     known = {
         "made from": _with_hash(model),
+        "which came as": model.get("quantized_source") or model.get("on_grid"),
         "method": row.get("method") or facts.get("method"),
         "grid": facts.get("grid") or row.get("grid"),
         "bits per weight": _number(row.get("bits_per_weight")) and f"{_number(row['bits_per_weight'])}, all included",

@@ -85,6 +85,12 @@ def test_provenance_is_named():
     assert "calibration | none" in model_card(None, "hf", [], FACTS | {"calibration": None})
 
 
+def test_a_source_that_came_quantized_is_named():
+    made_from = {"source": "DIR", "sha256": "0" * 64, "quantized_source": "fp8 (block 128): 14 tensors were decoded"}
+    card = model_card(None, "gptq", [], {"model": made_from})
+    assert "| which came as | fp8 (block 128): 14 tensors were decoded |" in card
+
+
 def test_before_scoring_there_are_no_results():
     card = model_card(None, "mlx", [])
     assert "Not scored." in card
