@@ -100,8 +100,8 @@ def model_card(
         row: results row as in results.json; None before scoring.
         format_name: name of the format; without instructions to load it where USAGE has none.
         notes: sentences on how the checkpoint was verified and on its limitations.
-        facts: the run's provenance: `model` (source, sha256, what it came quantized as), `calibration` (source, sha256),
-            `method`, `grid`, `code`.
+        facts: the run's provenance: `model` (source, sha256, what it came quantized as), `calibration` (source,
+            sha256), `method`, `grid`, `code`.
     """
     row, facts = dict(names_only(row or {})), dict(names_only(facts or {}))
     usage = USAGE.get(format_name)
