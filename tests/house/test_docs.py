@@ -272,3 +272,13 @@ def test_the_librarys_example_runs(tiny_folder, tiny_text, tmp_path, capsys):
     exec(example.replace("bits=4", "bits=4, group_size=16, seqlen=32"), names)
     assert "QuantizedModel(" in capsys.readouterr().out
     assert names["again"].config.model_type == "llama"
+
+
+def test_files_that_the_site_needs_are_in_the_repository():
+    """mkdocs leaves out what is missing without a word, and a checkout has only what git doesn't ignore."""
+    config = yaml.safe_load(re.sub(r"!!python\S+", "", (ROOT / "mkdocs.yml").read_text()))
+    files = [ROOT / "docs" / name for name in (*config["extra_css"], *config["extra_javascript"])]
+    assert [file for file in files if not file.is_file()] == []
+    if (ROOT / ".git").exists():
+        ignored = subprocess.run(["git", "check-ignore", *files], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert ignored.stdout == ""
