@@ -1,5 +1,6 @@
 """Read and write transformers folders: sharded safetensors with an index, configs and tokenizer."""
 
+import copy
 import json
 import logging
 import shutil
@@ -197,8 +198,9 @@ def write_config(
 ) -> None:
     """Write config.json, with the checkpoint's dtype and `quantization_config`, and generation_config.json."""
     config = published_options(model.config) | {"architectures": [type(model).__name__]}
-    for part in (config, *(value for value in config.values() if isinstance(value, dict) and "dtype" in value)):
-        part["dtype"] = str(dtype).removeprefix("torch.")
+    config["dtype"] = None
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        part |= dict.fromkeys(part.keys() & {"dtype", "torch_dtype"}, str(dtype).removeprefix("torch."))
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if isinstance(head, nn.Linear) and head.weight is getattr(embedding, "weight", None):
         for part in (config, config.get("text_config")):  # readers differ in which of them they ask
@@ -254,14 +256,30 @@ def published_options(config: PreTrainedConfig) -> dict[str, Any]:
     if not path.is_file():
         return now
     try:
-        source = json.loads(path.read_text())
-        then = type(config).from_dict(dict(source)).to_dict()
+        read, _ = type(config).get_config_dict(path.parent)  # which knows how infinities are spelled
+        source = {key: read[key] for key in json.loads(path.read_text()) if key in read}
+        then = type(config).from_dict(copy.deepcopy(source)).to_dict()
     except Exception:  # of another model, or spelled for code that is not transformers'
         return now
-    if source.get("model_type") != now.get("model_type"):
-        return now
-    kept = {key: value for key, value in source.items() if key not in now or now[key] == then.get(key, now[key])}
-    return now | kept
+    return now if source.get("model_type") != now.get("model_type") else now | _as_published(source, now, then)
+
+
+def _as_published(source: dict[str, Any], now: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
+    """Options of `source`, which were read as `then`, where they are still the same `now`, but for a dtype."""
+    found = {}
+    for key, value in source.items():
+        own, read = now.get(key), then.get(key, now.get(key))
+        if key not in now or _without_dtypes(own) == _without_dtypes(read):
+            found[key] = value
+        elif isinstance(value, dict) and isinstance(own, dict) and isinstance(read, dict):
+            found[key] = own | _as_published(value, own, read)
+    return found
+
+
+def _without_dtypes(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_dtypes(each) for key, each in value.items() if key not in ("dtype", "torch_dtype")}
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:

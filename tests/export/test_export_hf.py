@@ -138,6 +138,27 @@ def test_the_config_says_the_dtype_and_nothing_of_quantization(tmp_path):
     assert "quantization_config" not in config
 
 
+PUBLISHED = {
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}},
+    "llama": {"torch_dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_options_keep_the_spelling_of_the_folder_that_a_model_came_from(name, tmp_path):
+    tiny_architecture(name).save_pretrained(tmp_path / "published")
+    file = tmp_path / "published" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | PUBLISHED[name]))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "published", dtype=torch.float32)
+    (tmp_path / "written").mkdir()
+    HFFormat("float32").write(Source(model, NoTokenizer(), "tiny", {}), tmp_path / "written")
+    written = json.loads((tmp_path / "written" / "config.json").read_text())
+    expected = PUBLISHED[name] | ({"torch_dtype": "float32"} if name == "llama" else {})
+    assert {key: written[key] for key in expected} == expected
+    assert written["dtype"] == "float32"
+
+
 @pytest.mark.parametrize("name", ["gemma4_text", "gemma3_text", "falcon", "gpt_neox", "lfm3", "llama"])
 def test_options_for_older_readers_change_nothing_that_transformers_reads(name, tmp_path):
     model = tiny_architecture(name)
