@@ -73,6 +73,32 @@ def check_engine(
     return []
 
 
+def check_windows(
+    engine: str,
+    format_name: str,
+    model: PreTrainedModel,
+    path: Path,
+    write: Callable[[], Mapping[str, QuantizedWeight]],
+    limit: float,
+) -> list[str]:
+    """A sentence where an engine ignores sliding windows that are longer than what `check_engine` compares.
+
+    It is tried with windows of half those tokens, in the model and in the checkpoint. Arguments as in `check_engine`.
+    """
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    if not isinstance(window, int) or window <= TOKENS:
+        return []
+    config.sliding_window = TOKENS // 2
+    try:
+        check_engine(engine, format_name, model, path, write, limit)
+    except UserError:
+        return [f"{format_name}: {engine} ignores the sliding window of {window} tokens, and computes others beyond it"]
+    finally:
+        config.sliding_window = window
+    return []
+
+
 @contextmanager
 def _holding(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight]) -> Iterator[None]:
     """Context manager inside of which a model has other weights."""

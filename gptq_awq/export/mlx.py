@@ -28,7 +28,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
-from gptq_awq.export.engine_check import check_engine
+from gptq_awq.export.engine_check import check_engine, check_windows
 from gptq_awq.export.folder import FolderTensors, read_config, stored, write_tensors
 from gptq_awq.export.layout import (
     Flat,
@@ -99,8 +99,9 @@ class MLXFormat:
                 replace(self, dtype="float32").write(Source(model, None, "", weights), Path(path))
                 return weights
 
-            untried = check_engine("mlx", self.name, model, Path(path), write, LIMIT)
-        return untried + layout.notes(types, names, self.name, "mlx-lm") + _left_out(model)
+            trial = ("mlx", self.name, model, Path(path), write, LIMIT)
+            found = check_engine(*trial) or check_windows(*trial)
+        return found + layout.notes(types, names, self.name, "mlx-lm") + _left_out(model)
 
     def _check_dtype(self, grid: Grid) -> None:
         """Raise UserError if the requested dtype can't store the grid's scales and biases exactly."""

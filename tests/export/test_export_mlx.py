@@ -219,6 +219,16 @@ def test_a_model_that_mlx_lm_computes_otherwise_is_refused():
         tried(model)
 
 
+@pytest.mark.parametrize(("name", "ignored"), [("mistral", True), ("gemma3_text", False), ("qwen2", False)])
+def test_windows_beyond_what_is_compared_are_tried_too(name, ignored):
+    pytest.importorskip("mlx_lm")
+    model = tiny_architecture(name)
+    model.config.sliding_window = 64
+    told = [note for note in tried(model) if "sliding window of 64 tokens" in note]
+    assert bool(told) == ignored
+    assert model.config.sliding_window == 64
+
+
 def test_that_a_model_was_not_tried_is_said(monkeypatch):
     monkeypatch.setattr(engine_check, "find", lambda *_: None)
     assert tried(tiny_model("llama")) == ["mlx: not tried in mlx before calibration, as mlx is not installed"]
