@@ -26,6 +26,7 @@ from gptq_awq.export.gguf_blocks import BLOCK_TYPES, pack
 from gptq_awq.export.gguf_converter import Vocabulary, converter_root, known_architectures
 from gptq_awq.export.gguf_file import Packed, block_types, read_gguf, write_gguf
 from gptq_awq.export.gguf_layout import observe, skeleton
+from gptq_awq.export.gguf_projector import PROJECTOR, write_projector
 from gptq_awq.export.gguf_tokenizer import ENGINE, vocabulary_for
 from gptq_awq.export.layout import Layout, quantized, unquantized
 from gptq_awq.export.modelfile import modelfile
@@ -127,7 +128,8 @@ class GGUFFormat:
 
     def write(self, source: Source, folder: Path) -> None:
         """Write model.gguf, its Modelfile, layout.npz, and the model's config.json, which the verifier needs."""
-        if (shell := self._text(source.model)) is not source.model:
+        whole = source.model
+        if (shell := self._text(whole)) is not whole:
             source = text_source(source, shell)
         path, model, root = folder / "model.gguf", source.model, converter_root(self.converter)
         with (
@@ -142,6 +144,8 @@ class GGUFFormat:
         if source.tokenizer is not None:
             (folder / "Modelfile").write_text(modelfile(path.name, source.tokenizer))
         write_config(model, folder, torch.float16, None)
+        if also_sees(whole.config) and (why := write_projector(folder / PROJECTOR, root, whole, self.plain_dtype)):
+            log.warning("gguf: %s", why)
 
     def decoder(self) -> str:
         """Name of the decoder: the gguf library decodes weights, our own bit-field tables decode codes."""

@@ -31,6 +31,7 @@ from gptq_awq.storage.assets import Asset, UnavailableError, fetch
 
 log = logging.getLogger(__name__)
 PACKAGES = ("conversion", "gguf")
+FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
 
 
 @dataclass(frozen=True)
@@ -182,11 +183,10 @@ def conversion(
         raise UserError(
             f"export.formats=gguf: llama.cpp's converter does not know {architecture}; choose another format"
         ) from error
-    ftype = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}[options["dtype"]]
     base.ModelBase.in_memory, base.ModelBase.lazy_tensor = (tensors, meta), base.LazyTorchTensor
 
     def made(known: Any) -> Any:
-        kind = sys.modules["gguf"].LlamaFileType[ftype]
+        kind = sys.modules["gguf"].LlamaFileType[FILE_TYPES[options["dtype"]]]
         observed = _observed(known, base, options)
         return observed(folder, kind, options["out"], model_name=options["model_name"], hparams=hparams)
 
@@ -195,10 +195,34 @@ def conversion(
     return instance if chosen is None else made(type(chosen))
 
 
+def projector_of(package: ModuleType, folder: Path, out: Path, dtype: str) -> Any:
+    """A conversion of what a folder's model sees or hears with, from its files; used inside of `imported`.
+
+    Raises:
+        UserError: an architecture of which the converter knows no such part.
+    """
+    base = sys.modules["conversion.base"]
+    kind = base.ModelType.MMPROJ
+    architecture = package.get_model_architecture(base.ModelBase.load_hparams(folder, False), kind)
+    if architecture not in package.MMPROJ_MODEL_MAP:
+        raise UserError(f"llama.cpp's converter knows no projector of {architecture}")
+    base.ModelBase.index_tensors = _own_index(base)
+    known = package.get_model_class(architecture, mmproj=True)
+    return known(folder, sys.modules["gguf"].LlamaFileType[FILE_TYPES[dtype]], out, model_name="")
+
+
+def _own_index(base: ModuleType) -> Any:
+    """The converter's own look into files, which `_index_in_memory` takes the place of."""
+    if base.ModelBase.index_tensors is not _index_in_memory:
+        base.ModelBase.index_of_files = base.ModelBase.index_tensors
+    return base.ModelBase.index_of_files
+
+
 def _observed(known: Any, base: Any, options: Mapping[str, Any]) -> Any:
     """The converter's class of an architecture, reading tensors from memory and the tokenizer as told."""
 
     vocabulary: Vocabulary | None = options["vocabulary"]
+    _own_index(base)
     base.ModelBase.index_tensors = _index_in_memory  # architectures' own index_tensors call it
 
     class Observed(known):

@@ -29,8 +29,8 @@ def load_checkpoint(folder: Path | str) -> tuple[PreTrainedModel, Any]:
 
 
 def _tokenizer(folder: Path) -> Any:
-    packed = next(folder.glob("*.gguf"), None)
-    own = {"gguf_file": packed.name} if packed is not None and not (folder / "tokenizer.json").is_file() else {}
+    packed = (folder / "model.gguf").is_file() and not (folder / "tokenizer.json").is_file()
+    own = {"gguf_file": "model.gguf"} if packed else {}
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

@@ -67,7 +67,7 @@ def judge_engine(folder: Path, engine: str) -> Judgement:
     record = VerificationRecord.read(folder)
     tokens, model = torch.tensor(record.tokens), reference_model(folder)
     ours = torch.stack([model(input_ids=row[None], use_cache=False).logits[0] for row in tokens])
-    path = next(folder.glob("*.gguf"), folder) if record.format == "gguf" else folder
+    path = folder / "model.gguf" if record.format == "gguf" else folder
     theirs = answer(engine, path, tokens, record.format, vocab=ours.shape[-1]).logits
     noise = _noise(engine, record, model, ours, tokens)
     limit = ENGINES[engine].formats[record.format].max_kl if noise is None else max(FLOOR, TIMES * noise.max_kl)
