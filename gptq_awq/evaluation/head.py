@@ -50,7 +50,7 @@ class Head:
         decoder: its decoder, from token ids to last hidden states; the whole model where it has no such split, and
             "hidden states" are logits.
         template: an output of the decoder; the head's forward reads hidden states from a copy of it.
-        output: its output layer.
+        output: its output layer; an identity where it names none.
         vocab: number of logits per token.
         divisible: whether the logits of a part of the vocabulary can be computed alone.
         compute_dtype: dtype of the decoder's products (see `precision`).
@@ -68,11 +68,11 @@ class Head:
     def of(cls, model: PreTrainedModel, compute_dtype: torch.dtype = torch.float32) -> "Head":
         """Split `model` into decoder and head, and check that together they reproduce its logits.
 
-        Raises UserError where the model has no output layer, or is offloaded and has no such split.
+        Raises UserError where the model computes no logits, or is offloaded and has no such split.
         """
         match_torch()
-        if (output := model.get_output_embeddings()) is None:
-            raise _unsupported(model, "has no output layer")
+        named = model.get_output_embeddings()
+        output = nn.Identity() if named is None else named
         with torch.no_grad(), resident(output), _without_absent_blocks(model):
             ids, expected = _probed(model)
             whole = cls(model, model, ModelOutput(), output, expected.shape[-1], compute_dtype=compute_dtype)

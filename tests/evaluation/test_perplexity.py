@@ -110,6 +110,13 @@ def test_a_model_whose_head_needs_more_than_hidden_states_is_scored_whole():
     torch.testing.assert_close(scores.nll, plain_losses(model, tokens.ids), rtol=1e-5, atol=1e-5)
 
 
+def test_a_model_that_names_no_output_layer_is_scored(monkeypatch):
+    model, tokens = tiny_model("llama"), windows()
+    monkeypatch.setattr(type(model), "get_output_embeddings", lambda _: None)
+    assert not Head.of(model).divisible
+    torch.testing.assert_close(token_losses(model, tokens).nll, plain_losses(model, tokens.ids), rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_that_computes_no_logits_is_refused():
     model = tiny_model("llama")
     model.forward = lambda **_: 1 / 0
