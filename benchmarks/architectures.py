@@ -2,7 +2,7 @@
 
     python benchmarks/architectures.py [--out FOLDER] [--only NAME,NAME] [--command] [--write]
 
-Each architecture is looked at in a process of its own: it is rounded to nearest, calibrated (GPTQ, AWQ, Qronos),
+Each architecture is looked at in a process of its own: it is rounded to nearest, calibrated (GPTQ, AWQ, Qronos, fast),
 written and read again by transformers. That calibration saw the right inputs is checked by a forward of the whole
 model: the second moments of every linear's input must be those. --command also gives a saved folder to `run.py`. FOLDER
 keeps what was found, so that an interrupted census goes on; --write makes docs/architectures.md of it.
@@ -55,8 +55,8 @@ from gptq_awq.quantization.targets import assign_grids  # noqa: E402
 
 Found = dict[str, Any]
 Tell = Callable[[str, Any], None]
-METHODS = {"rtn": ("rtn", 4), "gptq 8": ("gptq", 8), "gptq": ("gptq", 4), "awq": ("awq", 4), "qronos": ("qronos", 4)}
-COLUMNS = ("rtn", "gptq", "awq", "qronos", "hf", "compressed_tensors", "command")
+METHODS = {name: (name, 4) for name in ("rtn", "gptq", "awq", "qronos", "fast")} | {"gptq 8": ("gptq", 8)}
+COLUMNS = ("rtn", "gptq", "awq", "qronos", "fast", "hf", "compressed_tensors", "command")
 PAGE = ROOT / "docs" / "architectures.md"
 SECONDS = 300
 SAME_INPUTS, SAME_LOGITS = 1e-3, 1e-4
