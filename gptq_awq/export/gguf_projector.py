@@ -1,7 +1,7 @@
-"""What a model sees or hears with, as llama.cpp reads it: mmproj.gguf beside the text part's model.gguf.
+"""Towers and projector of a model that sees or hears, as llama.cpp reads them: mmproj.gguf beside the text part.
 
 llama.cpp's own converter writes it (`--mmproj`) of the folder that the model came from, as towers and projectors aren't
-quantized. It is given with `llama-mtmd-cli -m model.gguf --mmproj mmproj.gguf`.
+quantized. They are given with `llama-mtmd-cli -m model.gguf --mmproj mmproj.gguf`.
 """
 
 from pathlib import Path

@@ -28,9 +28,10 @@ def test_a_finding_is_counted_once_and_by_what_it_says(readers):
         "b": {"mlx": other},
         "c": {"mlx": refused},
         "d": {"mlx": failed},
+        "f": {"mlx": {"refused": "Model type f not supported.", "mixture": False}},
         "e": {"gguf": same},
     }
     lines = readers.table({"versions": {"transformers": "5"}, "found": findings}).splitlines()
-    assert "| `mlx` | mlx-lm | 4 | 1 | 1 | 1 | 1 | 1 |" in lines
+    assert "| `mlx` | mlx-lm | 5 | 1 | 1 | 1 | 1 | 1 | 1 |" in lines
     assert "- `mlx`: a" in lines
     assert "- `gguf`: e" in lines
