@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TypeVar
 
 from rich.console import Console
@@ -34,11 +35,12 @@ def no_track(items: Iterable[T], description: str, total: int) -> Iterable[T]:  
 def rich_track(console: Console, brief: bool = False) -> Iterator[Track]:
     """A `Track` that reports each phase on `console`, with elapsed and remaining time.
 
-    On a terminal or in a notebook: one bar per phase, and a bar for a loop inside it while that runs.
+    On a terminal, or in a notebook with ipywidgets: one bar per phase, and a bar for a loop inside it while that runs.
     Elsewhere (a CI log, a file): a line when a phase ends and one each half minute before that; nothing for
     inner loops. `brief`: bars are gone when all is done, and a phase that took less than half a minute has no line.
     """
-    if not (console.is_interactive or console.is_jupyter):
+    bars = find_spec("ipywidgets") is not None if console.is_jupyter else console.is_interactive
+    if not bars:
         yield line_track(console, brief=brief)
         return
     columns = (

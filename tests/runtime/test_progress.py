@@ -67,3 +67,13 @@ def test_bars_of_inner_loops_vanish_and_those_of_phases_stay() -> None:
     assert "quantize" in last_frame
     assert "evaluate" in last_frame
     assert "windows" not in last_frame
+
+
+def test_a_notebook_without_widgets_gets_lines_and_no_warning(monkeypatch, recwarn) -> None:
+    monkeypatch.setattr("gptq_awq.runtime.progress.find_spec", lambda _: None)
+    notebook, said = Console(force_jupyter=True, file=io.StringIO()), []
+    monkeypatch.setattr(notebook, "print", lambda line, **_: said.append(line))
+    with rich_track(notebook) as track:
+        list(track(range(3), "quantize", 3))
+    assert [line.split(" in ")[0] for line in said] == ["quantize: 3/3"]
+    assert not list(recwarn)
