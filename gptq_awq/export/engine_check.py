@@ -73,17 +73,13 @@ def check_engine(
     return []
 
 
-def check_windows(
-    engine: str,
-    format_name: str,
-    model: PreTrainedModel,
-    path: Path,
-    write: Callable[[], Mapping[str, QuantizedWeight]],
-    limit: float,
-) -> list[str]:
-    """A sentence where an engine ignores sliding windows that are longer than what `check_engine` compares.
+def check_windows(model: PreTrainedModel, check: Callable[[], list[str]], told: str) -> list[str]:
+    """A sentence, beginning with `told`, where an engine ignores windows longer than what `check_engine` compares.
 
-    It is tried with windows of half those tokens, in the model and in the checkpoint. Arguments as in `check_engine`.
+    Args:
+        model: full-precision model; for a while it has sliding windows of half those tokens.
+        check: calls `check_engine` for the model as it is then.
+        told: format and engine, for the sentence.
     """
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
@@ -91,9 +87,9 @@ def check_windows(
         return []
     config.sliding_window = TOKENS // 2
     try:
-        check_engine(engine, format_name, model, path, write, limit)
+        check()
     except UserError:
-        return [f"{format_name}: {engine} ignores the sliding window of {window} tokens, and computes others beyond it"]
+        return [f"{told} ignores the sliding window of {window} tokens, and computes others beyond it"]
     finally:
         config.sliding_window = window
     return []

@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -99,8 +99,8 @@ class MLXFormat:
                 replace(self, dtype="float32").write(Source(model, None, "", weights), Path(path))
                 return weights
 
-            trial = ("mlx", self.name, model, Path(path), write, LIMIT)
-            found = check_engine(*trial) or check_windows(*trial)
+            check = partial(check_engine, "mlx", self.name, model, Path(path), write, LIMIT)
+            found = check() or check_windows(model, check, f"{self.name}: mlx")
         return found + layout.notes(types, names, self.name, "mlx-lm") + _left_out(model)
 
     def _check_dtype(self, grid: Grid) -> None:
