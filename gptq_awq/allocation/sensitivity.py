@@ -262,7 +262,7 @@ def output_fisher(
 
     Linears that no token reaches (of experts) are left out.
     """
-    return mean_over_tokens(model, tokens, lambda gradients: gradients.square().sum(0), seed, track=track)
+    return mean_over_tokens(model, tokens, lambda gradients: gradients.float().square().sum(0), seed, track=track)
 
 
 def _rounded(

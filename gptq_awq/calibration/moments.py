@@ -311,6 +311,17 @@ def add_upper_products(into: Float[Tensor, "n n"], x: Float[Tensor, "tokens n"])
         into[a:b, a:].addmm_(x[:, a:b].T, x[:, a:])
 
 
+def upper_products(x: Float[Tensor, "tokens n"]) -> Float[Tensor, "n n"]:
+    """Σ x xᵀ in float32 on and above the diagonal, by the fastest way that keeps it there; other entries are undefined."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and rank_k.available():
+        sums = RankK(x.shape[1])
+        sums.add(x.contiguous().view(torch.uint16).numpy())
+        return torch.from_numpy(sums.products)[: x.shape[1], : x.shape[1]]
+    into = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+    add_upper_products(into, x.float())
+    return into
+
+
 def mirrored(upper: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """Complete a symmetric matrix, in place, from its part on and above the diagonal."""
     for a in range(0, len(upper), BLOCK):

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gptq_awq.calibration.moments import add_upper_products, mirrored
+from gptq_awq.calibration.moments import mirrored, upper_products
 from gptq_awq.calibration.output_gradients import mean_over_tokens
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
@@ -102,8 +102,7 @@ class OutputCurvature:
         """Sum of g gᵀ over tokens on and above the diagonal, in diagonal blocks; half the work of the whole."""
         blocks = []
         for part in gradients.split(self.rows, 1):
-            blocks.append(part.new_zeros(part.shape[1], part.shape[1]))
-            add_upper_products(blocks[-1], part)
+            blocks.append(upper_products(part))
         return self._blocks(blocks)
 
     def _blocks(self, blocks: list[Float[Tensor, "_ _"]]) -> Float[Tensor, "out n"]:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gptq_awq.data.tokens import TokenSet
+from gptq_awq.models.attention import differentiable_attention
 from gptq_awq.models.blocks import find_blocks, hooks
 from gptq_awq.models.linear import is_linear
 from gptq_awq.numerics.sampling import sampled
 from gptq_awq.runtime.progress import Track, no_track
 
 Statistic = Callable[[Float[Tensor, "tokens out"]], Tensor]
-"""A sum over tokens of a function of the gradients in a linear's output."""
+"""A sum over tokens, in float32, of a function of the gradients in a linear's output."""
 
 
 def mean_over_tokens(
@@ -37,7 +38,7 @@ def mean_over_tokens(
     Args:
         model: a causal LM; its parameters get no gradients.
         tokens: calibration windows.
-        statistic: sums a function of the gradients, (tokens, out) float32, over tokens.
+        statistic: sums a function of the gradients, (tokens, out) in the model's dtype, over tokens.
         seed: seed of the labels y.
         draws: labels drawn per token, a backward pass each.
         track: reports progress over windows.
@@ -65,7 +66,7 @@ def mean_over_tokens(
 def _backward(
     model: PreTrainedModel, ids: Int[Tensor, "1 tokens"], draw: torch.Generator, draws: int, entering: list[Tensor]
 ) -> None:
-    with torch.enable_grad():
+    with torch.enable_grad(), differentiable_attention(model.dtype):
         logits = model(input_ids=ids, use_cache=False).logits[0].float()
         for left in reversed(range(draws)):
             drawn = sampled(logits.detach(), draw)[:, 0]
@@ -77,7 +78,7 @@ def _summing(sums: dict[str, Tensor], name: str, statistic: Statistic):
     """Build a forward hook that adds the statistic of a linear's output gradients to its sum."""
 
     def add(gradient: Tensor) -> None:
-        summand = statistic(gradient.float().flatten(0, -2))
+        summand = statistic(gradient.flatten(0, -2))
         if name in sums:
             sums[name] += summand
         else:

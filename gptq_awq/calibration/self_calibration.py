@@ -23,8 +23,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from gptq_awq.data.tokens import TokenSet, make_token_set
 from gptq_awq.errors import UserError
+from gptq_awq.models.attention import writing_attention
 from gptq_awq.models.blocks import head_size, key_value_heads, text_config
 from gptq_awq.models.offload import check_in_memory
+from gptq_awq.models.reserved_cache import reserved_cache
 from gptq_awq.numerics.sampling import sampled
 from gptq_awq.runtime.options import PositiveFloat, PositiveInt, Seed, checked_dataclass
 from gptq_awq.runtime.progress import Track, no_track
@@ -122,9 +124,14 @@ def _continued(model: Any, prompts: Int[Tensor, "n prompt"], new: int, drawn: "_
     )
     prompts = prompts.to(model.device)
     seen = torch.ones_like(prompts)
-    with torch.no_grad():
+    cache = reserved_cache(model, prompts.shape[1] + new)
+    with torch.no_grad(), writing_attention():
         ids = model.generate(
-            prompts, attention_mask=seen, generation_config=plain, logits_processor=LogitsProcessorList([drawn])
+            prompts,
+            attention_mask=seen,
+            generation_config=plain,
+            logits_processor=LogitsProcessorList([drawn]),
+            **({} if cache is None else {"past_key_values": cache}),
         )
     return ids.cpu()
 
