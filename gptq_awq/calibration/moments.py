@@ -312,7 +312,7 @@ def add_upper_products(into: Float[Tensor, "n n"], x: Float[Tensor, "tokens n"])
 
 
 def upper_products(x: Float[Tensor, "tokens n"]) -> Float[Tensor, "n n"]:
-    """Σ x xᵀ in float32 on and above the diagonal, by the fastest way that keeps it there; other entries are undefined."""
+    """Σ x xᵀ in float32 on and above the diagonal, whatever the dtype of x; other entries are undefined."""
     if x.dtype == torch.bfloat16 and x.device.type == "cpu" and rank_k.available():
         sums = RankK(x.shape[1])
         sums.add(x.contiguous().view(torch.uint16).numpy())

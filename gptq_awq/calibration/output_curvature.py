@@ -4,7 +4,6 @@ g is the gradient of the model's own loss by the linear's outputs at one token. 
 text gives H_O of all linears; solvers/yaqa.py rounds with it.
 """
 
-import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,8 +61,7 @@ class OutputCurvature:
             UserError: the model is offloaded; a gradient is not finite.
         """
         self.check(model)
-        observed = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
-        found = mean_over_tokens(observed, tokens, self._products, self.seed, self.draws, track)
+        found = mean_over_tokens(model, tokens, self._products, self.seed, self.draws, track, dtype)
         for name, curvature in found.items():
             for block in curvature.split(curvature.shape[1]):
                 mirrored(block[:, : len(block)])

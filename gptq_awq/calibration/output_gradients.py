@@ -5,6 +5,7 @@ those of the Fisher information: to second order, they give the KL from the full
 an output causes.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -30,6 +31,7 @@ def mean_over_tokens(
     seed: int = 0,
     draws: int = 1,
     track: Track = no_track,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Mean over real tokens of a statistic of the output gradients, for every linear in the model's blocks.
 
@@ -38,11 +40,14 @@ def mean_over_tokens(
     Args:
         model: a causal LM; its parameters get no gradients.
         tokens: calibration windows.
-        statistic: sums a function of the gradients, (tokens, out) in the model's dtype, over tokens.
+        statistic: sums a function of the gradients, (tokens, out) in `dtype`, over tokens.
         seed: seed of the labels y.
         draws: labels drawn per token, a backward pass each.
         track: reports progress over windows.
+        dtype: dtype that the forward and the backward pass compute in; None: the model's.
     """
+    if dtype not in (None, model.dtype):
+        model = copy.deepcopy(model).to(dtype)
     prefix, blocks = find_blocks(model)
     names = [f"{prefix}.{name}" for name, module in blocks.named_modules() if is_linear(module)]
     sums: dict[str, Tensor] = {}

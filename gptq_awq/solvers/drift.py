@@ -26,6 +26,10 @@ class DriftCorrected(GPTQ):
     strength: Fraction = 1.0
     needs_cross: bool = True
 
+    def plain(self) -> GPTQ:
+        """GPTQ with the same options: what this solver is on inputs of full precision, where nothing has drifted."""
+        return GPTQ(self.act_order, self.static_groups, self.damping, self.block_size, fallback=self.fallback)
+
 
 def to_rounding_order(square: Float[Tensor, "in in"], order: Int[Tensor, "in"] | None) -> Float[Tensor, "in in"]:
     """Permute rows and columns of an (in, in) matrix to the order in which columns are rounded; None: natural order."""

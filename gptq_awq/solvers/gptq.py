@@ -12,7 +12,7 @@ the last lazy update left them: the original code's choice, so that results equa
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -166,6 +166,10 @@ class GPTQ:
                 hessian = reordered(hessian, order)
         rows = [len(w) for w in weights]
         return _Stack(members, rows, W, factor, hessian, group_of_column, groups, start, moments)
+
+    def plain(self) -> "GPTQ":
+        """This solver without refinement, which takes about a tenth off the error at every width: enough to compare."""
+        return replace(self, refine=0)
 
     def two_sided(self, curvature: Float[Tensor, "out n"], tile: int, damping: float) -> Solver:
         """This solver with feedback among the rows of one weight, whose output-side curvature is H_O."""
