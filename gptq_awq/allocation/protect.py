@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from gptq_awq.allocation.sensitivity import Measure, first_windows, observed_sites
+from gptq_awq.allocation.sensitivity import Measure, observed_sites
 from gptq_awq.calibration.block_inputs import Inputs, Settings
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
@@ -115,7 +115,7 @@ def _units(
     """The sites of all blocks, and the experts of each block as one, with the costs of rounding them to nearest."""
     grids, (_, blocks) = assign_grids(model, grid), find_blocks(model)
     try:
-        measure = Measure("fisher", model, first_windows(tokens, WINDOWS), seed, track)
+        measure = Measure("fisher", model, tokens.first(WINDOWS), seed, track)
     except RuntimeError as error:
         why = str(error).splitlines()[0]
         raise UserError(f"protect=auto: no gradients ({why:.150}); give protect a list of patterns") from error

@@ -41,6 +41,7 @@ from gptq_awq.evaluation.perplexity import TokenScores, token_losses
 from gptq_awq.grids.allocated import BudgetedGrid
 from gptq_awq.grids.base import Grid, Place
 from gptq_awq.models.blocks import find_blocks
+from gptq_awq.models.experts import experts_in
 from gptq_awq.models.linear import Site, matrix
 from gptq_awq.models.offload import check_in_memory, read_ahead, resident
 from gptq_awq.numerics.dtypes import resolve_compute_dtype
@@ -54,6 +55,8 @@ from gptq_awq.storage.checksummed import ChecksummedFile, once
 
 MEASURED = 12
 """Linears with equally many columns that are rounded to all widths, spread over the model."""
+TOKENS = 16384
+"""Most tokens, about, that inputs are observed on to compare linears; those of experts on all of them."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,17 @@ class SensitivityAnalysis:
             content = once(self._path(cache, model_sha256), "sensitivities", compute, finite)
         return [Cost(c["name"], c["site"], tuple(c["costs"])) for c in content.facts["costs"]]
 
+    @property
+    def _observed(self) -> TokenSet:
+        """The first windows of the calibration text, enough to compare costs on: recipes that add text share them."""
+        if experts_in(self.model):
+            return self.tokens
+        return self.tokens.first(max(self.grid.windows, TOKENS // self.tokens.ids.shape[1]))
+
     def _path(self, cache: Path, model_sha256: str) -> Path:
         dtype = resolve_compute_dtype(self.settings.compute_dtype, self.model.device)
         observed = observations_sha256(
-            self.model, model_sha256, self.tokens.sha256, dtype, self.settings.tokens_per_batch
+            self.model, model_sha256, self._observed.sha256, dtype, self.settings.tokens_per_batch
         )
         key = sensitivities_sha256(observed, self.grid, self._rounds(), self.seed, torch.get_num_threads())
         return cache / "sensitivities" / f"{key}.safetensors"
@@ -117,10 +127,10 @@ class SensitivityAnalysis:
         return getattr(solver, "plain", lambda: solver)()
 
     def _computed(self, track: Track) -> Iterator[Cost]:
-        model, grid, tokens = self.model, self.grid, self.tokens
+        model, grid, tokens = self.model, self.grid, self._observed
         _, blocks = find_blocks(model)
         dtype = resolve_compute_dtype(self.settings.compute_dtype, model.device)
-        measure = Measure(grid.sensitivity, model, first_windows(tokens, grid.windows), self.seed, track, dtype)
+        measure = Measure(grid.sensitivity, model, tokens.first(grid.windows), self.seed, track, dtype)
         inputs = Inputs(model, blocks, tokens, self.settings, error_propagation=False, absorbers=False, track=track)
         measured = measured_costs(inputs, model, self._rounds(), grid, measure, track)
         yield from completed([self._finite(cost) for cost in measured], model, grid)
@@ -342,8 +352,3 @@ def _rounded(
 
 def _row_errors(delta: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> Float[Tensor, "out"]:
     return ((delta @ hessian) * delta).sum(1).clamp(min=0)
-
-
-def first_windows(tokens: TokenSet, windows: int) -> TokenSet:
-    """Restrict a token set to its first `windows` rows."""
-    return replace(tokens, ids=tokens.ids[:windows], mask=None if tokens.mask is None else tokens.mask[:windows])

@@ -33,6 +33,7 @@ class OutputCurvature:
         damping: fraction of mean(diag H_O) that is added to the diagonal.
         draws: labels drawn per calibration token, a backward pass each; more make H_O less noisy.
         rows: most rows that see each other's errors: a linear with more outputs has blocks of so many.
+        windows: calibration windows, the first ones, that gradients are computed on; None: all.
         seed: seed of the labels.
     """
 
@@ -40,6 +41,7 @@ class OutputCurvature:
     damping: NonNegative = 1.0
     draws: PositiveInt = 1
     rows: PositiveInt = 2048
+    windows: PositiveInt | None = None
     seed: Seed = 0
 
     def check(self, model: Any) -> None:
@@ -61,7 +63,7 @@ class OutputCurvature:
             UserError: the model is offloaded; a gradient is not finite.
         """
         self.check(model)
-        found = mean_over_tokens(model, tokens, self._products, self.seed, self.draws, track, dtype)
+        found = mean_over_tokens(model, tokens.first(self.windows), self._products, self.seed, self.draws, track, dtype)
         for name, curvature in found.items():
             for block in curvature.split(curvature.shape[1]):
                 mirrored(block[:, : len(block)])

@@ -46,6 +46,13 @@ class TokenSet:
     source: str
     sha256: str
 
+    def first(self, windows: int | None) -> "TokenSet":
+        """Its first rows, or itself where it has no more of them; None: all."""
+        if windows is None or windows >= len(self.ids):
+            return self
+        mask = None if self.mask is None else self.mask[:windows]
+        return make_token_set(self.name, self.ids[:windows], mask, self.source)
+
 
 def calibration_tokens(
     text: Text,

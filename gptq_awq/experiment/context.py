@@ -223,7 +223,8 @@ def curvature_file(plan: Plan, context: RunContext) -> Path | None:
     if settings is None or tokens is None:
         return None
     loaded, transforms = context.loaded, plan.method.model_transforms
-    key = curvature_sha256(loaded.model, loaded.sha256, tokens.sha256, settings, plan.compute_dtype, transforms)
+    seen = tokens.first(settings.windows)
+    key = curvature_sha256(loaded.model, loaded.sha256, seen.sha256, settings, plan.compute_dtype, transforms)
     return cache_dir() / "curvatures" / f"{key}.safetensors"
 
 

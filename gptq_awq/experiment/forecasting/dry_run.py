@@ -188,7 +188,7 @@ class DryRun:
         assert tokens is not None
         first = first_batch(tokens, 1)
         seconds, _ = timed(lambda: settings.gather(self._model, first, self._plan.compute_dtype))
-        return seconds * len(tokens.ids) / len(first.ids)
+        return seconds * len(tokens.first(settings.windows).ids) / len(first.ids)
 
     def written(self) -> float:
         """Let the model write a few tokens behind half a window; scaled to all that it is to write."""
