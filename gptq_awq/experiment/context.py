@@ -35,6 +35,7 @@ from gptq_awq.models.embeddings import untie
 from gptq_awq.models.left import mark_left
 from gptq_awq.models.linear import widest
 from gptq_awq.models.load import LoadedModel
+from gptq_awq.models.offload import offloaded
 from gptq_awq.models.steady import keep_weights
 from gptq_awq.models.unfuse import compute_eagerly, unfuse
 from gptq_awq.numerics.dtypes import resolve_compute_dtype
@@ -101,8 +102,7 @@ def load(plan: Plan) -> RunContext:
     package, code = package_sha256(), code_sha256(plan.config)  # now: the files may change while the run goes on
     room = plan.settings.ranks.from_first(lambda: plan.room)  # all stream the model, or none
     loaded = plan.model.load(dtype=plan.dtype, device=str(plan.device), room=room)
-    compute_eagerly(loaded.model)
-    keep_weights(loaded.model)
+    _prepare(loaded.model)
     if plan.method.solver is not None or plan.act.label is not None:
         unfuse(loaded.model)
     if plan.method.solver is not None:
@@ -147,6 +147,14 @@ def load(plan: Plan) -> RunContext:
         content["prompts"] = [prompt.encode(loaded.tokenizer).tolist() for prompt in prompts]
     run_ = Run(run_sha256(plan.config, content, code), plan.out)
     return RunContext(loaded, windows, tasks, prompts, tokens, grids, package, run_, baseline_bytes, squares, beside)
+
+
+def _prepare(model: Any) -> None:
+    """Make a loaded model compute what it is to compute, and its process keep memory, where that is not scarce."""
+    compute_eagerly(model)
+    keep_weights(model)
+    if not offloaded(model):
+        memory.keep_freed()
 
 
 def check_method(plan: Plan, loaded: LoadedModel, tokens: TokenSet | None) -> None:

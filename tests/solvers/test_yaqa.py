@@ -141,6 +141,32 @@ def test_its_diagonal_is_the_fisher_information_of_allocation():
         torch.testing.assert_close(found[name].diagonal(), fisher, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("rows", [2048, 24])
+def test_in_bfloat16_it_is_that_of_the_same_gradients_in_float64(monkeypatch, rows):
+    model, data, seen = tiny_model("llama"), tokens(3, 40), []
+    products = OutputCurvature._products
+    monkeypatch.setattr(OutputCurvature, "_products", lambda self, g: (seen.append(g), products(self, g))[1])
+    found = OutputCurvature(rows=rows).gather(model, data, torch.bfloat16)
+    assert {g.dtype for g in seen} == {torch.bfloat16}
+    for width in {len(each) for each in found.values()}:
+        of_width = [g.double() for g in seen if g.shape[1] == width]
+        wanted = sum((g.T @ g for g in of_width), torch.zeros(width, width, dtype=torch.float64)) / len(
+            data.ids.flatten()
+        )
+        total = sum((each for each in found.values() if len(each) == width), torch.zeros(()))
+        for first in range(0, width, rows):
+            block = wanted[first : first + rows, first : first + rows].float()
+            torch.testing.assert_close(total[first : first + rows, : len(block)], block, rtol=1e-4, atol=1e-7)
+
+
+def test_of_some_windows_it_is_that_of_a_text_that_ends_there():
+    model, data = tiny_model("llama"), tokens(6, 12)
+    found = OutputCurvature(windows=2).gather(model, data, torch.float32)
+    wanted = OutputCurvature().gather(model, data.first(2), torch.float32)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
 def test_the_preset_rounds_every_linear_and_uncoupled_it_is_fast(name):
     method, _ = load_method("yaqa")
