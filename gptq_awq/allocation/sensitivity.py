@@ -106,8 +106,12 @@ class SensitivityAnalysis:
             content = once(self._path(cache, model_sha256), "sensitivities", compute, finite)
         return [Cost(c["name"], c["site"], tuple(c["costs"])) for c in content.facts["costs"]]
 
+    def known(self, cache: Path, model_sha256: str) -> bool:
+        """Whether the costs are in the cache."""
+        return self._path(cache, model_sha256).exists()
+
     @property
-    def _observed(self) -> TokenSet:
+    def observed(self) -> TokenSet:
         """The first windows of the calibration text, enough to compare costs on: recipes that add text share them."""
         if experts_in(self.model):
             return self.tokens
@@ -116,23 +120,24 @@ class SensitivityAnalysis:
     def _path(self, cache: Path, model_sha256: str) -> Path:
         dtype = resolve_compute_dtype(self.settings.compute_dtype, self.model.device)
         observed = observations_sha256(
-            self.model, model_sha256, self._observed.sha256, dtype, self.settings.tokens_per_batch
+            self.model, model_sha256, self.observed.sha256, dtype, self.settings.tokens_per_batch
         )
-        key = sensitivities_sha256(observed, self.grid, self._rounds(), self.seed, torch.get_num_threads())
+        key = sensitivities_sha256(observed, self.grid, self.rounds, self.seed, torch.get_num_threads())
         return cache / "sensitivities" / f"{key}.safetensors"
 
-    def _rounds(self) -> Solver:
+    @property
+    def rounds(self) -> Solver:
         """The solver that rounds weights to measure costs."""
         solver = RTN() if self.grid.rounding == "rtn" or self.solver is None else self.solver
         return getattr(solver, "plain", lambda: solver)()
 
     def _computed(self, track: Track) -> Iterator[Cost]:
-        model, grid, tokens = self.model, self.grid, self._observed
+        model, grid, tokens = self.model, self.grid, self.observed
         _, blocks = find_blocks(model)
         dtype = resolve_compute_dtype(self.settings.compute_dtype, model.device)
         measure = Measure(grid.sensitivity, model, tokens.first(grid.windows), self.seed, track, dtype)
         inputs = Inputs(model, blocks, tokens, self.settings, error_propagation=False, absorbers=False, track=track)
-        measured = measured_costs(inputs, model, self._rounds(), grid, measure, track)
+        measured = measured_costs(inputs, model, self.rounds, grid, measure, track)
         yield from completed([self._finite(cost) for cost in measured], model, grid)
         yield from map(self._finite, outside_costs(model, grid, measure.tokens))
 
@@ -243,6 +248,12 @@ def measured_costs(
             rounded = _rounded(name, weight, solver, moments, [grid.grid(width) for width in widths])
             costs = dict(zip(widths, measure(name, rounded, moments), strict=True))
             yield Cost(name, f"{block}.{site.name}", tuple(map(costs.get, grid.widths)))
+
+
+def solves(model: nn.Module, grid: BudgetedGrid) -> int:
+    """Roundings of a linear that the costs of all the model's linears take."""
+    everywhere, places = _spread(block_places(model)), block_places(model)
+    return sum(len(grid.fitting(place.columns)) if place.name in everywhere else 1 for place in places)
 
 
 def completed(measured: Sequence[Cost], model: nn.Module, grid: BudgetedGrid) -> list[Cost]:

@@ -8,7 +8,10 @@ from hydra import compose, initialize_config_dir
 
 from gptq_awq.errors import UserError
 from gptq_awq.experiment import time_budget
-from gptq_awq.experiment.time_budget import Choice, seconds_of, within_budget
+from gptq_awq.experiment.context import load
+from gptq_awq.experiment.forecasting.allocating import allocation_seconds
+from gptq_awq.experiment.plan import preflight
+from gptq_awq.experiment.time_budget import Choice, _with_recipe, seconds_of, within_budget
 from gptq_awq.numerics.distributed import ONE
 from gptq_awq.runtime.fingerprint import config_sha256
 
@@ -67,6 +70,41 @@ def test_the_run_is_the_one_that_the_recipe_by_name_would_be(composed, forecasts
     assert config_sha256(cfg) == config_sha256(by_name)
 
 
+def test_a_recipe_with_a_grid_is_the_run_that_both_by_name_would_be(composed, forecasts):
+    said = []
+    cfg = within_budget(composed("time_budget=40s", "bits=3", "recipes=[fast+mixed,rtn]"), ONE, said.append)
+    assert "method=fast grid=mixed" in said[-1]
+    assert config_sha256(cfg) == config_sha256(composed("method=fast", "grid=mixed", "bits=3"))
+
+
+def test_a_grid_of_the_users_own_is_kept(composed, forecasts):
+    cfg = within_budget(composed("time_budget=40s", "grid=nf4", "recipes=[fast+mixed,fast,rtn]"), ONE, print)
+    assert (cfg.method.name, cfg.grid.table) == ("fast", "nf4")
+    with pytest.raises(UserError, match="and so has the run"):
+        within_budget(composed("time_budget=40s", "grid=nf4", "recipes=[fast+mixed]"), ONE, print)
+
+
+def test_a_grid_that_a_format_does_not_hold_is_passed_over_and_said(composed, forecasts):
+    said = []
+    options = ("time_budget=40s", "recipes=[fast+mixed,fast,rtn]", "export.formats=[gptq]")
+    assert within_budget(composed(*options), ONE, said.append).method.name == "fast"
+    assert "not fast+mixed: export.formats=gptq" in said[0]
+
+
+def test_finding_widths_is_in_the_forecast_until_they_are_known(composed, cli, tiny, cache):
+    options = ("method=gptq", "grid=mixed", "group_size=32", "grid.group_sizes=[16,32]")
+
+    def seconds():
+        cfg = composed(*options)
+        plan = preflight(_with_recipe(cfg, "gptq"))
+        return allocation_seconds(plan, load(plan))
+
+    assert seconds() > 0
+    done = cli(*tiny, *options, GPTQ_AWQ_CACHE=str(cache))
+    assert done.returncode == 0, done.stderr
+    assert seconds() == 0
+
+
 def test_the_same_command_chooses_the_same_recipe_though_the_machine_is_slower_now(composed, forecasts, monkeypatch):
     options = ("time_budget=40s", "recipes=[best,fast,rtn]")
     first = within_budget(composed(*options), ONE, print)
@@ -87,7 +125,10 @@ def test_a_recipe_that_cannot_be_used_here_is_passed_over_and_said(composed, for
     assert "not best_3bit: method.self_calibration" in said[0]
 
 
-@pytest.mark.parametrize(("recipes", "message"), [("[]", "name the recipes"), ("[fast,besst]", "no method=besst")])
+@pytest.mark.parametrize(
+    ("recipes", "message"),
+    [("[]", "name the recipes"), ("[fast,besst]", "no method=besst"), ("[fast+mixxed]", "no grid=mixxed")],
+)
 def test_recipes_that_are_not_there_are_refused(recipes, message, composed, forecasts):
     with pytest.raises(UserError, match=message):
         within_budget(composed("time_budget=1min", f"recipes={recipes}"), ONE, print)
