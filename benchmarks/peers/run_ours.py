@@ -7,7 +7,10 @@ from dataclasses import replace
 from job import Job, answer, read_job, timed
 
 from gptq_awq import quantize_model
+from gptq_awq.allocation.allocate import allocate
 from gptq_awq.api import load_method
+from gptq_awq.data.tokens import make_token_set
+from gptq_awq.grids.allocated import BudgetedGrid
 from gptq_awq.grids.base import Grid
 from gptq_awq.models.load import LocalModel
 from gptq_awq.quantization.method import Method
@@ -20,7 +23,8 @@ def chosen(job: Job) -> tuple[Method, Grid, str]:
 
     Plain settings are the papers' own: the range of a group's extremes, columns in their natural order.
     """
-    method, grid = load_method(job.method, job.bits, job.group_size, job.sym)
+    name, _, choice = job.method.partition("+")
+    method, grid = load_method(name, job.bits, job.group_size, job.sym, grid=choice or None)
     grid = grid if job.tuned else grid.without_search()
     settings = [f"grid.search={getattr(grid, 'search', None)}"]
     solver = method.solver
@@ -38,7 +42,15 @@ def main() -> None:
     method, grid, settings = chosen(job)
     forwards = Settings(compute_dtype=job.dtype)
     tokens = job.tokens()
-    took = timed(lambda: quantize_model(loaded.model, tokens, method, grid=grid, settings=forwards))
+
+    def quantize() -> None:
+        chosen = grid
+        if isinstance(grid, BudgetedGrid):
+            given = make_token_set("calibration", tokens, None, "job")
+            chosen = allocate(loaded.model, given, method, grid, forwards).grid
+        quantize_model(loaded.model, tokens, method, grid=chosen, settings=forwards)
+
+    took = timed(quantize)
     answer(job, "gptq_awq", took, dict(loaded.model.named_parameters()), settings)
 
 
