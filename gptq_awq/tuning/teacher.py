@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
+from gptq_awq.models.attention import faster_attention_of
 from gptq_awq.models.decoder_head import decoder_of, logits
 from gptq_awq.runtime.profiling import phase
 
@@ -27,7 +28,7 @@ class Teacher:
         self._decoder, device = tuned_decoder(full), next(full.parameters()).device
         self.dtype = dtype
         states = []
-        with torch.no_grad():
+        with torch.no_grad(), faster_attention_of(full):
             for row in range(len(tokens.ids)):
                 with phase("forward", 1, tokens.ids.shape[1]):
                     out = self._decoder(**inputs_of(tokens, slice(row, row + 1), device), use_cache=False)
