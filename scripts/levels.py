@@ -55,7 +55,7 @@ ROWS = (
     Row("Q3", ("method=gptq", "bits=3"), "GPTQ, groups of 64"),
     Row("Q2", ("method=gptq", "bits=2"), "GPTQ, groups of 64"),
     Row("Ternary", ("method=gptq", "grid=ternary"), "GPTQ, groups of 64"),
-    Row("Ternary, tuned", ("method=best_3bit", "grid=ternary"), "`method=best_3bit`, groups of 64"),
+    Row("Ternary, tuned", ("method=yaqa_distill", "grid=ternary"), "`method=yaqa_distill`, groups of 64"),
 )
 
 
