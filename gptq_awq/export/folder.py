@@ -206,16 +206,24 @@ def write_config(
         for part in (config, config.get("text_config")):  # readers differ in which of them they ask
             if isinstance(part, dict) and "tie_word_embeddings" in part:
                 part["tie_word_embeddings"] = True
-    aliases = {alias: config.get(own) for alias, own in type(model.config).attribute_map.items()}  # earlier names, too
-    config = {alias: value for alias, value in aliases.items() if value is not None} | config
     config = names_only(config)  # such as _name_or_path, the folder that the model came from
     config.pop("quantization_config", None)
     if quantization_config is not None:
         config["quantization_config"] = dict(quantization_config)
-    config = _read_alike(type(model.config), config, legacy_config(config))
+    config = _for_older_readers(model.config, config)
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
+
+
+def _for_older_readers(config: PreTrainedConfig, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a config, and of those within it, with the names and spellings that they had before."""
+    inside = {name: getattr(config, name, None) for name, value in options.items() if isinstance(value, dict)}
+    parts = {name: part for name, part in inside.items() if isinstance(part, PreTrainedConfig)}
+    options = options | {name: _for_older_readers(part, options[name]) for name, part in parts.items()}
+    aliases = {alias: options.get(own) for alias, own in type(config).attribute_map.items()}
+    options = {alias: value for alias, value in aliases.items() if value is not None} | options
+    return _read_alike(type(config), options, legacy_config(options))
 
 
 def _read_alike(cls: type[PreTrainedConfig], config: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
@@ -305,15 +313,6 @@ def _legacy_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-IMPLIED: Mapping[str, Mapping[str, Any]] = {
-    "deepseek_v3": {"scoring_func": "sigmoid"},
-    "deepseek_v32": {"scoring_func": "sigmoid"},
-    "dots1": {"scoring_func": "noaux_tc"},
-    "exaone_moe": {"scoring_func": "sigmoid"},
-}
-"""Model type → options that published configs state, and that transformers' classes take for granted."""
-
-
 def legacy_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Add the options that other readers look for where transformers 4 had them.
 
@@ -328,10 +327,10 @@ def legacy_config(config: Mapping[str, Any]) -> dict[str, Any]:
     found |= {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
     if rope.get("rope_type", "default") != "default":
         found["rope_scaling"] = rope | {"type": rope["rope_type"]}
-    found |= IMPLIED.get(str(config.get("model_type")), {})
-    kinds = config.get("mlp_layer_types") or []
-    if "dense" in kinds or "sparse" in kinds:
-        found["first_k_dense_replace"] = (*kinds, "sparse").index("sparse")
+    kinds, counted = config.get("mlp_layer_types") or [], {}  # whatever else a config says: transformers looks at kinds
+    for kind, rest, count in (("dense", "sparse", "first_k_dense_replace"), ("hash_moe", "moe", "num_hash_layers")):
+        if kind in kinds or rest in kinds:
+            counted[count] = (*kinds, rest).index(rest)
     if config.get("model_type") in ("gpt_neox", "cohere2"):
         found |= {"rotary_emb_base": rope.get("rope_theta"), "rotary_pct": rope.get("partial_rotary_factor", 1.0)}
     if config.get("model_type") in ("gpt2", "gpt-sw3"):
@@ -346,7 +345,7 @@ def legacy_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if {"sliding_attention", "full_attention"} <= set(layers):
         found["sliding_window_pattern"] = layers.index("full_attention") + 1
     missing = {key: value for key, value in found.items() if value is not None and config.get(key) is None}
-    return dict(config) | missing
+    return dict(config) | missing | counted
 
 
 class FolderTensors(Mapping[str, Tensor]):

@@ -112,7 +112,7 @@ class GGUFFormat:
     def _text(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model itself where the converter knows it, else its text part."""
         known = known_architectures(converter_root(self.converter))
-        return text_part(model) if also_sees(model.config) and type(model).__name__ not in known else model
+        return text_part(model) if also_sees(model.config) and type(model).__name__.lower() not in known else model
 
     def stored(self, source: Source) -> Mapping[str, QuantizedWeight]:
         """Weights under the names that the file's layout has for them."""

@@ -140,9 +140,15 @@ def imported(root: Path) -> Iterator[ModuleType]:
 
 
 def known_architectures(root: Path) -> frozenset[str]:
-    """Names of transformers' classes that the converter knows the text part of."""
+    """Names of transformers' classes, in lower case, that the converter knows the text part of."""
     with imported(root) as package:
-        return frozenset(package.TEXT_MODEL_MAP)
+        return frozenset(name.lower() for name in package.TEXT_MODEL_MAP)
+
+
+def _spelled(package: ModuleType, architecture: str) -> str:
+    """The converter's spelling of a class's name, such as PhiMoEForCausalLM, as it was published."""
+    known = {name.lower(): name for name in package.TEXT_MODEL_MAP}
+    return architecture if architecture in package.TEXT_MODEL_MAP else known.get(architecture.lower(), architecture)
 
 
 class Options(dict[str, Any]):
@@ -176,7 +182,9 @@ def conversion(
     # transformers drops older spellings of options, which the converter reads for some architectures.
     hparams = Options(read_config(folder) | base.ModelBase.load_hparams(folder, False, guess=False))
     hparams.config = options["config"]
-    architecture = package.get_model_architecture(hparams, base.ModelType.TEXT)
+    rope = hparams.get("rope_parameters") or {}
+    hparams["rope_parameters"] = (rope.get("full_attention") or {}) | rope  # options by kind of layer, and as they were
+    architecture = _spelled(package, package.get_model_architecture(hparams, base.ModelType.TEXT))
     try:
         known = package.get_model_class(architecture)
     except NotImplementedError as error:

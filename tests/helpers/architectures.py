@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,22 +65,62 @@ SPARSE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, **FOUR}
 SHARED_INDEXERS = {"indexer_types": ["full", "shared"] * 2}
 OMITTED: Any = object()
+IMROPE = {"rope_parameters": {**PLAIN_ROPE, "mrope_section": [3, 3, 2]}}
+SIGMOID = {"scoring_func": "sigmoid"}
+INDEXED = {**SIGMOID, "index_head_dim": 64, "mlp_layer_types": OMITTED}
+YARN = {
+    **{"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0},
+    "original_max_position_embeddings": 4096,
+}
 BY_HAND: dict[str, dict[str, Any]] = {
-    **{name: {"head_dim": 16, **WINDOWS} for name in ("gemma4_text", "gemma4_unified_text", "diffusion_gemma_text")},
+    **{
+        name: {"head_dim": 16, "final_logit_softcapping": 30.0, **WINDOWS}
+        for name in ("gemma4_text", "gemma4_unified_text", "diffusion_gemma_text")
+    },
     **dict.fromkeys(["glm4v_text", "glm46v_text", "glm_ocr_text", "glmga_text", "paddleocr_vl_text"], SECTIONS),
     **dict.fromkeys(["qwen2_5_vl_text", "qwen2_vl_text", "qwen2_5_omni_text"], SECTIONS),
     **{name: {"head_dim": 16} for name in ("hunyuan_v1_dense", "hunyuan_vl_text", "ministral")},
     **{name: {"query_pre_attn_scalar": 16} for name in ("gemma2", "gemma3_text", "vaultgemma", "t5gemma")},
     **dict.fromkeys(["granitemoe", "granitemoeshared"], SPARSE),
-    **dict.fromkeys(["glm_moe_dsa", "hy_v4"], SHARED_INDEXERS),
+    "hy_v4": SHARED_INDEXERS,
     **{name: {"sliding_window": 16} for name in ("step3p5", "step3p7_text")},
+    **dict.fromkeys(["qwen3_vl_text", "qwen3_vl_moe_text"], IMROPE),
+    # a quarter of a head is rotated, by three sections: heads of 16 have no room for them
+    **{name: {"head_dim": 256} for name in ("qwen3_5_text", "qwen3_5_moe_text")},
+    "qwen3_moe": {"norm_topk_prob": True},
+    **dict.fromkeys(["deepseek_v3", "exaone_moe", "glm4_moe_lite"], SIGMOID),
+    "deepseek_v32": INDEXED,
+    "glm_moe_dsa": {**INDEXED, **SHARED_INDEXERS},
+    "solar_open": {"partial_rotary_factor": 1.0},
+    "gpt_oss": {"head_dim": 64, "rope_parameters": {**YARN, "truncate": False, "rope_theta": 150000.0}},
+    "laguna": {"layer_types": ["full_attention"] + ["sliding_attention"] * 3, **FOUR},
+    "mistral": {"sliding_window": None},
+    "llama4_text": {"attention_chunk_size": 8192},
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 4, **FOUR},
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"], **FOUR},
+    "mellum": WINDOWS,
+    "bitnet": {"tie_word_embeddings": True},
+    "falcon_h1": {"head_dim": 16},
+    "afmoe": {"route_norm": True, "mup_enabled": True},
     "glm4v_moe_text": HALF,
     "ernie4_5_vl_moe_text": {"rope_parameters": {**PLAIN_ROPE, "mrope_section": [3, 3, 2]}},
     "qwen2_vl_vision": {"embed_dim": 64},
     "qwen2_vl": {"vision_config": {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 4, "patch_size": 8}},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "dots1": {
+        **{"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+        **SIGMOID,
+    },
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
-    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2, "num_key_value_heads": 2},
+    "hunyuan_v1_moe": {
+        **{"head_dim": 16, "num_experts": 4, "moe_topk": [2] * 4, "num_key_value_heads": 2},
+        **{"moe_intermediate_size": [128] * 4, "num_shared_expert": [1] * 4},
+    },
+    "mimo_v2_flash": {
+        **{"swa_head_dim": 16, "swa_v_head_dim": 16, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4},
+        **{"topk_method": "noaux_tc", "hybrid_layer_pattern": [0, 1, 1, 1]},
+    },
+    "phimoe": {"original_max_position_embeddings": 256},
+    "minimax_m2": {"rotary_dim": 8, **SIGMOID},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"], "num_dense_layers": 1, **FOUR},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
     "nemotron": {"num_key_value_heads": 2},
@@ -89,7 +129,10 @@ BY_HAND: dict[str, dict[str, Any]] = {
         **{"indexer_compress_ratio": 4, "hc_lowrank": 16, "output_gate_type": "sigmoid"},
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
-    "gemma3n_text": {"intermediate_size": [128] * 4, "activation_sparsity_pattern": [0.95, 0.0, 0.95, 0.0]},
+    "gemma3n_text": {
+        **{"intermediate_size": [128] * 5, "activation_sparsity_pattern": [0.95, 0.0, 0.95, 0.0, 0.0]},
+        **{"hidden_size_per_layer_input": 256, "laurel_rank": 64},
+    },
     "zamba": {
         **{"attention_hidden_size": 128, "attention_head_dim": 32, "mamba_dt_rank": 32, "num_hidden_layers": 6},
         "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2,
@@ -108,7 +151,7 @@ BY_HAND: dict[str, dict[str, Any]] = {
         "rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), PLAIN_ROPE),
     },
     "granitemoehybrid": {**SPARSE, "layer_types": ["mamba", "attention"] * 2, **MAMBA},
-    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "n_groups": 1},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "n_groups": 1},
     "blt": {"encoder_hash_byte_group_vocab": 500},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": (32, 32), "axial_pos_shape": (16, 16)},
     "xmod": {"default_language": "en_XX", "is_decoder": True},
@@ -121,7 +164,7 @@ BY_HAND: dict[str, dict[str, Any]] = {
         "expert_layer_offset": 1,
         **FOUR,
     },
-    "bamba": {"attn_layer_indices": [1, 3], **MAMBA},
+    "bamba": {"attn_layer_indices": [1, 3], "attn_rotary_emb": 8, **MAMBA},
     "longcat_flash": {"zero_expert_num": 2, "n_routed_experts": 4},
     "mllama_text_model": {"cross_attention_layers": [1], "num_hidden_layers": 3},
     "rembert": {"input_embedding_size": 32, "output_embedding_size": 64},
@@ -137,6 +180,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2+capped": ("gemma2", {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 5.0}),
     "llama+biased": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "falcon+parallel": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}),
+    "exaone4+windows": ("exaone4", {"sliding_window": 16, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}),
+    "llama4_text+chunks": ("llama4_text", {"attention_chunk_size": 16}),
+    "mistral+windows": ("mistral", {"sliding_window": 16}),
+    "nemotron_h+dense": ("nemotron_h", {"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"]}),
+    "qwen3_moe+unnormalized": ("qwen3_moe", {"norm_topk_prob": False}),
     "opt+post_norm": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
 }
 """Fields that an architecture's default config leaves out: name → model_type, further fields."""
@@ -196,9 +244,13 @@ def _small(cls: type) -> dict[str, Any]:
     by_layer = [v for v in values.values() if isinstance(v, (list, tuple)) and layers and len(v) == layers > 3]
     kinds = any(len({str(x) for x in value}) > 1 for value in by_layer)
     sparse = any(name.startswith("moe") or "expert" in name for name in values)
-    count = min(layers or 4, 4 if kinds or sparse else 2)
+    count = min(layers or 4, max(4, *map(_period, by_layer)) if kinds else 4 if sparse else 2)
     heads = next((numbers[name] for name in ("num_attention_heads", "n_head", "n_heads") if name in numbers), None)
-    small = dict(_fields_made_small(cls.model_type, values, layers, count, heads)) | BY_HAND.get(cls.model_type, {})
+    width = next((numbers[name] for name in ("hidden_size", "n_embd", "d_model") if name in numbers), None)
+    small = dict(_fields_made_small(cls.model_type, values, layers, count, heads))
+    for name in (name for name, value in numbers.items() if width and value == 4 * width and small.get(name) == 128):
+        small[name] = 256  # some readers take four times the width for granted
+    small |= BY_HAND.get(cls.model_type, {})
     return {name: value for name, value in small.items() if value is not OMITTED}
 
 
@@ -218,7 +270,8 @@ def _fields_made_small(
         elif name in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
             yield name, _rope(value)
         elif isinstance(value, (list, tuple)) and layers and len(value) == layers > 3:
-            yield name, _shortened(list(value), count)
+            each = dict(_number(name.removesuffix("_per_layer"), value[0], count, heads, tokens))
+            yield name, list(each.values()) * count or _shortened(list(value), count)
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             yield from _number(name, value, count, heads, tokens)
 
@@ -234,6 +287,12 @@ def _number(name: str, value: Any, count: int, heads: int | None, tokens: Iterat
         yield name, min(size, value) if name.endswith("shared_experts") else size
     elif TOKEN.search(name) and value >= 250:
         yield name, next(tokens)
+
+
+def _period(values: Sequence) -> int:
+    """Number of layers after which their kinds repeat, such as 6 for five windows and one full attention."""
+    known = list(values)
+    return next((n for n in range(1, 9) if all(a == b for a, b in zip(known, known[n:], strict=False))), 1)
 
 
 def _shortened(values: list, count: int) -> list:
