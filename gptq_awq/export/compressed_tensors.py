@@ -54,6 +54,7 @@ from gptq_awq.export.packing import (
     unquantized,
 )
 from gptq_awq.export.saved import renamed_weights, renaming, saved_weights
+from gptq_awq.export.transformers_reader import unbuilt
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.scaled_float import ScaledFloatGrid
@@ -123,6 +124,8 @@ class CompressedTensorsFormat:
         head, rename = model.get_output_embeddings(), renaming(model)
         heads = [new for name in source.weights if model.get_submodule(name) is head for new in {name, rename(name)}]
         config = quantization_config(grids, FORMATS[self.layout], unquantized(source, rename), self.activations, heads)
+        if self.expands(list(grids.values())) and unbuilt(model, list(source.weights)):
+            config["dequantize"] = True
         if self.kv_cache is not None:
             config["kv_cache_scheme"] = kv_cache_scheme()
         write_folder(source, folder, packed, dtype, config, self.shard, rename, replaced=weights)
@@ -136,6 +139,10 @@ class CompressedTensorsFormat:
         if experts_in(model):
             saved_weights(model, {linear.name: blank(linear) for linear in linears})
         return []
+
+    def expands(self, grids: Sequence[Grid]) -> bool:
+        """Whether transformers can expand all weights while it loads them, which it does with a single config group."""
+        return len({stored_grid(grid) for grid in grids}) == 1 and self.activations is None
 
     def _input_scale(self, source: Source, name: str) -> dict[str, Tensor]:
         """NVFP4's static scale of a linear's input, from the largest that calibration saw."""

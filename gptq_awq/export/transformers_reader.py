@@ -1,8 +1,9 @@
 """Check of transformers' own reader for packed formats, before calibration: it builds a model whose linears are packed.
 
 Some classes initialize the weights of certain linears, or tie them between layers, whatever is loaded; a packed linear
-has no such weight. Others rename, split or join tensors as they load them, by rules made for plain weights. The
-checkpoint is whole, and other engines may read it.
+has no such weight, unless the config says that all weights are to be expanded while they are loaded. Others rename,
+split or join tensors as they load them, by rules made for plain weights. The checkpoint is whole, and other engines may
+read it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,11 @@ LARGEST = 500_000_000
 def unread(model: PreTrainedModel, linears: Sequence[LinearSpec], format_: Format, tokenizer: Any = None) -> str | None:
     """Say why transformers can't read a packed checkpoint of a model; None if it can, or if it can't be tried."""
     without_weights = unbuilt(model, [linear.name for linear in linears])
-    return without_weights or misread(model, linears, format_, tokenizer)
+    if without_weights and not getattr(format_, "expands", lambda _grids: False)([linear.grid for linear in linears]):
+        return without_weights
+    if without_weights or get_model_conversion_mapping(model, add_legacy=False):
+        return misread(model, linears, format_, tokenizer)
+    return None
 
 
 def unbuilt(model: PreTrainedModel, packed: Sequence[str]) -> str | None:
@@ -53,12 +58,11 @@ def unbuilt(model: PreTrainedModel, packed: Sequence[str]) -> str | None:
 
 
 def misread(model: PreTrainedModel, linears: Sequence[LinearSpec], format_: Format, tokenizer: Any) -> str | None:
-    """Say what goes wrong where transformers renames or converts a model's tensors as it loads them; None if nothing.
+    """Say what goes wrong where transformers converts or expands a model's tensors as it loads them; None if nothing.
 
     Only a trial tells: the model is rounded to nearest, written, and run by transformers in a process of its own.
     """
-    converted = get_model_conversion_mapping(model, add_legacy=False)
-    if not converted or offloaded(model) or sum(p.numel() for p in model.parameters()) > LARGEST:
+    if offloaded(model) or sum(p.numel() for p in model.parameters()) > LARGEST:
         return None
     with TemporaryDirectory(prefix="transformers-") as path:
 

@@ -77,8 +77,8 @@ BY_HAND: dict[str, dict[str, Any]] = {
         name: {"head_dim": 16, "final_logit_softcapping": 30.0, **WINDOWS}
         for name in ("gemma4_text", "gemma4_unified_text", "diffusion_gemma_text")
     },
-    **dict.fromkeys(["glm4v_text", "glm46v_text", "glm_ocr_text", "glmga_text", "paddleocr_vl_text"], SECTIONS),
-    **dict.fromkeys(["qwen2_5_vl_text", "qwen2_vl_text", "qwen2_5_omni_text"], SECTIONS),
+    **dict.fromkeys(["glm4v_text", "glm46v_text", "glm_ocr_text", "glmga_text", "glm4v_moe_text"], HALF),
+    **dict.fromkeys(["paddleocr_vl_text", "qwen2_5_vl_text", "qwen2_vl_text", "qwen2_5_omni_text"], SECTIONS),
     **{name: {"head_dim": 16} for name in ("hunyuan_v1_dense", "hunyuan_vl_text", "ministral")},
     **{name: {"query_pre_attn_scalar": 16} for name in ("gemma2", "gemma3_text", "vaultgemma", "t5gemma")},
     **dict.fromkeys(["granitemoe", "granitemoeshared"], SPARSE),
@@ -102,7 +102,6 @@ BY_HAND: dict[str, dict[str, Any]] = {
     "bitnet": {"tie_word_embeddings": True},
     "falcon_h1": {"head_dim": 16},
     "afmoe": {"route_norm": True, "mup_enabled": True},
-    "glm4v_moe_text": HALF,
     "ernie4_5_vl_moe_text": {"rope_parameters": {**PLAIN_ROPE, "mrope_section": [3, 3, 2]}},
     "qwen2_vl_vision": {"embed_dim": 64},
     "qwen2_vl": {"vision_config": {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 4, "patch_size": 8}},
@@ -126,7 +125,7 @@ BY_HAND: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {
         **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16},
-        **{"indexer_compress_ratio": 4, "hc_lowrank": 16, "output_gate_type": "sigmoid"},
+        **{"indexer_compress_ratio": 4, "hc_lowrank": 32, "output_gate_type": "sigmoid"},
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "gemma3n_text": {
@@ -142,6 +141,7 @@ BY_HAND: dict[str, dict[str, Any]] = {
         "layers_block_type": ["linear_attention", "hybrid"] * 3,
     },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 32},
+    "kimi_linear": {"linear_head_dim": 32},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
@@ -180,7 +180,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2+capped": ("gemma2", {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 5.0}),
     "llama+biased": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "falcon+parallel": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}),
-    "exaone4+windows": ("exaone4", {"sliding_window": 16, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}),
+    "exaone4+windows": (
+        "exaone4",
+        {"sliding_window": 16, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
+    ),
     "llama4_text+chunks": ("llama4_text", {"attention_chunk_size": 16}),
     "mistral+windows": ("mistral", {"sliding_window": 16}),
     "nemotron_h+dense": ("nemotron_h", {"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"]}),
