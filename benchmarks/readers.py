@@ -2,10 +2,10 @@
 
     python benchmarks/readers.py [--only NAME,NAME] [--formats mlx,gguf] [--write]
 
-A tiny random model of each causal architecture of transformers is rounded to nearest, checked and written as a run
-does it, and run by the format's reader; its distributions are compared with those of the model in memory. What was
-found is kept in benchmarks/results/readers.json, and a later call goes on from there; --write puts the table of it into
-docs/export.md. A reader that isn't installed is left out.
+A tiny random model of each architecture of the census (tests/helpers/architectures.py) is rounded to nearest, checked
+and written as a run does it, and run by the format's reader; its distributions are compared with those of the model in
+memory. What was found is kept in benchmarks/results/readers.json, and a later call goes on from there; --write puts the
+table of it into docs/export.md. A reader that isn't installed is left out.
 """
 
 import argparse
@@ -28,7 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch  # noqa: E402
-from helpers.architectures import tiny_architecture  # noqa: E402
+from helpers.architectures import architectures, tiny_architecture  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 from transformers.models.auto import modeling_auto  # noqa: E402
 
@@ -107,12 +107,19 @@ def limited() -> Iterator[None]:
 
 @torch.no_grad()
 def read(name: str, reading: Reading) -> dict[str, Any]:
-    """Write and read one architecture: whether it is a mixture, and `kl`, or `refused` or `failed` with the reason."""
+    """Write and read one architecture.
+
+    Returns:
+        Whether it is a mixture, and `kl`, or the reason why it was `refused`, has `failed`, or is `unbuilt`.
+    """
     found: dict[str, Any] = {}
     try:
+        model = tiny_architecture(name)
+    except Exception as error:  # of a class that can't be built small
+        return {"unbuilt": _told(error)}
+    try:
         with limited(), TemporaryDirectory() as path:
-            folder, model = Path(path), tiny_architecture(name)
-            grid = reading.grid
+            folder, grid = Path(path), reading.grid
             weights = {} if grid is None else quantize_model(model, method="rtn", grid=grid).weights
             found["mixture"] = is_mixture(model)
             specs = linear_specs(model, {n: weight.grid for n, weight in weights.items()}, natural_order=True)
@@ -125,9 +132,13 @@ def read(name: str, reading: Reading) -> dict[str, Any]:
             found["kl"] = float(f"{compare(ours, theirs, tokens).mean_kl:.1e}")
     except UserError as error:
         found["refused"] = " ".join(str(error).split())[:200]
-    except Exception as error:  # a class that can't be built small, or what nobody foresaw
-        found["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    except Exception as error:  # what nobody foresaw
+        found["failed"] = _told(error)
     return found
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def is_mixture(model: PreTrainedModel) -> bool:
@@ -149,23 +160,26 @@ def state(found: Mapping[str, Any], reading: Reading) -> str:
 def table(stored: Mapping[str, Any]) -> str:
     """The table of what was found, and beneath it the mixtures by name."""
     lines = [
-        f"Tiny random models of {len(stored['found'])} causal architectures of transformers "
+        "Tiny random models of the architectures of transformers "
         f"{stored['versions']['transformers']}, each written and read again (`python benchmarks/readers.py`):",
         "",
-        "| format | read by | looked at | same logits | of which mixtures | unknown to it | refused | other logits "
-        "| failed |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| format | read by | looked at | same logits | of which language models | of which mixtures | unknown to it "
+        "| refused | other logits | failed |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     mixtures = []
     for name, reading in READINGS.items():
-        of = {each: row[name] for each, row in stored["found"].items() if name in row}
+        of = {
+            each: row[name] for each, row in stored["found"].items() if "unbuilt" not in row.get(name, {"unbuilt": ""})
+        }
         if not of:
             continue
         states = {each: state(row, reading) for each, row in of.items()}
         same = [each for each, word in states.items() if word == "equal"]
         mixed = [each for each in same if any(row.get("mixture") for row in stored["found"][each].values())]
         counts = [list(states.values()).count(word) for word in ("unknown", "refused", "other", "failed")]
-        cells = (f"`{name}`", reading.reader, len(of), len(same), len(mixed), *counts)
+        causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() & set(same)
+        cells = (f"`{name}`", reading.reader, len(of), len(same), len(causal), len(mixed), *counts)
         lines.append(f"| {' | '.join(map(str, cells))} |")
         mixtures.append(f"- `{name}`: {', '.join(mixed) or 'none'}")
     return "\n".join([*lines, "", "Mixtures of experts with the same logits:", "", *mixtures]) + "\n"
@@ -206,7 +220,7 @@ def main() -> None:
     given = options.parse_args()
     warnings.filterwarnings("ignore")
     engine_check.LARGEST = 0  # engines are run once, on what was written
-    names = given.only.split(",") if given.only else list(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    names = given.only.split(",") if given.only else architectures()
     stored = go(names, given.formats.split(","), given.store)
     if given.write:
         PAGE.write_text(written(PAGE.read_text(), stored))

@@ -5,7 +5,9 @@
 format's own library where there is one), so that the verifier can compare.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -19,6 +21,8 @@ from gptq_awq.calibration.input_statistics import InputStatistics
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.models.linear import matrix
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,21 @@ class ChecksModel(Protocol):
     def check_model(self, linears: Sequence[LinearSpec], model: PreTrainedModel, tokenizer: Any) -> list[str]:
         """Raise UserError for what the format's readers can't run; the sentences returned are said as warnings."""
         ...
+
+
+@contextmanager
+def in_words_of(told: str) -> Iterator[None]:
+    """Context manager that turns whatever a library raises into a UserError: format and library, and its own words."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of what a library doesn't know, in whichever way it notices
+        log.debug("%s", told, exc_info=True)
+        what = " ".join(str(error).split()) or repr(error)
+        raise UserError(
+            f"export.formats={told} ({type(error).__name__}: {what:.200}); choose another format, such as hf"
+        ) from error
 
 
 def require_dtype(grid: Grid, dtype: str, name: str) -> None:

@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 
 from gptq_awq.errors import UserError
+from gptq_awq.export.base import in_words_of
 from gptq_awq.export.folder import read_config
 from gptq_awq.storage.assets import Asset, UnavailableError, fetch
 
-log = logging.getLogger(__name__)
 PACKAGES = ("conversion", "gguf")
+refusing = functools.partial(in_words_of, "gguf: llama.cpp's converter refuses this model")
 FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
 
 
@@ -152,12 +153,14 @@ def _spelled(package: ModuleType, architecture: str) -> str:
 
 
 class Options(dict[str, Any]):
-    """Options of config.json; what it leaves out, the model's own config is asked for."""
+    """Options of config.json; what the converter insists on and they leave out, another function is asked for."""
 
-    config: Any = None
+    def __init__(self, options: Mapping[str, Any], ask: Callable[[str], Any]) -> None:
+        super().__init__(options)
+        self._ask = ask
 
     def __missing__(self, key: str) -> Any:
-        if (value := getattr(self.config, key, None)) is None:
+        if (value := self._ask(key)) is None:
             raise KeyError(key)
         return value
 
@@ -180,10 +183,10 @@ def conversion(
     """
     base = sys.modules["conversion.base"]
     # transformers drops older spellings of options, which the converter reads for some architectures.
-    hparams = Options(read_config(folder) | base.ModelBase.load_hparams(folder, False, guess=False))
-    hparams.config = options["config"]
-    rope = hparams.get("rope_parameters") or {}
-    hparams["rope_parameters"] = (rope.get("full_attention") or {}) | rope  # options by kind of layer, and as they were
+    given = read_config(folder) | base.ModelBase.load_hparams(folder, False, guess=False)
+    if (full := (given.get("rope_parameters") or {}).get("full_attention")) is not None:  # by kind of layer, of late
+        given["rope_parameters"] = Options(given["rope_parameters"], full.get)
+    hparams = Options(given, lambda key: getattr(options["config"], key, None))
     architecture = _spelled(package, package.get_model_architecture(hparams, base.ModelType.TEXT))
     try:
         known = package.get_model_class(architecture)
@@ -302,19 +305,3 @@ def _lazy(kind: Any, empty: Tensor, read: Callable[[], Tensor]) -> Any:
     dtype = empty.dtype if empty.dtype in (torch.float16, torch.float32) else torch.float32
     meta = torch.empty(empty.shape, dtype=dtype, device="meta")
     return kind(meta=meta, args=(), func=lambda: read().to(dtype))
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """Context manager that turns whatever the converter raises into a UserError with its words."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        log.debug("the converter failed", exc_info=True)
-        what = " ".join(str(error).split()) or repr(error)
-        raise UserError(
-            f"export.formats=gguf: llama.cpp's converter refuses this model ({type(error).__name__}: {what:.200}); "
-            "choose another format, such as hf"
-        ) from error

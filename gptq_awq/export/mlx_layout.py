@@ -8,10 +8,9 @@ which nothing evaluates: MLX computes what is asked for only.
 import importlib
 import importlib.util
 import inspect
-import logging
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,13 +23,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gptq_awq.errors import UserError
+from gptq_awq.export.base import in_words_of
 from gptq_awq.export.folder import read_config, write_config
 from gptq_awq.export.layout import Layout, digits_of, kept_layout, numbered
 from gptq_awq.export.saved import Read, SavedTensors
 from gptq_awq.models.experts import experts_in
 from gptq_awq.runtime.fingerprint import layout_sha256
 
-log = logging.getLogger(__name__)
 NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 """The block that a tensor is in, by its name in mlx-lm."""
 
@@ -144,17 +143,8 @@ def _option(model: PreTrainedModel, name: str) -> Any:
     return config.hidden_size // config.num_attention_heads if name == "head_dim" and found is None else found
 
 
-@contextmanager
-def _refusing(model: PreTrainedModel) -> Iterator[None]:
-    """Context manager that turns whatever mlx-lm raises into a UserError with its words."""
-    try:
-        yield
-    except Exception as error:  # of what a class lacks, or of tensors that it has no place for
-        log.debug("mlx-lm failed", exc_info=True)
-        raise UserError(
-            f"export.formats=mlx: mlx refuses this {type(model).__name__} ({type(error).__name__}: "
-            f"{' '.join(str(error).split()):.200}); choose another format, such as hf"
-        ) from error
+def _refusing(model: PreTrainedModel) -> AbstractContextManager[None]:
+    return in_words_of(f"mlx: mlx refuses this {type(model).__name__}")
 
 
 def _as_numpy(tensor: Tensor) -> np.ndarray:

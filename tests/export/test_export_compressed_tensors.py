@@ -1,6 +1,7 @@
 """compressed-tensors checkpoints: the library and our own reader find the very codes and weights."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -202,7 +203,7 @@ def test_experts_are_linears_of_their_own_and_transformers_reads_them(name, tmp_
     torch.testing.assert_close(read, ours, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["zamba", "falcon_mamba", "gpt_bigcode", "kimi_linear", "llama"])
+@pytest.mark.parametrize("name", ["zamba", "falcon_mamba", "gpt_bigcode", "falcon", "kimi_linear", "llama"])
 def test_a_warning_before_calibration_names_the_models_that_transformers_cannot_load_packed(name, tmp_path, caplog):
     model = tiny_architecture(name)
     weights = quantize_model(model, method="rtn", grid=IntGrid(4, 16, sym=True, scale_dtype="float16")).weights
@@ -213,11 +214,31 @@ def test_a_warning_before_calibration_names_the_models_that_transformers_cannot_
     assert len(list(format_.decode(tmp_path))) == len(format_.stored(source))
     try:
         read = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(tiny_tokens()).logits
-    except (AttributeError, RuntimeError):  # kimi_linear: transformers joins its convolutions by names without packed
+    except (AttributeError, RuntimeError):  # transformers joins its convolutions by names without packed
         assert told
+        assert name == "kimi_linear"
     else:
         assert not told
         torch.testing.assert_close(read, model(tiny_tokens()).logits, rtol=0, atol=1e-5)
+
+
+def test_only_models_whose_linears_transformers_initializes_are_expanded_while_it_loads_them(tmp_path):
+    asked = {}
+    for name in ("falcon_mamba", "llama"):
+        model = tiny_architecture(name)
+        weights = quantize_model(model, method="rtn", grid=IntGrid(4, 16, sym=True, scale_dtype="float16")).weights
+        CompressedTensorsFormat().write(Source(model, NoTokenizer(), name, weights), tmp_path)
+        asked[name] = json.loads((tmp_path / "config.json").read_text())["quantization_config"].get("dequantize")
+    assert asked == {"falcon_mamba": True, "llama": None}
+
+
+def test_such_a_model_on_several_grids_is_warned_of_as_they_cannot_be_expanded(caplog):
+    model = tiny_architecture("falcon_mamba")
+    weights = quantize_model(model, method="rtn", grid=IntGrid(4, 16, sym=True, scale_dtype="float16")).weights
+    first, *rest = source_specs(Source(model, NoTokenizer(), "x", weights))
+    linears = [replace(first, grid=replace(first.grid, bits=8)), *rest]
+    Exports((CompressedTensorsFormat(),)).check(linears, model, None)
+    assert "transformers can't load packed linears" in caplog.text
 
 
 def test_experts_that_checkpoints_keep_in_one_tensor_are_refused_before_calibration():

@@ -15,7 +15,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.export.awq import AWQFormat
 from gptq_awq.export.base import Format, Source
 from gptq_awq.export.compressed_tensors import CompressedTensorsFormat
-from gptq_awq.export.folder import FolderTensors
+from gptq_awq.export.folder import FolderTensors, legacy_config, write_config
 from gptq_awq.export.gptq import GPTQFormat
 from gptq_awq.export.hf import HFFormat
 from gptq_awq.export.reference import reference_model
@@ -177,6 +177,19 @@ def test_options_for_older_readers_change_nothing_that_transformers_reads(name, 
         expected = type(model)(model.config).eval()
         expected.load_state_dict(model.state_dict())
         torch.testing.assert_close(again, expected(tiny_tokens()).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_parts_of_a_config_have_earlier_names_too(tmp_path):
+    write_config(tiny_architecture("step3p7"), tmp_path, torch.float32, None)
+    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    assert text["num_attention_groups"] == text["num_key_value_heads"]
+
+
+@pytest.mark.parametrize("kinds", [["dense", "sparse"], ["dense", "dense", "dense", "sparse"], ["sparse"]], ids=len)
+def test_dense_layers_are_counted_by_their_kinds_whatever_else_a_config_says(kinds):
+    found = legacy_config({"mlp_layer_types": kinds, "first_k_dense_replace": 2})
+    assert found["first_k_dense_replace"] == kinds.count("dense")
+    assert legacy_config({"first_k_dense_replace": 2})["first_k_dense_replace"] == 2
 
 
 def test_every_part_of_a_config_says_that_the_head_is_tied(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as T  # noqa: N812
+from helpers.architectures import tiny_architecture
 from helpers.gguf_models import GEMMA, VARIANTS, block_types_in, bpe, built, exported, fields
 from helpers.quantized_weights import assert_decodes, rounded_source
 from helpers.tiny_models import GROUPED, MIXTURES, tiny_model, tiny_tokens
@@ -17,6 +18,7 @@ from gptq_awq.export import gguf_layout
 from gptq_awq.export.base import LinearSpec, Source
 from gptq_awq.export.engines import answer, compare, find
 from gptq_awq.export.gguf import GGUFFormat
+from gptq_awq.export.gguf_converter import known_architectures
 from gptq_awq.export.gguf_file import read_gguf
 from gptq_awq.export.gguf_layout import observe, skeleton
 from gptq_awq.export.layout import LAYOUT, Layout
@@ -148,6 +150,22 @@ def test_what_the_converter_does_not_know_is_refused_before_anything_is_calibrat
     model = tiny_model("opt")
     with pytest.raises(UserError, match="converter does not know OPTForCausalLM"):
         GGUFFormat().check_model([], model, None)
+
+
+def test_classes_that_the_converter_spells_otherwise_are_known_to_it(converter):
+    for name in ("PhimoeForCausalLM", "MptForCausalLM", "LlamaForCausalLM"):
+        assert name.lower() in known_architectures(converter)
+
+
+@pytest.mark.parametrize(
+    "name", ["mpt", "phi", "falcon", "gemma3_text", "qwen3_5_text", "afmoe", "hunyuan_v1_moe", "laguna"]
+)
+def test_llama_cpp_computes_what_a_model_of_published_proportions_does(name, llama_cpp, tmp_path):
+    model, ids = tiny_architecture(name), tiny_tokens(1, 40)
+    with torch.no_grad():
+        ours = model(ids, use_cache=False).logits
+    found = compare(ours, llama_cpp(exported(tmp_path, model, plain_dtype="F32"), ids)[..., : ours.shape[-1]], ids)
+    assert found.mean_kl < 1e-5  # it looks gelu up in a table of float16
 
 
 def test_a_value_that_the_dtype_does_not_hold_is_refused(tmp_path):

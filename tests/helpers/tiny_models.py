@@ -53,7 +53,7 @@ DEEPSEEK = ROUTED | {
 MIXTURES = {
     "mixtral": lambda: T.MixtralConfig(**ROUTED, num_local_experts=4),
     "qwen3-moe": lambda: T.Qwen3MoeConfig(**ROUTED, head_dim=16, num_experts=8, moe_intermediate_size=48),
-    "deepseek-v3": lambda: T.DeepseekV3Config(**DEEPSEEK),
+    "deepseek-v3": lambda: T.DeepseekV3Config(**DEEPSEEK, scoring_func="sigmoid"),
     "gpt-oss": lambda: T.GptOssConfig(**ROUTED, head_dim=16, num_local_experts=4),
 }
 """With experts, fused as transformers has them; gpt-oss' matrices are transposed and have biases."""

@@ -24,14 +24,16 @@ def test_a_finding_is_counted_once_and_by_what_it_says(readers):
     same, other = {"kl": 1e-9, "mixture": True}, {"kl": 1.0, "mixture": False}
     refused, failed = {"refused": "mlx has no such", "mixture": True}, {"failed": "Error"}
     findings = {
-        "a": {"mlx": same},
+        "mixtral": {"mlx": same},
         "b": {"mlx": other},
         "c": {"mlx": refused},
         "d": {"mlx": failed},
         "f": {"mlx": {"refused": "Model type f not supported.", "mixture": False}},
-        "e": {"gguf": same},
+        "llava": {"gguf": same},
+        "h": {"mlx": {"unbuilt": "RuntimeError: 98M parameters"}},
     }
     lines = readers.table({"versions": {"transformers": "5"}, "found": findings}).splitlines()
-    assert "| `mlx` | mlx-lm | 5 | 1 | 1 | 1 | 1 | 1 | 1 |" in lines
-    assert "- `mlx`: a" in lines
-    assert "- `gguf`: e" in lines
+    assert "| `mlx` | mlx-lm | 5 | 1 | 1 | 1 | 1 | 1 | 1 | 1 |" in lines
+    assert "- `mlx`: mixtral" in lines
+    assert "- `gguf`: llava" in lines
+    assert any(line.startswith("| `gguf` | llama.cpp | 1 | 1 | 0 |") for line in lines), "it is no language model"
