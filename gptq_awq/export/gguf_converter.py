@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.configuration_utils import remap_legacy_layer_types
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import in_words_of
@@ -165,6 +166,18 @@ class Options(dict[str, Any]):
         return value
 
 
+class LayerKind(str):
+    """A kind of layer that equals its earlier name, too: transformers renamed some, and converters ask for either."""
+
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str) and len(set(remap_legacy_layer_types([str(self), str(other)]) or ())) == 1
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
 def conversion(
     package: ModuleType, folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Tensor], **options: Any
 ) -> Any:
@@ -182,11 +195,7 @@ def conversion(
         UserError: an architecture that the converter doesn't know.
     """
     base = sys.modules["conversion.base"]
-    # transformers drops older spellings of options, which the converter reads for some architectures.
-    given = read_config(folder) | base.ModelBase.load_hparams(folder, False, guess=False)
-    if (full := (given.get("rope_parameters") or {}).get("full_attention")) is not None:  # by kind of layer, of late
-        given["rope_parameters"] = Options(given["rope_parameters"], full.get)
-    hparams = Options(given, lambda key: getattr(options["config"], key, None))
+    hparams = _options(folder, base, options["config"])
     architecture = _spelled(package, package.get_model_architecture(hparams, base.ModelType.TEXT))
     try:
         known = package.get_model_class(architecture)
@@ -204,6 +213,16 @@ def conversion(
     instance = made(known)
     chosen = getattr(instance, "impl", None)  # of a class that only chooses one among others, and hands on to it
     return instance if chosen is None else made(type(chosen))
+
+
+def _options(folder: Path, base: ModuleType, config: Any) -> Options:
+    """A folder's options as converters know them, who look for what transformers calls otherwise by now."""
+    given = read_config(folder) | base.ModelBase.load_hparams(folder, False, guess=False)
+    if (full := (given.get("rope_parameters") or {}).get("full_attention")) is not None:  # by kind of layer, of late
+        given["rope_parameters"] = Options(given["rope_parameters"], full.get)
+    for name in given.keys() & {"layer_types", "layers_block_type"}:
+        given[name] = [LayerKind(kind) for kind in given[name] or ()] or None
+    return Options(given, lambda key: getattr(config, key, None))
 
 
 def projector_of(package: ModuleType, folder: Path, out: Path, dtype: str) -> Any:

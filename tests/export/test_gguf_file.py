@@ -18,7 +18,7 @@ from gptq_awq.export import gguf_layout
 from gptq_awq.export.base import LinearSpec, Source
 from gptq_awq.export.engines import answer, compare, find
 from gptq_awq.export.gguf import GGUFFormat
-from gptq_awq.export.gguf_converter import known_architectures
+from gptq_awq.export.gguf_converter import LayerKind, known_architectures
 from gptq_awq.export.gguf_file import read_gguf
 from gptq_awq.export.gguf_layout import observe, skeleton
 from gptq_awq.export.layout import LAYOUT, Layout
@@ -157,8 +157,14 @@ def test_classes_that_the_converter_spells_otherwise_are_known_to_it(converter):
         assert name.lower() in known_architectures(converter)
 
 
+def test_a_kind_of_layer_equals_its_earlier_name_and_no_other():
+    assert [LayerKind(kind) == "attention" for kind in ("full_attention", "attention", "linear_attention")] == [1, 1, 0]
+    assert LayerKind("linear_attention") == "mamba" != LayerKind("full_attention")
+    assert LayerKind("linear_attention") in {"linear_attention", "moe"}
+
+
 @pytest.mark.parametrize(
-    "name", ["mpt", "phi", "falcon", "gemma3_text", "qwen3_5_text", "afmoe", "hunyuan_v1_moe", "laguna"]
+    "name", ["mpt", "phi", "falcon", "gemma3_text", "gemma4_text", "granitemoehybrid", "afmoe", "laguna"]
 )
 def test_llama_cpp_computes_what_a_model_of_published_proportions_does(name, llama_cpp, tmp_path):
     model, ids = tiny_architecture(name), tiny_tokens(1, 40)
