@@ -12,6 +12,7 @@ import argparse
 import copy
 import json
 import os
+import re
 import signal
 import sys
 import warnings
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,7 +132,9 @@ def read(name: str, reading: Reading) -> dict[str, Any]:
             theirs = answer(reading.engine, path, tokens, reading.format.name, vocab=ours.shape[-1]).logits
             found["kl"] = float(f"{compare(ours, theirs, tokens).mean_kl:.1e}")
     except UserError as error:
-        found["refused"] = " ".join(str(error).split())[:200]
+        found["refused"] = re.sub(rf"{re.escape(gettempdir())}[^\s:]*", "this folder", " ".join(str(error).split()))[
+            :200
+        ]
     except Exception as error:  # what nobody foresaw
         found["failed"] = _told(error)
     return found
