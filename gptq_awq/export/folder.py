@@ -327,20 +327,15 @@ def legacy_config(config: Mapping[str, Any]) -> dict[str, Any]:
     found |= {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
     if rope.get("rope_type", "default") != "default":
         found["rope_scaling"] = rope | {"type": rope["rope_type"]}
-    kinds, counted = config.get("mlp_layer_types") or [], {}  # whatever else a config says: transformers looks at kinds
+    kinds, counted = config.get("mlp_layer_types") or [], {}  # whatever else a config says: transformers doesn't look
     for kind, rest, count in (("dense", "sparse", "first_k_dense_replace"), ("hash_moe", "moe", "num_hash_layers")):
         if kind in kinds or rest in kinds:
             counted[count] = (*kinds, rest).index(rest)
     if config.get("model_type") in ("gpt_neox", "cohere2"):
         found |= {"rotary_emb_base": rope.get("rope_theta"), "rotary_pct": rope.get("partial_rotary_factor", 1.0)}
-    if config.get("model_type") in ("gpt2", "gpt-sw3"):
-        found["n_ctx"] = config.get("n_positions")
-    if (
-        config.get("model_type") == "falcon"
-        and config.get("multi_query")
-        and not config.get("new_decoder_architecture")
-    ):
-        config = dict(config) | {"num_kv_heads": 1}  # whatever it says: transformers doesn't look
+    found["n_ctx"] = config.get("n_positions")
+    if config.get("multi_query") and not config.get("new_decoder_architecture", True):
+        counted["num_kv_heads"] = 1
     layers = config.get("layer_types") or []
     if {"sliding_attention", "full_attention"} <= set(layers):
         found["sliding_window_pattern"] = layers.index("full_attention") + 1

@@ -32,9 +32,8 @@ def unread(model: PreTrainedModel, linears: Sequence[LinearSpec], format_: Forma
     without_weights = unbuilt(model, [linear.name for linear in linears])
     if without_weights and not getattr(format_, "expands", lambda _grids: False)([linear.grid for linear in linears]):
         return without_weights
-    if without_weights or get_model_conversion_mapping(model, add_legacy=False):
-        return misread(model, linears, format_, tokenizer)
-    return None
+    converted = without_weights or get_model_conversion_mapping(model, add_legacy=False)
+    return misread(model, linears, format_, tokenizer) if converted else None
 
 
 def unbuilt(model: PreTrainedModel, packed: Sequence[str]) -> str | None:
