@@ -28,7 +28,7 @@ from gptq_awq.export.gguf_file import Packed, block_types, read_gguf, write_gguf
 from gptq_awq.export.gguf_layout import observe, skeleton
 from gptq_awq.export.gguf_projector import PROJECTOR, write_projector
 from gptq_awq.export.gguf_tokenizer import ENGINE, vocabulary_for
-from gptq_awq.export.layout import Layout, quantized, unquantized
+from gptq_awq.export.layout import Layout, WholeTensor, quantized, unquantized
 from gptq_awq.export.modelfile import modelfile
 from gptq_awq.export.text_part import text_linears, text_part, text_source
 from gptq_awq.grids.affine import AffineGrid
@@ -153,13 +153,15 @@ class GGUFFormat:
 
     def decode(self, folder: Path) -> Iterator[Decoded]:
         """Decode every quantized weight, with rows in transformers' order."""
-        layout = Layout.read(folder)
-        yield from quantized(read_gguf(folder / "model.gguf", layout), layout)
+        return quantized(folder, _read)
 
     def plain(self, folder: Path) -> dict[str, Tensor]:
         """Unquantized tensors by their names in transformers."""
-        layout = Layout.read(folder)
-        return unquantized(read_gguf(folder / "model.gguf", layout), layout)
+        return unquantized(folder, _read)
+
+
+def _read(folder: Path, layout: Layout) -> Iterator[WholeTensor]:
+    return read_gguf(folder / "model.gguf", layout)
 
 
 def ggml_type(grid: Grid) -> str | None:

@@ -10,7 +10,6 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from gptq_awq.export.layout import Flat, Layout, Part, WholeTensor, put_together
 from gptq_awq.export.placement import indices
 from gptq_awq.export.saved import SavedTensors
 from gptq_awq.models.gguf_claims import checked_gguf
-from gptq_awq.models.offload import each_tensor
 
 log = logging.getLogger(__name__)
 
@@ -96,10 +94,7 @@ def write_gguf(
             writer.write_kv_data_to_file()
         writer.write_tensors_to_file(progress=False)
         writer.close()
-    lost = set(layout.lost())
-    computed = {name: t.float().cpu().numpy() for name, t in each_tensor(model, lost.__contains__) if name not in exact}
-    computed |= {name: values.numpy() for name, values in exact.items() if name in lost}
-    return replace(layout, computed=computed, exact=tuple(exact))
+    return layout.with_values(model, exact)
 
 
 def _complete(writer: Any, model: PreTrainedModel) -> None:

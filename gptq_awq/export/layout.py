@@ -11,7 +11,7 @@ import math
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded
 from gptq_awq.export.placement import Indices, Numbering, Runs, indices
 from gptq_awq.export.saved import Read, read_state, state_shapes
+from gptq_awq.models.offload import each_tensor
 from gptq_awq.storage.assets import cache_dir
 from gptq_awq.storage.atomic import replacing
 
@@ -137,6 +138,13 @@ class Layout:
                 "they are stored as rounded, in the dtype of unquantized matrices"
             )
         return notes
+
+    def with_values(self, model: PreTrainedModel, exact: Mapping[str, Tensor]) -> "Layout":
+        """This layout with the values of tensors that are in no run: exact ones (out, in), or the model's."""
+        lost = set(self.lost())
+        computed = {name: tensor.float().cpu().numpy() for name, tensor in each_tensor(model, lost.__contains__)}
+        computed |= {name: values.numpy() for name, values in exact.items() if name in lost}
+        return replace(self, computed=computed, exact=tuple(exact))
 
     def write(self, folder: Path) -> None:
         """Write layout.npz."""
@@ -283,19 +291,21 @@ def put_together(tensors: Iterable[Flat], layout: Layout, most: int) -> Iterator
     yield from (WholeTensor(name, values, None) for name, values in layout.computed.items())
 
 
-def quantized(tensors: Iterable[WholeTensor], layout: Layout) -> Iterator[Decoded]:
-    """The quantized weights among a file's tensors; those that are stored as values have no codes."""
-    for tensor in tensors:
+def quantized(folder: Path, read: Callable[[Path, Layout], Iterable[WholeTensor]]) -> Iterator[Decoded]:
+    """The quantized weights that `read` finds in a folder; those that are stored as values have no codes."""
+    layout = Layout.read(folder)
+    for tensor in read(folder, layout):
         if tensor.codes is not None or tensor.name in layout.exact:
             codes = None if tensor.codes is None else torch.from_numpy(tensor.codes)
             yield Decoded(tensor.name.removesuffix(".weight"), codes, torch.from_numpy(tensor.weight))
 
 
-def unquantized(tensors: Iterable[WholeTensor], layout: Layout) -> dict[str, Tensor]:
-    """The other tensors among a file's, by their names in the model and as it holds them."""
+def unquantized(folder: Path, read: Callable[[Path, Layout], Iterable[WholeTensor]]) -> dict[str, Tensor]:
+    """The other tensors that `read` finds in a folder, by their names in the model and as it holds them."""
+    layout = Layout.read(folder)
     values = {
         tensor.name: torch.from_numpy(tensor.weight)
-        for tensor in tensors
+        for tensor in read(folder, layout)
         if tensor.codes is None and tensor.name not in layout.exact
     }
     return {name: value.T if name in layout.flipped else value for name, value in values.items()}

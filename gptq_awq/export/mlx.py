@@ -51,7 +51,6 @@ from gptq_awq.grids.signed import SignedGrid
 from gptq_awq.grids.ternary import TernaryGrid
 from gptq_awq.models.carried import carried_names
 from gptq_awq.models.linear import matrix
-from gptq_awq.models.offload import each_tensor
 from gptq_awq.runtime.options import ByteSize, Dtype, checked_dataclass
 from gptq_awq.solvers.rtn import RTN
 
@@ -137,10 +136,7 @@ class MLXFormat:
                     yield name, stored(name, tensor, torch.float32 if name in types else dtype)
 
         write_tensors(source, folder, tensors(), dtype, None, self.shard)
-        lost = set(layout.lost())
-        computed = {name: value.float().cpu().numpy() for name, value in each_tensor(source.model, lost.__contains__)}
-        computed |= {name: value.numpy() for name, value in exact.items() if name in lost}
-        replace(layout, computed=computed, exact=tuple(exact)).write(folder)
+        layout.with_values(source.model, exact).write(folder)
         first = {name: layout.parts(name)[0].name for name, kind in types.items() if kind != "F32"}
         quantization = quantization_config(
             {name.removesuffix(".weight"): weights[of].grid for name, of in first.items()}
@@ -156,13 +152,11 @@ class MLXFormat:
 
     def decode(self, folder: Path) -> Iterator[Decoded]:
         """Decode every quantized weight, in float32."""
-        layout = Layout.read(folder)
-        yield from quantized(_read_folder(folder, layout), layout)
+        return quantized(folder, _read_folder)
 
     def plain(self, folder: Path) -> dict[str, Tensor]:
         """Unquantized tensors by their names in transformers."""
-        layout = Layout.read(folder)
-        return unquantized(_read_folder(folder, layout), layout)
+        return unquantized(folder, _read_folder)
 
 
 def _types(layout: Layout, grids: Mapping[str, Grid]) -> dict[str, str]:
