@@ -217,7 +217,9 @@ def conversion(
 
 def _options(folder: Path, base: ModuleType, config: Any) -> Options:
     """A folder's options as converters know them, who look for what transformers calls otherwise by now."""
-    given = read_config(folder) | base.ModelBase.load_hparams(folder, False, guess=False)
+    own, read = read_config(folder), base.ModelBase.load_hparams(folder, False, guess=False)
+    parts = {name for name, part in own.items() if name.endswith("_config") and isinstance(part, dict)}
+    given = own | read | {name: own[name] | read[name] for name in parts & read.keys()}
     if (full := (given.get("rope_parameters") or {}).get("full_attention")) is not None:  # by kind of layer, of late
         given["rope_parameters"] = Options(given["rope_parameters"], full.get)
     for name in given.keys() & {"layer_types", "layers_block_type"}:

@@ -64,6 +64,7 @@ HALF = {"rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.5, "mrope_s
 SPARSE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, **FOUR}
 SHARED_INDEXERS = {"indexer_types": ["full", "shared"] * 2}
+GEMMA4 = {"head_dim": 16, "final_logit_softcapping": 30.0, **WINDOWS}
 OMITTED: Any = object()
 IMROPE = {"rope_parameters": {**PLAIN_ROPE, "mrope_section": [3, 3, 2]}}
 SIGMOID = {"scoring_func": "sigmoid"}
@@ -73,10 +74,7 @@ YARN = {
     "original_max_position_embeddings": 4096,
 }
 BY_HAND: dict[str, dict[str, Any]] = {
-    **{
-        name: {"head_dim": 16, "final_logit_softcapping": 30.0, **WINDOWS}
-        for name in ("gemma4_text", "gemma4_unified_text", "diffusion_gemma_text")
-    },
+    **dict.fromkeys(["gemma4_text", "diffusion_gemma_text"], GEMMA4),
     **dict.fromkeys(["glm4v_text", "glm46v_text", "glm_ocr_text", "glmga_text", "glm4v_moe_text"], HALF),
     **dict.fromkeys(["paddleocr_vl_text", "qwen2_5_vl_text", "qwen2_vl_text", "qwen2_5_omni_text"], SECTIONS),
     **{name: {"head_dim": 16} for name in ("hunyuan_v1_dense", "hunyuan_vl_text", "ministral")},
@@ -130,6 +128,7 @@ BY_HAND: dict[str, dict[str, Any]] = {
         **{"indexer_compress_ratio": 4, "hc_lowrank": 32, "output_gate_type": "sigmoid"},
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "gemma4_unified_text": {**GEMMA4, "moe_intermediate_size": None},
     "gemma3n_text": {
         **{"intermediate_size": [128] * 5, "activation_sparsity_pattern": [0.95, 0.0, 0.95, 0.0, 0.0]},
         **{"hidden_size_per_layer_input": 256, "laurel_rank": 64},
