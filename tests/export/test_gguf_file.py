@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -14,11 +15,12 @@ from helpers.quantized_weights import assert_decodes, rounded_source
 from helpers.tiny_models import GROUPED, MIXTURES, tiny_model, tiny_tokens
 
 from gptq_awq.errors import UserError
-from gptq_awq.export import gguf_layout
+from gptq_awq.export import gguf_converter, gguf_layout
 from gptq_awq.export.base import LinearSpec, Source
 from gptq_awq.export.engines import answer, compare, find
+from gptq_awq.export.folder import write_config
 from gptq_awq.export.gguf import GGUFFormat
-from gptq_awq.export.gguf_converter import LayerKind, known_architectures
+from gptq_awq.export.gguf_converter import LayerKind, imported, known_architectures
 from gptq_awq.export.gguf_file import read_gguf
 from gptq_awq.export.gguf_layout import observe, skeleton
 from gptq_awq.export.layout import LAYOUT, Layout
@@ -155,6 +157,24 @@ def test_what_the_converter_does_not_know_is_refused_before_anything_is_calibrat
 def test_classes_that_the_converter_spells_otherwise_are_known_to_it(converter):
     for name in ("PhimoeForCausalLM", "MptForCausalLM", "LlamaForCausalLM"):
         assert name.lower() in known_architectures(converter)
+
+
+def test_parts_of_a_config_keep_the_names_that_the_converter_looks_for(converter, tmp_path):
+    model = tiny_architecture("step3p7")
+    write_config(model, tmp_path, torch.float32, None)
+    with imported(converter):
+        found = gguf_converter._options(tmp_path, sys.modules["conversion.base"], model.config)
+    assert found["text_config"]["num_attention_groups"] == model.config.text_config.num_key_value_heads
+
+
+def test_what_a_converter_insists_on_is_found_among_the_options_of_full_attention(converter, tmp_path):
+    model = tiny_architecture("mimo_v2_flash")
+    write_config(model, tmp_path, torch.float32, None)
+    with imported(converter):
+        found = gguf_converter._options(tmp_path, sys.modules["conversion.base"], model.config)
+    assert found["rope_parameters"]["partial_rotary_factor"] == pytest.approx(0.334)
+    with pytest.raises(KeyError):
+        found["rope_parameters"]["mrope_section"]
 
 
 def test_a_kind_of_layer_equals_its_earlier_name_and_no_other():
