@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -57,7 +57,7 @@ class Conversion:
         with TemporaryDirectory(prefix="mlx-") as path:
             write_config(model, Path(path), torch.float32, None)
             config = read_config(Path(path))
-        with _refusing(model):
+        with in_words_of(f"mlx: mlx refuses this {type(model).__name__}"):
             _, options = _classes(config)
         wanted = [
             name for name, option in inspect.signature(options).parameters.items() if option.default is option.empty
@@ -110,7 +110,7 @@ class Conversion:
         spelled = [
             dict(map(spelling, tensors, tensors.values())) for spelling in (self._bare, self._experts_as_weights)
         ]
-        with _refusing(self.model):
+        with in_words_of(f"mlx: mlx refuses this {type(self.model).__name__}"):
             try:
                 return convert(dict(tensors))
             except ValueError:
@@ -141,10 +141,6 @@ def _option(model: PreTrainedModel, name: str) -> Any:
     config = model.config
     found = getattr(config, name, None)
     return config.hidden_size // config.num_attention_heads if name == "head_dim" and found is None else found
-
-
-def _refusing(model: PreTrainedModel) -> AbstractContextManager[None]:
-    return in_words_of(f"mlx: mlx refuses this {type(model).__name__}")
 
 
 def _as_numpy(tensor: Tensor) -> np.ndarray:
