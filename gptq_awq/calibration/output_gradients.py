@@ -47,7 +47,7 @@ def mean_over_tokens(
         dtype: dtype that the forward and the backward pass compute in; None: the model's.
     """
     if dtype not in (None, model.dtype):
-        model = copy.deepcopy(model).to(dtype)
+        model = copy.deepcopy(model).to(dtype)  # pyright: ignore[reportArgumentType]
     prefix, blocks = find_blocks(model)
     names = [f"{prefix}.{name}" for name, module in blocks.named_modules() if is_linear(module)]
     sums: dict[str, Tensor] = {}
