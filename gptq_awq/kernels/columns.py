@@ -15,16 +15,19 @@ EXPONENT_BITS = 0x7F800000
 """Bits of a float32's exponent: by themselves, the power of two at or below a number."""
 LANES = 64
 """Rows side by side. With fewer, LLVM unrolls the inner loops before it has vectorized them: four times as slow."""
+ROOM = 4
+"""Rows of LANES numbers that `nearest` works in, allocated by its caller: that takes as long as rounding does."""
 
 
 @numba.njit(inline="always")
-def nearest(x, s, z, max_code, kind, levels, code, value):  # pragma: no cover (compiled)
+def nearest(x, s, z, max_code, kind, levels, code, value, room):  # pragma: no cover (compiled)
     """Round x to the grid: codes and values of the nearest neighbours, as `Arithmetic.encode` and `decode` do.
 
     Args:
         x, s, z: (LANES,) float32: numbers, their scales and zeros.
         max_code, kind, levels: the grid's arithmetic; levels (n,) float32, empty except for tables and floats.
         code, value: (LANES,) float32, written.
+        room: (ROOM, LANES) float32, overwritten.
     """
     zero = np.float32(0.0)
     if kind == AFFINE:
@@ -40,21 +43,23 @@ def nearest(x, s, z, max_code, kind, levels, code, value):  # pragma: no cover (
             code[r] = c
             value[r] = s[r] * c + z[r]
     elif kind == FLOAT:
-        nearest_float(x, s, max_code, levels, code, value)
+        nearest_float(x, s, max_code, levels, code, value, room)
     else:
-        nearest_level(x, s, levels, code, value)
+        nearest_level(x, s, levels, code, value, room)
 
 
 @numba.njit(inline="always")
-def nearest_level(x, s, levels, code, value):  # pragma: no cover (compiled)
+def nearest_level(x, s, levels, code, value, room):  # pragma: no cover (compiled)
     """Round x to multiples s of a table's levels, the first on a tie; arguments as in `nearest`.
 
     Distances are compared, and codes chosen, as bits: floats that aren't negative have their bits' order, and LLVM
     puts a choice by a comparison of floats, `code[r] = c if closer else code[r]`, into no vector registers.
     """
     zero = np.float32(0.0)
-    t, distance = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    bits, least, chosen = distance.view(np.int32), np.full(LANES, np.int32(2**31 - 1)), np.zeros(LANES, np.int32)
+    t, distance, whole = room[0], room[1], room.view(np.int32)
+    bits, least, chosen = whole[1], whole[2], whole[3]
+    for r in range(LANES):
+        least[r], chosen[r] = np.int32(2**31 - 1), np.int32(0)
     for r in range(LANES):
         t[r] = x[r] / s[r] if s[r] != zero else zero
     for c in range(len(levels)):
@@ -70,15 +75,15 @@ def nearest_level(x, s, levels, code, value):  # pragma: no cover (compiled)
 
 
 @numba.njit(inline="always")
-def nearest_float(x, s, max_code, levels, code, value):  # pragma: no cover (compiled)
+def nearest_float(x, s, max_code, levels, code, value, room):  # pragma: no cover (compiled)
     """Round x to multiples s of a small floating-point type's numbers, halves to even; arguments as in `nearest`."""
     mantissa, largest = np.int32(levels[0]), levels[2]
     smallest = np.float32(2.0) ** levels[1]  # normal number
     step, steps = np.float32(2.0) ** -levels[0], np.float32(2.0) ** (levels[0] - levels[1])
     sign, zero = np.float32((max_code + 1) / 2), np.float32(0.0)
     shift, offset = np.int32(23) - mantissa, np.int32(levels[1] + 126) << mantissa
-    a, power, v = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    bits, exponent, rounded = a.view(np.int32), power.view(np.int32), v.view(np.int32)
+    a, power, v, whole = room[0], room[1], room[2], room.view(np.int32)
+    bits, exponent, rounded = whole[0], whole[1], whole[2]
     for r in range(LANES):
         a[r] = min(abs(x[r] / s[r] if s[r] != zero else zero), largest)
     for r in range(LANES):
@@ -149,10 +154,11 @@ def _sweep_tile(tile, x, u, scale, zero, max_code, kind, levels, first, codes, e
     start, count = tile * LANES, min(LANES, len(codes) - tile * LANES)
     s, z = np.ones(LANES, np.float32), np.zeros(LANES, np.float32)
     code, value, e = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    room = np.empty((ROOM, LANES), np.float32)
     for i in range(first, first + scale.shape[1]):
         for r in range(count):
             s[r], z[r] = scale[start + r, i - first], zero[start + r, i - first]
-        nearest(x[i], s, z, max_code, kind, levels, code, value)
+        nearest(x[i], s, z, max_code, kind, levels, code, value, room)
         d = u[i, i]
         for r in range(LANES):
             e[r] = (x[i, r] - value[r]) / d
@@ -175,7 +181,8 @@ def best_range(w, scale, zero, max_code, kind, levels, hessian, best):  # pragma
         scale: (rows, groups, candidates) float32: the candidates' scales.
         zero: (rows, groups, candidates) float32: the candidates' zeros.
         max_code, kind, levels: the grid's arithmetic, as in `nearest`.
-        hessian: (groups, cols, cols) float32: the Hessian's diagonal block of each group; (groups, 0, 0): none.
+        hessian: (groups, cols, cols) float32: the Hessian's diagonal block of each group; (groups, 1, cols): its
+            diagonal alone; (groups, 0, 0): none.
         best: (rows, groups) int64, written: index of the best candidate.
     """
     tiles = (len(w) + LANES - 1) // LANES
@@ -201,17 +208,19 @@ def _best_range_tile(tile, w, scale, zero, max_code, kind, levels, hessian, best
     x, delta = np.zeros((cols, LANES), np.float32), np.empty((cols, LANES), np.float32)
     s, z = np.ones(LANES, np.float32), np.zeros(LANES, np.float32)
     code, error = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    least = np.full(LANES, np.float32(np.inf))
+    least, room = np.full(LANES, np.float32(np.inf)), np.empty((ROOM, LANES), np.float32)
     best[start : start + count] = 0
     load(w, tile, x)
     for c in range(scale.shape[1]):
         for r in range(count):
             s[r], z[r] = scale[start + r, c], zero[start + r, c]
         for j in range(cols):
-            nearest(x[j], s, z, max_code, kind, levels, code, delta[j])
+            nearest(x[j], s, z, max_code, kind, levels, code, delta[j], room)
             for r in range(LANES):
                 delta[j, r] -= x[j, r]
-        if len(hessian):
+        if len(hessian) == 1:
+            _diagonal_error(delta, hessian[0], error)
+        elif len(hessian):
             _output_error(delta, hessian, error)
         else:
             _weight_error(delta, error)
@@ -247,6 +256,16 @@ def _output_error(delta, hessian, error):  # pragma: no cover (compiled)
 
 
 @numba.njit
+def _diagonal_error(delta, diagonal, error):  # pragma: no cover (compiled)
+    """Error Σ h δ² of LANES rows, as outputs have where inputs don't correlate; arguments as in `_output_error`."""
+    error[:] = np.float32(0.0)
+    for i in range(len(delta)):
+        h = diagonal[i]
+        for r in range(LANES):
+            error[r] += h * delta[i, r] * delta[i, r]
+
+
+@numba.njit
 def _weight_error(delta, error):  # pragma: no cover (compiled)
     """Weight error Σ |δ|^2.4 of LANES rows, to 1e-6: delta (cols, LANES), error (LANES,) written.
 
@@ -269,3 +288,47 @@ def _weight_error(delta, error):  # pragma: no cover (compiled)
         for r in range(LANES):
             square = y[r] * r5[r] * r5[r]
             error[r] += square * square
+
+
+@numba.njit(parallel=True, cache=True)
+def least_squares(w, scale, max_code, kind, levels, weights, found):  # pragma: no cover (compiled)
+    """For each row and group, find the scale with the least Σ h (ŵ - w)² for the codes of one of the candidates.
+
+    A candidate s rounds w to v = s t. For these t the best scale is s Σ h w v / Σ h v²: it leaves (Σ h w v)² / Σ h v²
+    less than Σ h w². Arguments are those of `best_range`, for arithmetics whose zero is 0, and:
+
+    Args:
+        weights: (groups, cols) float32: h.
+        found: (rows, groups) float32, written: 0 where all candidates round to 0.
+    """
+    tiles = (len(w) + LANES - 1) // LANES
+    for index in numba.prange(tiles * w.shape[1]):
+        group, tile = index // tiles, index % tiles
+        part = w[:, group], scale[:, group]
+        _least_squares_tile(tile, part[0], part[1], max_code, kind, levels, weights[group], found[:, group])
+
+
+@numba.njit
+def _least_squares_tile(tile, w, scale, max_code, kind, levels, weights, found):  # pragma: no cover (compiled)
+    """Find the best scale for each of a tile's LANES rows, in one group."""
+    start, count, cols = tile * LANES, min(LANES, len(w) - tile * LANES), w.shape[1]
+    x, s, z = np.zeros((cols, LANES), np.float32), np.ones(LANES, np.float32), np.zeros(LANES, np.float32)
+    code, value, room = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty((ROOM, LANES), np.float32)
+    product, square = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    most = np.zeros(LANES, np.float32)
+    found[start : start + count] = np.float32(0.0)
+    load(w, tile, x)
+    for c in range(scale.shape[1]):
+        for r in range(count):
+            s[r] = scale[start + r, c]
+        product[:], square[:] = np.float32(0.0), np.float32(0.0)
+        for j in range(cols):
+            nearest(x[j], s, z, max_code, kind, levels, code, value, room)
+            h = weights[j]
+            for r in range(LANES):
+                product[r] += h * value[r] * x[j, r]
+                square[r] += h * value[r] * value[r]
+        for r in range(count):
+            if product[r] * product[r] > most[r] * square[r]:
+                best = product[r] / square[r]
+                most[r], found[start + r] = product[r] * best, s[r] * best

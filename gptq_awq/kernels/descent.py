@@ -7,7 +7,7 @@ PyTorch loop in solvers/refine.py.
 import numba
 import numpy as np
 
-from gptq_awq.kernels.columns import LANES, load, nearest
+from gptq_awq.kernels.columns import LANES, ROOM, load, nearest
 
 
 @numba.njit(parallel=True, cache=True)
@@ -44,12 +44,13 @@ def _descend_tile(v, g, h, s, z, max_code, kind, levels, passes, c):  # pragma: 
     """Descend over the columns of LANES rows: v, g and c are (cols, LANES), all changed in place."""
     cols = len(v)
     wanted, new, change = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    room = np.empty((ROOM, LANES), np.float32)
     for _ in range(passes):
         for i in range(cols):
             d = h[i, i]
             for r in range(LANES):
                 wanted[r] = v[i, r] - g[i, r] / d
-            nearest(wanted, s, z, max_code, kind, levels, c[i], new)
+            nearest(wanted, s, z, max_code, kind, levels, c[i], new, room)
             for r in range(LANES):
                 change[r] = new[r] - v[i, r]
                 v[i, r] = new[r]

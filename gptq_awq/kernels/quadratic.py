@@ -11,7 +11,7 @@ the diagonal, tr(ΔHΔᵀ) = 2 Σ (ΔT) ∘ Δ, and ΔT takes half of the work o
 import numba
 import numpy as np
 
-from gptq_awq.kernels.columns import LANES, nearest
+from gptq_awq.kernels.columns import LANES, ROOM, nearest
 from gptq_awq.kernels.rank_k import PANEL, ROWS, add_tile, bfloat16
 
 
@@ -90,6 +90,7 @@ def _rounding_traces(
         words, row = np.zeros((panels.shape[1], PANEL), np.uint32), np.zeros(2 * panels.shape[1] + LANES, np.float32)
         x, s, z = np.zeros(LANES, np.float32), np.ones(LANES, np.float32), np.zeros(LANES, np.float32)
         code, value = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+        room = np.empty((ROOM, LANES), np.float32)
         for r in range(min(PANEL, rows - tile * PANEL)):
             here = tile * PANEL + r
             for group in range(scale.shape[1]):
@@ -98,7 +99,7 @@ def _rounding_traces(
                 for start in range(group * size, stop, LANES):
                     count = min(LANES, stop - start)
                     x[:count] = w[here, start : start + count]
-                    nearest(x, s, z, max_code, kind, levels, code, value)
+                    nearest(x, s, z, max_code, kind, levels, code, value, room)
                     for j in range(count):
                         row[start + j] = (value[j] - x[j]) / divisor[start + j]
             _lay_out(row[: 2 * panels.shape[1]], words, r)

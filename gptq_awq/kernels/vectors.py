@@ -19,18 +19,20 @@ UNIT = 8
 """Columns that share a parity of signs."""
 CANDIDATE = 31
 """The last bits of a cost's, which say the candidate."""
+ROOM = 6
+"""Rows of LANES numbers that functions of a vector work in: allocated once per tile, not for each entry tried."""
 
 
 @numba.njit
-def _points(y, middles, point):  # pragma: no cover (compiled)
+def _points(y, middles, point, below):  # pragma: no cover (compiled)
     """Write the lattice point of all levels that is nearest to each lane's magnitudes.
 
     Args:
         y: (v, LANES) float32: the columns, in multiples of the scale.
         middles: (L - 1,) float32: middles between levels.
         point: (LANES,) int32, written: the columns' levels as digits, the first column's the most significant.
+        below: (LANES,) float32, overwritten.
     """
-    below = np.empty(LANES, np.float32)
     bits = below.view(np.int32)
     point[:] = 0
     for i in range(len(y)):
@@ -65,13 +67,13 @@ def _look_up(table, point, near):  # pragma: no cover (compiled)
 
 
 @numba.njit
-def _candidates(y, middles, table, even, near):  # pragma: no cover (compiled)
+def _candidates(y, middles, table, even, near, room):  # pragma: no cover (compiled)
     """Write each lane's candidates, of the codebook's entries, to near (C, LANES) uint32.
 
     Where the number of negative signs must be even, a quarter of them are where a sign is turned cheaply.
     """
-    point = np.empty(LANES, np.int32)
-    _points(y, middles, point)
+    point = room[0].view(np.int32)
+    _points(y, middles, point, room[1])
     own = len(near) * 3 // 4 if even else len(near)
     _look_up(table, point, near[:own])
     if even:
@@ -80,7 +82,7 @@ def _candidates(y, middles, table, even, near):  # pragma: no cover (compiled)
 
 
 @numba.njit
-def _try_entry(y, u, magnitudes, entry, even, e, cost, penalty, odd):  # pragma: no cover (compiled)
+def _try_entry(y, u, magnitudes, entry, even, e, cost, penalty, odd, room):  # pragma: no cover (compiled)
     """Find what an entry costs each lane.
 
     Args:
@@ -93,8 +95,9 @@ def _try_entry(y, u, magnitudes, entry, even, e, cost, penalty, odd):  # pragma:
         cost: (LANES,) float32, written: Σ e².
         penalty: (LANES,) float32, written: the least that turning a sign adds.
         odd: (LANES,) int32, written: negative where the number of negative signs is odd.
+        room: (3, LANES) float32, overwritten.
     """
-    t, m, turning = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    t, m, turning = room[0], room[1], room[2]
     sign, penalties, turnings = t.view(np.int32), penalty.view(np.int32), turning.view(np.int32)
     cost[:], penalty[:], odd[:] = np.float32(0.0), np.float32(np.inf), 0
     for i in range(len(y)):
@@ -119,7 +122,7 @@ def _try_entry(y, u, magnitudes, entry, even, e, cost, penalty, odd):  # pragma:
 
 
 @numba.njit
-def _best(y, u, magnitudes, near, even, keys):  # pragma: no cover (compiled)
+def _best(y, u, magnitudes, near, even, keys, e, room):  # pragma: no cover (compiled)
     """Find the best of each lane's candidates.
 
     Args:
@@ -128,13 +131,14 @@ def _best(y, u, magnitudes, near, even, keys):  # pragma: no cover (compiled)
         even: whether to tell them by the parity of their signs; if not, the first row is written for all.
         keys: (2, LANES) int32, written: with an even and with an odd number of negative signs, the bits of the least
             cost, the last of which say the candidate.
+        e, room: (v, LANES) and (ROOM, LANES) float32, overwritten.
     """
-    e, cost, penalty = np.empty(y.shape, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    costs, penalties, odd = cost.view(np.int32), penalty.view(np.int32), np.empty(LANES, np.int32)
+    cost, penalty, odd, rest = room[0], room[1], room[2].view(np.int32), room[3:]
+    costs, penalties = cost.view(np.int32), penalty.view(np.int32)
     keys[:] = np.int32(2**31 - 1)
     for c in range(len(near)):
         index = np.int32(c)
-        _try_entry(y, u, magnitudes, near[c], even, e, cost, penalty, odd)
+        _try_entry(y, u, magnitudes, near[c], even, e, cost, penalty, odd, rest)
         if not even:
             for r in range(LANES):
                 keys[0, r] = min(keys[0, r], costs[r] & ~np.int32(CANDIDATE) | index)
@@ -169,9 +173,11 @@ def _choose(keys, near, even, last, parity, odd, entry):  # pragma: no cover (co
 
 
 @numba.njit
-def _signed(y, u, m, value):  # pragma: no cover (compiled)
-    """Give magnitudes m (v, LANES) the signs that the recursion asks for; y is left as the recursion has it."""
-    e = np.empty(LANES, np.float32)
+def _signed(y, u, m, value, e):  # pragma: no cover (compiled)
+    """Give magnitudes m (v, LANES) the signs that the recursion asks for; y is left as the recursion has it.
+
+    e: (LANES,) float32, overwritten.
+    """
     for i in range(len(y)):
         for r in range(LANES):
             value[i, r] = -m[i, r] if y[i, r] < np.float32(0.0) else m[i, r]
@@ -241,6 +247,7 @@ def _sweep_tile(
     y, m, value = np.empty((v, LANES), np.float32), np.empty((v, LANES), np.float32), np.empty((v, LANES), np.float32)
     near, keys = np.empty((table.shape[1], LANES), np.uint32), np.empty((2, LANES), np.int32)
     entry, odd, parity = np.empty(LANES, np.uint32), np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
+    trial, room = np.empty((v, LANES), np.float32), np.empty((ROOM, LANES), np.float32)
     load(w, tile, x)
     for a in range(0, block, v):
         part = u[a : a + v, a : a + v]
@@ -248,13 +255,13 @@ def _sweep_tile(
         for i in range(v):
             for r in range(LANES):
                 y[i, r] = x[a + i, r] / s[r] if s[r] != np.float32(0.0) else np.float32(0.0)
-        _candidates(y, middles, table, even, near)
-        _best(y, part, magnitudes, near, even, keys)
+        _candidates(y, middles, table, even, near, room)
+        _best(y, part, magnitudes, near, even, keys, trial, room)
         _choose(keys, near, even, (a + v) % UNIT == 0, parity, odd, entry)
         for i in range(v):
             for r in range(LANES):
                 m[i, r] = magnitudes[i, entry[r]]
-        _signed(y, part, m, value)
+        _signed(y, part, m, value, e)
         if even:
             _turn(y, part, m, odd, value)
         _write_codes(entry, indices, value, len(middles) + 1, codes[start : start + count, a : a + v])
