@@ -263,9 +263,8 @@ def sweep(
     for i1 in range(0, columns, block_size):
         i2 = min(i1 + block_size, columns)
         # Ranges are fitted to W, which changes only between blocks: all spans that begin in this one can be fitted now.
-        for span in dict.fromkeys(span_of_column[i1:i2]):
-            if span not in first.stores:
-                _fit_span(span, W, stacks, span_of_column)
+        new = [span for span in dict.fromkeys(span_of_column[i1:i2]) if span not in first.stores]
+        _fit_spans(new, W, stacks, span_of_column)
         W1 = W[:, :, i1:i2].clone(memory_format=torch.contiguous_format)
         U1 = _stacked([U[i1:i2, i1:i2] for U in factors]).contiguous()
         Q1, E1 = torch.empty_like(W1), torch.empty_like(W1)
@@ -280,20 +279,31 @@ def sweep(
     return codes, losses
 
 
-def _fit_span(
-    span: int, W: Float[Tensor, "stacks out in"], stacks: Sequence[_Stack], span_of_column: list[int]
+def _fit_spans(
+    spans: list[int], W: Float[Tensor, "stacks out in"], stacks: Sequence[_Stack], span_of_column: list[int]
 ) -> None:
-    """Fit one span, whose columns are adjacent in W, to the current weights of all stacks."""
-    a = span_of_column.index(span)
-    b = a + span_of_column.count(span)
-    blocks = [stack.hessian[a:b, a:b] for stack in stacks if stack.hessian is not None]
-    grid = stacks[0].groups.grid
+    """Fit adjacent spans to the current weights of all stacks: spans of one width at once, as a call costs time."""
+    grid, widths = stacks[0].groups.grid, [span_of_column.count(span) for span in spans]
+    for width in dict.fromkeys(widths):
+        alike = [span for span, own in zip(spans, widths, strict=True) if own == width]
+        for together in [alike] if grid.rows_independent else [[span] for span in alike]:
+            _fit_alike(together, width, span_of_column.index(together[0]), W, stacks)
+
+
+def _fit_alike(
+    spans: list[int], width: int, first: int, W: Float[Tensor, "stacks out in"], stacks: Sequence[_Stack]
+) -> None:
+    """Fit adjacent spans of one width, which begin at column `first` of W."""
+    n = len(spans)
+    count, ends = len(stacks) * n, [(a, a + width) for a in range(first, first + n * width, width)]
+    blocks = [stack.hessian[a:b, a:b] for stack in stacks if stack.hessian is not None for a, b in ends]
     with phase("search"):
-        # Row k belongs to stack k mod n, as `Grid.fit` expects.
-        rows = W[:, :, a:b].transpose(0, 1).reshape(-1, b - a)
-        fitted = grid.fit(rows, _stacked(blocks) if blocks else None)
+        # Row k belongs to span k mod n of stack (k div n) mod stacks, as `Grid.fit` expects.
+        rows = W[:, :, first : first + n * width].unflatten(2, (n, width)).transpose(0, 1).reshape(-1, width)
+        fitted = stacks[0].groups.grid.fit(rows, _stacked(blocks) if blocks else None)
     for i, stack in enumerate(stacks):
-        stack.groups.take(span, fitted if len(stacks) == 1 else fitted.rows(slice(i, None, len(stacks))))
+        for j, span in enumerate(spans):
+            stack.groups.take(span, fitted if count == 1 else fitted.rows(slice(i * n + j, None, count)))
 
 
 def _update(W: Float[Tensor, "stacks out cols"], E: Float[Tensor, "stacks out block"], U: list[Tensor]) -> None:

@@ -1,6 +1,7 @@
 """Laws of GPTQ, and agreement with the original code's outputs."""
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from gptq_awq import quantize_weight
 from gptq_awq.errors import UserError
 from gptq_awq.grids.integer import IntGrid
+from gptq_awq.grids.scaled_float import ScaledFloatGrid
 from gptq_awq.numerics.linalg import NotPositiveDefiniteError, inverse_cholesky, quadratic
 from gptq_awq.solvers import gptq as gptq_module
 from gptq_awq.solvers.gptq import GPTQ
@@ -71,6 +73,30 @@ def test_compiled_sweep_equals_the_plain_loop_bit_for_bit(monkeypatch, act_order
     assert torch.equal(compiled.codes, plain.codes)
     assert torch.equal(compiled.scales, plain.scales)
     assert compiled.loss == plain.loss
+
+
+@dataclass(frozen=True)
+class OneByOne(ScaledFloatGrid):
+    """NVFP4 whose spans the sweep has to fit one by one."""
+
+    @property
+    def rows_independent(self):
+        return False
+
+
+@pytest.mark.parametrize("search", ["minmax", "mse", "hessian"])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_spans_that_are_fitted_at_once_are_what_they_are_one_by_one(search, act_order):
+    weights, stats = [], []
+    for seed in (0, 1):
+        W, H = problem(seed=seed)
+        weights.append(W[:, :80]), stats.append(moments(H[:80, :80].contiguous()))
+    solver = GPTQ(act_order=act_order, block_size=48)
+    grids = [kind("e2m1", 16, search=search, tensor_scale=2.0**-8) for kind in (ScaledFloatGrid, OneByOne)]
+    at_once, one_by_one = (solver.solve_together(weights, stats, grid) for grid in grids)
+    for a, b in zip(at_once, one_by_one, strict=True):
+        assert torch.equal(a.quantized.codes, b.quantized.codes)
+        assert torch.equal(a.quantized.scales, b.quantized.scales)
 
 
 def test_loss_is_half_the_damped_output_error():
