@@ -287,10 +287,19 @@ def _nearest(grid: Grid, w: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows c
     return grid.decode(grid.encode(groups, params), params).view(rows, columns)
 
 
-def diagonal_blocks(hessian: Float[Tensor, "cols cols"], count: int) -> Float[Tensor, "count size size"]:
-    """Cut the diagonal of a Hessian into the blocks of `count` equal spans."""
-    size = len(hessian) // count
-    return hessian.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+def diagonal_blocks(hessian: Float[Tensor, "*spans cols cols"], count: int) -> Float[Tensor, "blocks size size"]:
+    """Cut the diagonal of a Hessian, or of each of a stack, into the blocks of `count` equal spans."""
+    size = hessian.shape[-1] // count
+    blocks = hessian.reshape(-1, count, size, count, size).diagonal(dim1=1, dim2=3)
+    return blocks.permute(0, 3, 1, 2).reshape(-1, size, size).contiguous()
+
+
+def sub_blocks(
+    w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "*spans cols cols"] | None, size: int
+) -> tuple[Float[Tensor, "parts size"], Float[Tensor, "blocks size size"] | None]:
+    """Every row's sub-blocks of `size` columns as rows, and their Hessian blocks, as `Grid.fit` takes spans."""
+    count = w.shape[1] // size
+    return w.reshape(-1, size), None if hessian is None else diagonal_blocks(hessian, count)
 
 
 def _unstacked(fitted: Fitted, rows: int) -> Fitted:

@@ -18,13 +18,15 @@ from torch import Tensor
 
 from gptq_awq.errors import UserError
 from gptq_awq.grids.arithmetic import Arithmetic
-from gptq_awq.grids.base import Fitted, SearchedGrid, extremes, group_spans
-from gptq_awq.grids.search import search_ranges, shrinks
+from gptq_awq.grids.base import Fitted, SearchedGrid, extremes, sub_blocks
+from gptq_awq.grids.search import least_squares, search_ranges, shrinks
 from gptq_awq.grids.signed import signed_scales
 from gptq_awq.grids.table import LEVELS
 from gptq_awq.runtime.options import Search, checked_dataclass
 
 BLOCK = 256
+TABLE_SHRINKS = (1.0, 0.9, 0.8, 0.7)
+"""Ranges of a table's sub-block whose codes are tried, in parts of the widest."""
 
 
 @dataclass(frozen=True)
@@ -122,25 +124,22 @@ class KGrid(SearchedGrid):
 
     def fit(self, w: Float[Tensor, "rows 256"], hessian: Float[Tensor, "*spans 256 256"] | None = None) -> Fitted:
         """Fit the scales of one block of 256 columns. Raises ValueError when `search=hessian` gets no Hessian block."""
-        spans = group_spans(w.shape[1], self.group_size)
-        blocks = [(w[:, a:b], None if hessian is None else hessian[..., a:b, a:b]) for a, b in spans]
-        return self._with_minimum(blocks) if self._type.minimum else self._symmetric(blocks)
+        parts, blocks = sub_blocks(w, hessian, self.group_size)
+        return (self._with_minimum if self._type.minimum else self._symmetric)(parts, blocks, len(w))
 
-    def _with_minimum(self, blocks: list) -> Fitted:
+    def _with_minimum(self, w: Tensor, h: Tensor | None, rows: int) -> Fitted:
         most = 2**self._type.scale_bits - 1
         # 1. Every sub-block's own range, which holds zero, as μ is unsigned.
-        own = [self._own_range(w, h) for w, h in blocks]
-        scales, minimums = (torch.cat(parts, 1) for parts in zip(*own, strict=True))
+        scales, minimums = (x.view(rows, -1) for x in self._own_range(w, h))
         # 2. The block's two scales.
         d, dmin = (half(x.amax(1, keepdim=True) / most) for x in (scales, -minimums))
         sigma, mu = _units(scales, d).clamp(0, most), _units(-minimums, dmin).clamp(0, most)
         # 3. The nearest codes of the scales, or their best neighbours.
         if self.search != "minmax":
-            for i, (w, h) in enumerate(blocks):
-                s = (sigma[:, i, None] + _NEIGHBOURS.to(w)[:, 0]).clamp(0, most)
-                m = (mu[:, i, None] + _NEIGHBOURS.to(w)[:, 1]).clamp(0, most)
-                scale, minimum = search_ranges(w, d * s, -dmin * m, self.arithmetic, self.search, h)
-                sigma[:, i], mu[:, i] = _units(scale, d)[:, 0], _units(-minimum, dmin)[:, 0]
+            s, m = ((x[..., None] + _NEIGHBOURS.to(w)[:, i]).clamp(0, most) for i, x in enumerate((sigma, mu)))
+            near = (x.flatten(0, 1) for x in (d[..., None] * s, -dmin[..., None] * m))
+            scale, minimum = search_ranges(w, *near, self.arithmetic, self.search, h)
+            sigma, mu = _units(scale.view(rows, -1), d), _units(-minimum.view(rows, -1), dmin)
         store = {"d": d, "dmin": dmin, "scale_codes": sigma, "min_codes": mu}
         return Fitted(d * sigma, -dmin * mu, store)
 
@@ -155,27 +154,35 @@ class KGrid(SearchedGrid):
         lows, highs = torch.cat([low * p, low.expand(-1, len(p))], 1), torch.cat([high * p, high * p], 1)
         return search_ranges(w, (highs - lows) / max_code, lows, self.arithmetic, self.search, h)
 
-    def _symmetric(self, blocks: list) -> Fitted:
+    def _symmetric(self, w: Tensor, h: Tensor | None, rows: int) -> Fitted:
         reach = 2 ** (self._type.scale_bits - 1)
         middle = 2 ** (self.bits - 1)
         # 1. Every sub-block's own scale, of either sign.
-        own = []
-        for w, h in blocks:
-            scales = self._signed_scales(w)
-            if self.search != "minmax":
-                scales, _ = search_ranges(w, scales, torch.full_like(scales, middle), self.arithmetic, self.search, h)
-            own.append(scales)
-        scales = torch.cat(own, 1)
+        scales = self._own_scale(w, h, middle).view(rows, -1)
         # 2. The block's scale: the largest sub-block gets the code that reaches furthest.
         d = half(-scales.gather(1, scales.abs().argmax(1, keepdim=True)) / reach)
         sigma = _units(scales, d).clamp(-reach, reach - 1)
         # 3. The nearest codes of the scales, or their best neighbours.
         if self.search != "minmax":
-            for i, (w, h) in enumerate(blocks):
-                s = (sigma[:, i, None] + torch.arange(-2, 3).to(w)).clamp(-reach, reach - 1)
-                scale, _ = search_ranges(w, d * s, torch.full_like(s, middle), self.arithmetic, self.search, h)
-                sigma[:, i] = _units(scale, d)[:, 0]
+            s = (sigma[..., None] + torch.arange(-2, 3).to(w)).clamp(-reach, reach - 1)
+            near = (d[..., None] * s).flatten(0, 1)
+            scale, _ = search_ranges(w, near, torch.full_like(near, middle), self.arithmetic, self.search, h)
+            sigma = _units(scale.view(rows, -1), d)
         return Fitted(d * sigma, torch.full_like(sigma, middle), {"d": d, "scale_codes": sigma})
+
+    def _own_scale(self, w: Tensor, h: Tensor | None, middle: int) -> Float[Tensor, "parts 1"]:
+        """Scale of either sign of every sub-block by itself."""
+        levels = self._type.levels
+        if levels and h is not None and self.search == "hessian":
+            # Codes of few ranges, and the best scales for them by H's diagonal: step 3 has all of H.
+            extreme = w.gather(1, w.abs().argmax(1, keepdim=True)) / levels[0]
+            scales = extreme * w.new_tensor(TABLE_SHRINKS)
+            scales = torch.cat([scales, scales * (levels[0] / levels[-1])], 1)
+            return least_squares(w, scales, self.arithmetic, h.diagonal(dim1=1, dim2=2))
+        scales = self._signed_scales(w)
+        if self.search == "minmax":
+            return scales
+        return search_ranges(w, scales, torch.full_like(scales, middle), self.arithmetic, self.search, h)[0]
 
     def _signed_scales(self, w: Tensor) -> Float[Tensor, "rows n"]:
         """Candidate scales of either sign for one sub-block."""

@@ -3,6 +3,8 @@
 mse      least Σ|ŵ - w|^2.4, as the GPTQ code does (IST-DASLab/gptq quant.py; arXiv 2210.17323);
 hessian  least output error (ŵ - w) H_gg (ŵ - w)ᵀ, H_gg the group's diagonal block of the Hessian: AWQ's clip
          search (arXiv 2306.00978, sec. 3.2) without touching an activation.
+
+`least_squares` needs few candidates: each stands for the codes that it rounds to, for which it solves for the scale.
 """
 
 import torch
@@ -10,8 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gptq_awq.grids.arithmetic import KINDS, Arithmetic, in_numbers
-from gptq_awq.kernels import gpu
-from gptq_awq.kernels.columns import best_range
+from gptq_awq.kernels import columns, gpu
 
 MSE_NORM = 2.4
 STEPS, MAX_SHRINK = 20, 0.5
@@ -29,11 +30,11 @@ def search_ranges(
     zeros: Float[Tensor, "rows n"],
     arithmetic: Arithmetic,
     search: str,
-    hessian: Float[Tensor, "*spans cols cols"] | None,
+    hessian: Float[Tensor, "*spans _ cols"] | None,
 ) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
     """Scale and zero per row, among n candidates, that round one group with the least error; the first on a tie.
 
-    With a stack of m Hessian blocks, row k belongs to block k mod m.
+    With a stack of m Hessian blocks, row k belongs to block k mod m. Blocks of one row are diagonals.
 
     Raises:
         ValueError: `search` is "hessian" and no Hessian block is given.
@@ -59,7 +60,8 @@ def _by_compiled(w: Tensor, scales: Tensor, zeros: Tensor, arithmetic: Arithmeti
     weights, scale, zero = (x.unflatten(0, (-1, len(h))).contiguous().float().numpy() for x in (w, scales, zeros))
     chosen = torch.empty(weights.shape[:2], dtype=torch.int64)
     max_code, kind, levels = in_numbers(arithmetic)
-    best_range(weights, scale, zero, max_code, kind, levels, h.contiguous().float().numpy(), chosen.numpy())
+    block = h.contiguous().float().numpy()
+    columns.best_range(weights, scale, zero, max_code, kind, levels, block, chosen.numpy())
     return chosen.flatten()
 
 
@@ -68,6 +70,8 @@ def _by_triton(w: Tensor, scales: Tensor, zeros: Tensor, arithmetic: Arithmetic,
     from gptq_awq.kernels.triton_columns import best_range
 
     groups = 1 if h is None else len(h)
+    if h is not None and h.shape[1] == 1:
+        h = torch.diag_embed(h[:, 0])
     weights, scale, zero = (x.unflatten(0, (-1, groups)) for x in (w, scales, zeros))
     chosen = torch.empty(len(w), dtype=torch.int64, device=w.device)
     kind, levels = KINDS.index(arithmetic.kind), w.new_tensor(arithmetic.levels)
@@ -87,6 +91,38 @@ def _by_candidate(w: Tensor, scales: Tensor, zeros: Tensor, arithmetic: Arithmet
         least = torch.where(better, error, least)
         chosen = torch.where(better, i, chosen)
     return chosen
+
+
+def least_squares(
+    w: Float[Tensor, "rows cols"],
+    scales: Float[Tensor, "rows n"],
+    arithmetic: Arithmetic,
+    weights: Float[Tensor, "m cols"],
+) -> Float[Tensor, "rows 1"]:
+    """Scale per row with the least Σ h (ŵ - w)² for the codes that one of n candidates rounds to; 0 if all are 0.
+
+    The search of llama.cpp's quantizers, with H's diagonal in place of the squares of inputs: for codes t it is
+    s = Σ h w t / Σ h t². Of m rows of weights h, row k of w belongs to row k mod m.
+    """
+    if w.device.type != "cpu":
+        return _least_squares_plain(w, scales, arithmetic, weights)
+    own, scale = (x.unflatten(0, (-1, len(weights))).contiguous().float().numpy() for x in (w, scales))
+    found = torch.empty(own.shape[:2])
+    columns.least_squares(own, scale, *in_numbers(arithmetic), weights.contiguous().float().numpy(), found.numpy())
+    return found.view(-1, 1).to(w.dtype)
+
+
+def _least_squares_plain(w: Tensor, scales: Tensor, arithmetic: Arithmetic, weights: Tensor) -> Tensor:
+    """Scales as `least_squares` finds them, by plain PyTorch on any device."""
+    h, most, found = weights.repeat(len(w) // len(weights), 1), torch.zeros_like(w[:, :1]), torch.zeros_like(w[:, :1])
+    for scale in scales.split(1, 1):
+        params = scale, torch.zeros_like(scale)
+        value = arithmetic.decode(arithmetic.encode(w, params), params)
+        product, square = (h * value * w).sum(1, keepdim=True), (h * value * value).sum(1, keepdim=True)
+        better = product * product > most * square
+        best = torch.where(better, product / square, 0.0)
+        most, found = torch.where(better, product * best, most), torch.where(better, scale * best, found)
+    return found
 
 
 def least_error_together(
@@ -116,4 +152,6 @@ def least_error_together(
 
 def _output_error(e: Float[Tensor, "rows cols"], h: Float[Tensor, "spans cols cols"]) -> Float[Tensor, "rows"]:
     e = e.view(-1, len(h), e.shape[1])
+    if h.shape[1] == 1:
+        return (e.square() * h[:, 0]).sum(2).flatten()
     return ((e.transpose(0, 1) @ h).transpose(0, 1) * e).sum(2).flatten()

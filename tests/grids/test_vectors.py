@@ -7,6 +7,7 @@ import torch
 from gptq_awq.calibration.moments import Moments
 from gptq_awq.errors import UserError
 from gptq_awq.grids.mix import llama_grid
+from gptq_awq.grids.search import _least_squares_plain, least_squares
 from gptq_awq.grids.vectors import VECTOR_TYPES, codebook
 from gptq_awq.numerics.linalg import quadratic
 from gptq_awq.solvers.gptq import GPTQ
@@ -71,6 +72,47 @@ def test_rounding_to_nearest_with_even_signs_is_within_a_percent_of_the_cheapest
     even = torch.where(negative, turned, own).amin(-1)
     best = even[:, 0] if parts.shape[1] == 1 else torch.minimum(even.sum(1), odd.sum(1))
     assert best.sum() * 0.999 <= found <= best.sum() * 1.1
+
+
+def errors_of(w, h, scale, levels):
+    """Σ h (ŵ - w)² of each row, rounded to the nearest levels at its scale."""
+    t = levels[(w[..., None] / scale[..., None] - levels).abs().argmin(-1)]
+    return (h * (scale * t - w) ** 2).sum(1), t
+
+
+@pytest.mark.parametrize("kind", ["iq3_s", "iq4_xs"])
+def test_a_scale_by_least_squares_is_the_best_for_the_codes_of_its_best_candidate(kind):
+    draw = torch.Generator().manual_seed(3)
+    w, h = torch.randn(130, 32, generator=draw).double(), torch.rand(2, 32, generator=draw).double()
+    w[5] = 0
+    arithmetic = llama_grid(kind).arithmetic
+    levels, weights = torch.tensor(arithmetic.levels).double(), h.repeat(65, 1)
+    candidates = w.abs().amax(1, keepdim=True) / levels.abs().max() * torch.tensor([1.0, 0.8, 0.6]).double()
+    best = []
+    for scale in candidates.split(1, 1):
+        _, t = errors_of(w, weights, torch.where(scale == 0, 1.0, scale), levels)
+        own = (weights * w * t).sum(1) / (weights * t * t).sum(1)
+        best.append(torch.stack([(weights * (own[:, None] * t - w) ** 2).sum(1), own]))
+    errors, scales = torch.stack(best, 1)
+    expected = scales.gather(0, errors.argmin(0, keepdim=True))[0]
+    fine = w.abs().sum(1) > 0
+    for found in (
+        least_squares(w.float(), candidates.float(), arithmetic, h.float()),
+        _least_squares_plain(w, candidates, arithmetic, h),
+    ):
+        assert torch.allclose(found[fine, 0].double(), expected[fine], rtol=1e-4)
+        assert float(found[5]) == 0
+
+
+@pytest.mark.parametrize("kind", ["iq3_s", "iq2_xs", "iq4_xs"])
+def test_scales_by_least_squares_leave_less_than_those_of_the_weights_alone(kind):
+    w, own = problem()
+    for solver in (RTN(), GPTQ(act_order=True, static_groups=True)):
+        error = {
+            search: quadratic(w - solver.solve(w, own, llama_grid(kind, search)).quantized.dequantize(), own.hessian)
+            for search in ("minmax", "mse", "hessian")
+        }
+        assert error["hessian"] < 1.02 * min(error["mse"], error["minmax"])
 
 
 @types
