@@ -5,8 +5,9 @@
 
 The model is small_model.py's, whose widths are multiples of 256 and whose tokens are bytes. `ggml_quantize_chunk`,
 which llama-quantize calls for every tensor, rounds each linear of the blocks by the squares of what enters it in the
-calibration text; ours are rounding to nearest and GPTQ on the same grid and text. All are packed and decoded by the
-gguf library. KL is from full precision; the ratio is to the quantizer's with its importance matrix.
+calibration text; ours are rounding to nearest, GPTQ and Qronos on the same grid and text, with a search for scales. All
+are packed and decoded by the gguf library. KL is from full precision; the ratio is to the quantizer's with its
+importance matrix.
 """
 
 import argparse
@@ -83,9 +84,8 @@ def ours(full: Any, kind: str, method: str, search: str, tokens: Any) -> Any:
 def cases(full: Any, kind: str, ggml: GGML, squares: dict[str, torch.Tensor], tokens: Any) -> Iterator[tuple[str, Any]]:
     """Names and models of all ways to round to a type."""
     yield "llama.cpp, imatrix", theirs(full, kind, ggml, squares)
-    yield "nearest", ours(full, kind, "rtn", "mse", tokens)
-    yield "GPTQ", ours(full, kind, "gptq", "mse", tokens)
-    yield "Qronos", ours(full, kind, "qronos", "mse", tokens)
+    for method, search in (("rtn", "mse"), ("gptq", "mse"), ("gptq", "hessian"), ("qronos", "hessian")):
+        yield f"{method}, {search}", ours(full, kind, method, search, tokens)
 
 
 def main() -> None:
