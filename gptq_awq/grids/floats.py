@@ -66,10 +66,9 @@ def encode_float(x: Float[Tensor, "*shape"], mantissa: int, least: int, largest:
 
 def decode_float(codes: Float[Tensor, "*shape"], mantissa: int, least: int) -> Float[Tensor, "*shape"]:
     """Numbers of codes without a sign."""
-    steps = 2.0**mantissa
-    exponent = torch.floor(codes / steps)
-    normal = torch.ldexp(1 + (codes - exponent * steps) / steps, exponent - 1 + least)
-    return torch.where(exponent == 0, codes * 2.0 ** (least - mantissa), normal)
+    # A normal number's bits, with the exponent's bias of float32: torch.ldexp would take a power for each.
+    normal = ((codes.int() << (23 - mantissa)) + ((least + 126) << 23)).view(torch.float32)
+    return torch.where(codes < 2**mantissa, codes * 2.0 ** (least - mantissa), normal.to(codes.dtype))
 
 
 def nearest_float(x: Float[Tensor, "*shape"], kind: FloatType) -> Float[Tensor, "*shape"]:
