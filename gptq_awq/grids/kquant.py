@@ -26,7 +26,9 @@ from gptq_awq.runtime.options import Search, checked_dataclass
 
 BLOCK = 256
 TABLE_SHRINKS = (1.0, 0.9, 0.8, 0.7)
-"""Ranges of a table's sub-block whose codes are tried, in parts of the widest."""
+"""Ranges of a table's sub-block whose codes are tried under search=hessian, in parts of the widest."""
+COARSE, FINE = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5), (1.0, 0.97, 1.03)
+"""Ranges that are tried under search=mse: in parts of the widest, then in parts of the best of these."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,11 @@ class KGrid(SearchedGrid):
         scales = self._signed_scales(w)
         if self.search == "minmax":
             return scales
-        return search_ranges(w, scales, torch.full_like(scales, middle), self.arithmetic, self.search, h)[0]
+        best = search_ranges(w, scales, torch.full_like(scales, middle), self.arithmetic, self.search, h)[0]
+        if not levels:
+            return best
+        near = best * w.new_tensor(FINE)
+        return search_ranges(w, near, torch.zeros_like(near), self.arithmetic, self.search, h)[0]
 
     def _signed_scales(self, w: Tensor) -> Float[Tensor, "rows n"]:
         """Candidate scales of either sign for one sub-block."""
@@ -192,8 +198,8 @@ class KGrid(SearchedGrid):
         scale = w.gather(1, w.abs().argmax(1, keepdim=True)) / levels[0]
         if self.search == "minmax":
             return scale
-        p = shrinks(w)
-        return torch.cat([scale * p, scale * p * (levels[0] / levels[-1])], 1)
+        scale = scale * w.new_tensor(COARSE)
+        return torch.cat([scale, scale * (levels[0] / levels[-1])], 1)
 
 
 # The code itself first, so that it wins a tie.

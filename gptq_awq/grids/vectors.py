@@ -36,7 +36,7 @@ MOST = 15
 """Largest σ."""
 CANDIDATES = {4: 24, 8: 32}
 """Entries that are tried for a vector, by its columns; 32 at most (kernels/vectors.py)."""
-COARSE, FINE = tuple(0.8**i for i in range(7)), (1.0, 0.95, 1.05, 0.9, 1.1)
+COARSE, FINE = tuple(0.8**i for i in range(7)), (1.0, 0.97, 1.03, 0.94, 1.06)
 """Ranges of a sub-block that are tried under search=mse: in parts of the widest, then in parts of the best of these."""
 SHRINKS = (1.0, 0.65, 0.3)
 """Ranges of a sub-block whose codes are tried under search=hessian, in parts of the widest."""
