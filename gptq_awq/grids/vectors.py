@@ -28,7 +28,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.grids.arithmetic import Arithmetic, Params
 from gptq_awq.grids.base import Fitted, SearchedGrid, sub_blocks
 from gptq_awq.grids.kquant import BLOCK, half
-from gptq_awq.grids.search import least_squares, search_ranges
+from gptq_awq.grids.search import search_ranges
 from gptq_awq.kernels.vectors import UNIT, sweep_vectors
 from gptq_awq.runtime.options import Search, checked_dataclass
 
@@ -37,9 +37,7 @@ MOST = 15
 CANDIDATES = {4: 24, 8: 32}
 """Entries that are tried for a vector, by its columns; 32 at most (kernels/vectors.py)."""
 COARSE, FINE = tuple(0.8**i for i in range(7)), (1.0, 0.97, 1.03, 0.94, 1.06)
-"""Ranges of a sub-block that are tried under search=mse: in parts of the widest, then in parts of the best of these."""
-SHRINKS = (1.0, 0.65, 0.3)
-"""Ranges of a sub-block whose codes are tried under search=hessian, in parts of the widest."""
+"""Ranges of a sub-block that are tried: in parts of the widest, then in parts of the best of these."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +113,9 @@ class VectorGrid(SearchedGrid):
 
     Attributes:
         type: iq2_xxs, iq2_xs, iq2_s, iq3_xxs or iq3_s.
-        search: how sub-blocks' scales are chosen: minmax, mse or hessian (search.py), as if columns were rounded one
-            by one. Of H its diagonal alone: that leaves no more error than all of it, in a fraction of the time.
+        search: how sub-blocks' scales are chosen: minmax, or mse (search.py), as if columns were rounded one by one.
+            hessian is mse, too: where later columns make up for an error, weighing it by H left up to a third more
+            KL at two bits (docs/log.md, 2026-11-29).
 
     Raises:
         UserError: an unknown type or search.
@@ -178,12 +177,17 @@ class VectorGrid(SearchedGrid):
                 "grid=q4_0 need multiples of 32 only"
             )
 
+    @property
+    def needs_hessian(self) -> bool:
+        """False, whatever the search."""
+        return False
+
     def fit(self, w: Float[Tensor, "rows 256"], hessian: Float[Tensor, "*spans 256 256"] | None = None) -> Fitted:
-        """Fit the scales of one block of 256 columns. Raises ValueError when `search=hessian` gets no Hessian block."""
-        parts, blocks = sub_blocks(w, hessian, self.group_size)
-        h = None if blocks is None else blocks.diagonal(dim1=1, dim2=2)
+        """Fit the scales of one block of 256 columns."""
+        del hessian
+        parts, _ = sub_blocks(w, None, self.group_size)
         # 1. Every sub-block's own scale.
-        scales = self._own_scale(parts, h).view(len(w), -1)
+        scales = self._own_scale(parts).view(len(w), -1)
         # 2. The block's: the largest sub-block gets the largest σ.
         unit = self._type.unit
         d = half(scales.amax(1, keepdim=True) / (unit * (2 * MOST + 1)))
@@ -191,28 +195,22 @@ class VectorGrid(SearchedGrid):
         # 3. The nearest σ, or its best neighbour.
         if self.search != "minmax":
             near = (sigma[..., None] + w.new_tensor([0, -1, 1])).clamp(0, MOST)
-            best = self._best(parts, (d[..., None] * unit * (2 * near + 1)).flatten(0, 1), h).view(len(w), -1)
+            best = self._best(parts, (d[..., None] * unit * (2 * near + 1)).flatten(0, 1)).view(len(w), -1)
             sigma = torch.where(d == 0, 0.0, torch.round((best / (d * unit) - 1) / 2))
         scales = d * unit * (2 * sigma + 1)
         return Fitted(scales, torch.zeros_like(scales), {"d": d, "scale_codes": sigma})
 
-    def _own_scale(self, w: Tensor, h: Tensor | None) -> Float[Tensor, "parts 1"]:
-        """Scale of every sub-block by itself; h (m, size) is the diagonal of its Hessian block."""
+    def _own_scale(self, w: Float[Tensor, "parts size"]) -> Float[Tensor, "parts 1"]:
+        """Scale of every sub-block by itself."""
         scale = w.abs().amax(1, keepdim=True) / float(codebook(self.type).levels[-1])
         if self.search == "minmax":
             return scale
-        if self.search == "mse":
-            coarse = self._best(w, scale * w.new_tensor(COARSE), h)
-            return self._best(w, coarse * w.new_tensor(FINE), h)
-        if h is None:
-            raise ValueError("grid.search=hessian needs the group's diagonal block of the Hessian")
-        return least_squares(w.abs(), scale * w.new_tensor(SHRINKS), self._magnitudes, h)
+        coarse = self._best(w, scale * w.new_tensor(COARSE))
+        return self._best(w, coarse * w.new_tensor(FINE))
 
-    def _best(self, w: Tensor, scales: Tensor, h: Tensor | None) -> Float[Tensor, "parts 1"]:
+    def _best(self, w: Tensor, scales: Tensor) -> Float[Tensor, "parts 1"]:
         """The best of each row's candidates (rows, n) for a sub-block's scale."""
-        diagonal = None if h is None else h[:, None]
-        zeros = torch.zeros_like(scales)
-        return search_ranges(w.abs(), scales, zeros, self._magnitudes, self.search, diagonal)[0]
+        return search_ranges(w.abs(), scales, torch.zeros_like(scales), self._magnitudes, "mse", None)[0]
 
     @property
     def _magnitudes(self) -> Arithmetic:
