@@ -139,8 +139,8 @@ class KGrid(SearchedGrid):
         # 3. The nearest codes of the scales, or their best neighbours.
         if self.search != "minmax":
             s, m = ((x[..., None] + _NEIGHBOURS.to(w)[:, i]).clamp(0, most) for i, x in enumerate((sigma, mu)))
-            near = (x.flatten(0, 1) for x in (d[..., None] * s, -dmin[..., None] * m))
-            scale, minimum = search_ranges(w, *near, self.arithmetic, self.search, h)
+            steps, lows = ((factor[..., None] * x).flatten(0, 1) for factor, x in ((d, s), (-dmin, m)))
+            scale, minimum = search_ranges(w, steps, lows, self.arithmetic, self.search, h)
             sigma, mu = _units(scale.view(rows, -1), d), _units(-minimum.view(rows, -1), dmin)
         store = {"d": d, "dmin": dmin, "scale_codes": sigma, "min_codes": mu}
         return Fitted(d * sigma, -dmin * mu, store)
