@@ -51,7 +51,7 @@ def _cells(run: Mapping[str, Any]) -> dict[str, str]:
     marked = {name: _marked(number(metrics[name]), run["marks"].get(name)) for name in (PPL, KL, TOP1)}
     return {
         "method": run["method"] + ("" if run["grid"] in (None, "int") else f", {run['grid']}"),
-        "bits": str(run["bits"]),
+        "bits": f"{run['bits']:g}",
         "bits/weight": number(run["bits_per_weight"]),
         "size": f"{run['size_mb']:.1f} MB",
         PPL: marked[PPL],
@@ -141,7 +141,7 @@ def grid_name(run: Mapping[str, Any]) -> str | None:
 
 
 def keep_marks_of_the_best(runs: Mapping[Key, dict[str, Any]], taken: Set[Key]) -> None:
-    """Drop marks of runs that weren't tested beside the best of their size: those taken just now, or all others."""
+    """Mark the best of every size, and drop marks of runs that weren't tested beside it: taken just now, or before."""
     for bits in {run["bits"] for run in runs.values()}:
         of_size = {key: run for key, run in runs.items() if run["bits"] == bits}
         for name, sign in ((PPL, 1), (KL, 1), (TOP1, -1)):
@@ -150,6 +150,8 @@ def keep_marks_of_the_best(runs: Mapping[Key, dict[str, Any]], taken: Set[Key]) 
             for key in known:
                 if (key in taken) != (best in taken):
                     of_size[key]["marks"].pop(name, None)
+            if len(known) > 1:
+                of_size[best]["marks"][name] = "best"  # pyright: ignore[reportArgumentType]
 
 
 def renewed_levels(root: Path) -> Iterator[Mapping[str, str]]:
