@@ -4,6 +4,7 @@
 
 from dataclasses import replace
 
+from hydra.utils import instantiate
 from job import Job, answer, read_job, timed
 
 from gptq_awq import quantize_model
@@ -15,6 +16,7 @@ from gptq_awq.grids.base import Grid
 from gptq_awq.models.load import LocalModel
 from gptq_awq.quantization.method import Method
 from gptq_awq.quantization.quantize import Settings
+from gptq_awq.runtime.configs import composed_method
 from gptq_awq.solvers.gptq import GPTQ
 
 
@@ -24,8 +26,11 @@ def chosen(job: Job) -> tuple[Method, Grid, str]:
     Plain settings are the papers' own: the range of a group's extremes, columns in their natural order.
     """
     name, _, choice = job.method.partition("+")
-    method, grid = load_method(name, job.bits, job.group_size, job.sym, grid=choice or None)
+    method, grid = load_method(name, job.bits, job.group_size, job.sym)
     grid = grid if job.tuned else grid.without_search()
+    if choice:
+        sizes = (f"bits={job.bits}", f"group_size={job.group_size}", f"sym={job.sym}")
+        grid = instantiate(composed_method(name, f"grid={choice}", *sizes).grid, _convert_="all")
     settings = [f"grid.search={getattr(grid, 'search', None)}"]
     solver = method.solver
     if isinstance(solver, GPTQ):
