@@ -140,6 +140,11 @@ def test_without_a_budget_nothing_is_chosen(composed, forecasts):
     assert forecasts == []
 
 
+def test_a_tiny_model_is_not_expected_to_take_minutes(composed):
+    plan = preflight(_with_recipe(composed("method=gptq"), "gptq"))
+    assert time_budget.forecast_seconds(plan, load(plan)) < 100  # nothing is written, so no time goes to the disk
+
+
 def test_times_are_told_in_minutes_from_two_on():
     told = Choice("fast", {"best": 900.0, "fast": 50.0}).told("1min")
     assert told == "time_budget=1min: method=fast, about 50 s (best would take 15 min)"

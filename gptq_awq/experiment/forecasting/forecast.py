@@ -209,7 +209,7 @@ class Counts:
         times |= dict.fromkeys(BY_TOKENS, left * self._batches) | {"embed": self._batches}
         times |= dict.fromkeys(("solve", "factor"), left / ranks)
         times |= dict.fromkeys(OBSERVED, 0.0) if known else {}
-        times["disk"] = left * self._written(turn) / max(1, turn.written)
+        times["disk"] = left * self._written(turn) / turn.written if turn.written else 0.0  # resume=false keeps nothing
         seconds = {name: taken * times[name] for name, taken in turn.seconds.items()}
         return seconds | {"disk": seconds.get("disk", 0.0) + left * turn.read}
 
