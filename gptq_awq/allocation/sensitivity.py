@@ -252,7 +252,8 @@ def measured_costs(
 
 def solves(model: nn.Module, grid: BudgetedGrid) -> int:
     """Roundings of a linear that the costs of all the model's linears take."""
-    everywhere, places = _spread(block_places(model)), block_places(model)
+    places = list(block_places(model))
+    everywhere = _spread(places)
     return sum(len(grid.fitting(place.columns)) if place.name in everywhere else 1 for place in places)
 
 

@@ -34,7 +34,7 @@ def search_ranges(
 ) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
     """Scale and zero per row, among n candidates, that round one group with the least error; the first on a tie.
 
-    With a stack of m Hessian blocks, row k belongs to block k mod m. Blocks of one row are diagonals.
+    With a stack of m Hessian blocks, row k belongs to block k mod m.
 
     Raises:
         ValueError: `search` is "hessian" and no Hessian block is given.
@@ -70,8 +70,6 @@ def _by_triton(w: Tensor, scales: Tensor, zeros: Tensor, arithmetic: Arithmetic,
     from gptq_awq.kernels.triton_columns import best_range
 
     groups = 1 if h is None else len(h)
-    if h is not None and h.shape[1] == 1:
-        h = torch.diag_embed(h[:, 0])
     weights, scale, zero = (x.unflatten(0, (-1, groups)) for x in (w, scales, zeros))
     chosen = torch.empty(len(w), dtype=torch.int64, device=w.device)
     kind, levels = KINDS.index(arithmetic.kind), w.new_tensor(arithmetic.levels)
@@ -152,6 +150,4 @@ def least_error_together(
 
 def _output_error(e: Float[Tensor, "rows cols"], h: Float[Tensor, "spans cols cols"]) -> Float[Tensor, "rows"]:
     e = e.view(-1, len(h), e.shape[1])
-    if h.shape[1] == 1:
-        return (e.square() * h[:, 0]).sum(2).flatten()
     return ((e.transpose(0, 1) @ h).transpose(0, 1) * e).sum(2).flatten()

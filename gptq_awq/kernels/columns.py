@@ -181,8 +181,7 @@ def best_range(w, scale, zero, max_code, kind, levels, hessian, best):  # pragma
         scale: (rows, groups, candidates) float32: the candidates' scales.
         zero: (rows, groups, candidates) float32: the candidates' zeros.
         max_code, kind, levels: the grid's arithmetic, as in `nearest`.
-        hessian: (groups, cols, cols) float32: the Hessian's diagonal block of each group; (groups, 1, cols): its
-            diagonal alone; (groups, 0, 0): none.
+        hessian: (groups, cols, cols) float32: the Hessian's diagonal block of each group; (groups, 0, 0): none.
         best: (rows, groups) int64, written: index of the best candidate.
     """
     tiles = (len(w) + LANES - 1) // LANES
@@ -218,9 +217,7 @@ def _best_range_tile(tile, w, scale, zero, max_code, kind, levels, hessian, best
             nearest(x[j], s, z, max_code, kind, levels, code, delta[j], room)
             for r in range(LANES):
                 delta[j, r] -= x[j, r]
-        if len(hessian) == 1:
-            _diagonal_error(delta, hessian[0], error)
-        elif len(hessian):
+        if len(hessian):
             _output_error(delta, hessian, error)
         else:
             _weight_error(delta, error)
@@ -253,16 +250,6 @@ def _output_error(delta, hessian, error):  # pragma: no cover (compiled)
         h = hessian[i, i]
         for r in range(LANES):
             error[r] += delta[i, r] * (h * delta[i, r] + np.float32(2.0) * product[r])
-
-
-@numba.njit
-def _diagonal_error(delta, diagonal, error):  # pragma: no cover (compiled)
-    """Error Σ h δ² of LANES rows, as outputs have where inputs don't correlate; arguments as in `_output_error`."""
-    error[:] = np.float32(0.0)
-    for i in range(len(delta)):
-        h = diagonal[i]
-        for r in range(LANES):
-            error[r] += h * delta[i, r] * delta[i, r]
 
 
 @numba.njit

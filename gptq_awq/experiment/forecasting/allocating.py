@@ -7,15 +7,13 @@ from gptq_awq.allocation.sensitivity import Measure, SensitivityAnalysis, measur
 from gptq_awq.calibration.block_inputs import Inputs, first_batch
 from gptq_awq.experiment.context import RunContext
 from gptq_awq.experiment.forecasting.dry_run import measured, timed, with_blocks
+from gptq_awq.experiment.forecasting.forecast import OBSERVED
 from gptq_awq.experiment.plan import Plan
 from gptq_awq.grids.allocated import BudgetedGrid
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.numerics.distributed import ONE
 from gptq_awq.runtime.progress import no_track
 from gptq_awq.storage.assets import cache_dir
-
-BY_TOKENS = ("embed", "forward", "moments", "sites")
-"""Phases whose seconds are proportional to the tokens that are observed."""
 
 
 def allocation_seconds(plan: Plan, context: RunContext) -> float:
@@ -43,7 +41,7 @@ def allocation_seconds(plan: Plan, context: RunContext) -> float:
         measure = Measure("error", view, batch, plan.seed, no_track)
         for _ in measured_costs(inputs, view, analysis.rounds, grid, measure):
             pass
-    observing = sum(seconds[name] for name in BY_TOKENS if name in seconds)
+    observing = sum(seconds[name] for name in OBSERVED if name in seconds)
     observing *= len(blocks) * analysis.observed.ids.numel() / batch.ids.numel()
-    solving = sum(taken for name, taken in seconds.items() if name not in BY_TOKENS)
+    solving = sum(taken for name, taken in seconds.items() if name not in OBSERVED)
     return gradients + observing + solving * solves(model, grid) / solves(view, grid)
