@@ -39,13 +39,13 @@ def slurm() -> Callable[..., str]:
 
 @pytest.fixture
 def sweep(shared, stories15m, tmp_path):
-    """Start the sweep, as one would type it."""
+    """Start the sweep, as one would type it; its data are so much that a kill after the first block is never late."""
     stories = shared / "data" / "tinystories"
     command = [
         *(sys.executable, ROOT / "run.py", "-m", "hydra/launcher=slurm", "method=rtn,gptq", "bits=3,4"),
         *("hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=2", "hydra.launcher.timeout_min=15"),
         *("hydra.launcher.array_parallelism=2", "group_size=32", "model=local", f"model.path={stories15m}"),
-        *("data=local", f"data.path={stories / 'tinystories_10k.txt'}", "data.samples=64", "data.seqlen=256"),
+        *("data=local", f"data.path={stories / 'tinystories_10k.txt'}", "data.samples=1024", "data.seqlen=256"),
         *(f"eval.perplexity.path={stories / 'tinystories_val.txt'}", "eval.perplexity.seqlen=256"),
         *("eval.perplexity.windows=8",),
     ]
@@ -75,7 +75,7 @@ def until(condition: Callable[[], object], seconds: float, what: str):
         found = condition()
         if found:
             return found
-        time.sleep(0.2)
+        time.sleep(0.05)
     raise AssertionError(f"not within {seconds} s: {what}")
 
 
