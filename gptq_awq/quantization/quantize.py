@@ -137,7 +137,8 @@ def quantize(
             _cast(model, getattr(torch, method.cast))
         return
     prepare(model, method, grid)
-    loop = _BlockLoop(model, tokens, method, grid, settings, track, record, progress, experts, curvature_file, squares)
+    own = method.calibrating(tokens)
+    loop = _BlockLoop(model, own, method, grid, settings, track, record, progress, experts, curvature_file, squares)
     if not method.model_tunings:
         yield from loop.run()
         return

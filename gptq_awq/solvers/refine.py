@@ -25,13 +25,13 @@ from gptq_awq.grids.arithmetic import KINDS, Params, in_numbers
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.rescale import has_free_scales, times
 from gptq_awq.kernels import gpu
-from gptq_awq.kernels.descent import descend
+from gptq_awq.kernels.columns import LANES
+from gptq_awq.kernels.descent import BFLOAT16, FARTHEST, FLOAT16, FLOAT32, KEPT, descend
 from gptq_awq.numerics.linalg import quadratic
 
 INNER = 2
 """Times that a group's columns are taken before the next group's: they need no product with the whole of H."""
-FARTHEST = 2.0
-"""Largest factor by which a scale grows or shrinks in one step."""
+STORAGE = {None: KEPT, "float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
 
 Columns = slice | Tensor
 
@@ -47,6 +47,31 @@ def refined(
         hessian: H = E[x xᵀ], damped, so that its diagonal is positive.
         passes: times that every group of columns, and then its scale, is taken.
     """
+    compiled = target.device.type == "cpu"
+    return (refined_compiled if compiled else refined_plain)(quantized, target, hessian, passes)
+
+
+def refined_compiled(quantized: QuantizedWeight, target: Tensor, hessian: Tensor, passes: int) -> QuantizedWeight:
+    """Refine a weight on the CPU, each thread some of its rows (kernels/descent.py); arguments as `refined` has."""
+    grid, order = quantized.grid, None
+    if not quantized.natural_order:
+        order = torch.argsort(quantized.group_of_column, stable=True)
+        hessian, target = hessian[order][:, order], target[:, order]
+    counts = torch.bincount(quantized.group_of_column, minlength=quantized.scales.shape[1])
+    starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    value = quantized.dequantize() if order is None else quantized.dequantize()[:, order]
+    scales, zeros, codes = quantized.scales.clone(), quantized.zeros.clone(), torch.empty_like(value)
+    storage = STORAGE[getattr(grid, "scale_dtype", None) if has_free_scales(grid) else None]
+    height = min(LANES, -(-len(value) // torch.get_num_threads()))
+    given = (each.contiguous().numpy() for each in (value, target, hessian, starts, scales, zeros))
+    descend(*given, *in_numbers(grid.arithmetic), storage, height, passes, INNER, codes.numpy())
+    loss = quadratic(value - target, hessian) / 2
+    codes = codes if order is None else codes[:, torch.argsort(order)]
+    return replace(quantized, codes=codes.to(torch.uint8), scales=scales, zeros=zeros, loss=loss)
+
+
+def refined_plain(quantized: QuantizedWeight, target: Tensor, hessian: Tensor, passes: int) -> QuantizedWeight:
+    """Refine a weight in PyTorch on any device, one group of all rows at a time; arguments as `refined` has."""
     grid = quantized.grid
     codes, scales, zeros = quantized.codes.clone(), quantized.scales.clone(), quantized.zeros.clone()
     E = quantized.dequantize() - target
@@ -77,15 +102,8 @@ def _groups(quantized: QuantizedWeight) -> Iterator[Columns]:
 
 def _descended(grid: Grid, value: Tensor, slope: Tensor, h: Tensor, params: Params) -> Float[Tensor, "rows cols"]:
     """Codes of a group after coordinate descent; `value` and `slope` = (E H)_g are changed in place with them."""
-    if gpu.available(value.device):
-        return _by_triton(grid, value, slope, h, params)
-    if value.device.type != "cpu":
-        return descended_plain(grid, value, slope, h, params)
-    codes = torch.empty_like(value)
-    scale, zero = (each[:, 0].contiguous().numpy() for each in params)
-    max_code, kind, levels = in_numbers(grid.arithmetic)
-    descend(value.numpy(), slope.numpy(), h.numpy(), scale, zero, max_code, kind, levels, INNER, codes=codes.numpy())
-    return codes
+    descended = _by_triton if gpu.available(value.device) else descended_plain
+    return descended(grid, value, slope, h, params)
 
 
 def _by_triton(grid: Grid, value: Tensor, slope: Tensor, h: Tensor, params: Params) -> Float[Tensor, "rows cols"]:
@@ -128,7 +146,7 @@ def _rescaled(
     along = (value * slope).sum(1, keepdim=True)
     curvature = ((value @ h) * value).sum(1, keepdim=True)
     factor = 1 - along / curvature.clamp(min=torch.finfo(value.dtype).tiny)
-    new = times(grid, *params, factor.clamp(1 / FARTHEST, FARTHEST))
+    new = times(grid, *params, factor.clamp(1 / float(FARTHEST), float(FARTHEST)))
     moved = grid.decode(codes, new)
     change = moved - value
     better = ((2 * slope + change @ h) * change).sum(1, keepdim=True) < 0

@@ -14,14 +14,15 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight
+from gptq_awq.kernels.divergence import divergence_and_gradient
 from gptq_awq.models.attention import differentiable_attention
 from gptq_awq.models.decoder_head import logits
 from gptq_awq.models.linear import matrix
@@ -35,6 +36,8 @@ from gptq_awq.tuning.vectors import Vectors
 CHUNK_TOKENS = 128
 """Positions whose logits are computed at a time: 25 MB in float32 for a vocabulary of 49152."""
 BETAS = 0.9, 0.95
+NUMBERS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16}
+"""Dtypes of logits that are compared by a compiled loop, each with the type that NumPy sees it as."""
 
 
 @checked_dataclass
@@ -145,11 +148,11 @@ class _Student:
             with torch.no_grad():
                 full = teacher.logits(target[start : start + CHUNK_TOKENS])
             own = logits(self._model, self._decoder, self._template, part[None])[0]  # pyright: ignore[reportArgumentType]
-            kl = _SumKL.apply(own, full)
-            (kl / len(hidden)).backward()  # pyright: ignore[reportOperatorIssue, reportAttributeAccessIssue]
+            kl, gradient = summed_kl(own.detach(), full)
+            own.backward(gradient)
             grads.append(part.grad)
-            total += float(kl.detach())  # pyright: ignore[reportAttributeAccessIssue]
-        return total / len(hidden), torch.cat(grads)
+            total += kl
+        return total / len(hidden), torch.cat(grads) / len(hidden)
 
     def step(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
         """Take one optimizer step at `rate` times the largest learning rates, and clear the gradients."""
@@ -166,18 +169,15 @@ class _Student:
         return tuned
 
 
-class _SumKL(Function):
-    """Σ over tokens of KL(p‖q), p from full-precision logits and q from the student's, with gradient q - p in those."""
-
-    @staticmethod
-    def forward(ctx, own: Tensor, full: Tensor) -> Tensor:
-        log_p, log_q = full.float().log_softmax(-1), own.float().log_softmax(-1)
-        p = log_p.exp()
-        kl = (p * (log_p - log_q)).sum()
-        ctx.save_for_backward(log_q.exp_().sub_(p).to(own.dtype))
-        return kl
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
-        (difference,) = ctx.saved_tensors
-        return difference * grads[0].to(difference.dtype), None
+def summed_kl(
+    own: Float[Tensor, "tokens words"], full: Float[Tensor, "tokens words"]
+) -> tuple[float, Float[Tensor, "tokens words"]]:
+    """Sum over tokens of KL(p‖q), p from full-precision logits and q from `own`, and its gradient q - p in those."""
+    if own.device.type == "cpu" and own.dtype == full.dtype and own.dtype in NUMBERS:
+        kl, gradient, kind = np.empty(len(own)), torch.empty_like(own), NUMBERS[own.dtype]
+        q, p, written = (x.contiguous().view(kind).numpy() for x in (own, full, gradient))
+        divergence_and_gradient(q, p, own.dtype == torch.bfloat16, kl, written)
+        return float(kl.sum()), gradient
+    log_p, log_q = full.float().log_softmax(-1), own.float().log_softmax(-1)
+    p = log_p.exp()
+    return float((p * (log_p - log_q)).sum()), log_q.exp_().sub_(p).to(own.dtype)

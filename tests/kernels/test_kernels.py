@@ -21,6 +21,7 @@ from gptq_awq.kernels.product import packed, product
 from gptq_awq.kernels.quadratic import Quadratic
 from gptq_awq.kernels.threads import match_torch
 from gptq_awq.numerics.linalg import quadratic
+from gptq_awq.tuning.distill import summed_kl
 
 needs_bf16 = pytest.mark.skipif(not rank_k.available(), reason="this CPU has no bfloat16 dot product (AVX512-BF16)")
 
@@ -134,3 +135,22 @@ def test_compiled_loops_leave_torch_as_many_threads_as_it_had():
         "assert torch.get_num_threads() == 1, torch.get_num_threads()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"NUMBA_NUM_THREADS": "2"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("words", [7, 256, 1000])
+def test_a_compiled_divergence_and_its_gradient_are_autograds_in_float64(dtype, words):
+    generator = torch.Generator().manual_seed(words)
+    full = torch.randn(9, words, generator=generator).mul(4).to(dtype)
+    own = (full + torch.randn(9, words, generator=generator)).to(dtype)
+    own[0], own[1, 2], full[1, 2] = full[0], -torch.inf, -torch.inf
+    kl, gradient = summed_kl(own, full)
+    wide = own.double().requires_grad_()
+    log_p, log_q = full.double().log_softmax(-1), wide.log_softmax(-1)
+    exact = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q)).sum()
+    exact.backward()
+    assert kl == pytest.approx(float(exact.detach()), rel=1e-5)
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(
+        gradient.double(), wide.grad, atol=1e-6, rtol=1e-5 if dtype == torch.float32 else 2**-8, equal_nan=True
+    )

@@ -2,20 +2,22 @@
 
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from helpers.linear_problems import moments as moments_of
 from helpers.linear_problems import problem
 
 from gptq_awq.grids.affine import AffineGrid
-from gptq_awq.grids.arithmetic import KINDS, in_numbers
+from gptq_awq.grids.arithmetic import KINDS
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.kquant import KGrid
+from gptq_awq.grids.rescale import times
 from gptq_awq.grids.scaled_float import ScaledFloatGrid
 from gptq_awq.grids.table import TableGrid
-from gptq_awq.kernels.descent import descend
+from gptq_awq.kernels import descent
 from gptq_awq.solvers.gptq import GPTQ
-from gptq_awq.solvers.refine import INNER, descended_plain, refined
+from gptq_awq.solvers.refine import INNER, STORAGE, descended_plain, refined, refined_compiled, refined_plain
 from gptq_awq.solvers.yaqa import TwoSided
 
 GRIDS = {
@@ -112,12 +114,36 @@ def plainly(grid):
     return descended_plain(GRIDS[grid], value, slope, h, (scale[:, None], zero[:, None])), value, slope
 
 
+@pytest.mark.parametrize("options", [{}, {"act_order": True}])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_the_kernel_is_the_plain_loop(grid):
-    tensors, codes = one_group(grid), torch.empty_like(one_group(grid)[0])
-    max_code, kind, levels = in_numbers(GRIDS[grid].arithmetic)
-    descend(*(each.contiguous().numpy() for each in tensors), max_code, kind, levels, INNER, codes.numpy())
-    assert_descends_alike((codes, *tensors[:2]), plainly(grid))
+def test_the_compiled_descent_is_the_plain_one(grid, options):
+    weight, moments, start = rounded(grid, **options)
+    compiled, plain = (each(start, weight, moments.hessian, 3) for each in (refined_compiled, refined_plain))
+    assert (compiled.codes != plain.codes).float().mean() < 1e-3  # sums in another order: a tie may fall otherwise
+    torch.testing.assert_close(compiled.scales, plain.scales, rtol=1e-3, atol=1e-6)
+    assert compiled.loss == pytest.approx(plain.loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("grid", ["int3, float16", "minimum"])
+def test_a_row_is_refined_alike_in_any_company_on_any_number_of_threads(grid, monkeypatch):
+    weight, moments, start = rounded(grid)
+    whole = refined_compiled(start, weight, moments.hessian, 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    rows = torch.arange(5, 22)
+    part = refined_compiled(start.rows(rows), weight[rows], moments.hessian, 2)
+    assert torch.equal(part.codes, whole.codes[rows])
+    assert torch.equal(part.scales, whole.scales[rows])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("positive", [True, False])
+def test_the_kernel_stores_scales_as_torch_does(dtype, positive):
+    exponents = torch.linspace(-60, 20, 4001) if dtype == "float16" else torch.linspace(-120, 120, 4001)
+    scales = 2.0**exponents * (1 if positive else torch.tensor([1.0, -1.0]).repeat(2001)[:4001])
+    grid = IntGrid(3, 16, scale_dtype=dtype) if positive else AffineGrid(3, 16, scale_dtype=dtype)
+    wanted, _ = times(grid, scales, torch.zeros_like(scales), torch.ones_like(scales))
+    ours = [float(descent.stored(np.float32(each), STORAGE[dtype], positive)) for each in scales.tolist()]
+    assert torch.equal(torch.tensor(ours), wanted)
 
 
 @pytest.mark.gpu

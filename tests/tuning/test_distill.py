@@ -344,3 +344,15 @@ def test_the_command_line_stores_what_was_tuned(cli, tiny, tmp_path):
     for details in results.read_ledger(tmp_path / "out" / "ledger.jsonl")["tuning"]:
         assert details["distill"]["steps"] == 1  # 2 epochs of 8 windows of 32 tokens, 16 windows a step
         assert details["distill"]["kl_first_pass"] > 0
+
+
+def test_blocks_are_calibrated_on_the_first_windows_and_tuned_on_all():
+    data, tuning = tokens(8), replace(LEARNING, epochs=1)
+    method = Method("m", GPTQ(act_order=True), tuning={"distill": tuning}, windows=3)
+    both = quantize_model(sharp_model("llama"), data, method, grid=GRID, settings=SMALL)
+    few = run(data=data.first(3))
+    for name, weight in both.weights.items():
+        assert torch.equal(weight.codes, few.weights[name].codes), name
+    details = both.ledger[0]["tuning"]["distill"]
+    assert details["steps"] == data.ids.numel() // tuning.tokens_per_step
+    assert any(not torch.equal(w.scales, few.weights[n].scales) for n, w in both.weights.items())

@@ -212,7 +212,8 @@ class DryRun:
             return copy.deepcopy(block)
 
     def _inputs(self, view: nn.Module, blocks: nn.ModuleList) -> Inputs:
-        plan, method, tokens = self._plan, self._plan.method, self._context.tokens
+        plan, method = self._plan, self._plan.method
+        tokens = method.calibrating(self._context.tokens)
         assert tokens is not None
         keep = keeps_activations(self._model, tokens, plan.settings, method.error_propagation, method.needs_full)
         cache = record_of(plan, self._context)
