@@ -64,7 +64,8 @@ def refined_compiled(quantized: QuantizedWeight, target: Tensor, hessian: Tensor
     storage = STORAGE[getattr(grid, "scale_dtype", None) if has_free_scales(grid) else None]
     height = min(LANES, -(-len(value) // torch.get_num_threads()))
     given = (each.contiguous().numpy() for each in (value, target, hessian, starts, scales, zeros))
-    descend(*given, *in_numbers(grid.arithmetic), storage, height, passes, INNER, codes.numpy())
+    numbers = in_numbers(grid.arithmetic)
+    descend(*given, *numbers, storage, height, passes, INNER, codes.numpy())  # pyright: ignore[reportCallIssue]
     loss = quadratic(value - target, hessian) / 2
     codes = codes if order is None else codes[:, torch.argsort(order)]
     return replace(quantized, codes=codes.to(torch.uint8), scales=scales, zeros=zeros, loss=loss)
