@@ -244,13 +244,12 @@ def known_curvature(plan: Plan, context: RunContext) -> bool:
 
 def record_of(plan: Plan, context: RunContext) -> ObservationCache | None:
     """Cache of this run's full-precision calibration, shared with other runs; None for methods that have none."""
-    tokens = plan.method.calibrating(context.tokens)
-    if tokens is None or plan.method.error_propagation:
+    if context.tokens is None or plan.method.error_propagation:
         return None
     key = observations_sha256(
         context.loaded.model,
         context.loaded.sha256,
-        tokens.sha256,
+        context.tokens.sha256,
         plan.compute_dtype,
         plan.settings.tokens_per_batch,
         plan.method.model_transforms,

@@ -12,11 +12,10 @@ from torch import Tensor
 from gptq_awq.calibration.moments import Moments
 from gptq_awq.calibration.output_curvature import OutputCurvature
 from gptq_awq.calibration.self_calibration import SelfCalibration
-from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid
 from gptq_awq.numerics.linalg import NotPositiveDefiniteError
-from gptq_awq.runtime.options import PositiveInt, checked_dataclass
+from gptq_awq.runtime.options import checked_dataclass
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.solvers.base import Coupling, Rowwise, Solution, Solver
 from gptq_awq.transforms.base import ModelTransform, Transform
@@ -36,8 +35,6 @@ class Method:
         cast: without a solver, the 16-bit dtype that all parameters are rounded to; None: no rounding.
         tuning: applied in order, after the solver; those of the whole model after all blocks.
         self_calibration: calibration windows sampled from the model, added to the given text; None: none.
-        windows: calibration windows, the first ones, that blocks are calibrated on; tunings of the whole model learn
-            from all. None: all.
         output_curvature: feedback among a linear's outputs, by what the end loss feels of each; None: none (GPTQ).
         head: quantization of the output head: None leaves it to the grid (most leave it in 16 bits), "rtn" rounds it
             to nearest, "solve" applies the solver to it as to a block's linears (see `quantization.embeddings`).
@@ -55,7 +52,6 @@ class Method:
     cast: Literal["bfloat16", "float16"] | None = None
     tuning: Mapping[str, BlockTuning | ModelTuning] = field(default_factory=dict)
     self_calibration: SelfCalibration | None = None
-    windows: PositiveInt | None = None
     output_curvature: OutputCurvature | None = None
     head: Literal["rtn", "solve"] | None = None
     untie_head: bool = False
@@ -81,10 +77,6 @@ class Method:
                 f"method.output_curvature: {self.block_transforms[0].name} changes the outputs that it was gathered "
                 "for; choose a method without it, or null"
             )
-
-    def calibrating(self, tokens: TokenSet | None) -> TokenSet | None:
-        """The calibration windows that blocks are calibrated on."""
-        return None if tokens is None else tokens.first(self.windows)
 
     @property
     def needs_full(self) -> bool:

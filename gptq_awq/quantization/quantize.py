@@ -18,15 +18,15 @@ model has another dtype.
 """
 
 import logging
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from gptq_awq.calibration.block_inputs import Inputs, Settings
-from gptq_awq.calibration.chain import check_chain
+from gptq_awq.calibration.chain import check_chain, why_not_alone
 from gptq_awq.calibration.expert_policy import ExpertPolicy
 from gptq_awq.calibration.observation import ObservationCache
 from gptq_awq.data.tokens import TokenSet
@@ -137,15 +137,28 @@ def quantize(
             _cast(model, getattr(torch, method.cast))
         return
     prepare(model, method, grid)
-    own = method.calibrating(tokens)
-    loop = _BlockLoop(model, own, method, grid, settings, track, record, progress, experts, curvature_file, squares)
+    loop = _BlockLoop(model, tokens, method, grid, settings, track, record, progress, experts, curvature_file, squares)
     if not method.model_tunings:
         yield from loop.run()
         return
     if tokens is None:
         raise _missing_tokens(method)
     teacher = Teacher(model, tokens, resolve_compute_dtype(settings.compute_dtype, next(model.parameters()).device))
+    if _carries_full_precision(model, tokens, method, progress):
+        loop = replace(loop, finish=teacher.waiting().finish)
+    else:
+        teacher.predict()
     yield from tuned_model(model, method, list(loop.run()), teacher, tokens, track)
+
+
+def _carries_full_precision(model: nn.Module, tokens: TokenSet, method: Method, progress: Journal | None) -> bool:
+    """Whether calibration will bring the tokens through the full-precision model's last block.
+
+    It does not where all blocks are finished already, or where the model calls them in ways of its own.
+    """
+    _, blocks = find_blocks(model)
+    rest = progress is None or progress.count() < len(blocks)
+    return method.needs_full and rest and not method.model_transforms and why_not_alone(model, tokens) is None
 
 
 @dataclass(frozen=True)
@@ -163,6 +176,8 @@ class _BlockLoop:
     experts: ExpertPolicy
     curvature_file: Path | None
     squares: Mapping[str, Tensor] | None
+    finish: Callable[[Iterator[Tensor]], None] | None = None
+    """Called with the hidden states that leave full precision's last block, by batches."""
 
     def run(self) -> Iterator[BlockResult]:
         """Quantize the embedding, the blocks and the output head; yields each result once it is finished."""
@@ -206,6 +221,9 @@ class _BlockLoop:
             progress.settle(name, block, index, grids)
             yield done
             done.release(block)
+        if self.finish is not None:
+            assert activations is not None
+            self.finish(batch.full for batch in activations.batches if batch.full is not None)
         if head is not None and finished > count:
             yield head.restore(progress.head(count, grids))
         elif head is not None:

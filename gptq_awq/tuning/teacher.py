@@ -1,6 +1,7 @@
 """Teacher of end-to-end tuning: the full-precision model's predictions, kept without its blocks."""
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.models.attention import faster_attention_of
+from gptq_awq.models.blocks import BlockCalls, find_blocks
 from gptq_awq.models.decoder_head import decoder_of, logits
 from gptq_awq.runtime.profiling import phase
 
@@ -17,32 +19,74 @@ from gptq_awq.runtime.profiling import phase
 class Teacher:
     """The full-precision model's predictions on the calibration tokens, kept as last hidden states and the head.
 
+    They come from forwards of the whole model (`predict`), or from the hidden states that left its last block in
+    calibration, which carries them already for some methods (`waiting`, then `finish`).
+
     Args:
         model: full-precision model, before transforms or quantization change it.
         tokens: calibration tokens.
         dtype: precision of the forward passes, the hidden states and the head.
+
+    Attributes:
+        hidden: last hidden states.
     """
 
+    hidden: Float[Tensor, "n seqlen width"]
+
     def __init__(self, model: nn.Module, tokens: TokenSet, dtype: torch.dtype) -> None:
-        full = copy.deepcopy(model).to(dtype)
-        self._decoder, device = tuned_decoder(full), next(full.parameters()).device
-        self.dtype = dtype
+        self._model: Any = copy.deepcopy(model).to(dtype)
+        self._decoder, self._device = tuned_decoder(self._model), next(self._model.parameters()).device
+        self._tokens, self.dtype = tokens, dtype
+        self._recorder: BlockCalls | None = None
+
+    def predict(self) -> "Teacher":
+        """Run the whole model on all tokens, then forget its blocks; returns the teacher."""
         states = []
-        with torch.no_grad(), faster_attention_of(full):
-            for row in range(len(tokens.ids)):
-                with phase("forward", 1, tokens.ids.shape[1]):
-                    out = self._decoder(**inputs_of(tokens, slice(row, row + 1), device), use_cache=False)
-                states.append(out["last_hidden_state"])
-            self._template = self._decoder(**inputs_of(tokens, slice(0, 1), device), use_cache=False)
-        self.hidden: Float[Tensor, "n seqlen width"] = torch.cat(states)
-        for module in self._decoder.modules():  # only the head is wanted from here on
-            if module is not full.get_input_embeddings() and module is not full.get_output_embeddings():  # pyright: ignore
-                module._parameters.clear()
-        self._model = full
+        with torch.no_grad(), faster_attention_of(self._model):
+            for row in range(len(self._tokens.ids)):
+                with phase("forward", 1, self._tokens.ids.shape[1]):
+                    states.append(self._forward(slice(row, row + 1))["last_hidden_state"])
+            self._template = self._forward(slice(0, 1))
+        self._keep_head(torch.cat(states))
+        return self
+
+    def waiting(self) -> "Teacher":
+        """Forget the blocks' weights until `finish` brings what the last block returns; returns the teacher."""
+        _, blocks = find_blocks(self._decoder)
+        self._recorder = BlockCalls(self._decoder, blocks)
+        _clear(blocks.modules())
+        return self
+
+    def finish(self, states: Iterable[Float[Tensor, "batch seqlen width"]]) -> None:
+        """Take the hidden states that leave the full-precision model's last block, in batches of all tokens."""
+        assert self._recorder is not None
+        hidden, first = [], 0
+        for batch in states:
+            ids = self._tokens.ids[first : first + len(batch)].to(self._device)
+            self._template = self._recorder.finish(ids, batch.to(self._device, self.dtype))
+            hidden.append(self._template["last_hidden_state"])
+            first += len(batch)
+        self._recorder = None
+        self._keep_head(torch.cat(hidden))
+
+    def _forward(self, rows: slice) -> Any:
+        return self._decoder(**inputs_of(self._tokens, rows, self._device), use_cache=False)
+
+    def _keep_head(self, hidden: Tensor) -> None:
+        """Keep the last hidden states; only the head is wanted from here on."""
+        self.hidden = hidden
+        kept = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
+        _clear(module for module in self._decoder.modules() if all(module is not each for each in kept))
 
     def logits(self, hidden: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocab"]:
         """Logits of the full-precision model, given its hidden states."""
         return logits(self._model, self._decoder, self._template, hidden[None])[0]
+
+
+def _clear(modules: Iterable[nn.Module]) -> None:
+    """Free modules' own parameters."""
+    for module in modules:
+        module._parameters.clear()
 
 
 def tuned_decoder(model: Any) -> nn.Module:

@@ -28,13 +28,16 @@ from gptq_awq.grids.per_layer import PerLayerGrid
 from gptq_awq.grids.table import TableGrid
 from gptq_awq.grids.ternary import TernaryGrid
 from gptq_awq.models.linear import is_linear, matrix
+from gptq_awq.quantization import quantize as quantize_module
 from gptq_awq.quantization.method import Method
 from gptq_awq.quantization.quantize import quantize
 from gptq_awq.solvers.gptq import GPTQ
+from gptq_awq.solvers.qronos import Qronos
 from gptq_awq.solvers.rtn import RTN
 from gptq_awq.storage.journal import Journal
 from gptq_awq.tuning.distill import Distill
 from gptq_awq.tuning.linear import rescaled, tuned_linears
+from gptq_awq.tuning.teacher import Teacher
 
 GRID = IntGrid(3, 24, scale_dtype="float16")
 LEARNING = Distill(epochs=8, tokens_per_step=64, scale_lr=0.024, vector_lr=1e-3)
@@ -346,13 +349,37 @@ def test_the_command_line_stores_what_was_tuned(cli, tiny, tmp_path):
         assert details["distill"]["kl_first_pass"] > 0
 
 
-def test_blocks_are_calibrated_on_the_first_windows_and_tuned_on_all():
-    data, tuning = tokens(8), replace(LEARNING, epochs=1)
-    method = Method("m", GPTQ(act_order=True), tuning={"distill": tuning}, windows=3)
-    both = quantize_model(sharp_model("llama"), data, method, grid=GRID, settings=SMALL)
-    few = run(data=data.first(3))
-    for name, weight in both.weights.items():
-        assert torch.equal(weight.codes, few.weights[name].codes), name
-    details = both.ledger[0]["tuning"]["distill"]
-    assert details["steps"] == data.ids.numel() // tuning.tokens_per_step
-    assert any(not torch.equal(w.scales, few.weights[n].scales) for n, w in both.weights.items())
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "opt"])
+@pytest.mark.parametrize("mask", [False, True])
+def test_calibration_that_carries_full_precision_along_brings_the_teacher_its_predictions(name, mask, monkeypatch):
+    data = padded(tokens()) if mask else tokens()
+    method = Method("m", Qronos(act_order=True), tuning={"distill": LEARNING})
+    taught = []
+    monkeypatch.setattr(quantize_module, "tuned_model", lambda *args: taught.append(args[3]) or iter(args[2]))
+    for carried in (None, lambda *_: False):
+        if carried is not None:
+            monkeypatch.setattr(quantize_module, "_carries_full_precision", carried)
+            monkeypatch.setattr(Teacher, "finish", None)
+        quantize_model(sharp_model(name), data, method, grid=GRID, settings=SMALL)
+    ours, theirs = taught
+    real = slice(None) if data.mask is None else data.mask
+    torch.testing.assert_close(ours.hidden[real], theirs.hidden[real], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.logits(ours.hidden[0]), theirs.logits(ours.hidden[0]))
+
+
+def test_a_run_killed_while_it_tuned_learns_from_the_same_predictions(tmp_path):
+    method = Method("m", Qronos(act_order=True), tuning={"distill": LEARNING})
+    whole = run_kept(method, None)
+    journal = Journal(tmp_path, "same")
+    run_kept(method, journal)
+    assert journal.count() > 0
+    resumed = run_kept(method, journal)  # of which tuning alone is left
+    for name, weight in whole.items():
+        assert torch.equal(weight.codes, resumed[name].codes)
+        torch.testing.assert_close(weight.scales, resumed[name].scales, rtol=1e-2, atol=1e-5)
+
+
+def run_kept(method, journal):
+    """Weights of all linears after tuning, with progress in a journal."""
+    blocks = list(quantize(sharp_model("llama"), tokens(), method, GRID, settings=SMALL, progress=journal))
+    return {name: weight for block in blocks for name, weight in block.weights.items()}

@@ -212,8 +212,7 @@ class DryRun:
             return copy.deepcopy(block)
 
     def _inputs(self, view: nn.Module, blocks: nn.ModuleList) -> Inputs:
-        plan, method = self._plan, self._plan.method
-        tokens = method.calibrating(self._context.tokens)
+        plan, method, tokens = self._plan, self._plan.method, self._context.tokens
         assert tokens is not None
         keep = keeps_activations(self._model, tokens, plan.settings, method.error_propagation, method.needs_full)
         cache = record_of(plan, self._context)
@@ -268,7 +267,7 @@ class DryRun:
             view, timer = self._truncated_copy(count), _StepTimer()
             weights = self._rounded(view)
             with measured() as seconds:
-                teacher = Teacher(view, batch, self._plan.compute_dtype)
+                teacher = Teacher(view, batch, self._plan.compute_dtype).predict()
             began = time.perf_counter()
             with suppress(_EnoughError), torch.enable_grad():
                 tuning.apply(view, weights, teacher, batch, timer.track)

@@ -216,10 +216,9 @@ class Counts:
     @cached_property
     def _batches(self) -> float:
         """Batches of this rank, in units of the dry run's."""
-        tokens = self._plan.method.calibrating(self._context.tokens)
-        if tokens is None or self._turn is None:
+        if self._context.tokens is None or self._turn is None:
             return 0.0
-        return tokens.ids.numel() / self._plan.settings.ranks.size / max(1, self._turn.tokens)
+        return self._context.tokens.ids.numel() / self._plan.settings.ranks.size / max(1, self._turn.tokens)
 
     def _written(self, turn: Turn) -> float:
         """Bytes that a block of the run writes: those of the dry run's, and the hidden states of all tokens."""

@@ -82,16 +82,15 @@ class MemoryModel:
 
     @cached_property
     def _calibration(self) -> memory.Calibration | None:
-        method = self.plan.method
-        tokens = method.calibrating(self.tokens)
-        if tokens is None:
+        if self.tokens is None:
             return None
-        needed = calibration_of(self.model, tokens, self._settings, method.needs_full)
+        method = self.plan.method
+        needed = calibration_of(self.model, self.tokens, self._settings, method.needs_full)
         together = method.block_transforms or not method.error_propagation
         squares = max(sum(w.shape[1] ** 2 for e in experts_in(b).values() for w in e.weights) for b in self._blocks)
         if not squares:
             return needed
-        count, item = tokens.ids.numel(), needed.itemsize
+        count, item = self.tokens.ids.numel(), needed.itemsize
         return replace(needed, more=memory.routed_bytes(count, needed.hidden, item, squares if together else 0))
 
     @property
@@ -102,10 +101,9 @@ class MemoryModel:
     def _waits(self) -> bool:
         """Whether batches wait for sites to be solved, and hold their activations meanwhile."""
         method = self.plan.method
-        tokens = method.calibrating(self.tokens)
-        assert tokens is not None
+        assert self.tokens is not None
         staged = method.error_propagation and method.solver is not None and method.solver.needs_hessian
-        return staged and keeps_activations(self.model, tokens, self._settings, True, method.needs_full)
+        return staged and keeps_activations(self.model, self.tokens, self._settings, True, method.needs_full)
 
     @property
     def _head(self) -> int:
