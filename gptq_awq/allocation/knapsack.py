@@ -13,8 +13,6 @@ from math import gcd
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from gptq_awq.allocation.relaxation import relaxed
 
@@ -101,6 +99,9 @@ def _highs(
     possible: Bool[np.ndarray, "items choices"],
 ) -> _Found:
     """Combination that HiGHS finds in its time among the possible choices."""
+    from scipy.optimize import Bounds, LinearConstraint, milp  # slow to import
+    from scipy.sparse import csr_array
+
     items, choices = costs.shape
     unit = gcd(*extra.ravel().tolist()) or 1
     scale = costs.max() or 1.0

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.special import stdtr
 
 BLOCK = 128
 """Number of contiguous tokens per bootstrap block; a window's last block may be shorter."""
@@ -219,6 +218,8 @@ def _tail(seen: float, extremes: Float[np.ndarray, "resamples"], freedom: int) -
     reached = int((extremes >= seen).sum())
     if reached >= COUNTED or len(extremes) < COUNTED:
         return (reached + 1) / (len(extremes) + 1)
+    from scipy.special import stdtr  # slow to import
+
     last = float(np.partition(extremes, -COUNTED)[-COUNTED])
     p_value = (COUNTED + 1) / (len(extremes) + 1) * float(stdtr(freedom, -seen) / stdtr(freedom, -last))
     return max(p_value, float(np.finfo(float).tiny))

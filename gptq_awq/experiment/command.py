@@ -3,9 +3,9 @@
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.errors import HydraException
@@ -72,8 +72,7 @@ def task(cfg: DictConfig) -> float | tuple[float, ...]:
         return _listed(cfg, error) if cfg.dry_run is True else _failed(cfg, error, stored=False)
     if cfg.dry_run:
         return _listed(cfg)
-    from gptq_awq.experiment.run import run
-    from gptq_awq.experiment.sweeps.sweep import objective
+    run, objective = _imported()
 
     try:
         return objective(run(cfg), cfg.objective)
@@ -81,6 +80,19 @@ def task(cfg: DictConfig) -> float | tuple[float, ...]:
         return _failed(cfg, error, stored=True)
     except KeyboardInterrupt as stop:
         end(stop, f"what is finished is kept for {cfg.out}; type the same command again to go on")
+
+
+def _imported() -> tuple[Callable[[DictConfig], Any], Callable[..., Any]]:
+    """Import what computes a run, on one process without the parts of torch that no run uses."""
+    from gptq_awq.numerics.distributed import rank_and_size
+    from gptq_awq.runtime.lean_import import import_transformers, uncollected
+
+    with uncollected():
+        if rank_and_size()[1] == 1:
+            import_transformers()
+        from gptq_awq.experiment.run import run
+        from gptq_awq.experiment.sweeps.sweep import objective
+    return run, objective
 
 
 def _listed(cfg: DictConfig, mistake: UserError | None = None) -> float:

@@ -1,0 +1,143 @@
+"""Import of transformers without torch's compiler and distributed tensors, for commands that use neither.
+
+transformers imports torch._dynamo, and with it Inductor and SymPy, for decorators that keep functions out of compiled
+graphs; torch.distributed.tensor for models that are spread over devices; and scipy.optimize for the losses of object
+detection. That takes longer than all else that transformers imports, and 140 MB. Here stand-ins have the few names that
+it asks for; who asks them for anything else gets the real module, imported then.
+
+    import_transformers()          # a command that computes on one process; never the library
+    from transformers import …
+"""
+
+import gc
+import importlib
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec, spec_from_loader
+from types import ModuleType
+from typing import Any
+
+log = logging.getLogger(__name__)
+WANTED = ("transformers.modeling_utils", "transformers.generation.utils", "transformers.models.auto.modeling_auto")
+"""Modules of transformers that import what the stand-ins replace."""
+COMPILER, TRACING, SOLVERS = "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op", "scipy.optimize"
+MARKS = ("disable", "allow_in_graph", "assume_constant_result")
+"""Decorators of the compiler's that say how it shall treat a function."""
+CALLED = {TRACING: "TransformGetItemToIndex", SOLVERS: "linear_sum_assignment"}
+"""Module → the name in it that transformers imports, and calls for other models than those for text, if at all."""
+
+
+def import_transformers() -> None:
+    """Import transformers with stand-ins for what it will not call; where that fails, as it always is imported.
+
+    A function that asks to be left out of compiled graphs is not marked then. A transformers that is imported already
+    stays as it is.
+    """
+    if "transformers" in sys.modules:
+        return
+    importlib.import_module("torch")  # which needs the real ones
+    given: dict[str, Mapping[str, Any]] = {module: {name: _later(module, name)} for module, name in CALLED.items()}
+    given[COMPILER] = dict.fromkeys(MARKS, _unmarked)
+    made = {name: _StandIn(name, values) for name, values in given.items() if name not in sys.modules}
+    sys.modules.update(made)
+    sys.meta_path.insert(0, _Within())  # pyright: ignore[reportArgumentType]
+    try:
+        with _undistributed():
+            for name in WANTED:
+                importlib.import_module(name)
+    except Exception:  # another version of transformers may need more than the stand-ins have
+        log.debug("transformers is imported with all that it imports", exc_info=True)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
+            del sys.modules[name]
+        for stand_in in made.values():
+            stand_in.leave()
+
+
+class _StandIn(ModuleType):
+    """A module with a few names, which makes way for the real one when it is asked for any other.
+
+    Args:
+        name: the module's full name.
+        given: its names, and what they stand for.
+    """
+
+    def __init__(self, name: str, given: Mapping[str, Any]) -> None:
+        super().__init__(name)
+        self.__dict__.update(given, __path__=[])  # a package, whose modules `_Within` finds
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real(), name)
+
+    def real(self) -> ModuleType:
+        """Make way for the real module, and import it."""
+        self.leave()
+        return importlib.import_module(self.__name__)
+
+    def leave(self) -> None:
+        """Let the next import of this module, and of those within it, find the real one."""
+        for name, module in list(sys.modules.items()):
+            if isinstance(module, _StandIn) and name.startswith(self.__name__):
+                del sys.modules[name]
+
+
+class _Within:
+    """Finder of modules within a module that has a stand-in: the real one is imported first."""
+
+    def find_spec(self, name: str, _path: Any = None, _target: Any = None) -> ModuleSpec | None:
+        """Spec of the module; None where it lies in no stand-in."""
+        package = sys.modules.get(name.rpartition(".")[0])
+        if not isinstance(package, _StandIn):
+            return None
+        package.real()
+        return spec_from_loader(name, self) if name in sys.modules else find_spec(name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """Return the module that the real package has imported already."""
+        return sys.modules[spec.name]
+
+    def exec_module(self, _module: ModuleType) -> None:
+        """Leave a module as it is that has been executed."""
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Context for imports: no garbage is looked for, nor later among the objects made in it, most of which stay."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def _undistributed() -> Iterator[None]:
+    """Context in which torch says that it is built without its distributed part, as some builds are."""
+    import torch.distributed
+
+    available = torch.distributed.is_available
+    torch.distributed.is_available = lambda: False
+    try:
+        yield
+    finally:
+        torch.distributed.is_available = available
+
+
+def _unmarked(function: Any = None, *_args: Any, **_options: Any) -> Any:
+    """Stand in for a decorator, with or without arguments of its own, that returns functions as they are."""
+    return function if callable(function) else _unmarked
+
+
+def _later(module: str, name: str) -> Any:
+    """Make a function that calls the one of that name in a module, imported then."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        found = importlib.import_module(module)
+        return getattr(found.real() if isinstance(found, _StandIn) else found, name)(*args, **kwargs)
+
+    return call
