@@ -18,23 +18,33 @@ from gptq_awq.models.blocks import PROBE_TOKENS, find_blocks, hooks
 from gptq_awq.models.expert_sites import Seen, completed
 from gptq_awq.models.linear import CHOOSES, COEFFICIENTS, NOT_PASSED, SHARED, Site, is_linear, matrix
 from gptq_awq.models.offload import offloaded
+from gptq_awq.models.steady import state_of
 
 CHANNELS = 16
 LONGER = 256
 """Tokens of a second forward, for linears that seem to do nothing in a short one."""
+MARKED = "_marked_left"
+"""Attribute of a model that says for which state of it the marks were made."""
 MARKS = (CHOOSES, COEFFICIENTS, NOT_PASSED, SHARED)
 
 
 def mark_left(model: nn.Module, calibrates: bool) -> None:
     """Mark the linears in a model's blocks that stay as they are (`left`), in place; `is_linear` is false for them.
 
-    Earlier marks are taken away. Of an offloaded model only coefficients and shared weights are found, as a forward
-    would read it from disk.
+    Earlier marks are taken away; where the model is as they left it, they stay. Of an offloaded model only coefficients
+    and shared weights are found, as a forward would read it from disk.
 
     Args:
         model: a causal LM, its experts as linears.
         calibrates: whether the method calibrates, and so leaves what no token passes.
     """
+    if vars(model).get(MARKED) != (calibrates, state_of(model)):
+        _mark_left(model, calibrates)
+        vars(model)[MARKED] = calibrates, state_of(model)
+
+
+def _mark_left(model: nn.Module, calibrates: bool) -> None:
+    """Mark the linears that stay as they are, whatever was marked before."""
     _, blocks = find_blocks(model)
     for module in blocks.modules():
         if getattr(module, "left", None) in MARKS:

@@ -28,6 +28,12 @@ def versions(model: nn.Module) -> dict[str, int]:
     return {name: parameter._version for name, parameter in model.named_parameters()}
 
 
+def state_of(model: nn.Module) -> tuple:
+    """Modules and parameters that a model has, and how often each was changed in place: two are equal if none was."""
+    modules = tuple((name, id(module), getattr(module, "left", None)) for name, module in model.named_modules())
+    return modules, tuple((name, id(parameter), parameter._version) for name, parameter in model.named_parameters())
+
+
 def check_unchanged(model: nn.Module, before: dict[str, int]) -> None:
     """Raise UserError, naming the first, if parameters changed in place since `before`, which `versions` gave."""
     after = versions(model)

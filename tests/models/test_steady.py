@@ -1,12 +1,18 @@
 """Laws of weights that forwards change: what is rounded is what files hold, and a reader computes the same with it."""
 
+import copy
+
 import pytest
 import torch
-from helpers.tiny_models import tiny_model
+from helpers.tiny_models import tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM, RwkvConfig
 
 from gptq_awq import quantize_model
+from gptq_awq.calibration.chain import why_not_alone
+from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
+from gptq_awq.models.left import mark_left
+from gptq_awq.models.linear import NOT_PASSED
 
 IDS = torch.arange(24, dtype=torch.int64).view(2, 12)
 
@@ -47,3 +53,24 @@ def test_a_forward_that_changes_its_weights_is_refused():
     model.get_submodule("model.norm").register_forward_pre_hook(halve)
     with pytest.raises(UserError, match=r"changes its own weights \(model\.norm\.weight\)"):
         quantize_model(model, IDS, method="rtn", bits=8, group_size=8)
+
+
+@pytest.mark.parametrize("change", [None, "weight", "module", "mark"])
+def test_what_a_forward_tells_is_asked_again_only_of_a_changed_model(change):
+    model, tokens = tiny_model("llama"), make_token_set("calibration", tiny_tokens(), None, "test")
+    forwards = []
+    model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    mark_left(model, calibrates=True)
+    assert why_not_alone(model, tokens) is None
+    asked, linear = len(forwards), model.model.layers[0].mlp.down_proj
+    if change == "weight":
+        with torch.no_grad():
+            linear.weight.mul_(2)
+    elif change == "module":
+        model.model.layers[0].mlp.down_proj = copy.deepcopy(linear)
+    elif change == "mark":
+        linear.left = NOT_PASSED
+    mark_left(model, calibrates=True)
+    assert why_not_alone(model, tokens) is None
+    assert len(forwards) == asked if change is None else len(forwards) > asked
+    assert not hasattr(model.model.layers[0].mlp.down_proj, "left")
