@@ -223,7 +223,7 @@ class MomentsSum:
                 self._add_products(x)
                 for other in paired:
                     self._add_cross(x, other)
-            self._max = torch.maximum(self._max, torch.maximum(x.amax(0), -x.amin(0)).float())
+                self._max = torch.maximum(self._max, torch.maximum(x.amax(0), -x.amin(0)).float())
         self._tokens += x.shape[0]
 
     def _add_products(self, x: Float[Tensor, "tokens in"]) -> None:
@@ -262,6 +262,7 @@ class MomentsSum:
             own = torch.from_numpy(self._native.products)[: self._width, : self._width]
             products = own.contiguous() if products is None else products.add_(own)
             self._abs += torch.from_numpy(self._native.magnitude)[: self._width]
+            self._max = torch.maximum(self._max, torch.from_numpy(self._native.largest)[: self._width])
             if self._native.cross is not None:
                 cross = torch.from_numpy(self._native.cross)[: self._width, : self._width].contiguous()
         products, cross = self._sum_over_ranks(products, cross, ranks)

@@ -129,20 +129,21 @@ def _vector_at(builder, base, index, vector):
 
 
 @numba.njit(parallel=True, cache=True)
-def _pack(x, panels, magnitude):  # pragma: no cover (compiled)
-    """Lay X out in panels, and add each column's Σ |x| to `magnitude`.
+def _pack(x, panels, magnitude, largest):  # pragma: no cover (compiled)
+    """Lay X out in panels, add each column's Σ |x| to `magnitude`, and raise `largest` to its max |x|.
 
     Args:
         x: (tokens, n) uint16: bfloat16 bits.
         panels: (panels, ⌈tokens/2⌉, PANEL) uint32, written; columns beyond n are zero.
         magnitude: (panels, PANEL) float32, added to.
+        largest: (panels, PANEL) uint32, raised: bits of float32 numbers, whose order is that of their magnitudes.
     """
     tokens, n = x.shape
     for p in numba.prange(len(panels)):
         first, count = p * PANEL, min(PANEL, n - p * PANEL)
         bits = np.zeros((2, PANEL), np.uint32)
         values = bits.view(np.float32)
-        total = np.zeros(PANEL, np.float32)
+        total, top = np.zeros(PANEL, np.float32), np.zeros(PANEL, np.uint32)
         for k in range(panels.shape[1]):
             a, b = x[2 * k, first : first + count], x[min(2 * k + 1, tokens - 1), first : first + count]
             real = np.uint32(0xFFFF if 2 * k + 1 < tokens else 0)  # an odd last token is paired with zeros
@@ -156,8 +157,12 @@ def _pack(x, panels, magnitude):  # pragma: no cover (compiled)
                 words[j] = np.uint32(0)
             for j in range(count):
                 total[j] += values[0, j] + values[1, j]
+            for j in range(count):
+                greater = bits[0, j] if bits[0, j] > bits[1, j] else bits[1, j]
+                top[j] = greater if greater > top[j] else top[j]
         for j in range(count):
             magnitude[p, j] += total[j]
+            largest[p, j] = top[j] if top[j] > largest[p, j] else largest[p, j]
 
 
 @numba.njit(parallel=True, cache=True)
@@ -172,12 +177,13 @@ def _multiply(lefts, rights, pairs, out):  # pragma: no cover (compiled)
 
 
 class RankK:
-    """Accumulates XᵀX and Σ |x| over batches of X, and XᵀY where Y is given.
+    """Accumulates XᵀX, Σ |x| and max |x| over batches of X, and XᵀY where Y is given.
 
     Attributes:
         products: (≥ n, ≥ n) float32: Σ xᵀx on and above the diagonal of its first n rows and columns; other entries
             are undefined.
         magnitude: (≥ n,) float32: Σ |x|.
+        largest: (≥ n,) float32: max |x|; NaN where any x is.
         cross: (≥ n, ≥ n) float32: Σ xᵀy in its first n rows and columns; None where no Y was given. For Y = X
             it equals `products`, bit for bit.
     """
@@ -186,6 +192,7 @@ class RankK:
         columns = -(-n // PANEL)
         self.products = np.zeros((columns * PANEL, columns * PANEL), np.float32)
         self.magnitude = np.zeros(columns * PANEL, np.float32)
+        self.largest = np.zeros(columns * PANEL, np.float32)
         self.cross: np.ndarray | None = None
         self._pairs = np.stack(np.triu_indices(columns), 1)
         self._panels = [np.empty((columns, 0, PANEL), np.uint32)] * 2
@@ -194,19 +201,20 @@ class RankK:
         """Add a batch of x, and y if given: (tokens, n) uint16 each, the bits of bfloat16 numbers."""
         for start in range(0, len(x), MAX_TOKENS):
             part = slice(start, start + MAX_TOKENS)
-            panels = self._packed(0, x[part], self.magnitude)
+            panels = self._packed(0, x[part], self.magnitude, self.largest)
             _multiply(panels, panels, self._pairs, self.products)
             if y is not None:
                 if self.cross is None:
                     self.cross = np.zeros_like(self.products)
-                others = self._packed(1, y[part], np.empty_like(self.magnitude))
+                others = self._packed(1, y[part], np.empty_like(self.magnitude), np.zeros_like(self.largest))
                 _multiply(panels, others, np.argwhere(np.ones((len(panels), len(panels)))), self.cross)
 
-    def _packed(self, which: int, part: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
+    def _packed(self, which: int, part: np.ndarray, magnitude: np.ndarray, largest: np.ndarray) -> np.ndarray:
         """Lay out a batch in panel buffer `which` (0 for X, 1 for Y), which grows as needed."""
         columns, words = len(self._panels[which]), -(-len(part) // 2)
         if self._panels[which].shape[1] < words:
             self._panels[which] = np.empty((columns, words, PANEL), np.uint32)
         panels = self._panels[which][:, :words]
-        _pack(part, panels, magnitude.reshape(columns, PANEL))
+        bits = largest.view(np.uint32)
+        _pack(part, panels, magnitude.reshape(columns, PANEL), bits.reshape(columns, PANEL))
         return panels
