@@ -2,10 +2,12 @@
 
     python benchmarks/evaluation.py [--model DIR] [--windows 8] [--seqlen 2048] [--bits 4]
 
-The plain loop is model(ids).logits and torch's cross entropy in float32, one window at a time. All contenders take
-turns on every window, so that drifts of the machine's speed affect all alike. Perplexity alone is measured on the
-full-precision model; KL and agreement on the model quantized by RTN, against the full-precision hidden states. On a
-busy machine compare CPU seconds of one thread (OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1): waiting threads count too.
+The plain loop is model(ids).logits and torch's cross entropy in float32, one window at a time; with KL it runs both
+models on each window, as it has no cache, and takes the log-softmax of all logits. All contenders take turns on every
+window, so that drifts of the machine's speed affect all alike. Perplexity alone is measured on the full-precision
+model; KL and agreement on the model quantized by RTN, against the full-precision hidden states, which a run has from
+its cache. Ratios are to the plain loop for the same scores, and for perplexity alone. On a busy machine compare CPU
+seconds of one thread (OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1): waiting threads count too.
 """
 
 import argparse
@@ -64,6 +66,18 @@ def plain(model: PreTrainedModel) -> Score:
     return losses
 
 
+def plain_comparison(full: PreTrainedModel, quantized: PreTrainedModel) -> Score:
+    """Losses, KL and agreement by a plain loop that runs both models on every window."""
+
+    @torch.no_grad()
+    def compared(window: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        p, q = (model(window[None], use_cache=False).logits[0, :-1].log_softmax(-1) for model in (full, quantized))
+        nll = torch.nn.functional.nll_loss(q, window[1:], reduction="none")
+        return nll, (p.exp() * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1)
+
+    return compared
+
+
 def ours(model: PreTrainedModel, dtype: torch.dtype, keep: dict[int, torch.Tensor]) -> Score:
     """Losses by the tiled head of gptq_awq; the hidden states are stored in `keep` for `comparison`."""
     head = Head.of(model, dtype)
@@ -82,17 +96,18 @@ def comparison(model: PreTrainedModel, dtype: torch.dtype, kept: dict[int, torch
 
 
 def report(contenders: list[Contender]) -> None:
-    """Print seconds over all windows, ratios to the plain loop, and the values."""
-    first = contenders[0]
-    print("| | seconds | CPU seconds | plain / this | in CPU seconds | perplexity | from plain | KL | agreement |")
+    """Print seconds over all windows, ratios to the plain loop for the same scores and for losses, and the values."""
+    ratios = "plain / this | in CPU seconds | perplexity alone / this"
+    print(f"| | seconds | CPU seconds | {ratios} | perplexity | KL | agreement |")
     print("|:---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    losses = contenders[0]
     for c in contenders:
+        same = next(plain for plain in contenders if len(plain.parts[0]) == len(c.parts[0]))
         seconds, cpu = sum(c.seconds), sum(c.cpu_seconds)
         kl, agree = (f"{c.mean(1):.4e}", f"{c.mean(2):.4f}") if len(c.parts[0]) > 1 else ("", "")
-        apart = "" if kl else f"{math.expm1(c.mean(0) - first.mean(0)):+.1e}"
-        ratios = f"{sum(first.seconds) / seconds:.2f} | {sum(first.cpu_seconds) / cpu:.2f}"
-        values = f"{math.exp(c.mean(0)):.4f} | {apart} | {kl} | {agree}"
-        print(f"| {c.name} | {seconds:.2f} | {cpu:.2f} | {ratios} | {values} |")
+        ratios = f"{sum(same.seconds) / seconds:.2f} | {sum(same.cpu_seconds) / cpu:.2f}"
+        values = f"{math.exp(c.mean(0)):.4f} | {kl} | {agree}"
+        print(f"| {c.name} | {seconds:.2f} | {cpu:.2f} | {ratios} | {sum(losses.seconds) / seconds:.2f} | {values} |")
 
 
 def main() -> None:
@@ -110,7 +125,10 @@ def main() -> None:
     windows = evaluation_windows(text, loaded.tokenizer, options.seqlen, options.windows, "--windows").ids.long()
     quantized = copy.deepcopy(loaded.model)
     quantize_model(quantized, None, "rtn", options.bits)
-    contenders = [Contender("plain loop, float32", plain(loaded.model))]
+    contenders = [
+        Contender("plain loop, float32", plain(loaded.model)),
+        Contender("plain loop, float32, + KL and agreement", plain_comparison(loaded.model, quantized)),
+    ]
     for dtype in (torch.float32, torch.bfloat16):
         kept: dict[int, torch.Tensor] = {}
         name = str(dtype).removeprefix("torch.")
