@@ -21,7 +21,7 @@ from gptq_awq.evaluation.perplexity import checked_windows
 from gptq_awq.evaluation.samples.prompts import Prompt
 from gptq_awq.experiment.fitting import fitted_corpus, readable
 from gptq_awq.experiment.forecasting.memory_model import MemoryModel
-from gptq_awq.experiment.input_squares import given_squares
+from gptq_awq.experiment.input_squares import check_static, given_squares, needs_inputs
 from gptq_awq.experiment.plan import Plan
 from gptq_awq.experiment.registry import Run
 from gptq_awq.export.base import linear_specs
@@ -99,6 +99,7 @@ def load(plan: Plan) -> RunContext:
     Raises:
         UserError: naming the option.
     """
+    check_static(plan)
     package, code = package_sha256(), code_sha256(plan.config)  # now: the files may change while the run goes on
     room = plan.settings.ranks.from_first(lambda: plan.room)  # all stream the model, or none
     loaded = plan.model.load(dtype=plan.dtype, device=str(plan.device), room=room)
@@ -125,7 +126,7 @@ def load(plan: Plan) -> RunContext:
     tasks = plan.evaluation.load_tasks(plan.seed)
     prompts = plan.evaluation.prompts()
     squares = given_squares(plan, loaded)
-    calibrates = (needs_calibration(plan.method, plan.grid) and squares is None) or plan.exports.calibrate
+    calibrates = (needs_calibration(plan.method, plan.grid) and squares is None) or needs_inputs(plan)
     tokens = None
     if calibrates:
         corpus, loaded = fitted_corpus(plan.data, loaded)
@@ -136,7 +137,7 @@ def load(plan: Plan) -> RunContext:
     if plan.exports.formats and (plan.act.label or plan.kv.label):
         log.warning(
             "checkpoints hold weights only: act=%s, kv=%s are for the engine to do, and compressed_tensors tells it so "
-            "with export.compressed_tensors.activations and kv_cache",
+            "with export.compressed_tensors.activations, static and kv_cache",
             plan.act.label,
             plan.kv.label,
         )

@@ -1,7 +1,8 @@
-"""Squares of the linears' inputs: from an importance matrix that is given, and statistics for exports."""
+"""Squares of the linears' inputs from an importance matrix; statistics of inputs for exports and static scales."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,24 +51,43 @@ def given_squares(plan: Plan, loaded: LoadedModel) -> dict[str, Tensor] | None:
     return {name: torch.from_numpy(own[0]) for name, own in squares.items()}
 
 
-def statistics_for_exports(
-    plan: Plan, loaded: LoadedModel, tokens: TokenSet | None, track: Track
-) -> Mapping[str, InputStatistics] | None:
-    """Statistics of the full-precision model's inputs, where an export format stores them; cached.
+def check_static(plan: Plan) -> None:
+    """Refuse static scales of inputs where calibration can't see the inputs that will be rounded.
 
     Raises:
-        UserError: a format stores static scales of inputs that the method's transforms change.
+        UserError: naming the option: transforms change the inputs afterwards, an importance matrix stands for the text,
+            or scales are of the cache.
     """
-    if tokens is None or not plan.exports.calibrate:
-        return None
-    static = [
-        each.name for each in plan.exports.formats if getattr(each, "calibrates", False) and each.name != "imatrix"
-    ]
+    if plan.kv.static:
+        raise UserError("kv.static=true: a cache's scales are each token's own; leave kv.static out")
+    static = [f"export.{each.name}.activations" for each in plan.exports.formats if _stores_inputs(each)]
+    static += ["act.static=true"] if plan.act.static else []
     if static and plan.method.transforms:
         raise UserError(
-            f"export.{static[0]}.activations: static scales are of full precision's inputs, which "
-            f"{next(iter(plan.method.transforms))} changes; choose a method without transforms, or null"
+            f"{static[0]}: static scales are of full precision's inputs, which {next(iter(plan.method.transforms))} "
+            "changes; choose a method without transforms, or dynamic scales"
         )
+    if plan.act.static and plan.data.imatrix is not None:
+        raise UserError(
+            "act.static=true: an importance matrix holds no largest inputs; give a text instead of data.imatrix"
+        )
+
+
+def _stores_inputs(format_: Any) -> bool:
+    return getattr(format_, "calibrates", False) and format_.name != "imatrix"
+
+
+def needs_inputs(plan: Plan) -> bool:
+    """Whether statistics of the full-precision model's inputs are wanted, by a format or by static scales."""
+    return plan.exports.calibrate or plan.act.static
+
+
+def input_statistics_of(
+    plan: Plan, loaded: LoadedModel, tokens: TokenSet | None, track: Track
+) -> Mapping[str, InputStatistics] | None:
+    """Statistics of the full-precision model's inputs, where `needs_inputs`; cached."""
+    if tokens is None or not needs_inputs(plan):
+        return None
     key = observations_sha256(loaded.model, loaded.sha256, tokens.sha256, torch.float32, plan.settings.tokens_per_batch)
     content = once(
         cache_dir() / "curvatures" / f"inputs-{key}.safetensors",
@@ -75,3 +95,20 @@ def statistics_for_exports(
         lambda: as_file(input_statistics(loaded.model, tokens, track)),
     )
     return dict(from_file(content))
+
+
+def largest_inputs(plan: Plan, inputs: Mapping[str, InputStatistics] | None) -> dict[str, float] | None:
+    """Largest input of every linear, where activations have static scales.
+
+    Raises:
+        UserError: no token of the calibration text reached a linear.
+    """
+    if not plan.act.static or inputs is None:
+        return None
+    unseen = [name for name, own in inputs.items() if not own.tokens]
+    if unseen:
+        raise UserError(
+            f"act.static=true: no token of the calibration text reached {unseen[0]} ({len(unseen)} of {len(inputs)} "
+            "linears); give more text (data.samples), or act.static=false"
+        )
+    return {name: own.largest for name, own in inputs.items()}

@@ -13,6 +13,7 @@ from typing import Any
 
 from gptq_awq.data.corpora import HubText, LocalText, WikiText2
 from gptq_awq.evaluation.protocol import Evaluation
+from gptq_awq.experiment.input_squares import needs_inputs
 from gptq_awq.experiment.plan import Plan
 from gptq_awq.experiment.registry import Run
 from gptq_awq.models.load import AssetModel, LocalModel
@@ -78,7 +79,7 @@ def _identity(path: Path) -> tuple[int, ...]:
 def _files(plan: Plan) -> Iterator[Path]:
     """Files that a run reads. Raises _UnknownError, OSError."""
     yield from _files_of(plan.model)
-    if needs_calibration(plan.method, plan.grid):
+    if needs_calibration(plan.method, plan.grid) or needs_inputs(plan):
         own = plan.data.imatrix
         yield from _files_of(plan.data) if own is None else [Path(own).expanduser()]
     yield from _evaluated(plan.evaluation)

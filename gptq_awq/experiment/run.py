@@ -25,7 +25,7 @@ from gptq_awq.experiment.allocating import Say, allocated
 from gptq_awq.experiment.context import RunContext, curvature_file, load, record_of, self_calibrated
 from gptq_awq.experiment.folder import UNFINISHED, clear_leftovers
 from gptq_awq.experiment.forecasting.forecast import announce, compare
-from gptq_awq.experiment.input_squares import statistics_for_exports
+from gptq_awq.experiment.input_squares import input_statistics_of, largest_inputs
 from gptq_awq.experiment.output_folder import remove_unused_hydra_folder
 from gptq_awq.experiment.plan import Plan, preflight
 from gptq_awq.experiment.registry import Run, alone_in
@@ -260,7 +260,8 @@ def _compute(
             context = self_calibrated(plan, context, track)
     expected = announce(plan, context, clock)
     with clock.phase("baseline"):
-        inputs = statistics_for_exports(plan, loaded, context.tokens, track)
+        inputs = input_statistics_of(plan, loaded, context.tokens, track)
+        largest = largest_inputs(plan, inputs)
         baseline = full_precision(
             loaded.model,
             loaded.tokenizer,
@@ -285,7 +286,7 @@ def _compute(
             source = Source(loaded.model, loaded.tokenizer, loaded.name, quantized.weights, inputs)
             checkpoints = _export(plan, context, source, track)
             quantized = replace(quantized, weights={})
-    with clock.phase("evaluate"), quantized_activations(loaded.model, plan.act, plan.kv):
+    with clock.phase("evaluate"), quantized_activations(loaded.model, plan.act, plan.kv, largest):
         scored = score(loaded.model, loaded.tokenizer, baseline, plan.seed, track)
         samples = compared(written, _written(plan, context, track))
     manifest = run_manifest(plan, context, baseline, checkpoints) | {"resumed": quantized.resumed, **examined, **facts}

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight
+from gptq_awq.grids.dynamic import DynamicFP8, DynamicInt, input_scale
 from gptq_awq.grids.scaled_float import ScaledFloatGrid, block_scales
 
 Scheme = Literal["int8", "fp8", "nvfp4", "mxfp4"]
@@ -85,15 +86,15 @@ def float_scheme(grid: ScaledFloatGrid) -> dict[str, Any]:
     return scheme | {"strategy": strategy, "group_size": grid.group_size, "scale_dtype": dtype, "zp_dtype": dtype}
 
 
-def activation_scheme(name: Scheme) -> dict[str, Any]:
+def activation_scheme(name: Scheme, static: bool = False) -> dict[str, Any]:
     """`input_activations` of a config group: scales from each token (and group of channels) while the engine runs.
 
-    NVFP4's scale of the tensor is static, see `input_scale`.
+    Static ones are in the file, one for a linear (`input_scales`); NVFP4's scale of the tensor always is.
     """
     if name in ("int8", "fp8"):
-        kind = "int" if name == "int8" else "float"
-        return {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
-    scheme: dict[str, Any] = {"num_bits": 4, "type": "float", "symmetric": True}
+        scheme: dict[str, Any] = {"num_bits": 8, "type": "int" if name == "int8" else "float", "symmetric": True}
+        return scheme | {"strategy": "tensor" if static else "token", "dynamic": not static}
+    scheme = {"num_bits": 4, "type": "float", "symmetric": True}
     if name == "nvfp4":
         dtype = "torch.float8_e4m3fn"
         scheme |= {"strategy": "tensor_group", "group_size": 16, "dynamic": "local", "observer": "static_minmax"}
@@ -101,6 +102,16 @@ def activation_scheme(name: Scheme) -> dict[str, Any]:
         dtype = "torch.uint8"
         scheme |= {"strategy": "group", "group_size": 32, "dynamic": True}
     return scheme | {"scale_dtype": dtype, "zp_dtype": dtype}
+
+
+def input_scales(name: Scheme | None, static: bool, largest: float) -> dict[str, Tensor]:
+    """Static scales of a linear's input by their tensors' names, from the largest magnitude that calibration saw."""
+    if name == "nvfp4":
+        return {"input_global_scale": input_scale(largest)}
+    if not static or name not in ("int8", "fp8"):
+        return {}
+    grid = DynamicInt(8, static=True) if name == "int8" else DynamicFP8(static=True)
+    return {"input_scale": grid.scale_of(torch.tensor([largest]))}
 
 
 def kv_cache_scheme() -> dict[str, Any]:
@@ -142,11 +153,6 @@ def codes_of(parts: Mapping[str, Tensor]) -> UInt8[Tensor, "out in"]:
         return parts["weight"].view(torch.uint8)
     packed = parts["weight_packed"]
     return torch.stack([packed & 15, packed >> 4], 2).flatten(1)
-
-
-def input_scale(largest: float) -> Tensor:
-    """`input_global_scale` of NVFP4 activations whose largest magnitude is known: what brings E4M3 to its top."""
-    return torch.tensor([448.0 * 6.0 / max(largest, 1e-12)])
 
 
 def check_float(grid: Grid) -> None:

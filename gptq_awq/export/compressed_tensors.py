@@ -30,12 +30,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
 from gptq_awq.export.compressed_floats import (
-    Scheme,
     activation_scheme,
     check_float,
     float_format,
     float_scheme,
-    input_scale,
+    input_scales,
     kv_cache_scheme,
     pack_float,
     read_floats,
@@ -76,6 +75,7 @@ class CompressedTensorsFormat:
         layout: pack (codes of 2 to 8 bits in 32-bit words) or int8 (8-bit codes, one byte each; transformers
             reads it, vLLM accepts it only with quantized activations). Floating-point formats have one layout.
         activations: number format that engines round the linears' inputs to, as the config says; null: none (A16).
+        static: whether scales of int8 and fp8 inputs are stored, one for a linear, from calibration; NVFP4's always is.
         kv_cache: number format of keys and values in the config; null: none.
         shard: maximum size of a safetensors file.
 
@@ -86,6 +86,7 @@ class CompressedTensorsFormat:
     dtype: Dtype = "float16"
     layout: Literal["pack", "int8"] = "pack"
     activations: Literal["int8", "fp8", "nvfp4", "mxfp4"] | None = None
+    static: bool = False
     kv_cache: Literal["fp8"] | None = None
     shard: ByteSize = "4GB"
     name: str = "compressed_tensors"
@@ -123,7 +124,7 @@ class CompressedTensorsFormat:
         grids = {name: stored_grid(weight.grid) for name, weight in {**own, **weights}.items()}
         head, rename = model.get_output_embeddings(), renaming(model)
         heads = [new for name in source.weights if model.get_submodule(name) is head for new in {name, rename(name)}]
-        config = quantization_config(grids, FORMATS[self.layout], unquantized(source, rename), self.activations, heads)
+        config = quantization_config(grids, FORMATS[self.layout], unquantized(source, rename), self.inputs, heads)
         if self.expands(list(grids.values())) and unbuilt(model, list(source.weights)):
             config["dequantize"] = True
         if self.kv_cache is not None:
@@ -145,16 +146,21 @@ class CompressedTensorsFormat:
         return len({stored_grid(grid) for grid in grids}) == 1 and self.activations is None
 
     def _input_scale(self, source: Source, name: str) -> dict[str, Tensor]:
-        """NVFP4's static scale of a linear's input, from the largest that calibration saw."""
-        if self.activations != "nvfp4":
+        """Static scale of a linear's input, from the largest that calibration saw."""
+        if not self.calibrates:
             return {}
         assert source.inputs is not None  # `calibrates`: the run gathers them
-        return {"input_global_scale": input_scale(float(source.inputs[name].largest))}
+        return input_scales(self.activations, self.static, float(source.inputs[name].largest))
+
+    @property
+    def inputs(self) -> Mapping[str, Any] | None:
+        """How the config says that inputs are rounded; None: not at all."""
+        return None if self.activations is None else activation_scheme(self.activations, self.static)
 
     @property
     def calibrates(self) -> bool:
         """Whether the format stores what calibration saw of the linears' inputs."""
-        return self.activations == "nvfp4"
+        return self.activations == "nvfp4" or (self.static and self.activations in ("int8", "fp8"))
 
     def decoder(self) -> str:
         """Name of the decoder: the library where it is installed and packs without gaps, else our own reader."""
@@ -239,7 +245,7 @@ def quantization_config(
     grids: Mapping[str, Grid],
     format_: str,
     ignore: Sequence[str],
-    activations: Scheme | None = None,
+    inputs: Mapping[str, Any] | None = None,
     heads: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Build config.json's `quantization_config`.
@@ -248,10 +254,10 @@ def quantization_config(
         grids: linear's name → grid, without its search options.
         format_: pack-quantized or int-quantized, for integers; floats have one format each.
         ignore: names of the linears that stay unquantized.
-        activations: number format of the linears' inputs.
+        inputs: `input_activations` of every config group; None: inputs stay as they are.
         heads: names of quantized output heads: vLLM's is no Linear, and is found by its name only.
     """
-    inputs = {} if activations is None else {"input_activations": activation_scheme(activations)}
+    rounded = {} if inputs is None else {"input_activations": inputs}
     named: dict[Grid, list[str]] = {}
     for name, grid in grids.items():
         named.setdefault(grid, []).append(name)
@@ -261,7 +267,7 @@ def quantization_config(
             "targets": [ALL, *heads] if len(named) == 1 else names,
             "weights": _weights(grid),
             "format": float_format(grid) or format_,
-            **inputs,
+            **rounded,
         }
         for number, (grid, names) in enumerate(named.items())
     }

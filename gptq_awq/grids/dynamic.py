@@ -1,4 +1,4 @@
-"""Dynamic quantization of activations: scales are computed from each row while the model runs, and never stored.
+"""Quantization of activations: scales follow each row while the model runs (dynamic), or are a linear's own (static).
 
 A row is the set of numbers that share a scale: a token's channels (SmoothQuant, arXiv 2211.10438, per token; QuaRot,
 arXiv 2404.00456), one head's part of a cached key or value, or groups of either. With c the clip ratio and B the bits,
@@ -11,7 +11,11 @@ arXiv 2404.00456), one head's part of a cached key or value, or groups of either
     nvfp4       s = t E4M3(max|x| / 6t)                      x̂ = s · E2M1(x / s)        in groups of 16
 
 NVFP4's scale t of a whole token is the power of two that brings its largest block's scale to the top of E4M3's range.
-Engines take a t for all tokens from calibration instead; it matters where E4M3 underflows only.
+
+Static (`static=true`), max|x| is the largest input of the linear that calibration saw in full precision, for all
+tokens: s of integers and of FP8 is one number then, and NVFP4's t is max|x| / (6 · 448), while its groups' scales still
+follow the numbers. Inputs beyond it are clamped. Checkpoints with input scales store that (in compressed-tensors' names
+`input_scale`, and 1 / t as `input_global_scale`), and engines compute by it.
 """
 
 from dataclasses import dataclass
@@ -22,6 +26,7 @@ from annotated_types import Interval
 from jaxtyping import Float
 from torch import Tensor
 
+from gptq_awq.errors import UserError
 from gptq_awq.grids.floats import FLOAT_TYPES, nearest_float
 from gptq_awq.runtime.options import GroupSize, checked_dataclass
 
@@ -29,6 +34,8 @@ E2M1, E4M3 = FLOAT_TYPES["e2m1"], FLOAT_TYPES["e4m3"]
 E4M3_MAX = E4M3.largest
 TINY = torch.finfo(torch.float32).tiny
 """Smallest scale, so that a row of zeros stays zero."""
+_E4M3_STEP = torch.finfo(torch.float8_e4m3fn).eps
+"""Scale that compressed-tensors gives a group whose own is below E4M3's smallest number."""
 
 
 @runtime_checkable
@@ -40,8 +47,19 @@ class DynamicGrid(Protocol):
         """Name of the format in tables; None where activations are not rounded."""
         ...
 
-    def rounded(self, x: Float[Tensor, "*rows channels"]) -> Float[Tensor, "*rows channels"]:
-        """Round `x` to the grid and back, in its dtype. Raises ValueError where groups don't divide the channels."""
+    @property
+    def static(self) -> bool:
+        """Whether scales are a linear's own, from the largest input that calibration saw."""
+        ...
+
+    def rounded(
+        self, x: Float[Tensor, "*rows channels"], largest: float | None = None
+    ) -> Float[Tensor, "*rows channels"]:
+        """Round `x` to the grid and back, in its dtype; static grids need the `largest` magnitude of calibration.
+
+        Raises:
+            ValueError: groups don't divide the channels.
+        """
         ...
 
 
@@ -50,8 +68,13 @@ class Unrounded:
     """Unquantized activations: the A16 of W4A16."""
 
     label: None = None
+    static: bool = False
 
-    def rounded(self, x: Float[Tensor, "*rows channels"]) -> Float[Tensor, "*rows channels"]:
+    def rounded(
+        self,
+        x: Float[Tensor, "*rows channels"],
+        largest: float | None = None,  # noqa: ARG002
+    ) -> Float[Tensor, "*rows channels"]:
         """Return `x` unchanged."""
         return x
 
@@ -65,31 +88,45 @@ class DynamicInt:
         sym: whether the range is symmetric about zero.
         group_size: channels that share a scale; -1: all of the row.
         clip: ratio c of the range that is kept, above 0 and up to 1.
+        static: whether the scale is a linear's own, from calibration.
 
     Raises:
-        UserError: a value out of range; the message names the option.
+        UserError: a value out of range, or a static scale of groups or with a zero; the message names the option.
     """
 
     bits: Annotated[int, Interval(ge=2, le=16)] = 8
     sym: bool = True
     group_size: GroupSize = -1
     clip: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    static: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.sym:
+            _refuse_static(self.static, "act.sym=false", "act.sym=true")
+        if self.group_size != -1:
+            _refuse_static(self.static, f"act.group_size={self.group_size}", "act.group_size=-1")
 
     @property
     def label(self) -> str:
         """Name of the format in tables, for example `int8` or `int4 asym g64 clip 0.9`."""
-        clip = "" if self.clip == 1 else f" clip {self.clip:g}"
-        return f"int{self.bits}{'' if self.sym else ' asym'}{_group_label(self.group_size)}{clip}"
+        sign, clip = "" if self.sym else " asym", "" if self.clip == 1 else f" clip {self.clip:g}"
+        return f"int{self.bits}{sign}{_group_label(self.group_size)}{clip}{_static_label(self.static)}"
 
-    def rounded(self, x: Float[Tensor, "*rows channels"]) -> Float[Tensor, "*rows channels"]:
+    def rounded(
+        self, x: Float[Tensor, "*rows channels"], largest: float | None = None
+    ) -> Float[Tensor, "*rows channels"]:
         """Round `x` to the grid and back, in its dtype. Raises ValueError where groups don't divide the channels."""
         rows = _rows(x, self.group_size)
-        return (self._symmetric(rows) if self.sym else self._asymmetric(rows)).reshape(x.shape).to(x.dtype)
+        near = self._symmetric(rows, largest) if self.sym else self._asymmetric(rows)
+        return near.reshape(x.shape).to(x.dtype)
 
-    def _symmetric(self, x: Float[Tensor, "*rows row"]) -> Float[Tensor, "*rows row"]:
-        top = 2 ** (self.bits - 1) - 1
-        scale = (self.clip / top * x.abs().amax(-1, keepdim=True)).clamp_(min=TINY)
+    def _symmetric(self, x: Float[Tensor, "*rows row"], largest: float | None) -> Float[Tensor, "*rows row"]:
+        scale, top = self.scale_of(_magnitude(x, self.static, largest)), 2 ** (self.bits - 1) - 1
         return (x / scale).round_().clamp_(-top - 1, top).mul_(scale)
+
+    def scale_of(self, magnitude: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
+        """Symmetric scale of rows whose largest magnitudes are given."""
+        return (self.clip / (2 ** (self.bits - 1) - 1) * magnitude).clamp_(min=TINY)
 
     def _asymmetric(self, x: Float[Tensor, "*rows row"]) -> Float[Tensor, "*rows row"]:
         top = 2**self.bits - 1
@@ -108,24 +145,36 @@ class DynamicFP8:
 
     Attributes:
         group_size: channels that share a scale; -1: all of the row.
+        static: whether the scale is a linear's own, from calibration.
 
     Raises:
-        UserError: a group_size out of range; the message names the option.
+        UserError: a group_size out of range, or a static scale of groups; the message names the option.
     """
 
     group_size: GroupSize = -1
+    static: bool = False
+
+    def __post_init__(self) -> None:
+        if self.group_size != -1:
+            _refuse_static(self.static, f"act.group_size={self.group_size}", "act.group_size=-1")
 
     @property
     def label(self) -> str:
         """Name of the format in tables, for example `fp8` or `fp8 g128`."""
-        return f"fp8{_group_label(self.group_size)}"
+        return f"fp8{_group_label(self.group_size)}{_static_label(self.static)}"
 
-    def rounded(self, x: Float[Tensor, "*rows channels"]) -> Float[Tensor, "*rows channels"]:
+    def rounded(
+        self, x: Float[Tensor, "*rows channels"], largest: float | None = None
+    ) -> Float[Tensor, "*rows channels"]:
         """Round `x` to the grid and back, in its dtype. Raises ValueError where groups don't divide the channels."""
         rows = _rows(x, self.group_size)
-        scale = (rows.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp_(min=TINY)
+        scale = self.scale_of(_magnitude(rows, self.static, largest))
         near = (rows / scale).clamp_(-E4M3_MAX, E4M3_MAX)  # x / s may exceed the largest number by a rounding error
         return near.to(torch.float8_e4m3fn).float().mul_(scale).reshape(x.shape).to(x.dtype)
+
+    def scale_of(self, magnitude: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
+        """Scale of rows whose largest magnitudes are given."""
+        return (magnitude / E4M3_MAX).clamp_(min=TINY)
 
 
 @checked_dataclass
@@ -134,31 +183,69 @@ class DynamicFloat4:
 
     Attributes:
         scale: e4m3 (NVFP4, groups of 16), or e8m0 (MXFP4, groups of 32).
+        static: whether NVFP4's scale of the tensor is a linear's own, from calibration.
 
     Raises:
-        UserError: an unknown scale.
+        UserError: an unknown scale, or a static one of MXFP4, which has none of the tensor.
     """
 
     scale: Literal["e4m3", "e8m0"] = "e4m3"
+    static: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scale == "e8m0":
+            _refuse_static(self.static, "act=mxfp4, which has no scale of the tensor", "act=nvfp4")
 
     @property
     def label(self) -> str:
         """Name of the format in tables."""
-        return "nvfp4" if self.scale == "e4m3" else "mxfp4"
+        return ("nvfp4" if self.scale == "e4m3" else "mxfp4") + _static_label(self.static)
 
-    def rounded(self, x: Float[Tensor, "*rows channels"]) -> Float[Tensor, "*rows channels"]:
+    def rounded(
+        self, x: Float[Tensor, "*rows channels"], largest: float | None = None
+    ) -> Float[Tensor, "*rows channels"]:
         """Round `x` to the grid and back, in its dtype. Raises ValueError where groups don't divide the channels."""
         rows = _rows(x, 16 if self.scale == "e4m3" else 32)
-        largest = rows.abs().amax(-1, keepdim=True)
+        magnitude = rows.abs().amax(-1, keepdim=True)
         if self.scale == "e8m0":
-            exponent = torch.frexp(largest.clamp(min=TINY)).exponent - 1 - E2M1.largest_exponent
-            scale = torch.ldexp(torch.ones_like(largest), exponent.clamp(min=-126))
+            exponent = torch.frexp(magnitude.clamp(min=TINY)).exponent - 1 - E2M1.largest_exponent
+            scale = torch.ldexp(torch.ones_like(magnitude), exponent.clamp(min=-126))
+        elif self.static:
+            # The steps of compressed-tensors in its order, so that scales that lie between two E4M3 numbers agree.
+            stored = input_scale(_known(largest)).to(x.device)
+            scale = nearest_float(stored * (magnitude / E2M1.largest), E4M3)
+            scale = torch.where(scale > 0, scale, _E4M3_STEP) / stored
         else:
-            top = largest.amax(-2, keepdim=True).clamp(min=2.0**-100) / (E2M1.largest * E4M3_MAX)
+            top = magnitude.amax(-2, keepdim=True).clamp(min=2.0**-100) / (E2M1.largest * E4M3_MAX)
             token = torch.exp2(torch.log2(top).ceil())
-            scale = token * nearest_float(largest / E2M1.largest / token, E4M3).clamp(min=2.0**-9)
+            scale = token * nearest_float(magnitude / E2M1.largest / token, E4M3).clamp(min=2.0**-9)
         near = scale * nearest_float(rows / scale, E2M1)
         return torch.where(rows < 0, -near, near).reshape(x.shape).to(x.dtype)
+
+
+def input_scale(largest: float) -> Float[Tensor, "1"]:
+    """compressed-tensors' `input_global_scale` of NVFP4: 1 / t, which brings the largest scale to E4M3's top."""
+    return torch.tensor([E4M3_MAX * E2M1.largest / max(largest, 1e-12)])
+
+
+def _magnitude(x: Float[Tensor, "*rows row"], static: bool, largest: float | None) -> Tensor:
+    """Magnitude that the top of the range meets: of each row, or the one that calibration saw."""
+    return torch.full((), _known(largest), device=x.device) if static else x.abs().amax(-1, keepdim=True)
+
+
+def _known(largest: float | None) -> float:
+    if largest is None:
+        raise ValueError("static=true: scales come from calibration, and this linear has none")
+    return largest
+
+
+def _refuse_static(static: bool, beside: str, instead: str) -> None:
+    if static:
+        raise UserError(f"act.static=true: needs one scale of a linear's whole input, beside {beside}; take {instead}")
+
+
+def _static_label(static: bool) -> str:
+    return " static" if static else ""
 
 
 def _rows(x: Float[Tensor, "*rows channels"], group_size: int) -> Float[Tensor, "*groups row"]:

@@ -3,9 +3,10 @@
     with quantized_activations(model, act, kv):
         ...                                        # forwards and generate() of `model`
 
-`act` rounds the inputs of the blocks' linears, once for all linears that read the same tensor; the output head keeps
-its full-precision input. Products are of the dequantized values, in the model's own precision: they equal those of
-integer kernels but for rounding errors of sums.
+`act` rounds the inputs of the blocks' linears, once for all linears that read the same tensor by one scale; the output
+head keeps its full-precision input. Static scales come from the largest input of each linear that calibration saw.
+Products are of the dequantized values, in the model's own precision: they equal those of integer kernels but for
+rounding errors of sums.
 
 `kv` rounds keys (after their rotation) and values as they enter the key-value cache, and every query reads them from
 there, its own token's included. A block that is called without a cache gets one that stores nothing. Each token's key
@@ -14,7 +15,7 @@ whole text reads.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -35,17 +36,20 @@ PROBE_TOKENS = 2
 
 
 @contextmanager
-def quantized_activations(model: PreTrainedModel, act: DynamicGrid, kv: DynamicGrid) -> Iterator[None]:
+def quantized_activations(
+    model: PreTrainedModel, act: DynamicGrid, kv: DynamicGrid, largest: Mapping[str, float] | None = None
+) -> Iterator[None]:
     """Context manager under which `model` rounds activations to the grid `act`, and keys and values to the grid `kv`.
 
-    A grid without a label rounds nothing.
+    A grid without a label rounds nothing. `largest` holds the largest input of each linear of the blocks by full name,
+    which static grids need.
 
     Raises:
         UserError: naming the option, where the model has no cache to round or groups don't divide its channels.
     """
     with ExitStack() as stack:
         if act.label is not None:
-            stack.enter_context(_rounded_sites(model, act))
+            stack.enter_context(_rounded_sites(model, act, largest or {}))
         if kv.label is not None:
             stack.enter_context(_rounded_cache(model, kv))
         yield
@@ -60,23 +64,30 @@ def check_activations(model: PreTrainedModel, act: DynamicGrid, kv: DynamicGrid)
     if act.label is None and kv.label is None:
         return
     probe = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=model.device)
-    with torch.no_grad(), quantized_activations(model, act, kv):
+    prefix, blocks = find_blocks(model)
+    any_largest = {f"{prefix}.{name}": 1.0 for name, module in blocks.named_modules() if is_linear(module)}
+    with torch.no_grad(), quantized_activations(model, act, kv, any_largest):
         model(probe, use_cache=False)
 
 
 @contextmanager
-def _rounded_sites(model: nn.Module, act: DynamicGrid) -> Iterator[None]:
+def _rounded_sites(model: nn.Module, act: DynamicGrid, largest: Mapping[str, float]) -> Iterator[None]:
     """Context manager under which the linears of the blocks read rounded inputs."""
-    _, blocks = find_blocks(model)
-    last: list[tuple[Tensor, int, Tensor]] = []  # (input, its version, rounded): q, k and v read one tensor
+    prefix, blocks = find_blocks(model)
+    last: list[tuple[Tensor, int, float | None, Tensor]] = []  # q, k and v read one tensor
 
-    def round_input(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = args[0]
-        if not (last and last[0][0] is x and last[0][1] == x._version):
-            last[:] = [(x, x._version, _on_grid("act", act, x))]
-        return last[0][2], *args[1:]
+    def rounds(own: float | None) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        def round_input(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            x = args[0]
+            if not (last and last[0][0] is x and last[0][1:3] == (x._version, own)):
+                last[:] = [(x, x._version, own, _on_grid("act", act, x, own))]
+            return last[0][3], *args[1:]
 
-    with hooks([m.register_forward_pre_hook(round_input) for m in blocks.modules() if is_linear(m)]):
+        return round_input
+
+    linears = [(f"{prefix}.{name}", module) for name, module in blocks.named_modules() if is_linear(module)]
+    own = [largest.get(name) if act.static else None for name, _ in linears]
+    with hooks([m.register_forward_pre_hook(rounds(o)) for (_, m), o in zip(linears, own, strict=True)]):
         yield
 
 
@@ -147,8 +158,10 @@ def _no_cache(block: nn.Module, kv: DynamicGrid) -> UserError:
     return UserError(f"kv={kv.label}: a {type(block).__name__} keeps no keys and values in a cache; choose kv=none")
 
 
-def _on_grid(option: str, grid: DynamicGrid, x: Float[Tensor, "*rows channels"]) -> Float[Tensor, "*rows channels"]:
+def _on_grid(
+    option: str, grid: DynamicGrid, x: Float[Tensor, "*rows channels"], largest: float | None = None
+) -> Float[Tensor, "*rows channels"]:
     try:
-        return grid.rounded(x)
+        return grid.rounded(x) if largest is None else grid.rounded(x, largest)
     except ValueError as error:
         raise UserError(f"{option}.{error}") from error

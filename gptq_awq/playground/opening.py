@@ -6,7 +6,7 @@ again by its stored config, on the moments that the cache still has, and layers 
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from gptq_awq.errors import UserError
 from gptq_awq.experiment.allocating import allocated
 from gptq_awq.experiment.context import load, record_of, self_calibrated
 from gptq_awq.experiment.folder import CHECKPOINTS, LEDGER, VERIFICATION
+from gptq_awq.experiment.input_squares import input_statistics_of, largest_inputs
 from gptq_awq.experiment.plan import Plan, preflight
 from gptq_awq.export.loading import load_checkpoint
 from gptq_awq.models.activations import quantized_activations
@@ -83,29 +84,30 @@ class StoredRun:
         """Open the run as it was scored: from a checkpoint, or quantized again."""
         exported = [self.folder / CHECKPOINTS / name for name in EXACT]
         folder = next((path for path in exported if (path / VERIFICATION).is_file()), None)
-        if folder is not None:
+        if folder is not None and not self.plan.act.static:  # whose scales need the full-precision model
             opened = open_checkpoint(folder)
             return replace(opened, name=self.label, computing=self._computing(opened.model))
-        say(f"{self.folder} has no checkpoint: quantizing again by its stored config")
+        say(f"{self.folder} has no checkpoint to open: quantizing again by its stored config")
         return self._again(track, say)
 
     def _again(self, track: Track, say: Callable[[str], object]) -> Opened:
         context = self_calibrated(self.plan, load(self.plan), track)
         plan, _, _ = allocated(self.plan, context, Clock(), track, say)
         model, stored, others = context.loaded.model, self._hashes(), 0
+        largest = largest_inputs(plan, input_statistics_of(plan, context.loaded, context.tokens, track))
         record = record_of(plan, context)
         for block in quantize(model, context.tokens, plan.method, plan.grid, plan.settings, track, record=record):
             others += sum(stored.get(row["name"]) != row.get("codes_sha256") for row in block.rows)
         if others:
             say(f"{self.folder}: {others} layers have other codes than those that were scored (replay names the first)")
-        return Opened(self.label, model, context.loaded.tokenizer, self._computing(model))
+        return Opened(self.label, model, context.loaded.tokenizer, self._computing(model, largest))
 
     def _hashes(self) -> dict[str, str | None]:
         rows = [json.loads(line) for line in (self.folder / LEDGER).read_text().splitlines()]
         return {row["name"]: row.get("codes_sha256") for row in rows}
 
-    def _computing(self, model: Any) -> Callable[[], Any]:
-        return lambda: quantized_activations(model, self.plan.act, self.plan.kv)
+    def _computing(self, model: Any, largest: Mapping[str, float] | None = None) -> Callable[[], Any]:
+        return lambda: quantized_activations(model, self.plan.act, self.plan.kv, largest)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from rich.console import Console
 from gptq_awq.errors import UserError
 from gptq_awq.evaluation.evaluate import full_precision, score
 from gptq_awq.experiment.context import RunContext, load, self_calibrated
+from gptq_awq.experiment.input_squares import input_statistics_of, largest_inputs
 from gptq_awq.experiment.plan import Plan, preflight
 from gptq_awq.experiment.renamed import current_targets
 from gptq_awq.experiment.summary import LEDGER
@@ -113,9 +114,11 @@ def replay(run_dir: Path, track: Track, scores: bool = False, device: str | None
             keep_output=keep,
             compute_dtype=plan.evaluation.compute_dtype,
         )
+    inputs = input_statistics_of(plan, context.loaded, context.tokens, track)
+    largest = largest_inputs(plan, inputs)
     difference = _first_other_layer(plan, context, ledger, track)
     if difference is None and baseline is not None:
-        with quantized_activations(context.loaded.model, plan.act, plan.kv):
+        with quantized_activations(context.loaded.model, plan.act, plan.kv, largest):
             metrics = score(context.loaded.model, context.loaded.tokenizer, baseline, plan.seed, track).metrics
         difference = _first_other_metric(stored.metrics, metrics)
     return Replay(len(ledger), difference, circumstances)
