@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,9 +128,13 @@ def sizes_and_budget(
     """Stored bits of every weight at every width, and the bits that all may take; for a check without calibration.
 
     Raises:
-        UserError: the budget is below the smallest choice; the message names the smallest budget that can be met.
+        UserError: the budget is below the smallest choice, and the message names the smallest budget that can be met;
+            no width fits a weight.
     """
     places = allocated_places(model, grid)
+    for place in places:
+        if not grid.fitting(place.columns):
+            grid.at(place)  # which says what would fit
     order = 0 if getattr(method.solver, "natural_groups", True) else 32
     rows = {place.name: _rows(model, place.name) for place in places}
     sizes = {
@@ -140,14 +145,15 @@ def sizes_and_budget(
     fitting = {place.name: [grid.widths.index(width) for width in grid.fitting(place.columns)] for place in places}
     least = sum(min(sizes[name][k] for k in fitting[name]) for name in sizes)
     if least > budget:
-        raise _too_small(grid, least, budget, beside)
+        raise _too_small(grid, least, budget, beside, sum(rows[place.name] * place.columns for place in places))
     return sizes, budget
 
 
-def _too_small(grid: BudgetedGrid, least: int, budget: int, beside: int) -> UserError:
+def _too_small(grid: BudgetedGrid, least: int, budget: int, beside: int = 0, weights: int = 0) -> UserError:
     if grid.counts_file:
-        bits = f"{least / 8e6 + beside / 1e6 + 0.05:.1f}MB"
-        return UserError(f"{grid.budget_option}: the smallest of grid.types take {bits}, all else included")
+        size = f"{least / 8e6 + beside / 1e6 + 0.05:.1f}MB"
+        per_weight = f" ({math.ceil(100 * least / weights) / 100:g} bits per weight)" if weights else ""
+        return UserError(f"{grid.budget_option}: the smallest of grid.types take {size}, all else included{per_weight}")
     return UserError(
         f"{grid.budget_option}: the smallest of grid.choices takes {least / max(budget, 1):.2f} times as much, scales "
         "included; raise the budget or group_size"
@@ -182,7 +188,7 @@ def allocated_widths(
     size = np.array([np.sum([sizes[cost.name] for cost in group], 0) for group in groups.values()], dtype=np.int64)
     least = int(size.min(1, where=np.isfinite(together), initial=size.max()).sum())
     if least > budget:
-        raise _too_small(grid, least, budget, 0)
+        raise _too_small(grid, least, budget)
     found = combination(together, size, budget)
     picked = zip(groups.values(), found.chosen, strict=True)
     return {cost.name: grid.widths[k] for group, k in picked for cost in group}, found.gap

@@ -58,6 +58,8 @@ TYPES = {
     "q6_k": KType(6, 16, 8, minimum=False),
     "iq4_xs": KType(4, 32, 6, minimum=False, levels=LEVELS["iq4_nl"]),
 }
+_INSTEAD = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m", "iq4_xs": "iq4_nl"}
+"""Choice of configs/grid that takes widths which are no multiple of 256; others have the type's own name."""
 
 
 @checked_dataclass
@@ -120,8 +122,9 @@ class KGrid(SearchedGrid):
         """Raise UserError for a number of columns that is no multiple of 256, the columns of a block."""
         if columns % BLOCK:
             raise UserError(
-                f"grid={self.type}: {where} has {columns} columns, not a multiple of {BLOCK}; grid={self.type}_m takes "
-                "other types for such widths, as llama.cpp does, and grid=q4_0 needs multiples of 32 only"
+                f"grid={self.type}: {where} has {columns} columns, not a multiple of {BLOCK}; "
+                f"grid={_INSTEAD.get(self.type, self.type)} takes such widths, as llama.cpp does there, and grid=q4_0 "
+                "needs multiples of 32 only"
             )
 
     def fit(self, w: Float[Tensor, "rows 256"], hessian: Float[Tensor, "*spans 256 256"] | None = None) -> Fitted:

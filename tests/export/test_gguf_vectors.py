@@ -1,11 +1,13 @@
 """ggml's newer blocks: the gguf library decodes the very weights, and codes come back."""
 
+import re
 from dataclasses import replace
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from helpers.paths import CONFIGS
 from helpers.quantized_weights import quantized
 from helpers.tiny_models import tiny_model, tiny_tokens
 
@@ -19,6 +21,7 @@ from gptq_awq.export.gguf import GGUFFormat, ggml_type, pack_weight
 from gptq_awq.export.gguf_blocks import BLOCK_TYPES, pack, unpack_codes
 from gptq_awq.export.gguf_size import gguf_bytes_beside
 from gptq_awq.grids.gguf import GGUFGrid
+from gptq_awq.grids.kquant import KGrid
 from gptq_awq.grids.mix import llama_grid
 from gptq_awq.grids.scaled_float import ScaledFloatGrid
 from gptq_awq.grids.vectors import VECTOR_TYPES
@@ -106,8 +109,9 @@ def test_a_budget_that_is_too_small_is_refused_before_calibration_with_the_least
         UserError, match=r"budget=0\.05MB: the smallest of grid\.types take .*MB, all else included"
     ) as e:
         sizes_and_budget(model, method, GGUFGrid("0.05MB", TYPES), beside=10_000)
-    least = str(e.value).split("take ")[1].split(",")[0]
-    sizes_and_budget(model, method, GGUFGrid(least, TYPES), beside=10_000)
+    least, bits = str(e.value).split("take ")[1].split(",")[0], str(e.value).split("(")[1].split(" ")[0]
+    for budget in (least, bits):
+        sizes_and_budget(model, method, GGUFGrid(budget, TYPES), beside=10_000)
 
 
 @pytest.mark.parametrize("budget", ["90 apples", "q9_k", "MB"])
@@ -119,3 +123,13 @@ def test_what_is_no_budget_is_refused(budget):
 def test_types_that_divide_no_width_are_refused_by_name():
     with pytest.raises(UserError, match=r"none divides the 64 columns of model\.layers\.0"):
         quantize_model(tiny_model("llama"), None, "rtn", grid=replace(GGUFGrid(), types=("q4_k",)))
+    with pytest.raises(UserError, match=r"none divides the 64 columns of model\.layers\.0"):
+        sizes_and_budget(tiny_model("llama"), Method("rtn", RTN()), GGUFGrid("9MB", ("q4_k", "q6_k")))
+
+
+def test_where_a_block_of_256_does_not_fit_what_is_named_instead_is_a_grid():
+    for kind in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"):
+        with pytest.raises(UserError, match="not a multiple of 256") as e:
+            KGrid(kind).check_columns(64, "it")
+        for name in re.findall(r"grid=(\w+)", str(e.value))[1:]:
+            assert (CONFIGS / f"grid/{name}.yaml").is_file(), name
