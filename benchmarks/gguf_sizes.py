@@ -107,7 +107,8 @@ def main() -> None:
     parser.add_argument("--bytes", action="store_true")
     parser.add_argument("--cache", type=Path, help="folder to keep sensitivities in, for several budgets")
     args = parser.parse_args()
-    contest = Contest(*inputs(args), GGML(args.library.resolve()), args.method)
+    full, _, tokens, test = inputs(args)
+    contest = Contest(full, tokens, test, GGML(args.library.resolve()), args.method)
     print("| size of | kB | llama.cpp | with imatrix | GPTQ | types chosen | kB | / imatrix | / GPTQ's |")
     print("|:---|---:|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     anchors = []

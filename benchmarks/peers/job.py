@@ -36,6 +36,8 @@ class Job:
         damping: fraction of the mean diagonal of H (GPTQ).
         iters: steps per block (AutoRound).
         threads: number of torch's threads.
+        scheme: name of a library's preset instead of integers (llm-compressor's nvfp4a16 and mxfp4a16).
+        observer: llm-compressor's observer that chooses the preset's ranges.
     """
 
     folder: Path
@@ -50,6 +52,8 @@ class Job:
     damping: float
     iters: int
     threads: int
+    scheme: str | None = None
+    observer: str | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:

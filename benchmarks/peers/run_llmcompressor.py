@@ -2,7 +2,7 @@
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 from job import Job, answer, read_job, timed
 from llmcompressor import oneshot
@@ -20,6 +20,10 @@ def recipe(job: Job) -> tuple[list, str]:
         num_bits=job.bits, type="int", symmetric=job.sym, strategy="group", group_size=job.group_size
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    if job.scheme is not None:
+        scheme = preset_name_to_scheme(job.scheme, ["Linear"])
+        assert scheme.weights is not None
+        scheme.weights.observer = job.observer
     where = {"config_groups": {"linears": scheme}, "ignore": ["lm_head"]}
     if job.method == "rtn":
         return [QuantizationModifier(**where)], "QuantizationModifier (ranges; it rounds when it saves)"
@@ -44,8 +48,9 @@ def batches(job: Job) -> DataLoader:
 def dequantized(module: torch.nn.Module) -> torch.Tensor:
     """Dequantize a module's codes and scales by compressed-tensors, (out, in)."""
     args, scale, zero = module.quantization_scheme.weights, module.weight_scale, module.weight_zero_point
-    codes = quantize(module.weight, scale, zero, args)
-    return dequantize(codes.float(), scale.float(), zero, args)
+    whole = getattr(module, "weight_global_scale", None)
+    codes = quantize(module.weight, scale, zero, args, global_scale=whole)
+    return dequantize(codes.float(), scale.float(), zero, args, global_scale=whole)
 
 
 def main() -> None:
@@ -60,7 +65,7 @@ def main() -> None:
     took = timed(lambda: oneshot(model=model, processor=tokenizer, recipe=modifiers, **data))
     weights = dict(model.named_parameters())
     linears = {name: module for name, module in model.named_modules() if hasattr(module, "quantization_scheme")}
-    kept = {name: weights[name] for name in weights if not name.endswith(("_scale", "_zero_point"))}
+    kept = {name: weights[name] for name in weights if not name.endswith(("_scale", "_zero_point", "_global_scale"))}
     kept |= {f"{name}.weight": dequantized(module) for name, module in linears.items()}
     answer(job, "llmcompressor", took, kept, settings)
 
