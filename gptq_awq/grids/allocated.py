@@ -224,6 +224,10 @@ class BudgetedGrid(Protocol):
         """Widths that a weight of so many columns can have."""
         ...
 
+    def at(self, place: Place) -> Grid | None:
+        """Grid of the weight at a place; None leaves it alone. Raises UserError where no width fits it."""
+        ...
+
     def grid(self, width: Any) -> Grid:
         """Grid of one width."""
         ...

@@ -15,6 +15,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, spec_from_loader
 from types import ModuleType
@@ -43,7 +44,7 @@ def import_transformers() -> None:
     given[COMPILER] = dict.fromkeys(MARKS, _unmarked)
     made = {name: _StandIn(name, values) for name, values in given.items() if name not in sys.modules}
     sys.modules.update(made)
-    sys.meta_path.insert(0, _Within())  # pyright: ignore[reportArgumentType]
+    sys.meta_path.insert(0, _Within())
     try:
         with _undistributed():
             for name in WANTED:
@@ -83,7 +84,7 @@ class _StandIn(ModuleType):
                 del sys.modules[name]
 
 
-class _Within:
+class _Within(MetaPathFinder, Loader):
     """Finder of modules within a module that has a stand-in: the real one is imported first."""
 
     def find_spec(self, name: str, _path: Any = None, _target: Any = None) -> ModuleSpec | None:
