@@ -9,8 +9,9 @@ such a split is scored all the same: its logits are kept in place of hidden stat
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -30,8 +31,10 @@ from gptq_awq.storage.checksummed import tensor_bytes
 log = logging.getLogger(__name__)
 CHUNK_LOGITS = 2**23
 """Number of logits per chunk of whole rows: 32 MB in fp32."""
-TILE_TOKENS, TILE_WORDS = 512, 2048
-"""Tokens and vocabulary words per tile of logits: 4 MB in fp32, which stay in a CPU's cache until they are read."""
+TILE_TOKENS, TILE_WORDS = 2048, 528
+"""Tokens and vocabulary words per tile of logits: 4 MB in fp32, which stay in a CPU's cache until they are read.
+
+The output layer is laid out for products once for so many tokens, hidden states once; words come in whole panels."""
 PROBE_TOKENS = 8
 """Length of the input on which a split is compared with the whole model."""
 TOLERANCE = 1e-3
@@ -63,6 +66,7 @@ class Head:
     vocab: int
     divisible: bool = False
     compute_dtype: torch.dtype = torch.float32
+    _lower: list[AbstractContextManager[Any]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, model: PreTrainedModel, compute_dtype: torch.dtype = torch.float32) -> "Head":
@@ -129,7 +133,7 @@ class Head:
         if words is not None and len(range(self.vocab)[words]) < self.vocab:
             output = {name: value[words] for name, value in (output or dict(self.output.named_parameters())).items()}
         size = (hidden.shape[1],) if words is None else (hidden.shape[1], words.stop - words.start)
-        lower = lowered_head(self.compute_dtype, self.model.device)
+        lower = self._lower[0] if self._lower else lowered_head(self.compute_dtype, self.model.device)
         with self.with_output(output), phase("score/head", *size), lower:
             return logits(self.model, self.decoder, self.template, hidden)[0].float()
 
@@ -145,6 +149,16 @@ class Head:
         finally:
             for name, value in kept.items():
                 own[name].data = value
+
+    @contextmanager
+    def laying_out_once(self) -> Iterator[None]:
+        """Context in which calls share what they lay out for products; neither states nor the output layer change."""
+        before = list(self._lower)
+        self._lower[:] = [lowered_head(self.compute_dtype, self.model.device)]
+        try:
+            yield
+        finally:
+            self._lower[:] = before
 
     def chunks(self, tokens: int) -> Iterator[slice]:
         """Cut `tokens` positions into chunks of at most `CHUNK_LOGITS` logits."""

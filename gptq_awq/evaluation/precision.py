@@ -21,6 +21,8 @@ from gptq_awq.kernels import rank_k
 from gptq_awq.kernels.product import packed, product
 from gptq_awq.models.attention import attend, attends
 
+Laid = tuple[Tensor, tuple, np.ndarray]
+"""A matrix, what its content is known by while it is kept, and the matrix as it is laid out for products."""
 FEW_ROWS = 32
 """Fewest rows of a product in the lower dtype: a smaller one takes as long as reading its weights."""
 
@@ -32,7 +34,7 @@ def lowered(dtype: torch.dtype) -> AbstractContextManager[Any]:
 
 def lowered_head(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
     """Context like `lowered` for the output layer, only if results stay float32: a rounded logit is 0.06 off."""
-    return lowered(dtype) if _native(dtype) and device.type == "cpu" else nullcontext()
+    return _LowerProducts(dtype, shared=4) if _native(dtype) and device.type == "cpu" else nullcontext()
 
 
 def _native(dtype: torch.dtype) -> bool:
@@ -41,13 +43,19 @@ def _native(dtype: torch.dtype) -> bool:
 
 
 class _LowerProducts(TorchFunctionMode):
-    """Replaces F.linear, torch.addmm (GPT-2's layers) and attention of float32 tensors by products in `dtype`."""
+    """Replaces F.linear, torch.addmm (GPT-2's layers) and attention of float32 tensors by products in `dtype`.
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    Args:
+        dtype: of the products' operands.
+        shared: matrices that are kept as they were laid out, weights, too; 0: the last input only. A head's parts see
+            two models' hidden states in turn, each of both with one part of the weight.
+    """
+
+    def __init__(self, dtype: torch.dtype, shared: int = 0) -> None:
         super().__init__()
-        self._dtype = dtype
+        self._dtype, self._shared = dtype, shared
         self._native = _native(dtype)
-        self._last: tuple[Tensor, tuple, np.ndarray] | None = None
+        self._laid: list[Laid] = []  # the one used last comes last
 
     def __torch_function__(
         self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
@@ -69,16 +77,22 @@ class _LowerProducts(TorchFunctionMode):
         assert x is not None
         assert weight is not None
         rows = x.numel() // x.shape[-1]
-        out = torch.from_numpy(product(self._laid_out(x), rows, weight.contiguous().detach().numpy()))
+        right = self._laid_out(weight) if self._shared else _laid_out(weight)
+        out = torch.from_numpy(product(self._laid_out(x), rows, right, len(weight)))
         out = out if bias is None else out + bias
         return out.reshape(*x.shape[:-1], len(weight))
 
     def _laid_out(self, x: Tensor) -> np.ndarray:
-        """Pack x for products, reusing the last packing: queries, keys and values share one x, one after the other."""
-        key = (x.data_ptr(), x._version, x.shape)
-        if self._last is None or self._last[0] is not x or self._last[1] != key:
-            self._last = x, key, packed(x.detach().reshape(-1, x.shape[-1]).contiguous().numpy())
-        return self._last[2]
+        """Pack x for products, reusing what is kept: queries, keys and values share one x, one after the other.
+
+        Other views of the same memory are the same x; it is not used for anything else as long as x is kept, too.
+        """
+        key = (x.data_ptr(), x._version, x.shape, x.stride())
+        found = next((laid for laid in self._laid if laid[1] == key), None)
+        if found is None:
+            found = x, key, _laid_out(x)
+        self._laid = [*(laid for laid in self._laid if laid is not found), found][-max(1, self._shared) :]
+        return found[2]
 
     def _attention(self, *args: Any, **kwargs: Any) -> Tensor:
         """Causal attention in bfloat16, if supported natively; else torch's own."""
@@ -86,3 +100,8 @@ class _LowerProducts(TorchFunctionMode):
             return scaled_dot_product_attention(*args, **kwargs)
         q, k, v = (x.bfloat16() for x in args)
         return attend(q, k, v, kwargs.get("scale")).float()
+
+
+def _laid_out(x: Tensor) -> np.ndarray:
+    """The rows of x, as `product` takes them."""
+    return packed(x.detach().reshape(-1, x.shape[-1]).contiguous().numpy())

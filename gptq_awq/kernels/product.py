@@ -46,15 +46,15 @@ def packed(x: np.ndarray) -> np.ndarray:
     return panels
 
 
-def product(left: np.ndarray, rows: int, w: np.ndarray) -> np.ndarray:
-    """Multiply X Wᵀ in bfloat16 with float32 sums; returns a view (rows, out) float32.
+def product(left: np.ndarray, rows: int, right: np.ndarray, columns: int) -> np.ndarray:
+    """Multiply X Wᵀ in bfloat16 with float32 sums; returns a view (rows, columns) float32.
 
     Args:
         left: X (rows, n), laid out by `packed`.
         rows: number of rows of X.
-        w: W (out, n) float32.
+        right: W (columns, n), laid out by `packed`.
+        columns: number of rows of W.
     """
-    right = packed(w)
     out = np.empty((len(left) * PANEL, len(right) * PANEL), np.float32)
     _multiply(left, right, out)
-    return out[:rows, : len(w)]
+    return out[:rows, :columns]

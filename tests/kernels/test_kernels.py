@@ -40,6 +40,7 @@ def test_rank_k_products_are_those_of_float64(tokens, width):
     assert (np.abs(np.triu(sums.products[:width, :width] - exact)) <= 1e-5 * size).all()
     np.testing.assert_allclose(sums.magnitude[:width], x.abs().sum(0), rtol=1e-5)
     assert (sums.magnitude[width:] == 0).all()
+    np.testing.assert_array_equal(sums.largest[:width], x.abs().amax(0))
 
 
 @needs_bf16
@@ -104,7 +105,7 @@ def test_product_rounds_what_enters_it_and_nothing_else(rows, columns, width):
     generator = torch.Generator().manual_seed(width)
     x, w = torch.randn(rows, width, generator=generator), torch.randn(columns, width, generator=generator)
     exact = x.bfloat16().double() @ w.bfloat16().double().T
-    found = torch.from_numpy(product(packed(x.numpy()), rows, w.numpy()))
+    found = torch.from_numpy(product(packed(x.numpy()), rows, packed(w.numpy()), len(w)))
     assert ((found - exact).abs() <= 1e-5 * (x.abs().double() @ w.abs().double().T)).all()
 
 
@@ -112,7 +113,7 @@ def test_product_rounds_what_enters_it_and_nothing_else(rows, columns, width):
 def test_a_product_keeps_nan_and_infinity():
     x = torch.ones(3, 8)
     x[1, 2], x[2, 2] = torch.nan, torch.inf
-    found = product(packed(x.numpy()), 3, np.ones((4, 8), np.float32))
+    found = product(packed(x.numpy()), 3, packed(np.ones((4, 8), np.float32)), 4)
     assert np.isfinite(found[0]).all()
     assert np.isnan(found[1]).all()
     assert np.isinf(found[2]).all()
