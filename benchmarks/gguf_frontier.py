@@ -211,11 +211,11 @@ def lines(points: Sequence[Point]) -> Iterator[str]:
         yield f"| {each.by} | {each.name} | {each.size / 1e6:.1f} | {kl} | {each.seconds:.0f} s |"
     yield "\n| ours | MB | KL | llama-quantize at or above, imatrix | MB | KL | ratio |"
     yield "|:---|---:|---:|:---|---:|---:|---:|"
-    anchors = [(each.size, each.name, each.kl) for each in points if each.by == MATRIX]
+    anchors = [(each.size, each.kl, each.name) for each in points if each.by == MATRIX]
     for each in points:
         above = [anchor for anchor in anchors if anchor[0] >= 0.999 * each.size]  # files differ by their metadata
         if "llama-quantize" not in each.by and above:
-            size, name, kl = min(above)
+            size, kl, name = min(above)
             row = f"| {each.by}: {each.name} | {each.size / 1e6:.1f} | {each.kl:.4f} | {name} | {size / 1e6:.1f}"
             yield f"{row} | {kl:.4f} | {each.kl / kl:.2f} |"
 
