@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -17,6 +17,7 @@ from gptq_awq.calibration.block_inputs import Settings
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.grids.allocated import BudgetedGrid, stored_bits
+from gptq_awq.grids.base import GridChoice
 from gptq_awq.models.linear import matrix
 from gptq_awq.quantization.method import Method
 from gptq_awq.runtime.progress import Track, no_track
@@ -134,7 +135,7 @@ def sizes_and_budget(
     places = allocated_places(model, grid)
     for place in places:
         if not grid.fitting(place.columns):
-            grid.at(place)  # which says what would fit
+            cast(GridChoice, grid).at(place)  # which says what would fit
     order = 0 if getattr(method.solver, "natural_groups", True) else 32
     rows = {place.name: _rows(model, place.name) for place in places}
     sizes = {
