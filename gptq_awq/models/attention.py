@@ -8,6 +8,7 @@ under `differentiable_attention`, causal attention of short windows is computed 
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,38 +27,47 @@ MAX_TOKENS = 1024
 """Longest windows that are computed by matrix products: attention weights of longer ones outgrow a CPU's caches."""
 
 
-def differentiable_attention(dtype: torch.dtype) -> AbstractContextManager:
-    """Context manager for causal attention of short windows by matrix products: gradients take half of torch's time."""
-    return _Products(dtype)
+class _Instead(TorchFunctionMode):
+    """Mode that computes attention by another function wherever a call is one that this function takes.
 
+    Args:
+        takes: whether it takes a `scaled_dot_product_attention` call of these arguments.
+        attention: the function, of q, k, v, the scale (None: 1/√d) and the mask.
+    """
 
-class _Products(TorchFunctionMode):
-    """Mode that computes causal attention of up to `MAX_TOKENS` tokens by matrix products."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, takes: Callable[..., bool], attention: Callable[..., Tensor]) -> None:
         super().__init__()
-        self._dtype = dtype
+        self._takes, self._attention = takes, attention
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None):
         kwargs = kwargs or {}
-        if func is scaled_dot_product_attention and attends(self._dtype, *args, **kwargs):
-            q, k, v = args
-            if q.shape[2] <= MAX_TOKENS:
-                return _in_products(q, k, v, kwargs.get("scale") or q.shape[3] ** -0.5)
+        if func is scaled_dot_product_attention and self._takes(*args, **kwargs):
+            return self._attention(*args, kwargs.get("scale"), kwargs.get("attn_mask"))
         return func(*args, **kwargs)
+
+
+def differentiable_attention(dtype: torch.dtype) -> AbstractContextManager:
+    """Context manager for causal attention of short windows by matrix products: gradients take half of torch's time."""
+
+    def short(*args: Any, **kwargs: Any) -> bool:
+        return attends(dtype, *args, **kwargs) and args[0].shape[2] <= MAX_TOKENS
+
+    return _Instead(short, _in_products)
 
 
 def _in_products(
     q: Float[Tensor, "batch heads tokens d"],
     k: Float[Tensor, "batch kv tokens d"],
     v: Float[Tensor, "batch kv tokens e"],
-    scale: float,
+    scale: float | None,
+    _mask: None,
 ) -> Float[Tensor, "batch heads tokens e"]:
     """Causal attention softmax(scale · Q Kᵀ) V; heads of Q share those of K and V in equal groups."""
+    factor = scale or q.shape[3] ** -0.5
     (batch, heads, tokens, _), shared = q.shape, q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(shared, 1).flatten(0, 1) for x in (k, v))
     later = torch.full((tokens, tokens), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-    scores = torch.baddbmm(later.expand(batch * heads, -1, -1), q.flatten(0, 1), k.transpose(1, 2), alpha=scale)
+    scores = torch.baddbmm(later.expand(batch * heads, -1, -1), q.flatten(0, 1), k.transpose(1, 2), alpha=factor)
     return (scores.softmax(-1) @ v).unflatten(0, (batch, heads))
 
 
@@ -66,18 +76,7 @@ def writing_attention() -> AbstractContextManager:
 
     On a CPU torch's kernel takes three times as long in float32, and thirteen times as long in bfloat16.
     """
-    return _NewTokens()
-
-
-class _NewTokens(TorchFunctionMode):
-    """Mode that computes attention of a single query per head by matrix products on the CPU."""
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None):
-        kwargs = kwargs or {}
-        if func is scaled_dot_product_attention and _is_new_token(*args, **kwargs):
-            q, k, v = args
-            return _of_new_token(q, k, v, kwargs.get("scale") or q.shape[3] ** -0.5, kwargs.get("attn_mask"))
-        return func(*args, **kwargs)
+    return _Instead(_is_new_token, _of_new_token)
 
 
 def _is_new_token(*args: Any, **kwargs: Any) -> bool:
@@ -94,12 +93,13 @@ def _of_new_token(
     q: Float[Tensor, "batch heads 1 d"],
     k: Float[Tensor, "batch kv tokens d"],
     v: Float[Tensor, "batch kv tokens e"],
-    scale: float,
+    scale: float | None,
     mask: Tensor | None,
 ) -> Float[Tensor, "batch heads 1 e"]:
     """Attention softmax(scale · q Kᵀ) V of a single query; heads of q share those of K and V in equal groups."""
+    factor = scale or q.shape[3] ** -0.5
     shared = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
-    scores = ((shared * scale) @ k.transpose(2, 3)).float()
+    scores = ((shared * factor) @ k.transpose(2, 3)).float()
     if mask is not None:
         allowed = mask.expand(*q.shape[:3], k.shape[2]).reshape(scores.shape)
         scores = scores.masked_fill(~allowed, -torch.inf) if mask.dtype == torch.bool else scores + allowed
@@ -113,17 +113,7 @@ def faster_attention_of(block: nn.Module) -> AbstractContextManager:
     """
     parameter = next(block.parameters())
     native = parameter.dtype == torch.bfloat16 and parameter.device.type == "cpu" and rank_k.available()
-    return _Native() if native else nullcontext()
-
-
-class _Native(TorchFunctionMode):
-    """Mode that sends bfloat16 causal attention to the compiled CPU kernel."""
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None):
-        kwargs = kwargs or {}
-        if func is scaled_dot_product_attention and attends(torch.bfloat16, *args, **kwargs):
-            return attend(*args, scale=kwargs.get("scale"))
-        return func(*args, **kwargs)
+    return _Instead(partial(attends, torch.bfloat16), attend) if native else nullcontext()
 
 
 def attends(dtype: torch.dtype, *args: Any, **kwargs: Any) -> bool:
@@ -147,6 +137,7 @@ def attend(
     k: Float[Tensor, "batch kv tokens d"],
     v: Float[Tensor, "batch kv tokens e"],
     scale: float | None,
+    _mask: None = None,
 ) -> Float[Tensor, "batch heads tokens e"]:
     """Causal attention softmax(scale · Q Kᵀ) V of bfloat16 tensors on the CPU; `scale` None: 1/√d."""
 
