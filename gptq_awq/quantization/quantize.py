@@ -143,12 +143,17 @@ def quantize(
         return
     if tokens is None:
         raise _missing_tokens(method)
-    teacher = Teacher(model, tokens, resolve_compute_dtype(settings.compute_dtype, next(model.parameters()).device))
-    if _carries_full_precision(model, tokens, method, progress):
-        loop = replace(loop, finish=teacher.waiting().finish)
-    else:
-        teacher.predict()
+    loop, teacher = _taught(loop, tokens)
     yield from tuned_model(model, method, list(loop.run()), teacher, tokens, track)
+
+
+def _taught(loop: "_BlockLoop", tokens: TokenSet) -> "tuple[_BlockLoop, Teacher]":
+    """The teacher of the loop's model, and the loop, which brings it the predictions where it carries them anyway."""
+    model, wanted = loop.model, loop.settings.compute_dtype
+    teacher = Teacher(model, tokens, resolve_compute_dtype(wanted, next(model.parameters()).device))
+    if _carries_full_precision(model, tokens, loop.method, loop.journal):
+        return replace(loop, finish=teacher.waiting().finish), teacher
+    return loop, teacher.predict()
 
 
 def _carries_full_precision(model: nn.Module, tokens: TokenSet, method: Method, progress: Journal | None) -> bool:
