@@ -1,4 +1,4 @@
-"""What coordinate descent costs beside the sweep alone, with all rows at once and in tiles of 16 rows (yaqa).
+"""Cost of coordinate descent beside the sweep alone, with all rows at once and in tiles of 16 rows (yaqa).
 
     python benchmarks/refine_time.py [--passes 4] [--shapes 576x576 1536x576 576x1536]
 

@@ -1,4 +1,4 @@
-"""What GPTQ onto each grid costs beside GPTQ onto integers: one linear, one thread, in CPU time.
+"""Cost of GPTQ onto each grid beside GPTQ onto integers: one linear, one thread, in CPU time.
 
     OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python benchmarks/solve_time.py [--grids iq3_s nvfp4 …] [--columns 1024]
 

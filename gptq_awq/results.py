@@ -5,13 +5,11 @@ written as the strings "inf", "-inf" and "nan"; the readers here turn them back 
 ledger rows.
 """
 
-import gc
 import json
 import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import NoneType
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import orjson
 
 from gptq_awq.errors import UserError
+from gptq_awq.runtime.collection import uncollected
 from gptq_awq.storage.atomic import replacing
 from gptq_awq.storage.bounded import ROW_BYTES, read_bytes
 
@@ -153,7 +152,7 @@ def load(*roots: Path | str, copies: bool = False) -> "pd.DataFrame":
     for root in roots:
         if not Path(root).is_dir():
             raise UserError(f"no folder of runs at {root}")
-    with _no_collection():
+    with uncollected():
         rows = list(_rows(sorted({path for root in roots for path in _find(root)})))
         if not copies:
             rows = _computations(rows)
@@ -197,18 +196,6 @@ def flat_row(row: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """Flatten a results row into one table row: its keys, then `more`, then its metrics and `seconds/PHASE`."""
     seconds = {f"seconds/{phase}": value for phase, value in row["seconds"].items()}
     return {key: row.get(key) for key in KEYS} | more | dict(row["metrics"]) | seconds
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Suspend garbage collection, which takes half of the time where a million objects are made and none dropped."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _find(root: Path | str) -> Iterator[str]:

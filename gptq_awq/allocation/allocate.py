@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -17,7 +17,6 @@ from gptq_awq.calibration.block_inputs import Settings
 from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.grids.allocated import BudgetedGrid, stored_bits
-from gptq_awq.grids.base import GridChoice
 from gptq_awq.models.linear import matrix
 from gptq_awq.quantization.method import Method
 from gptq_awq.runtime.progress import Track, no_track
@@ -135,7 +134,7 @@ def sizes_and_budget(
     places = allocated_places(model, grid)
     for place in places:
         if not grid.fitting(place.columns):
-            cast(GridChoice, grid).at(place)  # which says what would fit
+            grid.at(place)  # which says what would fit
     order = 0 if getattr(method.solver, "natural_groups", True) else 32
     rows = {place.name: _rows(model, place.name) for place in places}
     sizes = {

@@ -1,6 +1,7 @@
 """The main job's command: Hydra composes the config of one run, or of each run of a sweep, and `run` computes it."""
 
 import errno
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -83,15 +84,21 @@ def task(cfg: DictConfig) -> float | tuple[float, ...]:
 
 
 def _imported() -> tuple[Callable[[DictConfig], Any], Callable[..., Any]]:
-    """Import what computes a run, on one process without the parts of torch that no run uses."""
+    """Import what computes a run, on one process without the parts of torch that no run uses.
+
+    What imports make stays, most of it, so it is never looked through for garbage.
+    """
     from gptq_awq.numerics.distributed import rank_and_size
-    from gptq_awq.runtime.lean_import import import_transformers, uncollected
+    from gptq_awq.runtime.collection import uncollected
+    from gptq_awq.runtime.lean_import import import_transformers
 
     with uncollected():
         if rank_and_size()[1] == 1:
             import_transformers()
         from gptq_awq.experiment.run import run
         from gptq_awq.experiment.sweeps.sweep import objective
+
+        gc.freeze()
     return run, objective
 
 

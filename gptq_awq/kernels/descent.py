@@ -48,7 +48,7 @@ def descend(
     for part in numba.prange((rows + height - 1) // height):
         own = slice(part * height, min(rows, (part + 1) * height))
         E, slope = value[own] - target[own], np.empty((own.stop - own.start, widest), np.float32)
-        room, work = np.empty((ROOM + 5, LANES), np.float32), np.empty((3, widest), np.float32)
+        room, work = np.empty((ROOM + 5, LANES), np.float32), np.empty((2, widest), np.float32)
         for _ in range(passes):
             for group in range(len(starts) - 1):
                 here = slice(starts[group], starts[group + 1])

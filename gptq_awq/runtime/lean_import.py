@@ -9,7 +9,6 @@ it asks for; who asks them for anything else gets the real module, imported then
     from transformers import …
 """
 
-import gc
 import importlib
 import logging
 import sys
@@ -101,19 +100,6 @@ class _Within(MetaPathFinder, Loader):
 
     def exec_module(self, _module: ModuleType) -> None:
         """Leave a module as it is that has been executed."""
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Context for imports: no garbage is looked for, nor later among the objects made in it, most of which stay."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

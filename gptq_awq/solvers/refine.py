@@ -59,8 +59,9 @@ def refined_compiled(quantized: QuantizedWeight, target: Tensor, hessian: Tensor
         hessian, target = hessian[order][:, order], target[:, order]
     counts = torch.bincount(quantized.group_of_column, minlength=quantized.scales.shape[1])
     starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    value = quantized.dequantize() if order is None else quantized.dequantize()[:, order]
-    scales, zeros, codes = quantized.scales.clone(), quantized.zeros.clone(), torch.empty_like(value)
+    value = (quantized.dequantize() if order is None else quantized.dequantize()[:, order]).contiguous()
+    scales, zeros = (each.clone(memory_format=torch.contiguous_format) for each in (quantized.scales, quantized.zeros))
+    codes = torch.empty_like(value)
     storage = STORAGE[getattr(grid, "scale_dtype", None) if has_free_scales(grid) else None]
     height = min(LANES, -(-len(value) // torch.get_num_threads()))
     given = (each.contiguous().numpy() for each in (value, target, hessian, starts, scales, zeros))

@@ -174,7 +174,7 @@ def summed_kl(
 ) -> tuple[float, Float[Tensor, "tokens words"]]:
     """Sum over tokens of KL(p‖q), p from full-precision logits and q from `own`, and its gradient q - p in those."""
     if own.device.type == "cpu" and own.dtype == full.dtype and own.dtype in NUMBERS:
-        kl, gradient, kind = np.empty(len(own)), torch.empty_like(own), NUMBERS[own.dtype]
+        kl, gradient, kind = np.empty(len(own)), torch.empty(own.shape, dtype=own.dtype), NUMBERS[own.dtype]
         q, p, written = (x.contiguous().view(kind).numpy() for x in (own, full, gradient))
         divergence_and_gradient(q, p, own.dtype == torch.bfloat16, kl, written)
         return float(kl.sum()), gradient
