@@ -14,7 +14,7 @@ from gptq_awq.grids.arithmetic import Arithmetic
 from gptq_awq.grids.base import Fitted, SearchedGrid, extremes
 from gptq_awq.grids.hqq import half_quadratic
 from gptq_awq.grids.integer import scale_bits
-from gptq_awq.grids.search import search_ranges, shrinks
+from gptq_awq.grids.search import even_steps, search_ranges, shrinks
 from gptq_awq.runtime.options import Bits, Dtype, GroupSize, Search, checked_dataclass
 
 
@@ -58,7 +58,9 @@ class AffineGrid(SearchedGrid):
         # Ranges shrink towards their middle, as they need not hold zero.
         middle, half = (low + high) / 2, (high - low) / 2
         p = shrinks(w)
-        scales, minimums = self._params(middle - half * p, middle + half * p)
+        wider = low + (high - low) * (self.arithmetic.max_code / even_steps(w, self.arithmetic.max_code))
+        lows = torch.cat([middle - half * p, low.expand_as(wider)], 1)
+        scales, minimums = self._params(lows, torch.cat([middle + half * p, wider], 1))
         return Fitted(*search_ranges(w, scales, minimums, self.arithmetic, self.search, hessian))
 
     def _params(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

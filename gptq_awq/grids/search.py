@@ -24,6 +24,16 @@ def shrinks(like: Tensor, steps: int = STEPS, most: float = MAX_SHRINK) -> Float
     return torch.tensor([1 - i / steps for i in range(count)], dtype=like.dtype, device=like.device)
 
 
+def even_steps(like: Tensor, codes: int, most: int = 31) -> Float[Tensor, "n"]:
+    """Numbers of steps that a range of weights is divided into, so that each even lattice of up to `most` is held.
+
+    Models that were trained or released in fewer bits lie on such a lattice, and a grid of more codes has room for it.
+    """
+    levels = min(codes, most)
+    parts = 2 ** ((codes // levels).bit_length() - 1)  # a power of two, so that steps need no more bits
+    return torch.tensor([parts * n for n in range(levels, levels // 2, -1)]).to(like)
+
+
 def search_ranges(
     w: Float[Tensor, "rows cols"],
     scales: Float[Tensor, "rows n"],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptq_awq.grids.arithmetic import Arithmetic
 from gptq_awq.grids.base import Fitted, SearchedGrid
-from gptq_awq.grids.search import search_ranges, shrinks
+from gptq_awq.grids.search import even_steps, search_ranges, shrinks
 from gptq_awq.runtime.options import Bits, GroupSize, Search, checked_dataclass
 
 
@@ -49,6 +49,9 @@ class SignedGrid(SearchedGrid):
     def fit(self, w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "*spans cols cols"] | None = None) -> Fitted:
         """Fit the scale of every row. Raises ValueError when `search=hessian` gets no Hessian block."""
         scales = signed_scales(w, self.bits, self.search)
+        if self.search != "minmax":
+            reach = 2 ** (self.bits - 1)
+            scales = torch.cat([scales, scales[:, :1] * reach / even_steps(w, reach, most=16)[1:]], 1)
         most = torch.finfo(torch.float16).max
         scales = scales.clamp(-most, most).half().to(w.dtype)
         zeros = torch.full_like(scales, 2 ** (self.bits - 1))

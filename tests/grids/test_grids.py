@@ -216,6 +216,21 @@ def test_range_search_never_raises_the_output_error(grid):
     assert error(replace(grid, search="hessian")) <= error(grid.without_search())
 
 
+@pytest.mark.parametrize("how", ["mse", "hessian"])
+@pytest.mark.parametrize(
+    ("grid", "levels"),
+    [(AffineGrid(4), 16), (AffineGrid(5), 16), (AffineGrid(5), 27), (AffineGrid(8), 16), (AffineGrid(8), 30)]
+    + [(SignedGrid(4), 13), (SignedGrid(5), 15), (SignedGrid(5), 27), (SignedGrid(8), 15)],
+    ids=str,
+)
+def test_weights_on_a_lattice_of_fewer_levels_are_held_exactly_once_ranges_are_searched(grid, levels, how):
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randint(levels, (64, 96), generator=draw) - levels // 2  # most groups don't reach both ends
+    step = torch.randint(32, 64, (64, 3), generator=draw) / 512  # few bits: float16 has room for any multiple
+    W = step.repeat_interleave(32, 1) * codes
+    assert torch.equal(RTN().solve(W, problem(columns=96)[1], replace(grid, search=how)).quantized.dequantize(), W)
+
+
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("how", ["minmax", "mse", "hessian"])
 def test_scales_of_k_quants_are_what_the_block_stores(kind, how):
