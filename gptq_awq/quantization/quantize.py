@@ -151,12 +151,12 @@ def _taught(loop: "_BlockLoop", tokens: TokenSet) -> "tuple[_BlockLoop, Teacher]
     """The teacher of the loop's model, and the loop, which brings it the predictions where it carries them anyway."""
     model, wanted = loop.model, loop.settings.compute_dtype
     teacher = Teacher(model, tokens, resolve_compute_dtype(wanted, next(model.parameters()).device))
-    if _carries_full_precision(model, tokens, loop.method, loop.journal):
+    if carries_full_precision(model, tokens, loop.method, loop.journal):
         return replace(loop, finish=teacher.waiting().finish), teacher
     return loop, teacher.predict()
 
 
-def _carries_full_precision(model: nn.Module, tokens: TokenSet, method: Method, progress: Journal | None) -> bool:
+def carries_full_precision(model: nn.Module, tokens: TokenSet, method: Method, progress: Journal | None) -> bool:
     """Whether calibration will bring the tokens through the full-precision model's last block.
 
     It does not where all blocks are finished already, or where the model calls them in ways of its own.

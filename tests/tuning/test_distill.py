@@ -358,7 +358,7 @@ def test_calibration_that_carries_full_precision_along_brings_the_teacher_its_pr
     monkeypatch.setattr(quantize_module, "tuned_model", lambda *args: taught.append(args[3]) or iter(args[2]))
     for carried in (None, lambda *_: False):
         if carried is not None:
-            monkeypatch.setattr(quantize_module, "_carries_full_precision", carried)
+            monkeypatch.setattr(quantize_module, "carries_full_precision", carried)
             monkeypatch.setattr(Teacher, "finish", None)
         quantize_model(sharp_model(name), data, method, grid=GRID, settings=SMALL)
     ours, theirs = taught

@@ -31,6 +31,7 @@ from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.offload import resident
 from gptq_awq.numerics.distributed import ONE
 from gptq_awq.quantization.block import BlockStep
+from gptq_awq.quantization.quantize import carries_full_precision
 from gptq_awq.quantization.resume import BlockResult, Progress, weights_in
 from gptq_awq.runtime.profiling import Recorder
 from gptq_awq.solvers.rtn import RTN
@@ -259,9 +260,10 @@ class DryRun:
         return Line.through(prepare, min(3, len(self._blocks)))
 
     def tuning(self, tuning: ModelTuning) -> Line:
-        """Take a few steps of a tuning of the whole model; scaled to the forwards that its teacher makes."""
+        """Take a few steps of a tuning of the whole model, after its teacher's forwards where calibration has none."""
         tokens, batch = self._context.tokens, self._batch
         assert tokens is not None
+        brought = carries_full_precision(self._model, tokens, self._plan.method, None)
 
         def step(count: int) -> float:
             view, timer = self._truncated_copy(count), _StepTimer()
@@ -271,7 +273,7 @@ class DryRun:
             began = time.perf_counter()
             with suppress(_EnoughError), torch.enable_grad():
                 tuning.apply(view, weights, teacher, batch, timer.track)
-            return seconds["forward"] + (timer.seconds or time.perf_counter() - began)
+            return (0.0 if brought else seconds["forward"]) + (timer.seconds or time.perf_counter() - began)
 
         line, times = Line.through(step, min(MORE, len(self._blocks))), len(tokens.ids) / len(batch.ids)
         return Line(line.outside * times, line.block * times)
