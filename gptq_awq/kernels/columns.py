@@ -15,88 +15,91 @@ EXPONENT_BITS = 0x7F800000
 """Bits of a float32's exponent: by themselves, the power of two at or below a number."""
 LANES = 64
 """Rows side by side. With fewer, LLVM unrolls the inner loops before it has vectorized them: four times as slow."""
-ROOM = 4
+ROOM = 2
 """Rows of LANES numbers that `nearest` works in, allocated by its caller: that takes as long as rounding does."""
 
 
 @numba.njit(inline="always")
-def nearest(x, s, z, max_code, kind, levels, code, value, room):  # pragma: no cover (compiled)
-    """Round x to the grid: codes and values of the nearest neighbours, as `Arithmetic.encode` and `decode` do.
+def nearest(x, i, s, z, max_code, kind, levels, code, value, room):  # pragma: no cover (compiled)
+    """Round row i of x to the grid: codes and values of the nearest neighbours, as `Arithmetic` encodes and decodes.
+
+    Rows are indexed and not sliced, here and in `room`: the count of references that a slice keeps takes as long as
+    rounding all of its numbers.
 
     Args:
-        x, s, z: (LANES,) float32: numbers, their scales and zeros.
+        x: (rows, LANES) float32: numbers.
+        i: the row of x that is rounded.
+        s, z: (LANES,) float32: scales and zeros of that row's numbers.
         max_code, kind, levels: the grid's arithmetic; levels (n,) float32, empty except for tables and floats.
         code, value: (LANES,) float32, written.
-        room: (ROOM, LANES) float32, overwritten.
+        room: (ROOM, LANES) int32, overwritten.
     """
     zero = np.float32(0.0)
     if kind == AFFINE:
         for r in range(LANES):
-            units = x[r] / s[r] if s[r] != zero else zero
+            units = x[i, r] / s[r] if s[r] != zero else zero
             c = min(max(np.rint(units) + z[r], zero), max_code)
             code[r] = c
             value[r] = s[r] * (c - z[r])
     elif kind == MINIMUM:
         for r in range(LANES):
-            units = (x[r] - z[r]) / s[r] if s[r] != zero else zero
+            units = (x[i, r] - z[r]) / s[r] if s[r] != zero else zero
             c = min(max(np.rint(units), zero), max_code)
             code[r] = c
             value[r] = s[r] * c + z[r]
     elif kind == FLOAT:
-        nearest_float(x, s, max_code, levels, code, value, room)
+        nearest_float(x, i, s, max_code, levels, code, value)
     else:
-        nearest_level(x, s, levels, code, value, room)
+        nearest_level(x, i, s, levels, code, value, room)
 
 
 @numba.njit(inline="always")
-def nearest_level(x, s, levels, code, value, room):  # pragma: no cover (compiled)
-    """Round x to multiples s of a table's levels, the first on a tie; arguments as in `nearest`.
+def nearest_level(x, i, s, levels, code, value, room):  # pragma: no cover (compiled)
+    """Round row i of x to multiples s of a table's levels, the first on a tie; arguments as in `nearest`.
 
     Distances are compared, and codes chosen, as bits: floats that aren't negative have their bits' order, and LLVM
     puts a choice by a comparison of floats, `code[r] = c if closer else code[r]`, into no vector registers.
     """
     zero = np.float32(0.0)
-    t, distance, whole = room[0], room[1], room.view(np.int32)
-    bits, least, chosen = whole[1], whole[2], whole[3]
     for r in range(LANES):
-        least[r], chosen[r] = np.int32(2**31 - 1), np.int32(0)
-    for r in range(LANES):
-        t[r] = x[r] / s[r] if s[r] != zero else zero
+        room[0, r], room[1, r] = np.int32(2**31 - 1), np.int32(0)
+        value[r] = x[i, r] / s[r] if s[r] != zero else zero
     for c in range(len(levels)):
+        level = levels[c]
         for r in range(LANES):
-            distance[r] = abs(t[r] - levels[c])
-        for r in range(LANES):
-            closer = (bits[r] - least[r]) >> np.int32(31)
-            chosen[r] += closer & (np.int32(c) - chosen[r])
-            least[r] = min(least[r], bits[r])
+            distance = np.float32(abs(value[r] - level)).view(np.int32)
+            closer = (distance - room[0, r]) >> np.int32(31)
+            room[1, r] += closer & (np.int32(c) - room[1, r])
+            room[0, r] = min(room[0, r], distance)
     for r in range(LANES):
-        code[r] = np.float32(chosen[r])
-        value[r] = s[r] * levels[np.uint32(chosen[r])]
+        code[r] = np.float32(room[1, r])
+    for r in range(LANES):
+        value[r] = s[r] * levels[np.uint32(room[1, r])]
 
 
 @numba.njit(inline="always")
-def nearest_float(x, s, max_code, levels, code, value, room):  # pragma: no cover (compiled)
-    """Round x to multiples s of a small floating-point type's numbers, halves to even; arguments as in `nearest`."""
-    mantissa, largest = np.int32(levels[0]), levels[2]
-    smallest = np.float32(2.0) ** levels[1]  # normal number
-    step, steps = np.float32(2.0) ** -levels[0], np.float32(2.0) ** (levels[0] - levels[1])
-    sign, zero = np.float32((max_code + 1) / 2), np.float32(0.0)
-    shift, offset = np.int32(23) - mantissa, np.int32(levels[1] + 126) << mantissa
-    a, power, v, whole = room[0], room[1], room[2], room.view(np.int32)
-    bits, exponent, rounded = whole[0], whole[1], whole[2]
+def nearest_float(x, i, s, max_code, levels, code, value):  # pragma: no cover (compiled)
+    """Round row i of x to multiples s of a small float's numbers, halves to even; arguments as in `nearest`.
+
+    Normal numbers are rounded in their bits, those below the smallest one as multiples of its step.
+    """
+    mantissa, largest, zero, one = np.int32(levels[0]), levels[2], np.float32(0.0), np.int32(1)
+    shift, sign = np.int32(23) - mantissa, np.int32((max_code + 1) / 2)
+    offset, half = np.int32(levels[1] + 126) << mantissa, (one << (shift - one)) - one
+    smallest, exponent = (offset + (one << mantissa)) << shift, np.int32(levels[1]) - mantissa + np.int32(127)
+    step = np.int32(exponent << np.int32(23)).view(np.float32)  # a power of two, as pow takes its time
+    steps = np.int32((np.int32(254) - exponent) << np.int32(23)).view(np.float32)
     for r in range(LANES):
-        a[r] = min(abs(x[r] / s[r] if s[r] != zero else zero), largest)
-    for r in range(LANES):
-        exponent[r] = bits[r] & np.int32(EXPONENT_BITS)
-    for r in range(LANES):
-        quantum = max(power[r], smallest) * step
-        v[r] = np.rint(a[r] / quantum) * quantum
-    for r in range(LANES):
-        normal = np.float32((rounded[r] >> shift) - offset)
-        c = normal if v[r] >= smallest else v[r] * steps
-        below = (x[r] < zero) != (s[r] < zero) and c > zero
-        code[r] = c + sign if below else c
-        value[r] = s[r] * (-v[r] if below else v[r])
+        units = np.float32(x[i, r] / s[r] if s[r] != zero else zero)
+        size = np.float32(min(abs(units), largest))
+        bits, few = size.view(np.int32), np.float32(np.rint(size * steps))
+        normal = np.int32((bits + half + ((bits >> shift) & one)) >> shift)
+        small = np.int32((bits - smallest) >> np.int32(31))
+        c = np.int32(normal - offset + (small & (np.int32(few) - normal + offset)))
+        v = np.int32((normal << shift) + (small & (np.float32(few * step).view(np.int32) - (normal << shift))))
+        below = np.int32((units.view(np.int32) & -c) >> np.int32(31))  # a negative number whose code isn't zero
+        code[r] = np.float32(c + (below & sign))
+        value[r] = s[r] * np.int32(v | (below << np.int32(31))).view(np.float32)
 
 
 @numba.njit(parallel=True, cache=True)
@@ -154,11 +157,11 @@ def _sweep_tile(tile, x, u, scale, zero, max_code, kind, levels, first, codes, e
     start, count = tile * LANES, min(LANES, len(codes) - tile * LANES)
     s, z = np.ones(LANES, np.float32), np.zeros(LANES, np.float32)
     code, value, e = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    room = np.empty((ROOM, LANES), np.float32)
+    room = np.empty((ROOM, LANES), np.int32)
     for i in range(first, first + scale.shape[1]):
         for r in range(count):
             s[r], z[r] = scale[start + r, i - first], zero[start + r, i - first]
-        nearest(x[i], s, z, max_code, kind, levels, code, value, room)
+        nearest(x, i, s, z, max_code, kind, levels, code, value, room)
         d = u[i, i]
         for r in range(LANES):
             e[r] = (x[i, r] - value[r]) / d
@@ -168,62 +171,6 @@ def _sweep_tile(tile, x, u, scale, zero, max_code, kind, levels, first, codes, e
             uij = u[i, j]
             for r in range(LANES):
                 x[j, r] -= e[r] * uij
-
-
-@numba.njit(parallel=True, cache=True)
-def best_range(w, scale, zero, max_code, kind, levels, hessian, best):  # pragma: no cover (compiled)
-    """For each row and group, find the candidate range that rounds with the least error; the first on a tie.
-
-    The error is Δ H Δᵀ, or Σ |δ|^2.4 where no H is given.
-
-    Args:
-        w: (rows, groups, cols) float32: weights.
-        scale: (rows, groups, candidates) float32: the candidates' scales.
-        zero: (rows, groups, candidates) float32: the candidates' zeros.
-        max_code, kind, levels: the grid's arithmetic, as in `nearest`.
-        hessian: (groups, cols, cols) float32: the Hessian's diagonal block of each group; (groups, 0, 0): none.
-        best: (rows, groups) int64, written: index of the best candidate.
-    """
-    tiles = (len(w) + LANES - 1) // LANES
-    for index in numba.prange(tiles * w.shape[1]):
-        group, tile = index // tiles, index % tiles
-        _best_range_tile(
-            tile,
-            w=w[:, group],
-            scale=scale[:, group],
-            zero=zero[:, group],
-            max_code=max_code,
-            kind=kind,
-            levels=levels,
-            hessian=hessian[group],
-            best=best[:, group],
-        )
-
-
-@numba.njit
-def _best_range_tile(tile, w, scale, zero, max_code, kind, levels, hessian, best):  # pragma: no cover (compiled)
-    """Find the best candidate range for each of a tile's LANES rows, in one group."""
-    start, count, cols = tile * LANES, min(LANES, len(w) - tile * LANES), w.shape[1]
-    x, delta = np.zeros((cols, LANES), np.float32), np.empty((cols, LANES), np.float32)
-    s, z = np.ones(LANES, np.float32), np.zeros(LANES, np.float32)
-    code, error = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    least, room = np.full(LANES, np.float32(np.inf)), np.empty((ROOM, LANES), np.float32)
-    best[start : start + count] = 0
-    load(w, tile, x)
-    for c in range(scale.shape[1]):
-        for r in range(count):
-            s[r], z[r] = scale[start + r, c], zero[start + r, c]
-        for j in range(cols):
-            nearest(x[j], s, z, max_code, kind, levels, code, delta[j], room)
-            for r in range(LANES):
-                delta[j, r] -= x[j, r]
-        if len(hessian):
-            _output_error(delta, hessian, error)
-        else:
-            _weight_error(delta, error)
-        for r in range(count):
-            if error[r] < least[r]:
-                least[r], best[start + r] = error[r], c
 
 
 @numba.njit
@@ -277,6 +224,70 @@ def _weight_error(delta, error):  # pragma: no cover (compiled)
             error[r] += square * square
 
 
+def _best_range_tile_of(kind):
+    """Compile the search in one tile for one kind of arithmetic: all in one function take twice as long."""
+
+    @numba.njit
+    def best_range_tile(tile, w, scale, zero, max_code, levels, hessian, best):  # pragma: no cover (compiled)
+        """Find the best candidate range for each of a tile's LANES rows, in one group."""
+        start, count, cols = tile * LANES, min(LANES, len(w) - tile * LANES), w.shape[1]
+        x, delta = np.zeros((cols, LANES), np.float32), np.empty((cols, LANES), np.float32)
+        s, z = np.ones(LANES, np.float32), np.zeros(LANES, np.float32)
+        code, value, error = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+        least, room = np.full(LANES, np.float32(np.inf)), np.empty((ROOM, LANES), np.int32)
+        best[start : start + count] = 0
+        load(w, tile, x)
+        for c in range(scale.shape[1]):
+            for r in range(count):
+                s[r], z[r] = scale[start + r, c], zero[start + r, c]
+            for j in range(cols):
+                nearest(x, j, s, z, max_code, kind, levels, code, value, room)
+                for r in range(LANES):
+                    delta[j, r] = value[r] - x[j, r]
+            if len(hessian):
+                _output_error(delta, hessian, error)
+            else:
+                _weight_error(delta, error)
+            for r in range(count):
+                if error[r] < least[r]:
+                    least[r], best[start + r] = error[r], c
+
+    return best_range_tile
+
+
+_affine_tile, _minimum_tile, _table_tile, _float_tile = (
+    _best_range_tile_of(kind) for kind in (AFFINE, MINIMUM, TABLE, FLOAT)
+)
+
+
+@numba.njit(parallel=True, cache=True)
+def best_range(w, scale, zero, max_code, kind, levels, hessian, best):  # pragma: no cover (compiled)
+    """For each row and group, find the candidate range that rounds with the least error; the first on a tie.
+
+    The error is Δ H Δᵀ, or Σ |δ|^2.4 where no H is given.
+
+    Args:
+        w: (rows, groups, cols) float32: weights.
+        scale: (rows, groups, candidates) float32: the candidates' scales.
+        zero: (rows, groups, candidates) float32: the candidates' zeros.
+        max_code, kind, levels: the grid's arithmetic, as in `nearest`.
+        hessian: (groups, cols, cols) float32: the Hessian's diagonal block of each group; (groups, 0, 0): none.
+        best: (rows, groups) int64, written: index of the best candidate.
+    """
+    tiles = (len(w) + LANES - 1) // LANES
+    for index in numba.prange(tiles * w.shape[1]):
+        group, tile = index // tiles, index % tiles
+        part = w[:, group], scale[:, group], zero[:, group]
+        if kind == AFFINE:
+            _affine_tile(tile, *part, max_code, levels, hessian[group], best[:, group])
+        elif kind == MINIMUM:
+            _minimum_tile(tile, *part, max_code, levels, hessian[group], best[:, group])
+        elif kind == TABLE:
+            _table_tile(tile, *part, max_code, levels, hessian[group], best[:, group])
+        else:
+            _float_tile(tile, *part, max_code, levels, hessian[group], best[:, group])
+
+
 @numba.njit(parallel=True, cache=True)
 def least_squares(w, scale, max_code, kind, levels, weights, found):  # pragma: no cover (compiled)
     """For each row and group, find the scale with the least Σ h (ŵ - w)² for the codes of one of the candidates.
@@ -300,7 +311,7 @@ def _least_squares_tile(tile, w, scale, max_code, kind, levels, weights, found):
     """Find the best scale for each of a tile's LANES rows, in one group."""
     start, count, cols = tile * LANES, min(LANES, len(w) - tile * LANES), w.shape[1]
     x, s, z = np.zeros((cols, LANES), np.float32), np.ones(LANES, np.float32), np.zeros(LANES, np.float32)
-    code, value, room = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty((ROOM, LANES), np.float32)
+    code, value, room = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty((ROOM, LANES), np.int32)
     product, square = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     most = np.zeros(LANES, np.float32)
     found[start : start + count] = np.float32(0.0)
@@ -310,7 +321,7 @@ def _least_squares_tile(tile, w, scale, max_code, kind, levels, weights, found):
             s[r] = scale[start + r, c]
         product[:], square[:] = np.float32(0.0), np.float32(0.0)
         for j in range(cols):
-            nearest(x[j], s, z, max_code, kind, levels, code, value, room)
+            nearest(x, j, s, z, max_code, kind, levels, code, value, room)
             h = weights[j]
             for r in range(LANES):
                 product[r] += h * value[r] * x[j, r]

@@ -48,13 +48,16 @@ def descend(
     for part in numba.prange((rows + height - 1) // height):
         own = slice(part * height, min(rows, (part + 1) * height))
         E, slope = value[own] - target[own], np.empty((own.stop - own.start, widest), np.float32)
-        room, work = np.empty((ROOM + 5, LANES), np.float32), np.empty((2, widest), np.float32)
+        columns, room = np.empty((5, LANES), np.float32), np.empty((ROOM, LANES), np.int32)
+        work = np.empty((2, widest), np.float32)
         for _ in range(passes):
             for group in range(len(starts) - 1):
                 here = slice(starts[group], starts[group + 1])
                 _add_products(E, hessian, here, slope)
                 s, z = scale[own, group], zero[own, group]
-                _descend_group(value[own], slope, hessian, here, s, z, max_code, kind, levels, inner, codes[own], room)
+                _descend_group(
+                    value[own], slope, hessian, here, s, z, max_code, kind, levels, inner, codes[own], columns, room
+                )
                 for r in range(own.start, own.stop):
                     v, r_in_part = value[r, here], r - own.start
                     if storage != KEPT:
@@ -85,28 +88,27 @@ def _add_products(E, hessian, here, slope):  # pragma: no cover (compiled)
 
 @numba.njit(fastmath={"contract"})
 def _descend_group(
-    v, slope, hessian, here, s, z, max_code, kind, levels, inner, c, room
+    v, slope, hessian, here, s, z, max_code, kind, levels, inner, c, columns, room
 ):  # pragma: no cover (compiled)
     """Descend over the columns `here` of some rows: v, c (rows, cols) and slope (rows, width) are changed in place."""
     rows, first, width = len(v), here.start, here.stop - here.start
-    wanted, code, new, scales, zeros = room[ROOM], room[ROOM + 1], room[ROOM + 2], room[ROOM + 3], room[ROOM + 4]
-    wanted[:], scales[:], zeros[:] = np.float32(0.0), np.float32(1.0), np.float32(0.0)
+    code, new, scales, zeros = columns[1], columns[2], columns[3], columns[4]
+    columns[0, :], scales[:], zeros[:] = np.float32(0.0), np.float32(1.0), np.float32(0.0)
     for r in range(rows):
         scales[r], zeros[r] = s[r], z[r]
     for _ in range(inner):
         for i in range(width):
-            h = hessian[first + i, here]
+            diagonal = hessian[first + i, first + i]
             for r in range(rows):
-                wanted[r] = v[r, first + i] - slope[r, i] / h[i]
-            nearest(wanted, scales, zeros, max_code, kind, levels, code, new, room)
+                columns[0, r] = v[r, first + i] - slope[r, i] / diagonal
+            nearest(columns, 0, scales, zeros, max_code, kind, levels, code, new, room)
             for r in range(rows):
                 c[r, first + i] = code[r]
                 change = new[r] - v[r, first + i]
                 if change != np.float32(0.0):
                     v[r, first + i] = new[r]
-                    g = slope[r]
                     for j in range(width):
-                        g[j] += change * h[j]
+                        slope[r, j] += change * hessian[first + i, first + j]
 
 
 @numba.njit(fastmath={"contract", "reassoc", "nsz"})

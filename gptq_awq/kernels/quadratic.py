@@ -88,9 +88,9 @@ def _rounding_traces(
     rows, n = w.shape
     for tile in numba.prange(len(errors)):
         words, row = np.zeros((panels.shape[1], PANEL), np.uint32), np.zeros(2 * panels.shape[1] + LANES, np.float32)
-        x, s, z = np.zeros(LANES, np.float32), np.ones(LANES, np.float32), np.zeros(LANES, np.float32)
+        x, s, z = np.zeros((1, LANES), np.float32), np.ones(LANES, np.float32), np.zeros(LANES, np.float32)
         code, value = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-        room = np.empty((ROOM, LANES), np.float32)
+        room = np.empty((ROOM, LANES), np.int32)
         for r in range(min(PANEL, rows - tile * PANEL)):
             here = tile * PANEL + r
             for group in range(scale.shape[1]):
@@ -98,10 +98,10 @@ def _rounding_traces(
                 s[:], z[:] = scale[here, group], zero[here, group]
                 for start in range(group * size, stop, LANES):
                     count = min(LANES, stop - start)
-                    x[:count] = w[here, start : start + count]
-                    nearest(x, s, z, max_code, kind, levels, code, value, room)
+                    x[0, :count] = w[here, start : start + count]
+                    nearest(x, 0, s, z, max_code, kind, levels, code, value, room)
                     for j in range(count):
-                        row[start + j] = (value[j] - x[j]) / divisor[start + j]
+                        row[start + j] = (value[j] - x[0, j]) / divisor[start + j]
             _lay_out(row[: 2 * panels.shape[1]], words, r)
         errors[tile] = _trace(words, panels, np.empty((PANEL, PANEL), np.float32))
 
