@@ -157,6 +157,10 @@ def unit_upper_factor(H: Float[Tensor, "n n"], damping: float) -> Float[Tensor, 
     mean = H.diagonal().mean()
     if mean == 0:
         return torch.eye(len(H), dtype=H.dtype, device=H.device)
-    damped = H.double() + damping * mean.double() * torch.eye(len(H), dtype=torch.float64, device=H.device)
-    factor = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    damped = H.flip(0, 1)
+    damped.diagonal().add_(damping * mean)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if failed:  # hardly damped at all
+        factor = torch.linalg.cholesky(damped.double())
+    factor = factor.flip(0, 1)
     return (factor / factor.diagonal()).to(H.dtype)
