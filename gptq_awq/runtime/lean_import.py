@@ -3,7 +3,8 @@
 transformers imports torch._dynamo, and with it Inductor and SymPy, for decorators that keep functions out of compiled
 graphs; torch.distributed.tensor for models that are spread over devices; and scipy.optimize for the losses of object
 detection. That takes longer than all else that transformers imports, and 140 MB. Here stand-ins have the few names that
-it asks for; who asks them for anything else gets the real module, imported then.
+it asks for; who asks them for anything else gets the real module, imported then. Nor is Trio imported, or the list of
+what 500 models define made twice.
 
     import_transformers()          # a command that computes on one process; never the library
     from transformers import …
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, spec_from_loader
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -45,7 +47,7 @@ def import_transformers() -> None:
     sys.modules.update(made)
     sys.meta_path.insert(0, _Within())
     try:
-        with _undistributed():
+        with _undistributed(), _without("trio"), _listed_once():
             for name in WANTED:
                 importlib.import_module(name)
     except Exception:  # another version of transformers may need more than the stand-ins have
@@ -113,6 +115,42 @@ def _undistributed() -> Iterator[None]:
         yield
     finally:
         torch.distributed.is_available = available
+
+
+@contextmanager
+def _without(name: str) -> Iterator[None]:
+    """Context in which a module can't be imported, as if it weren't installed; one that is imported already stays.
+
+    The hub's client takes Trio, where there is one, for requests that nobody here makes.
+    """
+    absent = {} if name in sys.modules else {name: None}
+    sys.modules.update(absent)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    try:
+        yield
+    finally:
+        for each in absent:
+            del sys.modules[each]
+
+
+@contextmanager
+def _listed_once() -> Iterator[None]:
+    """Context in which transformers reads the sources of its models, to list what they define, once and not twice."""
+    transformers = importlib.import_module("transformers")
+    utils: Any = importlib.import_module("transformers.utils.import_utils")
+    models, read = Path(transformers.__file__ or "").parent / "models", utils.define_import_structure
+
+    def listed(path: Any, prefix: str | None = None) -> dict[frozenset, dict[str, set]]:
+        if Path(path) != models / "__init__.py" or prefix is not None:
+            return read(path, prefix)
+        found = read(models, prefix="models").items()  # which it has kept, among other names
+        own = "models."
+        return {k: {x.removeprefix(own): v for x, v in names.items() if x.startswith(own)} for k, names in found}
+
+    utils.define_import_structure = listed
+    try:
+        yield
+    finally:
+        utils.define_import_structure = read
 
 
 def _unmarked(function: Any = None, *_args: Any, **_options: Any) -> Any:

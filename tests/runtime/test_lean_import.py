@@ -19,7 +19,8 @@ with torch.no_grad():
     logits = model(torch.arange(8)[None]).logits.flatten().tolist()
 told = {"modules": [name for name in HEAVY if type(sys.modules.get(name)) is type(sys)], "logits": logits}
 from torch._dynamo.utils import counters
-import scipy.optimize, torch._dynamo, torch.distributed
+import scipy.optimize, torch._dynamo, torch.distributed, transformers.models
+told["models"] = sorted(dir(transformers.models))
 told["same"] = counters is torch._dynamo.utils.counters
 told["real"] = [torch._dynamo.__file__, scipy.optimize.linear_sum_assignment([[0.0]])[0].tolist(),
                 torch.distributed.is_available()]
