@@ -13,7 +13,7 @@ what 500 models define made twice.
 import importlib
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -28,8 +28,21 @@ WANTED = ("transformers.modeling_utils", "transformers.generation.utils", "trans
 COMPILER, TRACING, SOLVERS = "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op", "scipy.optimize"
 MARKS = ("disable", "allow_in_graph", "assume_constant_result")
 """Decorators of the compiler's that say how it shall treat a function."""
+SYMBOLS, SHAPES = "sympy", "torch.fx.experimental.symbolic_shapes"
+"""Modules that models of unknown sizes need, and that torch asks about each size of a model on its meta device."""
 CALLED = {TRACING: "TransformGetItemToIndex", SOLVERS: "linear_sum_assignment"}
 """Module → the name in it that transformers imports, and calls for other models than those for text, if at all."""
+
+ANSWERS: Mapping[str, Callable[..., Any]] = {
+    **dict.fromkeys(("expect_true", "guard_or_false", "guard_or_true", "guard_size_oblivious"), lambda x, *_: x),
+    **dict.fromkeys(("statically_known_true", "guarding_hint_or_throw"), lambda x: x),
+    "has_guarding_hint": lambda _: True,
+    "is_nested_int": lambda _: False,
+    "sym_eq": lambda x, y: list(x) == list(y) if isinstance(x, (tuple, list)) else x == y,
+    "sym_and": lambda *xs: all(xs),
+    "sym_or": lambda *xs: any(xs),
+}
+"""What symbolic_shapes' functions say of plain numbers."""
 
 
 def import_transformers() -> None:
@@ -43,6 +56,8 @@ def import_transformers() -> None:
     importlib.import_module("torch")  # which needs the real ones
     given: dict[str, Mapping[str, Any]] = {module: {name: _later(module, name)} for module, name in CALLED.items()}
     given[COMPILER] = dict.fromkeys(MARKS, _unmarked)
+    given[SYMBOLS] = {"Basic": type("Basic", (), {})}  # which no number is an instance of
+    given[SHAPES] = {name: _of_numbers(name, answer) for name, answer in ANSWERS.items()}
     made = {name: _StandIn(name, values) for name, values in given.items() if name not in sys.modules}
     sys.modules.update(made)
     sys.meta_path.insert(0, _Within())
@@ -68,14 +83,17 @@ class _StandIn(ModuleType):
 
     def __init__(self, name: str, given: Mapping[str, Any]) -> None:
         super().__init__(name)
-        self.__dict__.update(given, __path__=[])  # a package, whose modules `_Within` finds
+        self.__dict__.update(given, __path__=[], __spec__=ModuleSpec(name, None))  # a package, for `_Within`
+        self._given = given
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real(), name)
 
     def real(self) -> ModuleType:
-        """Make way for the real module, and import it."""
+        """Make way for the real module, and import it; who holds the stand-in finds the real names in it."""
         self.leave()
+        for name in self._given:
+            self.__dict__.pop(name, None)
         return importlib.import_module(self.__name__)
 
     def leave(self) -> None:
@@ -156,6 +174,17 @@ def _listed_once() -> Iterator[None]:
 def _unmarked(function: Any = None, *_args: Any, **_options: Any) -> Any:
     """Stand in for a decorator, with or without arguments of its own, that returns functions as they are."""
     return function if callable(function) else _unmarked
+
+
+def _of_numbers(name: str, answer: Callable[..., Any]) -> Any:
+    """Make a function of symbolic_shapes' that answers for numbers, and asks the real one about anything else."""
+    real = _later(SHAPES, name)
+    return lambda *args: (answer if _numbers(args) else real)(*args)
+
+
+def _numbers(x: Any) -> bool:
+    """Whether all in some tuples and lists are plain numbers, and no symbols."""
+    return all(map(_numbers, x)) if isinstance(x, (tuple, list)) else isinstance(x, (int, float))
 
 
 def _later(module: str, name: str) -> Any:
