@@ -4,7 +4,6 @@ import logging
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.markdown import Markdown
 
 from gptq_awq.experiment.plan import Plan
 from gptq_awq.experiment.sweeps.progress import tell_done
@@ -49,6 +48,8 @@ def tell_end(plan: Plan, result: Result, console: Console, taken: bool, seconds:
     """
     folder = sweep_folder()
     if plan.profile:
+        from rich.markdown import Markdown  # with all that highlights code
+
         Console().print(Markdown((plan.out / REPORT).read_text()))
     if folder is not None:
         tell_done(result, folder, job_number(), taken, seconds)

@@ -12,7 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gptq_awq.grids.arithmetic import KINDS, Arithmetic, in_numbers
+from gptq_awq.grids.base import Fitted, Grid
 from gptq_awq.kernels import columns, gpu
+from gptq_awq.kernels.quadratic import Quadratic
 
 MSE_NORM = 2.4
 STEPS, MAX_SHRINK = 20, 0.5
@@ -131,6 +133,22 @@ def _least_squares_plain(w: Tensor, scales: Tensor, arithmetic: Arithmetic, weig
         best = torch.where(better, product / square, 0.0)
         most, found = torch.where(better, product * best, most), torch.where(better, scale * best, found)
     return found
+
+
+def nearest_error(
+    form: Quadratic,
+    grid: Grid,
+    fitted: Fitted,
+    w: Float[Tensor, "rows cols"],
+    divisor: Float[Tensor, "cols"],
+) -> float:
+    """Output error tr(ΔHΔᵀ) of rounding to nearest, Δ = (ŵ - w) / divisor, in one pass; H is given as its `form`.
+
+    `fitted` holds the scales and zeros of groups of neighbouring columns.
+    """
+    size = w.shape[1] if grid.group_size == -1 else grid.group_size
+    weight, scales, zeros, own = (x.contiguous().numpy() for x in (w, fitted.scales, fitted.zeros, divisor))
+    return form.of_rounding(weight, scales, zeros, size, in_numbers(grid.arithmetic), own)
 
 
 def least_error_together(

@@ -15,6 +15,8 @@ EXPONENT_BITS = 0x7F800000
 """Bits of a float32's exponent: by themselves, the power of two at or below a number."""
 LANES = 64
 """Rows side by side. With fewer, LLVM unrolls the inner loops before it has vectorized them: four times as slow."""
+AT_ONCE = 4
+"""Columns whose errors are subtracted from a later one at once: it is read and written once for all of them."""
 ROOM = 2
 """Rows of LANES numbers that `nearest` works in, allocated by its caller: that takes as long as rounding does."""
 
@@ -107,8 +109,8 @@ def sweep_columns(w, u, scale, zero, max_code, kind, levels, first, codes, error
     """Round consecutive columns of one GPTQ block, propagating each column's error to the block's later columns.
 
     Args:
-        w: (stacks, rows, block) float32, changed in place: the block's weights; linears that share an input share a
-            stack.
+        w: (stacks, rows, block) float32: the block's weights, of which those after the rounded columns are changed in
+            place; linears that share an input share a stack.
         u: (stacks, block, block) float32: the block's diagonal part of each stack's upper Cholesky factor U.
         scale: (stacks, rows, count) float32: scales of the columns to round.
         zero: (stacks, rows, count) float32: zeros of the columns to round.
@@ -118,28 +120,18 @@ def sweep_columns(w, u, scale, zero, max_code, kind, levels, first, codes, error
         errors: (stacks, rows, block) float32, written: (w - q) / U_ii.
     """
     stacks, rows, block = w.shape
-    tiles = (rows + LANES - 1) // LANES
+    tiles, stop = (rows + LANES - 1) // LANES, first + scale.shape[2]
     for index in numba.prange(stacks * tiles):
         stack, tile = index // tiles, index % tiles
-        x = np.zeros((block, LANES), np.float32)
+        x, e = np.zeros((block, LANES), np.float32), np.empty((block, LANES), np.float32)
+        s, z = np.ones((stop - first, LANES), np.float32), np.zeros((stop - first, LANES), np.float32)
         load(w[stack], tile, x)
-        _sweep_tile(
-            tile,
-            x,
-            u=u[stack],
-            scale=scale[stack],
-            zero=zero[stack],
-            max_code=max_code,
-            kind=kind,
-            levels=levels,
-            first=first,
-            codes=codes[stack],
-            errors=errors[stack],
-        )
-        start, count = tile * LANES, min(LANES, rows - tile * LANES)
-        for r in range(count):
-            for j in range(first, block):
-                w[stack, start + r, j] = x[j, r]
+        load(scale[stack], tile, s)
+        load(zero[stack], tile, z)
+        _sweep_tile(x, u[stack], s, z, max_code, kind, levels, first, e)
+        store(x[first:stop], tile, codes[stack][:, first:stop])
+        store(e[first:stop], tile, errors[stack][:, first:stop])
+        store(x[stop:], tile, w[stack][:, stop:])
 
 
 @numba.njit(inline="always")
@@ -151,26 +143,39 @@ def load(w, tile, x):  # pragma: no cover (compiled)
             x[j, r] = w[start + r, j]
 
 
+@numba.njit(inline="always")
+def store(x, tile, into):  # pragma: no cover (compiled)
+    """Transpose x (cols, LANES) into the tile's LANES rows of `into` (rows, cols)."""
+    start, count = tile * LANES, min(LANES, len(into) - tile * LANES)
+    for r in range(count):
+        for j in range(into.shape[1]):
+            into[start + r, j] = x[j, r]
+
+
 @numba.njit
-def _sweep_tile(tile, x, u, scale, zero, max_code, kind, levels, first, codes, errors):  # pragma: no cover (compiled)
-    """Sweep the columns of one tile of LANES rows of one stack, x (block, LANES), changed in place."""
-    start, count = tile * LANES, min(LANES, len(codes) - tile * LANES)
-    s, z = np.ones(LANES, np.float32), np.zeros(LANES, np.float32)
-    code, value, e = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    room = np.empty((ROOM, LANES), np.int32)
-    for i in range(first, first + scale.shape[1]):
-        for r in range(count):
-            s[r], z[r] = scale[start + r, i - first], zero[start + r, i - first]
-        nearest(x, i, s, z, max_code, kind, levels, code, value, room)
-        d = u[i, i]
-        for r in range(LANES):
-            e[r] = (x[i, r] - value[r]) / d
-        for r in range(count):
-            codes[start + r, i], errors[start + r, i] = code[r], e[r]
-        for j in range(i + 1, len(x)):
-            uij = u[i, j]
+def _sweep_tile(x, u, s, z, max_code, kind, levels, first, e):  # pragma: no cover (compiled)
+    """Sweep some columns of one tile of LANES rows of one stack: weights in x become codes, errors are written to e.
+
+    Columns are rounded AT_ONCE, then their errors subtracted from each later column, one after the other as ever.
+    """
+    block, stop = len(x), first + len(s)
+    code, value, room = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty((ROOM, LANES), np.int32)
+    for a in range(first, stop, AT_ONCE):
+        whole = a + AT_ONCE <= stop
+        for i in range(a, min(a + AT_ONCE, stop)):
+            nearest(x, i, s[i - first], z[i - first], max_code, kind, levels, code, value, room)
+            d = u[i, i]
             for r in range(LANES):
-                x[j, r] -= e[r] * uij
+                e[i, r] = (x[i, r] - value[r]) / d
+                x[i, r] = code[r]
+            for j in range(i + 1, a + AT_ONCE if whole else block):
+                uij = u[i, j]
+                for r in range(LANES):
+                    x[j, r] -= e[i, r] * uij
+        for j in range(a + AT_ONCE if whole else block, block):
+            u0, u1, u2, u3 = u[a, j], u[a + 1, j], u[a + 2, j], u[a + 3, j]
+            for r in range(LANES):
+                x[j, r] = x[j, r] - e[a, r] * u0 - e[a + 1, r] * u1 - e[a + 2, r] * u2 - e[a + 3, r] * u3
 
 
 @numba.njit

@@ -10,10 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gptq_awq.calibration.moments import Moments
-from gptq_awq.grids.base import QuantizedWeight, nearest, row_parts
+from gptq_awq.grids.base import QuantizedWeight, fit_all, nearest, row_parts
 from gptq_awq.grids.scale_range import scales_out_of_range
+from gptq_awq.grids.search import nearest_error
+from gptq_awq.kernels.quadratic import Quadratic
 from gptq_awq.models.linear import Site
-from gptq_awq.numerics.linalg import quadratic
+from gptq_awq.numerics.linalg import quadratic, rough_form
 from gptq_awq.quantization.method import Method
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.solvers.base import Solution
@@ -59,12 +61,23 @@ class LinearReport:
         if self.moments is None or not self.moments.tokens:
             return sums
         hessian = self.moments.hessian
-        loss = solution.quantized.loss if solution.damping is None else None  # a damped solver's loss is of damped H
-        after = _error(dequantized, weight, hessian) if loss is None else 2 * loss
-        rounded = nearest(solution.quantized.grid, weight)
-        same = torch.equal(rounded, dequantized)
-        before = after if same else quadratic(rounded.sub_(weight), hessian, rough=True)
-        return replace(sums, signal=quadratic(weight, hessian, rough=True), before=before, after=after)
+        after = self._after(solution, sums.changed)
+        after = _error(dequantized, weight, hessian) if after is None else after
+        form = rough_form(hessian)
+        before = _nearest_error(weight, hessian, form, solution.quantized, dequantized)
+        signal = _rough(weight, hessian, form)
+        return replace(sums, signal=signal, before=after if before is None else before, after=after)
+
+    def _after(self, solution: Solution, changed: float) -> float | None:
+        """Output error of a solution as its loss tells it; None where that is of another weight, or another H.
+
+        Damping adds `ridge` to H's diagonal, but to that of dead columns, which are zero in H, one more.
+        """
+        assert self.moments is not None
+        loss, ridge = solution.quantized.loss, solution.ridge
+        if loss is None or (solution.damping is not None and (ridge is None or self.moments.dead().any())):
+            return None
+        return 2 * loss - (ridge or 0) * changed
 
     def row(self, solution: Solution, errors: "Errors", seconds: float) -> dict[str, Any]:
         """The linear's ledger row, as JSON values; `seconds` is the time that solving it took.
@@ -170,6 +183,28 @@ def _squares(a: Float[Tensor, "out in"], b: Float[Tensor, "out in"] | None = Non
 def _error(a: Float[Tensor, "out in"], b: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> float:
     """Squared output error per token, tr((a - b) H (a - b)ᵀ)."""
     return sum(quadratic(a[rows] - b[rows], hessian) for rows in row_parts(a))
+
+
+def _nearest_error(
+    weight: Float[Tensor, "out in"],
+    hessian: Float[Tensor, "in in"],
+    form: Quadratic | None,
+    solved: QuantizedWeight,
+    dequantized: Float[Tensor, "out in"],
+) -> float | None:
+    """Output error of rounding to nearest without search, roughly; None where that makes the solved weight."""
+    grid = solved.grid.without_search().for_weights([weight])
+    fitted = fit_all(grid, weight, None)
+    # Weights that were rounded with other scales aren't the same, so that theirs needn't be compared.
+    if form is not None and grid.unit == 1 and not torch.equal(fitted.scales, solved.scales):
+        return nearest_error(form, grid, fitted, weight, weight.new_ones(weight.shape[1]))
+    rounded = nearest(grid, weight)
+    return None if torch.equal(rounded, dequantized) else _rough(rounded.sub_(weight), hessian, form)
+
+
+def _rough(delta: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"], form: Quadratic | None) -> float:
+    """Output error per token, in bfloat16 where there is a form for that."""
+    return quadratic(delta, hessian) if form is None else form.of(delta.contiguous().numpy())
 
 
 def _tokens(moments: Moments | None) -> int | None:

@@ -24,12 +24,15 @@ class Solution:
         algorithm: name of the algorithm that actually ran: the solver's, or its declared fallback's.
         damping: λ with which the Hessian factored, a fraction of its mean diagonal; None where none was factored.
         fallback: reason for using another algorithm or damping than requested; None where neither was changed.
+        ridge: what damping added to the Hessian's diagonal, where the loss is of the weight that was given; None where
+            it is of another that the solver started from, or nothing was added.
     """
 
     quantized: QuantizedWeight
     algorithm: str
     damping: float | None = None
     fallback: str | None = None
+    ridge: float | None = None
 
 
 @runtime_checkable

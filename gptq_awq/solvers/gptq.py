@@ -25,7 +25,7 @@ from gptq_awq.grids.base import Grid, QuantizedWeight, group_of_columns, row_par
 from gptq_awq.grids.vectors import VectorGrid
 from gptq_awq.kernels import gpu
 from gptq_awq.kernels.columns import sweep_columns
-from gptq_awq.numerics.linalg import NotPositiveDefiniteError, damped, reordered
+from gptq_awq.numerics.linalg import NotPositiveDefiniteError, damped, reordered, ridge
 from gptq_awq.runtime.options import NonNegative, NonNegativeInt, PositiveInt, checked_dataclass
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.solvers.base import Solution, Solver
@@ -133,12 +133,14 @@ class GPTQ:
         solutions = {}
         for stack, own, lost in zip(stacks, codes, losses, strict=True):
             damping = stack.factor[2]
+            of_weight = coupled is None and type(self).target is GPTQ.target
+            added = float(ridge(stack.moments.hessian, damping)) if of_weight else None
             raised = f"damping raised from {self.damping:g} to {damping:g}" if damping != self.damping else None
             rounded = stack.split_rows(own, lost)
             if stack.start is not None:
                 rounded = stack.refined(rounded, self.refine)
             for i, weight in zip(stack.members, rounded, strict=True):
-                solutions[i] = Solution(weight, self.name, damping, raised)
+                solutions[i] = Solution(weight, self.name, damping, raised, added)
         return solutions
 
     def _make_stack(

@@ -22,12 +22,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gptq_awq.calibration.moments import Moments
-from gptq_awq.grids.arithmetic import in_numbers
 from gptq_awq.grids.base import Grid, fit_all, group_spans, nearest
-from gptq_awq.kernels import rank_k
-from gptq_awq.kernels.quadratic import Quadratic
+from gptq_awq.grids.search import nearest_error
 from gptq_awq.models.linear import Site, matrix
-from gptq_awq.numerics.linalg import quadratic
+from gptq_awq.numerics.linalg import quadratic, rough_form
 from gptq_awq.runtime.options import PositiveInt, checked_dataclass
 from gptq_awq.runtime.profiling import phase
 from gptq_awq.transforms.base import ModuleInputs, Scaling, absorb_scaling
@@ -156,24 +154,14 @@ def _linear_loss(weights: list[tuple[Float[Tensor, "out in"], Grid]], stats: Mom
 
     Products are in bfloat16 where the CPU multiplies it natively (see `quadratic`).
     """
-    one_pass = stats.hessian.device.type == "cpu" and rank_k.available()
-    form = Quadratic(stats.hessian.numpy()) if one_pass else None
+    form = rough_form(stats.hessian)
 
     def error(W: Tensor, grid: Grid, s: Tensor) -> float:
         if form is None:
-            return quadratic(nearest(grid, W * s) / s - W, stats.hessian, rough=True)
+            return quadratic(nearest(grid, W * s) / s - W, stats.hessian)
         scaled = W * s
         grid = grid.without_search().for_weights([scaled])
-        fitted, size = fit_all(grid, scaled, None), W.shape[1] if grid.group_size == -1 else grid.group_size
-        scales, zeros = fitted.scales.contiguous().numpy(), fitted.zeros.contiguous().numpy()
-        return form.of_rounding(
-            scaled.numpy(),
-            scale=scales,
-            zero=zeros,
-            size=size,
-            arithmetic=in_numbers(grid.arithmetic),
-            divisor=s.numpy(),
-        )
+        return nearest_error(form, grid, fit_all(grid, scaled, None), scaled, s)
 
     def loss(s: Tensor) -> float:
         total = 0.0

@@ -7,6 +7,18 @@ import sys
 import pytest
 
 HEAVY = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy", "scipy.optimize")
+ANSWERED = """
+import torch
+from torch.fx.experimental import symbolic_shapes
+from gptq_awq.runtime.lean_import import ANSWERS
+asked = {"sym_eq": [((2, 3), torch.Size([2, 3])), ((2,), (2, 1)), ((2, 3), (2, 4)), (2, 2), (2, 3)],
+         "is_nested_int": [(3,)], "sym_and": [(True, False), (True, True), (True,)],
+         "sym_or": [(False, False), (False, True), (True,)]}
+numbers = {"guarding_hint_or_throw": [(3,), (True,)], "has_guarding_hint": [(3,), (True,)]}
+for name, answer in ANSWERS.items():
+    for args in asked.get(name) or numbers.get(name) or [(True,), (False,)]:
+        assert answer(*args) == getattr(symbolic_shapes, name)(*args), (name, args)
+"""
 REPORT = """
 import json, sys
 %s
@@ -17,9 +29,14 @@ torch.manual_seed(0)
 model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
 with torch.no_grad():
     logits = model(torch.arange(8)[None]).logits.flatten().tolist()
+with torch.device("meta"):
+    LlamaForCausalLM(LlamaConfig(**sizes))
 told = {"modules": [name for name in HEAVY if type(sys.modules.get(name)) is type(sys)], "logits": logits}
 from torch._dynamo.utils import counters
-import scipy.optimize, torch._dynamo, torch.distributed
+import scipy.optimize, torch._dynamo, torch.distributed, transformers.models
+from torch.fx.experimental import symbolic_shapes
+told["symbols"] = [str(symbolic_shapes.sympy.Symbol("n") + 1), type(symbolic_shapes.ShapeEnv()).__name__]
+told["models"] = sorted(dir(transformers.models))
 told["same"] = counters is torch._dynamo.utils.counters
 told["real"] = [torch._dynamo.__file__, scipy.optimize.linear_sum_assignment([[0.0]])[0].tolist(),
                 torch.distributed.is_available()]
@@ -57,3 +74,7 @@ def test_lean_import_leaves_out_the_compiler_and_computes_the_same(plain):
 
 def test_what_cannot_be_imported_leanly_is_imported_as_always(plain):
     assert told(BROKEN) == plain
+
+
+def test_what_is_answered_about_numbers_is_what_torch_answers():
+    subprocess.run([sys.executable, "-c", ANSWERED], check=True)
