@@ -219,8 +219,10 @@ def test_range_search_never_raises_the_output_error(grid):
 @pytest.mark.parametrize("how", ["mse", "hessian"])
 @pytest.mark.parametrize(
     ("grid", "levels"),
-    [(AffineGrid(4), 16), (AffineGrid(5), 16), (AffineGrid(5), 27), (AffineGrid(8), 16), (AffineGrid(8), 30)]
-    + [(SignedGrid(4), 13), (SignedGrid(5), 15), (SignedGrid(5), 27), (SignedGrid(8), 15)],
+    [
+        *((AffineGrid(bits), levels) for bits, levels in ((4, 16), (5, 16), (5, 27), (8, 16), (8, 30))),
+        *((SignedGrid(bits), levels) for bits, levels in ((4, 13), (5, 15), (5, 27), (8, 15))),
+    ],
     ids=str,
 )
 def test_weights_on_a_lattice_of_fewer_levels_are_held_exactly_once_ranges_are_searched(grid, levels, how):
