@@ -243,10 +243,13 @@ def measured_costs(
             name = f"{block}.{linear}"
             weight = matrix(model.get_submodule(name)).float()
             widths = grid.fitting(weight.shape[1])
-            if name not in everywhere:
-                widths = [widths[len(widths) // 2]]
-            rounded = _rounded(name, weight, solver, moments, [grid.grid(width) for width in widths])
-            costs = dict(zip(widths, measure(name, rounded, moments), strict=True))
+            costs: dict[str, float] = {}
+            # A cost of 0 in the middle says nothing of other widths: weights may lie on that grid.
+            for part in (widths,) if name in everywhere else ([widths[len(widths) // 2]], widths):
+                if not any(costs.values()):
+                    wanted = [width for width in part if width not in costs]
+                    rounded = _rounded(name, weight, solver, moments, [grid.grid(width) for width in wanted])
+                    costs |= zip(wanted, measure(name, rounded, moments), strict=True)
             yield Cost(name, f"{block}.{site.name}", tuple(map(costs.get, grid.widths)))
 
 
@@ -267,7 +270,8 @@ def completed(measured: Sequence[Cost], model: nn.Module, grid: BudgetedGrid) ->
         own = costs[np.ix_(rows, fitting)]
         middle = own[:, [len(fitting) // 2]]
         known = own[~np.isnan(own).any(1) & (middle[:, 0] > 0)]
-        ratios = np.exp(np.median(np.log(known / known[:, [len(fitting) // 2]]), 0)) if len(known) else 1.0
+        with np.errstate(divide="ignore"):  # widths that cost nothing, as weights lie on their grid
+            ratios = np.exp(np.median(np.log(known / known[:, [len(fitting) // 2]]), 0)) if len(known) else 1.0
         costs[np.ix_(rows, fitting)] = np.where(np.isnan(own), middle * ratios, own)
     return [
         replace(cost, costs=tuple(None if math.isnan(c) else float(c) for c in row))

@@ -55,6 +55,20 @@ def test_a_linear_that_costs_nothing_costs_nothing_at_any_width():
     assert found[2].costs == costs[2]
 
 
+def test_weights_that_lie_on_the_grid_of_one_width_cost_what_they_do_at_others(monkeypatch):
+    monkeypatch.setattr(sensitivity, "MEASURED", 1)
+    model, draw = tiny_model("llama"), torch.Generator().manual_seed(0)
+    for _, linear in sensitivity.find_blocks(model)[1].named_modules():
+        if isinstance(linear, torch.nn.Linear):
+            codes = torch.randint(16, linear.weight.shape, generator=draw)
+            codes[:, ::16], codes[:, 1::16] = 0, 15
+            linear.weight.data = (codes - 8) / 64.0
+    grid = AllocatedGrid(budget_bits=4.75, choices=(2, 4, 5), group_size=32)
+    found = allocate(model, make_token_set("tiny", tiny_tokens(4), None, "test"), Method("m", RTN()), grid, SMALL)
+    assert all(cost.costs[1] == 0 and min(cost.costs[0], cost.costs[2]) > 0 for cost in found.costs)
+    assert set(found.chosen.values()) == {grid.widths[1]}
+
+
 def test_methods_that_differ_in_drift_and_refinement_share_sensitivities(monkeypatch, tmp_path):
     solvers = GPTQ(), GPTQ(refine=2), Qronos(), Qronos(refine=4), GPTAQ()
     found = [allocated(100, monkeypatch, solver=solver, cache=tmp_path) for solver in solvers]
