@@ -81,7 +81,7 @@ def _damped_diagonal(hessian: Float[Tensor, "n n"], damping: float) -> Float[Ten
 
 
 def ridge(hessian: Float[Tensor, "n n"], damping: float) -> Float[Tensor, ""]:
-    """What damping adds to the Hessian's diagonal: λ mean(diag H)."""
+    """Number that damping adds to the Hessian's diagonal: λ mean(diag H)."""
     return damping * _diagonal(hessian).mean()
 
 

@@ -134,7 +134,7 @@ class HeadStep:
         """Write a finished head's weight into the model; returns `done`."""
         head = self.model.get_submodule(self.name)
         with resident(head):
-            _write_weight(head, done.weights[self.name])
+            _write_weight(head, done.weights[self.name].dequantize())
         return done
 
 
@@ -214,17 +214,16 @@ def _quantize_module(
     with resident(module):
         weight = matrix(module).float()
         solution = solved(solver, name, weight, moments, grid)
-        dequantized = _write_weight(module, solution.quantized)
-    report = LinearReport(name, -1, Site((name,), weight.shape[1]), method, moments, prepared)
-    errors = report.errors(weight, dequantized, solution)
+        dequantized = solution.quantized.dequantize()
+        report = LinearReport(name, -1, Site((name,), weight.shape[1]), method, moments, prepared)
+        errors = report.errors(weight, dequantized, solution)  # `weight` may be the parameter itself
+        _write_weight(module, dequantized)
     return solution.quantized, report.row(solution, errors, time.perf_counter() - started)
 
 
-def _write_weight(module: nn.Module, quantized: QuantizedWeight) -> Float[Tensor, "out in"]:
-    """Write the dequantized weight into the module, and into the place that an offloaded module is read from."""
-    dequantized = quantized.dequantize()
+def _write_weight(module: nn.Module, dequantized: Float[Tensor, "out in"]) -> None:
+    """Write a weight into the module, and into the place that an offloaded module is read from."""
     matrix(module).copy_(dequantized)
     if (home := residence(module)) is not None:
         (own,) = home.parameters  # the embedding's, or the head's: it has no bias
-        home.moved(lambda: [(own, quantized.dequantize())])
-    return dequantized
+        home.moved(lambda: [(own, dequantized)])

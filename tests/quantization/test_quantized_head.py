@@ -115,9 +115,11 @@ def test_gptq_lowers_a_heads_error_and_rtn_needs_no_data():
     row = run("llama", GPTQ_METHOD, "solve").ledger[-1]
     assert row["error_after"] < row["error_before"]
     model = tiny_model("llama")
-    nearest = RTN().solve(model.lm_head.weight.clone(), None, GRID).quantized.dequantize()
-    quantize_model(model, None, Method("rtn", RTN()), grid=GRID, head="solve")
+    own = model.lm_head.weight.clone()
+    nearest = RTN().solve(own, None, GRID).quantized.dequantize()
+    done = quantize_model(model, None, Method("rtn", RTN()), grid=GRID, head="solve")
     assert torch.equal(model.lm_head.weight, nearest)
+    assert done.ledger[-1]["weight_error"] == pytest.approx(float(((nearest - own).norm() / own.norm()) ** 2), rel=1e-5)
 
 
 def test_a_head_that_is_rounded_takes_the_grid_without_its_search_by_hessian():
