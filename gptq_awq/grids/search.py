@@ -27,7 +27,7 @@ def shrinks(like: Tensor, steps: int = STEPS, most: float = MAX_SHRINK) -> Float
 
 
 def even_steps(like: Tensor, codes: int, most: int = 31) -> Float[Tensor, "n"]:
-    """Numbers of steps that a range of weights is divided into, so that each even lattice of up to `most` is held.
+    """Numbers of steps that a range of weights is divided into, so that an even lattice of up to `most` steps is held.
 
     Models that were trained or released in fewer bits lie on such a lattice, and a grid of more codes has room for it.
     """

@@ -50,7 +50,7 @@ class SignedGrid(SearchedGrid):
         """Fit the scale of every row. Raises ValueError when `search=hessian` gets no Hessian block."""
         scales = signed_scales(w, self.bits, self.search)
         if self.search != "minmax":
-            reach = 2 ** (self.bits - 1)
+            reach = 2 ** (self.bits - 1)  # as many steps: the first scale of all
             scales = torch.cat([scales, scales[:, :1] * reach / even_steps(w, reach, most=16)[1:]], 1)
         most = torch.finfo(torch.float16).max
         scales = scales.clamp(-most, most).half().to(w.dtype)

@@ -25,9 +25,6 @@ ROOM = 2
 def nearest(x, i, s, z, max_code, kind, levels, code, value, room):  # pragma: no cover (compiled)
     """Round row i of x to the grid: codes and values of the nearest neighbours, as `Arithmetic` encodes and decodes.
 
-    Rows are indexed and not sliced, here and in `room`: the count of references that a slice keeps takes as long as
-    rounding all of its numbers.
-
     Args:
         x: (rows, LANES) float32: numbers.
         i: the row of x that is rounded.
@@ -230,7 +227,7 @@ def _weight_error(delta, error):  # pragma: no cover (compiled)
 
 
 def _best_range_tile_of(kind):
-    """Compile the search in one tile for one kind of arithmetic: all in one function take twice as long."""
+    """Compile the search in one tile for one kind of arithmetic: in one function for all it takes twice as long."""
 
     @numba.njit
     def best_range_tile(tile, w, scale, zero, max_code, levels, hessian, best):  # pragma: no cover (compiled)
