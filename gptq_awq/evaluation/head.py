@@ -57,6 +57,7 @@ class Head:
         vocab: number of logits per token.
         divisible: whether the logits of a part of the vocabulary can be computed alone.
         compute_dtype: dtype of the decoder's products (see `precision`).
+        shared: what calls lay out for products, where they share it (`laying_out_once`).
     """
 
     model: PreTrainedModel
@@ -66,7 +67,7 @@ class Head:
     vocab: int
     divisible: bool = False
     compute_dtype: torch.dtype = torch.float32
-    _lower: list[AbstractContextManager[Any]] = field(default_factory=list, init=False, repr=False, compare=False)
+    shared: AbstractContextManager[Any] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, model: PreTrainedModel, compute_dtype: torch.dtype = torch.float32) -> "Head":
@@ -133,7 +134,7 @@ class Head:
         if words is not None and len(range(self.vocab)[words]) < self.vocab:
             output = {name: value[words] for name, value in (output or dict(self.output.named_parameters())).items()}
         size = (hidden.shape[1],) if words is None else (hidden.shape[1], words.stop - words.start)
-        lower = self._lower[0] if self._lower else lowered_head(self.compute_dtype, self.model.device)
+        lower = self.shared or lowered_head(self.compute_dtype, self.model.device)
         with self.with_output(output), phase("score/head", *size), lower:
             return logits(self.model, self.decoder, self.template, hidden)[0].float()
 
@@ -150,15 +151,9 @@ class Head:
             for name, value in kept.items():
                 own[name].data = value
 
-    @contextmanager
-    def laying_out_once(self) -> Iterator[None]:
-        """Context in which calls share what they lay out for products; neither states nor the output layer change."""
-        before = list(self._lower)
-        self._lower[:] = [lowered_head(self.compute_dtype, self.model.device)]
-        try:
-            yield
-        finally:
-            self._lower[:] = before
+    def laying_out_once(self) -> "Head":
+        """This head, whose calls share what they lay out for products: states and the output layer must not change."""
+        return replace(self, shared=lowered_head(self.compute_dtype, self.model.device))
 
     def chunks(self, tokens: int) -> Iterator[slice]:
         """Cut `tokens` positions into chunks of at most `CHUNK_LOGITS` logits."""

@@ -63,13 +63,12 @@ def predictions(
     """Loss -log p(target) and most likely word (the first on a tie) of each state; NaN where a logit is not finite."""
     nll, best = torch.empty(len(states)), torch.empty(len(states), dtype=torch.long)
     for rows, tiles in head.tiles(len(states)):
-        seen = Running.over(targets[rows])
-        with head.laying_out_once():
-            for words in tiles:
-                logits = head(states[rows], words).contiguous()
-                with phase("score/losses"):
-                    add_tile(*_both(logits), words.start, *seen.sums)
-                    seen.see_targets(logits, words.start)
+        seen, own = Running.over(targets[rows]), head.laying_out_once()
+        for words in tiles:
+            logits = own(states[rows], words).contiguous()
+            with phase("score/losses"):
+                add_tile(*_both(logits), words.start, *seen.sums)
+                seen.see_targets(logits, words.start)
         nll[rows], best[rows] = seen.nll(), seen.best
     return nll, best
 
@@ -88,17 +87,17 @@ def comparison(
     with the parameters `output` in its output layer (None: its own).
     """
     nll, kl, agree = torch.empty(len(states)), torch.empty(len(states)), torch.empty(len(states), dtype=torch.bool)
-    other = full_head or head
     for rows, tiles in head.tiles(len(states)):
         p_seen, q_seen = Running.over(targets[rows]), Running.over(targets[rows])
         cross = torch.zeros_like(q_seen.total)
-        with head.laying_out_once(), other.laying_out_once():
-            for words in tiles:
-                p = other(full[rows], words, output).contiguous()
-                q = head(states[rows], words).contiguous()
-                with phase("score/losses"):
-                    add_tiles(*_both(p), *p_seen.sums, *_both(q), *q_seen.sums, words.start, cross.numpy())
-                    q_seen.see_targets(q, words.start)
+        own = head.laying_out_once()
+        other = own if full_head is None else full_head.laying_out_once()
+        for words in tiles:
+            p = other(full[rows], words, output).contiguous()
+            q = own(states[rows], words).contiguous()
+            with phase("score/losses"):
+                add_tiles(*_both(p), *p_seen.sums, *_both(q), *q_seen.sums, words.start, cross.numpy())
+                q_seen.see_targets(q, words.start)
         nll[rows] = q_seen.nll()
         kl[rows] = (cross / p_seen.total - p_seen.total.log() + q_seen.total.log()).float()
         agree[rows] = p_seen.best == q_seen.best

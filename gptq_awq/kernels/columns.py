@@ -11,8 +11,6 @@ import numpy as np
 AFFINE, MINIMUM, TABLE, FLOAT = range(4)  # as in grids/arithmetic.py
 BITS_OF_ONE = 0x3F800000
 """Bits of the float32 1.0: in its exponent field, 0 stands for 2⁰."""
-EXPONENT_BITS = 0x7F800000
-"""Bits of a float32's exponent: by themselves, the power of two at or below a number."""
 LANES = 64
 """Rows side by side. With fewer, LLVM unrolls the inner loops before it has vectorized them: four times as slow."""
 AT_ONCE = 4

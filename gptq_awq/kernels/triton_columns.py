@@ -18,10 +18,11 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gptq_awq.kernels.columns import EXPONENT_BITS, FLOAT, MINIMUM, TABLE
+from gptq_awq.kernels.columns import FLOAT, MINIMUM, TABLE
 
 _MINIMUM, _TABLE, _FLOAT = tl.constexpr(MINIMUM), tl.constexpr(TABLE), tl.constexpr(FLOAT)
-_EXPONENT_BITS = tl.constexpr(EXPONENT_BITS)
+_EXPONENT_BITS = tl.constexpr(0x7F800000)
+"""Bits of a float32's exponent: by themselves, the power of two at or below a number."""
 # x + _SHIFT - _SHIFT rounds a float32 below 2^22 to the nearest integer, halves to even. Larger numbers stay above
 # 2^22 or so, which every grid clips.
 _SHIFT = tl.constexpr(1.5 * 2**23)

@@ -1,7 +1,5 @@
 """Laws of the fused pass over logits: it is log_softmax, KL and argmax of torch in float64, whatever the tiles."""
 
-from contextlib import nullcontext
-
 import numpy as np
 import pytest
 import torch
@@ -29,7 +27,7 @@ class Logits:
         return states[:, words]
 
     def laying_out_once(self):
-        return nullcontext()
+        return self
 
     def tiles(self, tokens):
         for start in range(0, tokens, self.rows):
