@@ -79,7 +79,8 @@ class Arena:
                 folder = Path(scratch) / part
                 folder.mkdir()
                 driver, method, steps = PEERS.get(name, ("ours", name, 0))
-                (folder / "job.json").write_text(json.dumps(self._job(method, bits, steps if part == "run" else 1)))
+                job = self._job(method, bits, steps) if part == "run" else self._job(method, bits, 1, warm_up=True)
+                (folder / "job.json").write_text(json.dumps(job))
                 save_file({"ids": rows.contiguous()}, folder / "tokens.safetensors")
                 if error := call(driver, folder, self.options.threads, self.options.timeout):
                     return Outcome(name, bits, error.replace("|", "\\|"))
@@ -89,10 +90,10 @@ class Arena:
         perplexity = float(losses.mean().exp())
         return Outcome(name, bits, None, answer["seconds"], float(kl.mean()), margin, perplexity, answer["package"])
 
-    def _job(self, method: str, bits: int, steps: int) -> dict[str, Any]:
+    def _job(self, method: str, bits: int, steps: int, warm_up: bool = False) -> dict[str, Any]:
         shared = {name: getattr(self.options, name) for name in ("group_size", "dtype", "batch_size", "threads")}
         own = {"model": str(self.folder), "method": method, "tuned": True, "bits": bits, "iters": steps}
-        return shared | own | {"sym": False, "damping": 0.01}
+        return shared | own | {"sym": False, "damping": 0.01, "warm_up": warm_up}
 
     @torch.no_grad()
     def scores(self, weights: Mapping[str, Tensor]) -> tuple[Float[Tensor, "windows"], Float[Tensor, "windows"]]:

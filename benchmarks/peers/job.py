@@ -38,6 +38,7 @@ class Job:
         threads: number of torch's threads.
         scheme: name of a library's preset instead of integers (llm-compressor's nvfp4a16 and mxfp4a16).
         observer: llm-compressor's observer that chooses the preset's ranges.
+        warm_up: whether nothing is measured, so that what takes long may be cut short.
     """
 
     folder: Path
@@ -54,6 +55,7 @@ class Job:
     threads: int
     scheme: str | None = None
     observer: str | None = None
+    warm_up: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:

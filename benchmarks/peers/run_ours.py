@@ -19,6 +19,9 @@ from gptq_awq.quantization.quantize import Settings
 from gptq_awq.runtime.configs import composed_method
 from gptq_awq.solvers.gptq import GPTQ
 
+WARM_UP_WINDOWS = 4
+"""Windows that a warm-up writes, where a recipe writes 96."""
+
 
 def chosen(job: Job) -> tuple[Method, Grid, str]:
     """Preset and grid for the job, and a description of them.
@@ -27,6 +30,8 @@ def chosen(job: Job) -> tuple[Method, Grid, str]:
     """
     name, _, choice = job.method.partition("+")
     method, grid = load_method(name, job.bits, job.group_size, job.sym)
+    if job.warm_up and method.self_calibration is not None:
+        method = replace(method, self_calibration=replace(method.self_calibration, windows=WARM_UP_WINDOWS))
     grid = grid if job.tuned else grid.without_search()
     if choice:
         sizes = (f"bits={job.bits}", f"group_size={job.group_size}", f"sym={job.sym}")
