@@ -13,6 +13,7 @@ drawn, so that windows are full.
 import copy
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from gptq_awq.models.blocks import head_size, key_value_heads, text_config
 from gptq_awq.models.offload import check_in_memory
 from gptq_awq.models.reserved_cache import reserved_cache
 from gptq_awq.numerics.sampling import sampled
+from gptq_awq.runtime.memory import trim
 from gptq_awq.runtime.options import PositiveFloat, PositiveInt, Seed, checked_dataclass
 from gptq_awq.runtime.progress import Track, no_track
 
@@ -90,6 +92,8 @@ class SelfCalibration:
         samplers = (_Drawn(self.temperature, self.seed + number, model.device, steps) for number in range(len(batches)))
         written = [_continued(writer, prompts, new, drawn) for prompts, drawn in zip(batches, samplers, strict=True)]
         deque(steps, maxlen=0)  # ends the progress bar
+        del writer
+        trim()  # keys and values take more memory than most of what calibration will ask for
         return torch.cat(written)
 
     def needed_bytes(self, model: Any, length: int, dtype: torch.dtype) -> int:
@@ -125,7 +129,7 @@ def _continued(model: Any, prompts: Int[Tensor, "n prompt"], new: int, drawn: "_
     prompts = prompts.to(model.device)
     seen = torch.ones_like(prompts)
     cache = reserved_cache(model, prompts.shape[1] + new)
-    with torch.no_grad(), writing_attention():
+    with torch.no_grad(), writing_attention(), _gapless_head(model):
         ids = model.generate(
             prompts,
             attention_mask=seen,
@@ -134,6 +138,23 @@ def _continued(model: Any, prompts: Int[Tensor, "n prompt"], new: int, drawn: "_
             **({} if cache is None else {"past_key_values": cache}),
         )
     return ids.cpu()
+
+
+@contextmanager
+def _gapless_head(model: Any) -> Iterator[None]:
+    """Context manager in which the head's inputs lie without gaps.
+
+    After a prompt transformers slices the last token of each text; for such inputs torch copies the head once per text.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, inputs: tuple(x.contiguous() for x in inputs))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class _Drawn(LogitsProcessor):

@@ -2,8 +2,8 @@
 
 Models call `scaled_dot_product_attention`, whatever their architecture, so that function is intercepted: under
 `faster_attention_of`, a causal call in bfloat16 goes to kernels/attention.py on CPUs that multiply bfloat16 natively;
-under `differentiable_attention`, causal attention of short windows is computed by matrix products; so is, under
-`writing_attention`, that of one new token to those before it.
+under `differentiable_attention`, causal attention of short windows is computed by matrix products; under
+`writing_attention` that of one new token to those before it goes to kernels/new_token.py.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from gptq_awq.kernels import attention, rank_k
+from gptq_awq.kernels import attention, new_token, rank_k
+
+NUMBERS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16}
+"""Dtypes that the compiled attention of a new token takes, each with the type that NumPy sees it as."""
 
 MIN_TOKENS = 32
 """Shortest windows that go to the faster kernels: in shorter ones a panel of queries is mostly empty."""
@@ -72,7 +75,7 @@ def _in_products(
 
 
 def writing_attention() -> AbstractContextManager:
-    """Context manager for attention of one new token per text to a cache, by matrix products.
+    """Context manager for attention of one new token per text to a cache, compiled (kernels/new_token.py).
 
     On a CPU torch's kernel takes three times as long in float32, and thirteen times as long in bfloat16.
     """
@@ -84,9 +87,10 @@ def _is_new_token(*args: Any, **kwargs: Any) -> bool:
     known = {"attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"}
     if len(args) != 3 or not kwargs.keys() <= known or kwargs.get("dropout_p") or kwargs.get("is_causal"):
         return False
-    q, k, _ = args
-    plain = all(x.dim() == 4 and x.device.type == "cpu" and x.shape[0] == len(q) for x in args)
-    return plain and q.shape[2] == 1 and q.shape[1] % k.shape[1] == 0
+    q, k, v = args
+    plain = all(x.dim() == 4 and x.device.type == "cpu" and x.dtype == q.dtype and len(x) == len(q) for x in args)
+    contiguous = plain and k.stride(3) == v.stride(3) == 1 and not q.requires_grad and q.dtype in NUMBERS
+    return contiguous and q.shape[2] == 1 and q.shape[1] % k.shape[1] == 0
 
 
 def _of_new_token(
@@ -97,13 +101,24 @@ def _of_new_token(
     mask: Tensor | None,
 ) -> Float[Tensor, "batch heads 1 e"]:
     """Attention softmax(scale · q Kᵀ) V of a single query; heads of q share those of K and V in equal groups."""
-    factor = scale or q.shape[3] ** -0.5
-    shared = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
-    scores = ((shared * factor) @ k.transpose(2, 3)).float()
-    if mask is not None:
-        allowed = mask.expand(*q.shape[:3], k.shape[2]).reshape(scores.shape)
-        scores = scores.masked_fill(~allowed, -torch.inf) if mask.dtype == torch.bool else scores + allowed
-    return (scores.softmax(-1).to(v.dtype) @ v).flatten(1, 2)[:, :, None]
+    factor = np.float32(q.shape[3] ** -0.5 if scale is None else scale)
+    heads = k.shape[1]
+    added = torch.zeros(1, 1, 1, 1) if mask is None else mask
+    if added.dtype == torch.bool:
+        added = torch.zeros(added.shape).masked_fill_(~added, -torch.inf)
+    added = added.float().expand(*q.shape[:3], k.shape[2]).squeeze(2).unflatten(1, (heads, -1))
+    shared = q.squeeze(2).unflatten(1, (heads, -1)).contiguous()
+    out = torch.empty(*shared.shape[:3], v.shape[3], dtype=q.dtype)
+    queries, keys, values, written = (x.view(NUMBERS[q.dtype]).numpy() for x in (shared, _memory(k), _memory(v), out))
+    places = (keys, k.stride()[:3], values, v.stride()[:3])
+    new_token.new_token_attention(queries, *places, q.dtype == torch.bfloat16, factor, added.numpy(), written)
+    return out.flatten(1, 2)[:, :, None]
+
+
+def _memory(x: Tensor) -> Float[Tensor, "numbers"]:
+    """The memory that a tensor lies in, from its first number to its last."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.as_strided((last + 1,), (1,))
 
 
 def faster_attention_of(block: nn.Module) -> AbstractContextManager:

@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 from helpers.tiny_models import tiny_model, tiny_tokens
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from gptq_awq.api import load_method, quantize_model
 from gptq_awq.calibration.block_inputs import Settings
 from gptq_awq.calibration.self_calibration import SelfCalibration, _Drawn
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.errors import UserError
+from gptq_awq.runtime.memory import peak_bytes, reset_peak, resident_bytes
 
 OWN = (
     "+method.self_calibration._target_=gptq_awq.calibration.self_calibration.SelfCalibration",
@@ -87,6 +88,20 @@ def test_what_writing_keeps_is_counted(name):
     assert own.needed_bytes(model, 24, torch.float32) == bytes_ + logits
     copied = sum(p.numel() for p in model.parameters())
     assert own.needed_bytes(model, 24, torch.bfloat16) == bytes_ // 2 + 2 * copied + logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_more_is_allocated_than_is_counted(dtype):
+    config = LlamaConfig(vocab_size=20_000, hidden_size=128, intermediate_size=128, num_attention_heads=2)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval().requires_grad_(False).to(dtype)
+    own = SelfCalibration(windows=64, prompt=4, batch_size=64)
+    own.write(model, given(length=6), dtype)  # compiles
+    before, cpu = resident_bytes(), torch.device("cpu")
+    reset_peak(cpu)
+    own.write(model, given(), dtype)
+    head = model.lm_head.weight.nbytes
+    assert peak_bytes(cpu) - before < own.needed_bytes(model, 24, dtype) + 16 * head  # a copy of it per text is 64
 
 
 def test_what_it_cannot_go_on_from_is_refused(model):
