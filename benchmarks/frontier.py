@@ -6,7 +6,7 @@
 All get the same float32 transformers folder, the same calibration windows (drawn from the text's first half by a seed),
 asymmetric integers in groups of --group-size, and the same threads, each in a process of its own (benchmarks/peers/).
 Ours with `+mixed` choose bits and groups for each linear in the size of uniform ones. Seconds are of the quantizing
-call, with writing of text, gradients and finding of widths, after a warm-up on one window that isn't measured. KL from
+call, with writing of text (told apart), gradients and finding of widths, after a warm-up on one window that isn't measured. KL from
 full precision and perplexity are of the text's second half, in float32 by our forward; KL's interval is twice the
 standard error over windows. A plot goes beside --out.
 """
@@ -43,7 +43,7 @@ PEERS: Mapping[str, tuple[str, str, int]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """One contestant's outcome at one width; `error` is why there is none."""
+    """One contestant's outcome at one width; `error` is why there is none, `writing` the seconds of writing text."""
 
     name: str
     bits: int
@@ -53,13 +53,15 @@ class Outcome:
     margin: float = 0.0
     perplexity: float = 0.0
     package: str = ""
+    writing: float = 0.0
 
     def line(self) -> str:
         """The outcome's line in the table."""
         if self.error:
             return f"| {self.bits} | {self.name} | failed: {self.error} | | |"
         kl = f"{self.kl:.4f} ± {self.margin:.4f}"
-        return f"| {self.bits} | {self.name} | {self.seconds:.1f} s | {kl} | {self.perplexity:.3f} |"
+        time = f"{self.seconds:.1f} s" + (f", {self.writing:.1f} of them writing" if self.writing else "")
+        return f"| {self.bits} | {self.name} | {time} | {kl} | {self.perplexity:.3f} |"
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class Arena:
             kl, losses = self.scores(load_file(folder / "weights.safetensors"))
         margin = 2 * float(kl.std()) / len(kl) ** 0.5
         perplexity = float(losses.mean().exp())
-        return Outcome(name, bits, None, answer["seconds"], float(kl.mean()), margin, perplexity, answer["package"])
+        scored = float(kl.mean()), margin, perplexity
+        return Outcome(name, bits, None, answer["seconds"], *scored, answer["package"], answer["writing"])
 
     def _job(self, method: str, bits: int, steps: int, warm_up: bool = False) -> dict[str, Any]:
         shared = {name: getattr(self.options, name) for name in ("group_size", "dtype", "batch_size", "threads")}

@@ -99,7 +99,9 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def answer(job: Job, package: str, took: Timed, weights: Mapping[str, torch.Tensor], settings: str) -> None:
+def answer(
+    job: Job, package: str, took: Timed, weights: Mapping[str, torch.Tensor], settings: str, writing: float = 0.0
+) -> None:
     """Write the answer: weights, times, memory and versions.
 
     Args:
@@ -108,11 +110,13 @@ def answer(job: Job, package: str, took: Timed, weights: Mapping[str, torch.Tens
         took: time and memory of the quantizing call.
         weights: parameter's name in the transformers model → its value; a parameter that is missing is unchanged.
         settings: the settings in the library's own terms.
+        writing: seconds of the time in which the model wrote calibration text, once for all its runs.
     """
     whole = {name: tensor.detach().float().contiguous().clone() for name, tensor in weights.items()}
     save_file(whole, job.folder / "weights.safetensors")
     told = {
         "seconds": took.seconds,
+        "writing": writing,
         "peak_bytes": took.peak_bytes,
         "package": f"{package} {version(package)}",
         "settings": settings,

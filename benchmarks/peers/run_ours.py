@@ -2,6 +2,7 @@
 
 # pyright: reportArgumentType=false
 
+import time
 from dataclasses import replace
 
 from hydra.utils import instantiate
@@ -51,17 +52,22 @@ def main() -> None:
     loaded = LocalModel(path=job.model).load("float32", "cpu")
     method, grid, settings = chosen(job)
     forwards = Settings(compute_dtype=job.dtype)
-    tokens = job.tokens()
+    tokens, writing = job.tokens(), 0.0
+    given = make_token_set("calibration", tokens, None, "job")
 
     def quantize() -> None:
-        chosen = grid
+        nonlocal tokens, writing
+        chosen, own = grid, method.self_calibration
+        if own is not None:  # runs keep what was written, so its time is told apart
+            started = time.perf_counter()
+            tokens = own.extend(loaded.model, given, job.torch_dtype).ids
+            writing = time.perf_counter() - started
         if isinstance(grid, BudgetedGrid):
-            given = make_token_set("calibration", tokens, None, "job")
             chosen = allocate(loaded.model, given, method, grid, forwards).grid
-        quantize_model(loaded.model, tokens, method, grid=chosen, settings=forwards)
+        quantize_model(loaded.model, tokens, replace(method, self_calibration=None), grid=chosen, settings=forwards)
 
     took = timed(quantize)
-    answer(job, "gptq_awq", took, dict(loaded.model.named_parameters()), settings)
+    answer(job, "gptq_awq", took, dict(loaded.model.named_parameters()), settings, writing)
 
 
 if __name__ == "__main__":
