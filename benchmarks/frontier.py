@@ -6,9 +6,9 @@
 All get the same float32 transformers folder, the same calibration windows (drawn from the text's first half by a seed),
 asymmetric integers in groups of --group-size, and the same threads, each in a process of its own (benchmarks/peers/).
 Ours with `+mixed` choose bits and groups for each linear in the size of uniform ones. Seconds are of the quantizing
-call, with writing of text (told apart), gradients and finding of widths, after a warm-up on one window that isn't measured. KL from
-full precision and perplexity are of the text's second half, in float32 by our forward; KL's interval is twice the
-standard error over windows. A plot goes beside --out.
+call, with writing of text (told apart), gradients and finding of widths, after a warm-up on one window that isn't
+measured. KL from full precision and perplexity are of the text's second half, in float32 by our forward; KL's interval
+is twice the standard error over windows. A plot goes beside --out.
 """
 
 import argparse
