@@ -89,8 +89,8 @@ def _is_new_token(*args: Any, **kwargs: Any) -> bool:
         return False
     q, k, v = args
     plain = all(x.dim() == 4 and x.device.type == "cpu" and x.dtype == q.dtype and len(x) == len(q) for x in args)
-    contiguous = plain and k.stride(3) == v.stride(3) == 1 and not q.requires_grad and q.dtype in NUMBERS
-    return contiguous and q.shape[2] == 1 and q.shape[1] % k.shape[1] == 0
+    read = plain and k.stride(3) == v.stride(3) == 1 and not q.requires_grad and q.dtype in NUMBERS
+    return read and q.shape[2] == 1 and q.shape[1] % k.shape[1] == 0 and k.shape[:3] == v.shape[:3]
 
 
 def _of_new_token(

@@ -36,6 +36,15 @@ def test_one_new_token_attends_as_it_does_in_torch(dtype, queries, shared, mask,
     assert (found - expected).abs().max() < (1e-5 if dtype == torch.float32 else 0.03)
 
 
+def test_keys_and_values_are_read_where_they_lie():
+    q, keys, values = normal(3, 6, 1, 16), normal(3, 40, 2, 16, seed=1).transpose(1, 2), normal(3, 2, 40, 8, seed=2)
+    k, v = keys[:, :, 5:28], values[:, :, 5:28]
+    with writing_attention():
+        found = scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        assert torch.equal(found, scaled_dot_product_attention(q, k.contiguous(), v.contiguous(), enable_gqa=True))
+    assert torch.allclose(found, scaled_dot_product_attention(q, k, v, enable_gqa=True), atol=1e-6)
+
+
 @pytest.mark.parametrize("other", ["two tokens", "dropout", "causal"])
 def test_other_attention_is_torchs(other):
     x = normal(1, 2, 2 if other == "two tokens" else 1, 8)
