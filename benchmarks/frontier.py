@@ -134,19 +134,29 @@ def prepare(options: argparse.Namespace, scratch: Path) -> Arena:
 
 
 def plot(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Draw KL over seconds, a panel for each width."""
+    """Draw KL over seconds, a panel for each width: circles are ours, squares the others'."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
 
     widths = sorted({outcome.bits for outcome in outcomes})
-    _, panels = plt.subplots(1, len(widths), figsize=(4.5 * len(widths), 4), squeeze=False)
+    names = [name for name in (*OURS, *PEERS) if name in {o.name for o in outcomes if not o.error}]
+    figure, panels = plt.subplots(1, len(widths), figsize=(4.5 * len(widths), 4.2), squeeze=False, layout="constrained")
     for panel, bits in zip(panels[0], widths, strict=True):
-        for each in (o for o in outcomes if o.bits == bits and not o.error):
-            panel.errorbar(each.seconds, each.kl, each.margin, fmt="s" if each.name in PEERS else "o", capsize=2)
-            panel.annotate(each.name, (each.seconds, each.kl), textcoords="offset points", xytext=(4, 4), fontsize=7)
         panel.set(xscale="log", yscale="log", xlabel="seconds", title=f"{bits} bits")
+        for each in (o for o in outcomes if o.bits == bits and not o.error):
+            style = {"color": f"C{names.index(each.name)}", "fmt": "s" if each.name in PEERS else "o", "capsize": 2}
+            panel.errorbar(each.seconds, each.kl, each.margin, label=each.name, **style)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_minor_locator(NullLocator())
+            axis.set_major_formatter("{x:g}")
+        panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("KL from full precision")
-    plt.tight_layout()
-    plt.savefig(path, dpi=150)
+    handles = {
+        label: mark for panel in panels[0] for mark, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(names), frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 def lines(arena: Arena, outcomes: Sequence[Outcome]) -> Iterator[str]:
