@@ -9,32 +9,8 @@ import math
 import numba
 import numpy as np
 
-from gptq_awq.kernels.rank_k import bfloat16
+from gptq_awq.kernels.numbers import read, write
 from gptq_awq.kernels.softmax import BLOCK, exp, most, total_of
-
-
-@numba.njit
-def _read(x, half, out):  # pragma: no cover (compiled)
-    """Write a row of float32 numbers, or of bfloat16 ones as their bits, to a row of float32."""
-    bits = out.view(np.uint32)
-    if half:
-        for j in range(len(x)):
-            bits[j] = np.uint32(x[j]) << np.uint32(16)
-    else:
-        for j in range(len(x)):
-            out[j] = x[j]
-
-
-@numba.njit
-def _write(x, half, out):  # pragma: no cover (compiled)
-    """Write a row of float32 numbers as they are, or rounded to bfloat16, as their bits."""
-    bits = x.view(np.uint32)
-    if half:
-        for j in range(len(x)):
-            out[j] = bfloat16(bits[j])
-    else:
-        for j in range(len(x)):
-            out[j] = x[j]
 
 
 @numba.njit
@@ -64,8 +40,8 @@ def divergence_and_gradient(own, full, half, kl, gradient):  # pragma: no cover 
     for t in numba.prange(tokens):
         q, p = np.empty(words, np.float32), np.empty(words, np.float32)
         b, a = np.empty(words, np.float32), np.empty(words, np.float32)
-        _read(own[t], half, q)
-        _read(full[t], half, p)
+        read(own[t], half, q)
+        read(full[t], half, p)
         q_top, p_top = most(q.view(np.int32)), most(p.view(np.int32))
         q_total, p_total = _exponentials(q, q_top, b), _exponentials(p, p_top, a)
         q_part, p_part = np.float32(1.0 / q_total), np.float32(1.0 / p_total)
@@ -79,5 +55,5 @@ def divergence_and_gradient(own, full, half, kl, gradient):  # pragma: no cover 
                 b[j] = b[j] * q_part - weight * p_part
                 p[j] = further
             crossed += total_of(p[start:stop])
-        _write(b, half, gradient[t])
+        write(b, half, gradient[t])
         kl[t] = crossed / p_total - math.log(p_total) + math.log(q_total)

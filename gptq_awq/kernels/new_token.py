@@ -2,20 +2,15 @@
 
 torch multiplies batches of bfloat16 matrices only where they lie without gaps, so that it first copies all keys and
 values of a cache that has room for tokens to come: more work than attention itself, and buffers that grow with every
-token leave holes in memory. Here keys and values are read where they are, each once for all the queries that share it.
+token leave holes in memory. Here keys and values are read where they are, each once for all the queries that share it,
+number by number in the loop: a call of `read` for so short a row takes half as long again.
 """
 
 import numba
 import numpy as np
 
-from gptq_awq.kernels.rank_k import bfloat16
+from gptq_awq.kernels.numbers import number, read, write
 from gptq_awq.kernels.softmax import exp
-
-
-@numba.njit
-def _number(x, half):  # pragma: no cover (compiled)
-    """A float32 number, or the one whose bfloat16 bits are given."""
-    return np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32) if half else np.float32(x)
 
 
 @numba.njit(fastmath={"reassoc", "contract"})
@@ -25,7 +20,7 @@ def _add_products(queries, k, start, step, half, scale, row, scores):  # pragma:
     for t in range(scores.shape[1]):
         key = k[start + t * step : start + t * step + d]
         for j in range(d):
-            row[j] = _number(key[j], half)
+            row[j] = number(key[j], half)
         for g in range(shared):
             total = np.float32(0.0)
             for j in range(d):
@@ -40,7 +35,7 @@ def _add_values(weights, v, start, step, half, row, mixed):  # pragma: no cover 
     for t in range(weights.shape[1]):
         value = v[start + t * step : start + t * step + e]
         for j in range(e):
-            row[j] = _number(value[j], half)
+            row[j] = number(value[j], half)
         for g in range(shared):
             weight = weights[g, t]
             for j in range(e):
@@ -80,14 +75,11 @@ def new_token_attention(q, k, at_k, v, at_v, half, scale, added, out):  # pragma
         b, h = index // kv, index % kv
         queries, row = np.empty((shared, d), np.float32), np.empty(max(d, e), np.float32)
         for g in range(shared):
-            for j in range(d):
-                queries[g, j] = _number(q[b, h, g, j], half)
+            read(q[b, h, g], half, queries[g])
         scores, mixed = added[b, h].copy(), np.zeros((shared, e), np.float32)
         _add_products(queries, k, b * at_k[0] + h * at_k[1], at_k[2], half, scale, row, scores)
         for g in range(shared):
             scores[g] /= _exponentials(scores[g])
         _add_values(scores, v, b * at_v[0] + h * at_v[1], at_v[2], half, row, mixed)
-        bits = mixed.view(np.uint32)
         for g in range(shared):
-            for j in range(e):
-                out[b, h, g, j] = bfloat16(bits[g, j]) if half else mixed[g, j]
+            write(mixed[g], half, out[b, h, g])

@@ -19,9 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from gptq_awq.kernels import attention, new_token, rank_k
-
-NUMBERS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16}
-"""Dtypes that the compiled attention of a new token takes, each with the type that NumPy sees it as."""
+from gptq_awq.kernels.numbers import NUMBERS
 
 MIN_TOKENS = 32
 """Shortest windows that go to the faster kernels: in shorter ones a panel of queries is mostly empty."""

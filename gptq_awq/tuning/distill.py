@@ -23,6 +23,7 @@ from gptq_awq.data.tokens import TokenSet
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.kernels.divergence import divergence_and_gradient
+from gptq_awq.kernels.numbers import NUMBERS
 from gptq_awq.models.attention import differentiable_attention
 from gptq_awq.models.decoder_head import logits
 from gptq_awq.models.linear import matrix
@@ -36,8 +37,6 @@ from gptq_awq.tuning.vectors import Vectors
 CHUNK_TOKENS = 128
 """Positions whose logits are computed at a time: 25 MB in float32 for a vocabulary of 49152."""
 BETAS = 0.9, 0.95
-NUMBERS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16}
-"""Dtypes of logits that are compared by a compiled loop, each with the type that NumPy sees it as."""
 
 
 @checked_dataclass
