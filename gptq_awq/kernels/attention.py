@@ -13,6 +13,7 @@ torch does.
 import numba
 import numpy as np
 
+from gptq_awq.kernels.compiled import compiled
 from gptq_awq.kernels.rank_k import PANEL, ROWS, add_tile, bfloat16
 from gptq_awq.kernels.softmax import exp
 
@@ -70,7 +71,7 @@ def _probabilities(scores, words, sums, keys, start, scale, width):  # pragma: n
             words[k, r] = bfloat16(bits[2 * k, r]) | (high << np.uint32(16))
 
 
-@numba.njit(parallel=True, cache=True)
+@compiled
 def causal_attention(q, k, v, scale, width, out):  # pragma: no cover (compiled)
     """Causal attention softmax(scale · Q Kᵀ) V of every head.
 

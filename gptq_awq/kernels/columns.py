@@ -8,6 +8,8 @@ are those of the plain PyTorch loop in solvers/gptq.py: the two agree bit for bi
 import numba
 import numpy as np
 
+from gptq_awq.kernels.compiled import compiled
+
 AFFINE, MINIMUM, TABLE, FLOAT = range(4)  # as in grids/arithmetic.py
 BITS_OF_ONE = 0x3F800000
 """Bits of the float32 1.0: in its exponent field, 0 stands for 2⁰."""
@@ -99,7 +101,7 @@ def nearest_float(x, i, s, max_code, levels, code, value):  # pragma: no cover (
         value[r] = s[r] * np.int32(v | (below << np.int32(31))).view(np.float32)
 
 
-@numba.njit(parallel=True, cache=True)
+@compiled
 def sweep_columns(w, u, scale, zero, max_code, kind, levels, first, codes, errors):  # pragma: no cover (compiled)
     """Round consecutive columns of one GPTQ block, propagating each column's error to the block's later columns.
 
@@ -260,7 +262,7 @@ _affine_tile, _minimum_tile, _table_tile, _float_tile = (
 )
 
 
-@numba.njit(parallel=True, cache=True)
+@compiled
 def best_range(w, scale, zero, max_code, kind, levels, hessian, best):  # pragma: no cover (compiled)
     """For each row and group, find the candidate range that rounds with the least error; the first on a tie.
 
@@ -288,7 +290,7 @@ def best_range(w, scale, zero, max_code, kind, levels, hessian, best):  # pragma
             _float_tile(tile, *part, max_code, levels, hessian[group], best[:, group])
 
 
-@numba.njit(parallel=True, cache=True)
+@compiled
 def least_squares(w, scale, max_code, kind, levels, weights, found):  # pragma: no cover (compiled)
     """For each row and group, find the scale with the least Σ h (ŵ - w)² for the codes of one of the candidates.
 

@@ -9,6 +9,7 @@ import numba
 import numpy as np
 
 from gptq_awq.kernels.columns import LANES, MINIMUM, ROOM, nearest
+from gptq_awq.kernels.compiled import compiled
 from gptq_awq.kernels.rank_k import bfloat16
 
 KEPT, FLOAT32, FLOAT16, BFLOAT16 = range(4)
@@ -22,7 +23,7 @@ SMALLEST = np.array([0.0, 0.0, 2.0**-24, 9.1835e-41], np.float32)
 TINY = np.finfo(np.float32).tiny
 
 
-@numba.njit(parallel=True, cache=True)
+@compiled
 def descend(
     value, target, hessian, starts, scale, zero, max_code, kind, levels, storage, height, passes, inner, codes
 ):  # pragma: no cover (compiled)

@@ -9,6 +9,7 @@ import math
 import numba
 import numpy as np
 
+from gptq_awq.kernels.compiled import compiled
 from gptq_awq.kernels.numbers import read, write
 from gptq_awq.kernels.softmax import BLOCK, exp, most, total_of
 
@@ -25,7 +26,7 @@ def _exponentials(x, shift, out):  # pragma: no cover (compiled)
     return total
 
 
-@numba.njit(parallel=True, cache=True)
+@compiled
 def divergence_and_gradient(own, full, half, kl, gradient):  # pragma: no cover (compiled)
     """Write each token's KL(p ‖ q) and its gradient q - p in q's logits.
 

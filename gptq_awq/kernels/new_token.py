@@ -9,6 +9,7 @@ number by number in the loop: a call of `read` for so short a row takes half as 
 import numba
 import numpy as np
 
+from gptq_awq.kernels.compiled import compiled
 from gptq_awq.kernels.numbers import number, read, write
 from gptq_awq.kernels.softmax import exp
 
@@ -55,7 +56,7 @@ def _exponentials(scores):  # pragma: no cover (compiled)
     return np.float32(total)
 
 
-@numba.njit(parallel=True, cache=True)
+@compiled
 def new_token_attention(q, k, at_k, v, at_v, half, scale, added, out):  # pragma: no cover (compiled)
     """Attention softmax(scale · q Kᵀ + added) V of one query per head; sums are float32.
 

@@ -7,10 +7,11 @@ are rounded, while they are laid out for the instruction (see rank_k.py).
 import numba
 import numpy as np
 
+from gptq_awq.kernels.compiled import compiled
 from gptq_awq.kernels.rank_k import PANEL, ROWS, add_tile, bfloat16
 
 
-@numba.njit(parallel=True, cache=True)
+@compiled
 def _pack(x, panels):  # pragma: no cover (compiled)
     """Round x (rows, n) to bfloat16, laid out by PANEL rows: panels (panels, ⌈n/2⌉, PANEL) uint32; zeros beyond."""
     rows, n = x.shape
@@ -26,7 +27,7 @@ def _pack(x, panels):  # pragma: no cover (compiled)
                 panels[p, k, r] = bfloat16(bits[2 * k]) | (bfloat16(bits[2 * k + 1]) << np.uint32(16))
 
 
-@numba.njit(parallel=True, cache=True)
+@compiled
 def _multiply(left, right, out):  # pragma: no cover (compiled)
     """Write left rightᵀ of two packed matrices to out (left panels · PANEL, right panels · PANEL) float32."""
     words, stride = left.shape[1], out.shape[1]

@@ -12,10 +12,11 @@ import numba
 import numpy as np
 
 from gptq_awq.kernels.columns import LANES, ROOM, nearest
+from gptq_awq.kernels.compiled import compiled
 from gptq_awq.kernels.rank_k import PANEL, ROWS, add_tile, bfloat16
 
 
-@numba.njit(parallel=True, cache=True)
+@compiled
 def _pack(hessian, panels):  # pragma: no cover (compiled)
     """Lay out T in panels (panels, words, PANEL), two rows of a column in a word; zeros below the diagonal."""
     n = len(hessian)
@@ -68,7 +69,7 @@ def _lay_out(row, delta, r):  # pragma: no cover (compiled)
         delta[k, r] = bfloat16(bits[2 * k]) | (bfloat16(bits[2 * k + 1]) << np.uint32(16))
 
 
-@numba.njit(parallel=True, cache=True)
+@compiled
 def _traces(delta, panels, errors):  # pragma: no cover (compiled)
     """Write tr(ΔHΔᵀ) of every PANEL rows of Δ to errors (tiles,)."""
     rows, n = delta.shape
@@ -80,7 +81,7 @@ def _traces(delta, panels, errors):  # pragma: no cover (compiled)
         errors[tile] = _trace(words, panels, np.empty((PANEL, PANEL), np.float32))
 
 
-@numba.njit(parallel=True, cache=True)
+@compiled
 def _rounding_traces(
     w, scale, zero, size, max_code, kind, levels, divisor, panels, errors
 ):  # pragma: no cover (compiled)

@@ -19,6 +19,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from gptq_awq.kernels.compiled import compiled
+
 VECTOR = 16
 """Number of 32-bit words in a vector register."""
 ROWS, VECTORS = 8, 3
@@ -128,7 +130,7 @@ def _vector_at(builder, base, index, vector):
     return builder.bitcast(builder.gep(base, [index]), vector.as_pointer())
 
 
-@numba.njit(parallel=True, cache=True)
+@compiled
 def _pack(x, panels, magnitude, largest):  # pragma: no cover (compiled)
     """Lay X out in panels, add each column's Σ |x| to `magnitude`, and raise `largest` to its max |x|.
 
@@ -165,7 +167,7 @@ def _pack(x, panels, magnitude, largest):  # pragma: no cover (compiled)
             largest[p, j] = top[j] if top[j] > largest[p, j] else largest[p, j]
 
 
-@numba.njit(parallel=True, cache=True)
+@compiled
 def _multiply(lefts, rights, pairs, out):  # pragma: no cover (compiled)
     """Add left_Iᵀ right_J to its tile of out (panels · PANEL, panels · PANEL) for each row (I, J) of `pairs`."""
     for index in numba.prange(len(pairs)):

@@ -13,6 +13,8 @@ import math
 import numba
 import numpy as np
 
+from gptq_awq.kernels.compiled import compiled
+
 LOG2_E = np.float32(1.4426950408889634)
 # log 2 in two parts: the first has few enough bits that its product with an exponent is exact.
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -143,7 +145,7 @@ def rescaled(total, before, after):  # pragma: no cover (compiled)
     return total if total == 0.0 or before == after else total * math.exp(np.float64(before) - np.float64(after))
 
 
-@numba.njit(parallel=True, cache=True)
+@compiled
 def add_tile(x, bits, first, shift, total, best):  # pragma: no cover (compiled)
     """Add a tile of logits to each token's running log-sum-exp, shift + log(total), and argmax.
 
@@ -162,7 +164,7 @@ def add_tile(x, bits, first, shift, total, best):  # pragma: no cover (compiled)
         shift[t] = after
 
 
-@numba.njit(parallel=True, cache=True)
+@compiled
 def add_tiles(  # pragma: no cover (compiled)
     p, p_bits, p_shift, p_total, p_best, q, q_bits, q_shift, q_total, q_best, first, crossed
 ):

@@ -14,6 +14,7 @@ import numba
 import numpy as np
 
 from gptq_awq.kernels.columns import LANES, load
+from gptq_awq.kernels.compiled import compiled
 
 UNIT = 8
 """Columns that share a parity of signs."""
@@ -214,7 +215,7 @@ def _propagate(x, i, value, u, e):  # pragma: no cover (compiled)
             x[j, r] -= e[r] * uij
 
 
-@numba.njit(parallel=True, cache=True)
+@compiled
 def sweep_vectors(w, u, scale, magnitudes, indices, middles, table, even, codes, errors):  # pragma: no cover (compiled)
     """Round all columns of one GPTQ block, vector by vector, propagating errors to the block's later columns.
 
