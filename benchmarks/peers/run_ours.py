@@ -5,6 +5,7 @@
 import time
 from dataclasses import replace
 
+import yaml
 from hydra.utils import instantiate
 from job import Job, answer, read_job, timed
 
@@ -18,6 +19,7 @@ from gptq_awq.models.load import LocalModel
 from gptq_awq.quantization.method import Method
 from gptq_awq.quantization.quantize import Settings
 from gptq_awq.runtime.configs import composed_method
+from gptq_awq.runtime.memory import keep_freed
 from gptq_awq.solvers.gptq import GPTQ
 
 WARM_UP_WINDOWS = 4
@@ -29,8 +31,10 @@ def chosen(job: Job) -> tuple[Method, Grid, str]:
 
     Plain settings are the papers' own: the range of a group's extremes, columns in their natural order.
     """
-    name, _, choice = job.method.partition("+")
-    method, grid = load_method(name, job.bits, job.group_size, job.sym)
+    preset, *pairs = job.method.split()
+    name, _, choice = preset.partition("+")
+    options = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in pairs)}
+    method, grid = load_method(name, job.bits, job.group_size, job.sym, options=options)
     if job.warm_up and method.self_calibration is not None:
         method = replace(method, self_calibration=replace(method.self_calibration, windows=WARM_UP_WINDOWS))
     grid = grid if job.tuned else grid.without_search()
@@ -49,6 +53,7 @@ def chosen(job: Job) -> tuple[Method, Grid, str]:
 def main() -> None:
     """Load the model, quantize it, and write the answer."""
     job = read_job()
+    keep_freed()  # as the command does
     loaded = LocalModel(path=job.model).load("float32", "cpu")
     method, grid, settings = chosen(job)
     forwards = Settings(compute_dtype=job.dtype)

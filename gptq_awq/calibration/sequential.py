@@ -71,19 +71,21 @@ def staged_forward(
     stage = _Stage(sites, routes, f"block {index}")
     batches = [_Batch(batch, index, block, full, sites, routes) for batch in activations.batches]
     device, end = next(block.parameters()).device, len(sites)
-    with stage.hooked(block, full, batches), faster_attention_of(block):
+    attention = faster_attention_of(block)  # only around forwards: it sees, and slows down, every call of torch's
+    with stage.hooked(block, full, batches):
         for position, site in enumerate(sites):
             stage.open(position, MomentsSum(site.width, device))
             for batch in batches:
-                with phase("forward"):
+                with phase("forward"), attention:
                     batch.run(position, end)
                 stage.add(batch)
                 if not keep and batch.at < end and sites[batch.at].expert is None:
-                    batch.drop()
+                    with attention:  # a forward ends with the modes that it had
+                        batch.drop()
             on_site(site, stage.close())
         stage.open(end, None)
         for batch in batches:
-            with phase("forward", *batch.activations.hidden.shape[:2]):  # counted here, where it is done
+            with phase("forward", *batch.activations.hidden.shape[:2]), attention:  # counted here, where it is done
                 batch.run(end, end)
 
 

@@ -102,6 +102,15 @@ def nearest_float(x, i, s, max_code, levels, code, value):  # pragma: no cover (
 
 
 @compiled
+def permute_columns(matrix, order):  # pragma: no cover (compiled)
+    """Reorder the columns of matrix (rows, columns), float32 or uint8, to `order` (columns,) int64, in place."""
+    for r in numba.prange(len(matrix)):
+        row = matrix[r].copy()
+        for j in range(len(order)):
+            matrix[r, j] = row[order[j]]
+
+
+@compiled
 def sweep_columns(w, u, scale, zero, max_code, kind, levels, first, codes, errors):  # pragma: no cover (compiled)
     """Round consecutive columns of one GPTQ block, propagating each column's error to the block's later columns.
 

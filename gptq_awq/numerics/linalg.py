@@ -13,6 +13,8 @@ MAX_DAMPING = 1.0
 DAMPING_STEP = 10.0
 BLOCK = 384
 """Columns of a symmetric matrix that are multiplied at a time: wider blocks waste more work below the diagonal."""
+LEAF = 192
+"""Columns that a CPU factors by LAPACK, whose solve with the identity doesn't see its zeros; a GPU 2 BLOCK at once."""
 
 
 class NotPositiveDefiniteError(Exception):
@@ -123,7 +125,7 @@ def _invert_factor(a: Float[Tensor, "*stack n n"]) -> Int[Tensor, "*stack"]:
         For each matrix, 0, or another number where it is not positive definite.
     """
     n = a.shape[-1]
-    if n <= 2 * BLOCK:
+    if n <= (LEAF if a.device.type == "cpu" else 2 * BLOCK):
         lower, failed = torch.linalg.cholesky_ex(a)
         a.copy_(torch.linalg.solve_triangular(lower, torch.eye(n, dtype=a.dtype, device=a.device), upper=False))
         return failed

@@ -24,7 +24,7 @@ from gptq_awq.grids.arithmetic import KINDS, Params, in_numbers
 from gptq_awq.grids.base import Grid, QuantizedWeight, group_of_columns, row_parts
 from gptq_awq.grids.vectors import VectorGrid
 from gptq_awq.kernels import gpu
-from gptq_awq.kernels.columns import sweep_columns
+from gptq_awq.kernels.columns import permute_columns, sweep_columns
 from gptq_awq.numerics.linalg import NotPositiveDefiniteError, damped, reordered, ridge
 from gptq_awq.runtime.options import NonNegative, NonNegativeInt, PositiveInt, checked_dataclass
 from gptq_awq.runtime.profiling import phase
@@ -323,6 +323,9 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
 
 def _permute(matrix: Float[Tensor, "out in"] | UInt8[Tensor, "out in"], order: Int[Tensor, "in"]) -> None:
     """Reorder the columns in place: a second weight would not fit beside H and U of the largest layers."""
+    if matrix.device.type == "cpu":
+        permute_columns(matrix.numpy(), order.numpy())
+        return
     for rows in row_parts(matrix):
         matrix[rows] = matrix[rows].index_select(1, order)
 

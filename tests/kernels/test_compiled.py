@@ -19,8 +19,8 @@ def package(tmp_path) -> Path:
     folder.mkdir()
     shutil.copy(compiled.__file__, folder)
     (folder / "helper.py").write_text("import numba\n\n\n@numba.njit\ndef more(x):\n    return x + 1\n")
-    loop = "from own.compiled import compiled\nfrom own.helper import more\n\n\n@compiled\ndef loop(x):\n    return more(x)\n"
-    (folder / "loop.py").write_text(loop)
+    imports = "from own.compiled import compiled\nfrom own.helper import more\n"
+    (folder / "loop.py").write_text(f"{imports}\n\n@compiled\ndef loop(x):\n    return more(x)\n")
     return folder
 
 
@@ -45,14 +45,16 @@ def test_what_is_compiled_is_read_again_until_any_file_changes(package):
     helper.write_text(helper.read_text().replace("x + 1", "x + 2"))
     assert [call(package), call(package)] == [(3.0, 0), (3.0, 1)]
     after = kept(package / "__pycache__")
-    assert len(before) == len(after) == 1 and before != after  # what older sources left is gone
+    assert len(before) == len(after) == 1  # what older sources left is gone
+    assert before != after
 
 
 def test_what_is_compiled_is_kept_where_the_user_says_or_can_write_and_else_nowhere(package, tmp_path):
     (package / "__pycache__").touch()  # a folder that can't be had, to root neither
     given, home = tmp_path / "given", tmp_path / "home"
     assert call(package, NUMBA_CACHE_DIR=str(given), XDG_CACHE_HOME=str(home)) == (2.0, 0)
-    assert kept(given) and not home.exists()
+    assert kept(given)
+    assert not home.exists()
     assert call(package, XDG_CACHE_HOME=str(home)) == (2.0, 0)
     assert kept(home / "numba")
     nowhere = {"NUMBA_CACHE_DIR": "/dev/null/given", "XDG_CACHE_HOME": "/dev/null/home"}

@@ -17,6 +17,7 @@ from gptq_awq.grids.base import fit_all, nearest
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.table import TableGrid
 from gptq_awq.kernels import rank_k
+from gptq_awq.kernels.columns import permute_columns
 from gptq_awq.kernels.product import packed, product
 from gptq_awq.kernels.quadratic import Quadratic
 from gptq_awq.kernels.threads import match_torch
@@ -156,3 +157,12 @@ def test_a_compiled_divergence_and_its_gradient_are_autograds_in_float64(dtype, 
     torch.testing.assert_close(
         gradient.double(), wide.grad, atol=1e-6, rtol=1e-5 if dtype == torch.float32 else 2**-8, equal_nan=True
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_permuted_columns_are_indexed_ones(dtype):
+    matrix = torch.randint(256, (37, 70), generator=torch.Generator().manual_seed(0)).to(dtype)
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(1))
+    expected = matrix[:, order]
+    permute_columns(matrix.numpy(), order.numpy())
+    assert torch.equal(matrix, expected)
