@@ -171,9 +171,10 @@ def test_a_hopeless_hessian_fails_unless_a_fallback_is_declared():
     assert torch.equal(solution.quantized.codes, RTN().solve(W, None, grid).quantized.codes)
 
 
-def test_inverse_cholesky_factors_the_damped_inverse():
-    _, H = problem()
-    H = H.double()
+@pytest.mark.parametrize("width", [96, 193, 500], ids=["at once", "in halves", "in quarters"])
+def test_inverse_cholesky_factors_the_damped_inverse(width):
+    X = torch.randn(2 * width, width, generator=torch.Generator().manual_seed(0)).double()
+    H = X.T @ X / len(X)
     U, used = inverse_cholesky(H, 0.01)
     damped = H + 0.01 * H.diagonal().mean() * torch.eye(len(H))
     assert used == 0.01
