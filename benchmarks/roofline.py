@@ -28,6 +28,7 @@ from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.load import AssetModel, LoadedModel, LocalModel
 from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.quantization.quantize import quantize
+from gptq_awq.runtime.memory import keep_freed
 from gptq_awq.runtime.profiling import PHASES, Recorder, Span, by_phase, machine, markdown_table
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -298,6 +299,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="write the page here too")
     options = parser.parse_args()
+    keep_freed()  # as the command does
     text = page(options)
     print(text)
     if options.out:

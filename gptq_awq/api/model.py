@@ -26,6 +26,7 @@ from gptq_awq.numerics.dtypes import resolve_compute_dtype
 from gptq_awq.quantization.footprint import Footprint
 from gptq_awq.quantization.method import Method
 from gptq_awq.quantization.quantize import Settings, examine, quantize
+from gptq_awq.runtime.memory import make_private
 from gptq_awq.runtime.progress import Track, no_track, rich_track
 
 
@@ -161,6 +162,7 @@ def quantize_model(
         UserError: as `gptq_awq.quantization.quantize.quantize` and `load_method` do.
     """
     method, grid = _chosen(method, grid, (bits, group_size, sym), options)
+    make_private(model.parameters())
     windows = token_set(calibration, tokenizer, seqlen, "calibration", model)
     if head is not None or untie_head:
         method = replace(method, head=head, untie_head=untie_head)

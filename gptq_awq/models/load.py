@@ -31,7 +31,7 @@ from gptq_awq.models.offload import offloaded
 from gptq_awq.models.offloaded_model import offload, read_whole, skeleton
 from gptq_awq.models.on_grid import grid_of
 from gptq_awq.models.quantized_source import quantization_of
-from gptq_awq.runtime.memory import return_large
+from gptq_awq.runtime.memory import make_private, return_large
 from gptq_awq.runtime.options import InputPath, checked_keywords
 from gptq_awq.storage.assets import ASSETS, cache_dir, fetch, hub_reachable, scratch_folder
 from gptq_awq.storage.atomic import discard
@@ -201,6 +201,7 @@ def _in_memory(
         examine(folder, skeleton(folder, config, DTYPES[dtype], **remote), option)  # which may know a better reason
         raise
     model, info = loaded
+    make_private(model.parameters())
     _check_causal(model, option)
     if getattr(model, "peft_config", None):
         raise UserError(f"{option}: has an adapter beside its weights; merge it, or move its {ADAPTER_CONFIG} away")

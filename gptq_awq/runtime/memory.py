@@ -4,6 +4,7 @@ import ctypes
 import re
 import resource
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,28 @@ def _set_thresholds(mapped: int, free: int) -> None:
         library = ctypes.CDLL(None)
         library.mallopt(MMAP_THRESHOLD, mapped)
         library.mallopt(TRIM_THRESHOLD, free)
+
+
+POPULATE_WRITE = 23
+"""Advice of madvise, from mman.h of Linux 5.14: give the process pages of its own now."""
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def make_private(tensors: Iterable[torch.Tensor]) -> None:
+    """Give this process pages of its own for weights that are mapped from a file, before they are first read (Linux).
+
+    Replacing a page that was read costs ten times as much when it is written to, as every processor must forget the
+    old one first. Nothing is done where less than twice the weights' memory is free.
+    """
+    held = [x for x in tensors if type(x) in PLAIN and x.device.type == "cpu" and x.is_contiguous()]
+    if sys.platform != "linux" or 2 * sum(x.nbytes for x in held) > available_bytes(torch.device("cpu")):
+        return
+    library, page = ctypes.CDLL(None), resource.getpagesize()
+    for tensor in held:
+        start = tensor.data_ptr() // page * page
+        library.madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start), POPULATE_WRITE
+        )
 
 
 SOLVED = 10
