@@ -101,6 +101,7 @@ def _set_thresholds(mapped: int, free: int) -> None:
 POPULATE_WRITE = 23
 """Advice of madvise, from mman.h of Linux 5.14: give the process pages of its own now."""
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Types whose data pointer says where their numbers lie."""
 
 
 def make_private(tensors: Iterable[torch.Tensor]) -> None:
