@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from gptq_awq.errors import UserError
+from gptq_awq.runtime.limits import Limit, memory_limits
 
 
 def parse_bytes(text: str) -> int:
@@ -27,8 +28,14 @@ def available_bytes(device: torch.device, budget: int | None = None) -> int:
     """Bytes that may still be allocated on `device`; on a CPU within `budget`, for all that this process takes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
+    free = tightest().free
     return free if budget is None else min(free, max(0, budget - resident_bytes()))
+
+
+def tightest() -> Limit:
+    """The tightest limit on this process's memory: the machine's, or its container's, job's or shell's."""
+    machine = Limit(psutil.virtual_memory().available, "")
+    return min([machine, *memory_limits()], key=lambda limit: limit.free)
 
 
 def resident_bytes() -> int:
@@ -197,7 +204,9 @@ def require(needed: int, device: torch.device, what: str, budget: int | None = N
     """Raise UserError unless `needed` bytes are free on `device`, and within `budget`."""
     free = available_bytes(device, budget)
     if needed > free:
-        place = f"on {device}" if budget is None else f"of memory_budget={budget}"
+        within = tightest().source if device.type == "cpu" else ""
+        here = f"on {device}" + (f" (limited by {within})" if within else "")
+        place = here if budget is None else f"of memory_budget={budget}"
         raise UserError(
             f"{what} needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free {place}: lower "
             "data.samples, data.seqlen or tokens_per_batch, choose a smaller model, or another device"
