@@ -57,6 +57,7 @@ from gptq_awq.quantization.resume import BlockResult
 from gptq_awq.quantization.targets import changes_output
 from gptq_awq.results import FAILURE, FILE_NAME, Ledger, Result
 from gptq_awq.runtime import memory
+from gptq_awq.runtime.limits import keep_to_quota
 from gptq_awq.runtime.profiling import Recorder, phase
 from gptq_awq.runtime.progress import Track, no_track, rich_track
 from gptq_awq.runtime.runlog import Clock, RunLog
@@ -75,6 +76,7 @@ def run(cfg: DictConfig) -> Result:
         UserError: something the user can fix; one line, naming the option.
     """
     minutes, device = cfg.get("ranks_timeout_minutes", 30), str(cfg.get("device", "auto"))
+    keep_to_quota()
     with opened(minutes, job_number(), device=device) as ranks:
         return _run(cfg, ranks)
 

@@ -1,16 +1,22 @@
-"""Memory that containers, batch systems and shells leave this process: control groups and `ulimit -v` (Linux).
+"""Memory and processors that containers, batch systems and shells leave this process (Linux).
 
 A process that outgrows its control group (Docker, Kubernetes, Slurm, systemd) is killed without a word, however much
 memory the machine has. A group is limited by itself and by all groups that it is part of.
 """
 
+import logging
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path, PurePosixPath
 
 import psutil
+import torch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,24 +55,49 @@ _FILES = {
 
 def memory_limits(root: Path = Path("/")) -> list[Limit]:
     """List the limits on this process's memory; the files of the system are looked for in `root`."""
-    found = list(_address_space())
+    groups = (_of_group(folder, _FILES[kind]) for folder, kind in _groups(root, "memory"))
+    return [*_address_space(), *(limit for group in groups for limit in group)]
+
+
+def processor_quota(root: Path = Path("/")) -> float | None:
+    """The processors whose time this process's control groups allow it, as `docker --cpus` sets; None: all."""
+    quotas = []
+    for folder, kind in _groups(root, "cpu"):
+        with suppress(OSError, ValueError):  # "max" is no number
+            if kind == "cgroup2":
+                quota, period = map(int, (folder / "cpu.max").read_text().split())
+            else:
+                quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+            quotas += [quota / period] if quota > 0 else []
+    return min(quotas, default=None)
+
+
+def keep_to_quota() -> None:
+    """Use no more of torch's threads than there are processors' time for, unless OMP_NUM_THREADS says how many.
+
+    Threads beyond a quota wait for each other while all of them are held up.
+    """
+    quota = processor_quota()
+    if quota is not None and torch.get_num_threads() > ceil(quota) and "OMP_NUM_THREADS" not in os.environ:
+        log.warning("%d threads instead of %d: this container's quota", ceil(quota), torch.get_num_threads())
+        torch.set_num_threads(ceil(quota))
+
+
+def _groups(root: Path, controller: str) -> list[tuple[Path, str]]:
+    """Folders of this process's control groups and all above them, each with its file system: cgroup or cgroup2."""
+    found = []
     with suppress(OSError, ValueError):  # there are no such files, or they say something else
-        found += _control_groups(root)
+        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+        for line in (root / "proc/self/mountinfo").read_text().splitlines():
+            before, _, after = line.partition(" - ")
+            (top, mount), (kind, _, options) = before.split()[3:5], after.split()[:3]
+            if kind not in _FILES or (kind == "cgroup" and controller not in options.split(",")):
+                continue
+            for _, controllers, path in groups:
+                if controller in controllers.split(",") if kind == "cgroup" else not controllers:
+                    parts = _upwards(PurePosixPath(path), PurePosixPath(top))
+                    found += [(root / mount.lstrip("/") / part, kind) for part in parts]
     return found
-
-
-def _control_groups(root: Path) -> Iterator[Limit]:
-    """Limits of this process's control groups, in both versions, from its own group upwards."""
-    groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
-    for line in (root / "proc/self/mountinfo").read_text().splitlines():
-        before, _, after = line.partition(" - ")
-        (top, mount), (kind, _, options) = before.split()[3:5], after.split()[:3]
-        if kind not in _FILES or (kind == "cgroup" and "memory" not in options.split(",")):
-            continue
-        for _, controllers, path in groups:
-            if "memory" in controllers.split(",") if kind == "cgroup" else not controllers:
-                for part in _upwards(PurePosixPath(path), PurePosixPath(top)):
-                    yield from _of_group(root / mount.lstrip("/") / part, _FILES[kind])
 
 
 def _upwards(path: PurePosixPath, top: PurePosixPath) -> list[PurePosixPath]:

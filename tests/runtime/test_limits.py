@@ -1,4 +1,4 @@
-"""Laws of the memory that control groups and shells leave a process."""
+"""Laws of the memory and the processors that control groups and shells leave a process."""
 
 import resource
 import subprocess
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from gptq_awq.errors import UserError
-from gptq_awq.runtime import memory
-from gptq_awq.runtime.limits import Limit, memory_limits
+from gptq_awq.runtime import limits, memory
+from gptq_awq.runtime.limits import Limit, memory_limits, processor_quota
 
 SECOND = "38 31 0:41 {top} /sys/fs/cgroup rw,relatime - cgroup2 cgroup2 rw"
 FIRST = "35 31 0:32 {top} /sys/fs/cgroup/memory rw,relatime shared:9 - cgroup cgroup rw,memory"
@@ -77,6 +77,32 @@ def test_systems_without_control_groups_have_no_limit(tmp_path):
     assert found(tmp_path) == {}
     system(tmp_path, "0::/\n", "nonsense")
     assert found(tmp_path) == {}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_quota_of_processors_is_the_least_of_the_group_and_those_above(tmp_path, first):
+    cgroup, mount = ("3:cpu,cpuacct:/a/b\n", OTHER) if first else ("0::/a/b\n", SECOND.format(top="/"))
+    mounted = system(tmp_path, cgroup, mount) / ("cpu" if first else "")
+    assert processor_quota(tmp_path) is None
+    for folder, quota in ((mounted / "a/b", "max"), (mounted / "a", 150000), (mounted, 400000)):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "cpu.max").write_text(f"{quota} 100000\n")
+        (folder / "cpu.cfs_quota_us").write_text(f"{-1 if quota == 'max' else quota}\n")
+        (folder / "cpu.cfs_period_us").write_text("100000\n")
+    assert processor_quota(tmp_path) == 1.5
+
+
+@pytest.mark.parametrize(("asked", "threads"), [(None, 2), ("4", 4)])
+def test_no_more_threads_run_than_the_quota_allows_unless_the_user_says_how_many(monkeypatch, asked, threads):
+    used = [4]
+    monkeypatch.setattr(limits, "processor_quota", lambda: 1.5)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: used[-1])
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    limits.keep_to_quota()
+    assert used[-1] == threads
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the address space is limited on Linux alone")
