@@ -64,7 +64,7 @@ LOOKS: Mapping[str, Look] = {
     "best": Look("best", 3, 6),
     "best_3bit": Look("best_3bit", 5, 6),
     "yaqa_distill": Look("yaqa_distill", 6, 6),
-    "best_2bit": Look("best_2bit", 5, 2),
+    "yaqa_distill_long": Look("yaqa_distill_long", 5, 2),
     "hqq": Look("HQQ", 4, 2),
     "smoothquant": Look("SmoothQuant", 6, 0),
     "smoothquant_gptq": Look("SmoothQuant + GPTQ", 6, 1),
