@@ -5,11 +5,11 @@
 
 All get the same float32 transformers folder, the same calibration windows (drawn from the text's first half by a seed),
 asymmetric integers in groups of --group-size, and the same threads, each in a process of its own (benchmarks/peers/).
-Ours with `+mixed` choose bits and groups for each linear in the size of uniform ones; all of ours take options after
-their names ("yaqa_distill self_calibration.windows=24"). Seconds are of the quantizing call, with writing of text (told
-apart), gradients and finding of widths, after a warm-up on one window that isn't measured. KL from full precision and
-perplexity are of the text's second half, in float32 by our forward; KL's interval is twice the standard error over
-windows. A plot goes beside --out.
+Ours with `+mixed` choose bits and groups for each linear in the size of uniform ones; all of ours take the command
+line's options after their names ("yaqa_distill method.self_calibration.windows=32"). Seconds are of the quantizing
+call, with writing of text (told apart), gradients and finding of widths, after a warm-up on one window that isn't
+measured. KL from full precision and perplexity are of the text's second half, in float32 by our forward; KL's interval
+is twice the standard error over windows. A plot goes beside --out.
 """
 
 import argparse
@@ -40,6 +40,7 @@ PEERS: Mapping[str, tuple[str, str, int]] = {
     "autoround-200": ("autoround", "autoround", 200),
 }
 """Driver, method and steps per block of each peer, with the library's own best settings."""
+CONTESTANTS = (*OURS, *PEERS)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Arena:
-    """What all contestants share: the model, calibration and held-out windows, options."""
+    """The model, calibration and held-out windows, and options, which all contestants share."""
 
     loaded: LoadedModel
     tokens: Int[Tensor, "samples seqlen"]
@@ -140,8 +141,9 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     widths = sorted({outcome.bits for outcome in outcomes})
-    order = (*OURS, *PEERS)
-    names = sorted({o.name for o in outcomes if not o.error}, key=lambda name: (order.index(name.split()[0]), name))
+    names = sorted(
+        {o.name for o in outcomes if not o.error}, key=lambda name: (CONTESTANTS.index(name.split()[0]), name)
+    )
     figure, panels = plt.subplots(1, len(widths), figsize=(4.5 * len(widths), 4.2), squeeze=False, layout="constrained")
     for panel, bits in zip(panels[0], widths, strict=True):
         panel.set(xscale="log", yscale="log", xlabel="seconds", title=f"{bits} bits")
@@ -181,8 +183,7 @@ def contestant(text: str) -> str:
     """Check the name of a contestant, which options may follow where it is ours."""
     name, *more = text.split() or [""]
     if name not in OURS and (name not in PEERS or more):
-        known = ", ".join((*OURS, *PEERS))
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}; only ours take options")
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(CONTESTANTS)}; only ours take options")
     return text
 
 
@@ -192,7 +193,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", help="a transformers folder; default: smollm2-135m")
     parser.add_argument("--text", required=True, help="a text file, none that is a test set")
     parser.add_argument("--characters", type=int, default=1_400_000, help="of the text that are read")
-    parser.add_argument("--contestants", nargs="+", type=contestant, default=[*OURS, *PEERS])
+    parser.add_argument("--contestants", nargs="+", type=contestant, default=CONTESTANTS)
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=32)

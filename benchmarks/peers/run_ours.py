@@ -5,13 +5,11 @@
 import time
 from dataclasses import replace
 
-import yaml
 from hydra.utils import instantiate
 from job import Job, answer, read_job, timed
 
 from gptq_awq import quantize_model
 from gptq_awq.allocation.allocate import allocate
-from gptq_awq.api import load_method
 from gptq_awq.data.tokens import make_token_set
 from gptq_awq.grids.allocated import BudgetedGrid
 from gptq_awq.grids.base import Grid
@@ -31,16 +29,15 @@ def chosen(job: Job) -> tuple[Method, Grid, str]:
 
     Plain settings are the papers' own: the range of a group's extremes, columns in their natural order.
     """
-    preset, *pairs = job.method.split()
+    preset, *options = job.method.split()
     name, _, choice = preset.partition("+")
-    options = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in pairs)}
-    method, grid = load_method(name, job.bits, job.group_size, job.sym, options=options)
+    mixed = [f"grid={choice}"] if choice else []
+    sizes = (f"bits={job.bits}", f"group_size={job.group_size}", f"sym={job.sym}")
+    composed = composed_method(name, *mixed, *sizes, *options)
+    method, grid = (instantiate(node, _convert_="all") for node in (composed.method, composed.grid))
     if job.warm_up and method.self_calibration is not None:
         method = replace(method, self_calibration=replace(method.self_calibration, windows=WARM_UP_WINDOWS))
-    grid = grid if job.tuned else grid.without_search()
-    if choice:
-        sizes = (f"bits={job.bits}", f"group_size={job.group_size}", f"sym={job.sym}")
-        grid = instantiate(composed_method(name, f"grid={choice}", *sizes).grid, _convert_="all")
+    grid = grid if job.tuned or mixed else grid.without_search()
     settings = [f"grid.search={getattr(grid, 'search', None)}"]
     solver = method.solver
     if isinstance(solver, GPTQ):

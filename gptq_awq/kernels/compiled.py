@@ -7,7 +7,7 @@ files, which are compiled into them: so everything is kept in a folder named by 
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile a loop when it is first called; later processes read it from disk, where a folder can be written to."""
     folder = kept_in()
-    user, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)  # pyright: ignore
+    user, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder or "")  # pyright: ignore
     try:
         return numba.njit(parallel=True, cache=folder is not None)(function)
     finally:
@@ -39,15 +39,16 @@ def kept_in() -> Path | None:
     given = [Path(numba.config.CACHE_DIR)] if numba.config.CACHE_DIR else []  # pyright: ignore
     for parent in [*given, beside, Path(platformdirs.user_cache_dir("numba"))]:
         if _writable(parent / name):
-            _delete(old for old in beside.glob("gptq_awq-*") if old.name != name)
+            for old in (old for old in beside.glob("gptq_awq-*") if old.name != name):
+                shutil.rmtree(old, ignore_errors=True)
             return parent / name
     return None
 
 
-def source_hash(folder: Path = HERE) -> str:
-    """Return a name for the sources in a folder: eight bytes of their hash, in hexadecimal."""
+def source_hash() -> str:
+    """Return a name for the sources in this folder: eight bytes of their hash, in hexadecimal."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(HERE.glob("*.py")):
         source = path.read_bytes()
         digest.update(f"{path.name} {len(source)}\n".encode() + source)
     return digest.hexdigest()[:16]
@@ -60,8 +61,3 @@ def _writable(folder: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def _delete(folders: Iterable[Path]) -> None:
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -93,10 +93,10 @@ def _groups(root: Path, controller: str) -> list[tuple[Path, str]]:
             (top, mount), (kind, _, options) = before.split()[3:5], after.split()[:3]
             if kind not in _FILES or (kind == "cgroup" and controller not in options.split(",")):
                 continue
-            for _, controllers, path in groups:
-                if controller in controllers.split(",") if kind == "cgroup" else not controllers:
-                    parts = _upwards(PurePosixPath(path), PurePosixPath(top))
-                    found += [(root / mount.lstrip("/") / part, kind) for part in parts]
+            wanted = controller if kind == "cgroup" else ""  # the second version's one hierarchy has no name
+            paths = [PurePosixPath(path) for _, names, path in groups if wanted in names.split(",")]
+            parts = (part for path in paths for part in _upwards(path, PurePosixPath(top)))
+            found += [(root / mount.lstrip("/") / part, kind) for part in parts]
     return found
 
 

@@ -1,4 +1,4 @@
-"""What memory the process holds on to."""
+"""Laws of the memory that the process holds on to."""
 
 import os
 import platform
