@@ -9,23 +9,24 @@ Tensors of a linear with `out` rows, `in` columns and G groups of neighbouring c
 The nibbles of a word, lowest first, hold the channels 0 2 4 6 1 3 5 7, as AWQ's kernels unpack two at a time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int32, UInt8
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
-from gptq_awq.export.folder import FolderTensors, read_config, write_folder
+from gptq_awq.export.folder import FolderTensors, read_config, write_packed
 from gptq_awq.export.packing import (
     PRODUCER,
     exactly,
     one_int_grid,
     pack_words,
+    require_experts_apart,
     require_linear_modules,
     require_multiple,
     require_natural_order,
@@ -34,7 +35,7 @@ from gptq_awq.export.packing import (
     unpack_words,
     unquantized,
 )
-from gptq_awq.export.saved import renaming
+from gptq_awq.export.saved import stored_weights
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.runtime.options import ByteSize, Dtype, checked_dataclass
@@ -73,16 +74,19 @@ class AWQFormat:
     def write(self, source: Source, folder: Path) -> None:
         """Write the folder. Raises UserError where an unquantized parameter overflows the dtype."""
         dtype = torch_dtype(self.dtype, "export.awq.dtype")
-        packed = (
-            (f"{name}.{part}", tensor)
-            for name, weight in source.weights.items()
-            for part, tensor in pack(weight, dtype).items()
-        )
         grid = next(iter(source.weights.values())).grid
         assert isinstance(grid, IntGrid)
-        rename = renaming(source.model)
-        config = quantization_config(grid, unquantized(source, rename))
-        write_folder(source, folder, packed, dtype, config, self.shard, rename)
+        config, stored = quantization_config(grid, unquantized(source)), stored_weights(source)
+        write_packed(source, folder, stored, lambda _, weight: pack(weight, dtype), dtype, config, self.shard)
+
+    def check_model(self, linears: Sequence[LinearSpec], model: PreTrainedModel, tokenizer: Any) -> list[str]:  # noqa: ARG002
+        """Raise UserError for a mixture whose checkpoints keep experts in one tensor."""
+        require_experts_apart(linears, model)
+        return []
+
+    def stored(self, source: Source) -> Mapping[str, QuantizedWeight]:
+        """Weights under the names that the folder has for them."""
+        return {name: stored.weight for name, stored in stored_weights(source).items()}
 
     def decoder(self) -> str:
         """Name of our own reader, as no library reads this layout on a CPU without patching others."""

@@ -134,7 +134,7 @@ def in_words_of(told: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # of what a library doesn't know, in whichever way it notices
+    except (Exception, SystemExit) as error:  # of what a library doesn't know, in whichever way it notices
         log.debug("%s", told, exc_info=True)
         what = " ".join(str(error).split()) or repr(error)
         raise UserError(

@@ -31,8 +31,9 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
-from gptq_awq.export.folder import FolderTensors, write_folder
+from gptq_awq.export.folder import FolderTensors, write_packed
 from gptq_awq.export.packing import PRODUCER, require_natural_order, require_plain_head
+from gptq_awq.export.saved import stored_weights
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.grids.table import LEVELS, NESTED_GROUPS, TableGrid, dynamic_levels
@@ -89,12 +90,12 @@ class BnbFormat:
     def write(self, source: Source, folder: Path) -> None:
         """Write the folder. Raises UserError where an unquantized parameter overflows the dtype."""
         dtype = torch_dtype(self.dtype, "export.bnb.dtype")
-        packed = (
-            (f"{name}.{part}", tensor)
-            for name, weight in source.weights.items()
-            for part, tensor in pack(weight, self.dtype).items()
-        )
-        write_folder(source, folder, packed, dtype, self._config(source), self.shard)
+        stored, config = stored_weights(source), self._config(source)
+        write_packed(source, folder, stored, lambda _, weight: pack(weight, self.dtype), dtype, config, self.shard)
+
+    def stored(self, source: Source) -> Mapping[str, QuantizedWeight]:
+        """Weights under the names that the folder has for them."""
+        return {name: stored.weight for name, stored in stored_weights(source).items()}
 
     def _config(self, source: Source) -> dict[str, Any]:
         """Build config.json's `quantization_config`, which names the linears that stay unquantized."""

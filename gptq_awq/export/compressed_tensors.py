@@ -40,19 +40,20 @@ from gptq_awq.export.compressed_floats import (
     read_floats,
     read_floats_with_library,
 )
-from gptq_awq.export.folder import FolderTensors, read_config, write_folder
+from gptq_awq.export.folder import FolderTensors, read_config, write_packed
 from gptq_awq.export.packing import (
     PRODUCER,
     exactly,
     int_grids,
     pack_words,
+    require_experts_apart,
     require_linear_modules,
     require_natural_order,
     require_whole_groups,
     unpack_words,
     unquantized,
 )
-from gptq_awq.export.saved import renamed_weights, renaming, saved_weights
+from gptq_awq.export.saved import renaming, stored_weights
 from gptq_awq.export.transformers_reader import unbuilt
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
@@ -111,34 +112,33 @@ class CompressedTensorsFormat:
 
     def write(self, source: Source, folder: Path) -> None:
         """Write the folder. Raises UserError where an unquantized parameter overflows the dtype."""
-        dtype, weights = torch_dtype(self.dtype, "export.compressed_tensors.dtype"), self.stored(source)
+        dtype, weights = torch_dtype(self.dtype, "export.compressed_tensors.dtype"), stored_weights(source)
         packer = pack if self.layout == "pack" else pack_int8
 
         def parts(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
             codes = pack_float(weight) if isinstance(weight.grid, ScaledFloatGrid) else packer(weight, dtype)
             return codes | self._input_scale(source, name)
 
-        model = source.model
-        own = weights if experts_in(model) else source.weights  # readers ask by names of the model and of files
-        packed = ((f"{name}.{part}", x) for name, weight in own.items() for part, x in parts(name, weight).items())
-        grids = {name: stored_grid(weight.grid) for name, weight in {**own, **weights}.items()}
-        head, rename = model.get_output_embeddings(), renaming(model)
+        model, rename = source.model, renaming(source.model)
+        own = {} if experts_in(model) else source.weights  # readers ask by names of the model and of files
+        grids = {name: stored_grid(weight.grid) for name, weight in own.items()}
+        grids |= {name: stored_grid(stored.weight.grid) for name, stored in weights.items()}
+        head = model.get_output_embeddings()
         heads = [new for name in source.weights if model.get_submodule(name) is head for new in {name, rename(name)}]
-        config = quantization_config(grids, FORMATS[self.layout], unquantized(source, rename), self.inputs, heads)
+        config = quantization_config(grids, FORMATS[self.layout], unquantized(source), self.inputs, heads)
         if self.expands(list(grids.values())) and unbuilt(model, list(source.weights)):
             config["dequantize"] = True
         if self.kv_cache is not None:
             config["kv_cache_scheme"] = kv_cache_scheme()
-        write_folder(source, folder, packed, dtype, config, self.shard, rename, replaced=weights)
+        write_packed(source, folder, weights, parts, dtype, config, self.shard)
 
     def stored(self, source: Source) -> Mapping[str, QuantizedWeight]:
         """Weights under the names that the folder has for them: readers want one linear for each expert's matrix."""
-        return saved_weights(source.model, source.weights) if experts_in(source.model) else renamed_weights(source)
+        return {name: stored.weight for name, stored in stored_weights(source).items()}
 
     def check_model(self, linears: Sequence[LinearSpec], model: PreTrainedModel, tokenizer: Any) -> list[str]:  # noqa: ARG002
         """Raise UserError for a mixture whose checkpoints keep experts in one tensor."""
-        if experts_in(model):
-            saved_weights(model, {linear.name: blank(linear) for linear in linears})
+        require_experts_apart(linears, model)
         return []
 
     def expands(self, grids: Sequence[Grid]) -> bool:
@@ -177,14 +177,6 @@ class CompressedTensorsFormat:
             group = by_target.get(name) or by_target[ALL]
             library, own = READERS[group["weights"]["type"]]
             yield Decoded(name, *(library if library_reads() else own)(parts, group))
-
-
-def blank(linear: LinearSpec) -> QuantizedWeight:
-    """A weight without content, in a linear's shape, to ask where it would go."""
-    codes, scales = torch.empty(1, dtype=torch.uint8), torch.empty(1, 1)
-    groups = torch.zeros(1, dtype=torch.int64).expand(linear.columns)
-    parts = codes.expand(linear.rows, linear.columns), scales.expand(linear.rows, 1), scales.expand(linear.rows, 1)
-    return QuantizedWeight(*parts, groups, linear.grid)
 
 
 def _check_shape(name: str, parts: Mapping[str, Tensor]) -> None:

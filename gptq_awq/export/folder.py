@@ -18,7 +18,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Source
 from gptq_awq.export.public import names_only
-from gptq_awq.export.saved import SavedTensors, blocks_by_name, read_state, renaming, saved, tied_names
+from gptq_awq.export.saved import (
+    SavedTensors,
+    Stored,
+    blocks_by_name,
+    read_state,
+    renaming,
+    saved,
+    tied_names,
+)
+from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.models.blocks import find_blocks
 from gptq_awq.models.carried import carried, outdated_names
 from gptq_awq.models.experts import experts_in
@@ -31,40 +40,58 @@ PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preproc
 
 
 def write_folder(
-    source: Source,
-    folder: Path,
-    packed: Iterable[tuple[str, Tensor]],
-    dtype: torch.dtype,
-    quantization_config: Mapping[str, Any] | None,
-    shard: str = SHARD,
-    rename: Callable[[str], str] | None = None,
-    replaced: Collection[str] = (),
+    source: Source, folder: Path, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, shard: str = SHARD
 ) -> None:
-    """Write a model with some weights packed, all of it under the original checkpoint's names.
+    """Write a model with other weights in the original checkpoint's layout, which may join or split them.
 
     Args:
-        source: the quantized model; its unpacked parameters are stored in `dtype`, tied ones once.
+        source: the model; its other parameters are stored in `dtype`, tied ones once.
         folder: empty folder to write into.
-        packed: (full name such as "model.layers.0.mlp.up_proj.qweight", tensor) pairs that replace the weights of
-            `source.weights`; written in the order they come. Without `quantization_config` they are whole weights,
-            and go into the original checkpoint's layout, which may join or split them.
-        dtype: dtype of all unpacked floating-point tensors, also stated in config.json.
-        quantization_config: entry of that name in config.json; None leaves it out.
+        weights: (full name in the model, tensor) pairs that replace those of `source.weights`.
+        dtype: dtype of all other floating-point tensors, also stated in config.json.
         shard: maximum size of a safetensors file.
-        rename: maps a tensor's name in the model to its name in the file, for engines with names of their own; None:
-            names of the original checkpoint.
-        replaced: modules of a mixture, by their names in the file, that `packed` has the weights of.
 
     Raises:
         UserError: a parameter overflows `dtype`.
     """
-    if experts_in(source.model) and replaced:
-        tensors = chain(_saved(source, dtype, {f"{name}.weight" for name in replaced}), packed)
-    elif quantization_config is None and rename is None:
-        tensors = _fused(source, dtype, packed)
+    write_tensors(source, folder, chain(_fused(source, dtype, weights), _carried(source, dtype)), dtype, None, shard)
+
+
+def write_packed(
+    source: Source,
+    folder: Path,
+    weights: Mapping[str, Stored],
+    parts: Callable[[str, QuantizedWeight], Mapping[str, Tensor]],
+    dtype: torch.dtype,
+    quantization_config: Mapping[str, Any],
+    shard: str = SHARD,
+) -> None:
+    """Write a model with packed linears under the original checkpoint's names, one for each matrix of an expert.
+
+    Args:
+        source: the quantized model; its unpacked parameters are stored in `dtype`, tied ones once.
+        folder: empty folder to write into.
+        weights: those of the source by their names in the checkpoint, as `stored_weights` gives them.
+        parts: packs a linear: name of the module that it is of, and weight → tensors by the last parts of their names.
+        dtype: dtype of all unpacked floating-point tensors, also stated in config.json.
+        quantization_config: entry of that name in config.json.
+        shard: maximum size of a safetensors file.
+
+    Raises:
+        UserError: a parameter overflows `dtype`.
+    """
+    if experts_in(source.model):
+        plain = _saved(source, dtype, {f"{name}.weight" for name in weights})
     else:
-        rename = rename or renaming(source.model)
-        tensors = ((rename(name), tensor) for name, tensor in chain(plain_tensors(source, dtype), packed))
+        rename = renaming(source.model)
+        plain = ((rename(name), tensor) for name, tensor in plain_tensors(source, dtype))
+    packed = ((f"{name}.{part}", x) for name, own in weights.items() for part, x in parts(*own).items())
+    tensors = chain(plain, packed, _carried(source, dtype))
+    write_tensors(source, folder, tensors, dtype, quantization_config, shard)
+
+
+def _carried(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that transformers has no place for, under the names of the source's files; says which are left out."""
     if outdated := outdated_names(source.model):
         log.warning(
             "%d tensors of the source that transformers has no place for (%s …) are left out of the checkpoint: a "
@@ -72,8 +99,7 @@ def write_folder(
             len(outdated),
             outdated[0],
         )
-    tensors = chain(tensors, carried(source.model, dtype))  # these under the names of the source's files
-    write_tensors(source, folder, tensors, dtype, quantization_config, shard)
+    yield from carried(source.model, dtype)
 
 
 def write_tensors(

@@ -10,6 +10,7 @@ import functools
 import importlib
 import json
 import logging
+import math
 import subprocess
 import sys
 import tarfile
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.configuration_utils import remap_legacy_layer_types
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import in_words_of
@@ -276,6 +278,10 @@ def _observed(known: Any, base: Any, options: Mapping[str, Any]) -> Any:
                 self.gguf_writer.add_bool(f"tokenizer.ggml.{name}", added)
             return None
 
+        def set_gguf_parameters(self) -> None:
+            super().set_gguf_parameters()
+            _scale_attention(self.gguf_writer, options["config"])
+
         def tensor_force_quant(self, name: str, new_name: str, bid: int | None, n_dims: int) -> Any:
             if new_name in options["exact"]:
                 return sys.modules["gguf"].GGMLQuantizationType.F32
@@ -284,6 +290,18 @@ def _observed(known: Any, base: Any, options: Mapping[str, Any]) -> Any:
     if known.supports_mtp_export:
         Observed.no_mtp = True  # transformers has no layers that predict further tokens
     return Observed
+
+
+def _scale_attention(writer: Any, config: Any) -> None:
+    """Say what YaRN scales attention by (arXiv 2309.00071, eq. 22) where llama.cpp would take something else."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    telling = (".attn_factor", ".yarn_log_multiplier")
+    if rope.get("rope_type") != "yarn" or any(key.endswith(telling) for part in writer.kv_data for key in part):
+        return
+    _, factor = ROPE_INIT_FUNCTIONS["yarn"](config.get_text_config())
+    granted = 1 + 0.1 * math.log(rope["factor"])
+    if not math.isclose(factor, granted, rel_tol=1e-6):
+        writer.add_rope_scaling_attn_factors(factor / granted)
 
 
 def _score_by_merges(fields: Mapping[str, Any], folder: Path) -> None:

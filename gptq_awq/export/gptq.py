@@ -13,28 +13,29 @@ names the convention; engines that don't know v2 would read every zero point one
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
-from gptq_awq.export.folder import FolderTensors, read_config, write_folder
+from gptq_awq.export.folder import FolderTensors, read_config, write_packed
 from gptq_awq.export.packing import (
     PRODUCER,
     WORD,
     exactly,
     one_int_grid,
     pack_words,
+    require_experts_apart,
     require_multiple,
     unpack_words,
     unquantized,
 )
-from gptq_awq.export.saved import renamed_weights, renaming
+from gptq_awq.export.saved import stored_weights
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.models.blocks import find_blocks
@@ -88,24 +89,24 @@ class GPTQFormat:
         dtype, weights = torch_dtype(self.dtype, "export.gptq.dtype"), source.weights
         grid = next(iter(weights.values())).grid
         assert isinstance(grid, IntGrid)
-        version = self.version(grid)
-        packed = (
-            (f"{name}.{part}", tensor)
-            for name, weight in weights.items()
-            for part, tensor in pack(weight, version, dtype).items()
-        )
+        version, stored = self.version(grid), stored_weights(source)
         natural = all(weight.natural_order for weight in weights.values())
         head = source.model.get_output_embeddings()
         with_head = any(source.model.get_submodule(name) is head for name in weights)
         config = quantization_config(grid, version, desc_act=not natural, lm_head=with_head)
-        config |= exclusions(source, renaming(source.model))
-        write_folder(source, folder, packed, dtype, config, self.shard)
+        config |= exclusions(source, list(stored))
+        write_packed(source, folder, stored, lambda _, weight: pack(weight, version, dtype), dtype, config, self.shard)
         # Readers older than transformers' own GPTQ support look for the config in this file.
         (folder / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
+    def check_model(self, linears: Sequence[LinearSpec], model: PreTrainedModel, tokenizer: Any) -> list[str]:  # noqa: ARG002
+        """Raise UserError for a mixture whose checkpoints keep experts in one tensor."""
+        require_experts_apart(linears, model)
+        return []
+
     def stored(self, source: Source) -> Mapping[str, QuantizedWeight]:
         """Weights under the names that the folder has for them."""
-        return renamed_weights(source)
+        return {name: stored.weight for name, stored in stored_weights(source).items()}
 
     def decoder(self) -> str:
         """Name of our own reader, as GPTQModel's would patch torch, transformers and safetensors in this process."""
@@ -145,18 +146,18 @@ def pack(weight: QuantizedWeight, version: str, dtype: torch.dtype) -> dict[str,
     }
 
 
-def exclusions(source: Source, rename: Callable[[str], str]) -> dict[str, Any]:
-    """Entries of the config that keep engines from expecting packed weights of linears in the blocks that have none.
+def exclusions(source: Source, packed: Sequence[str]) -> dict[str, Any]:
+    """Entries of the config that keep engines from expecting packed weights of matrices in the blocks that have none.
 
     GPTQModel and vLLM go by `dynamic`, where a minus excludes a pattern; optimum, and so transformers, by the names of
-    those that are packed. Where all linears in the blocks are packed there are no such entries.
+    those that are `packed`. Where all matrices in the blocks are packed there are no such entries.
     """
     prefix, _ = find_blocks(source.model)
-    if not (left := [name for name in unquantized(source, str) if name.startswith(f"{prefix}.")]):
+    if not (left := [name for name in unquantized(source) if name.startswith(f"{prefix}.")]):
         return {}
     return {
-        "dynamic": {f"-:^{re.escape(rename(name))}$": {} for name in left},
-        "modules_in_block_to_quantize": [[rename(name) for name in source.weights]],
+        "dynamic": {f"-:^{re.escape(name)}$": {} for name in left},
+        "modules_in_block_to_quantize": [list(packed)],
     }
 
 

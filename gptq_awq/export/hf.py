@@ -60,7 +60,7 @@ class HFFormat:
     def write(self, source: Source, folder: Path) -> None:
         """Write the folder. Raises UserError where a parameter overflows the dtype."""
         dtype = torch_dtype(self.dtype, "export.hf.dtype")
-        write_folder(source, folder, self._dequantized(source), dtype, None, self.shard)
+        write_folder(source, folder, self._dequantized(source), dtype, self.shard)
         config = read_config(folder) | {QUANTIZED: list(source.weights)}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

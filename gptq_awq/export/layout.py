@@ -190,10 +190,15 @@ def conv1d_weights(model: PreTrainedModel) -> set[str]:
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 
-def numbered(model: PreTrainedModel) -> tuple[Numbering, frozenset[str]]:
-    """Numbers of the elements of a model's tensors, matrices as (out, in), and the names of those held as (in, out)."""
-    flipped = frozenset(conv1d_weights(model))
-    shapes = {name: s[::-1] if name in flipped else s for name, s in sorted(state_shapes(model).items())}
+def numbered(model: PreTrainedModel, only: Collection[str] | None = None) -> tuple[Numbering, frozenset[str]]:
+    """Numbers of the elements of a model's tensors, matrices as (out, in), and the names of those held as (in, out).
+
+    Args:
+        model: a model.
+        only: names of the tensors that count; None: all.
+    """
+    flipped, found = frozenset(conv1d_weights(model)), sorted(state_shapes(model).items())
+    shapes = {name: s[::-1] if name in flipped else s for name, s in found if only is None or name in only}
     return Numbering.of(shapes), flipped
 
 

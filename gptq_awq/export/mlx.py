@@ -42,6 +42,7 @@ from gptq_awq.export.layout import (
 )
 from gptq_awq.export.mlx_floats import decode_floats, decode_floats_with_mlx, mode_of, pack_floats
 from gptq_awq.export.mlx_layout import Conversion
+from gptq_awq.export.mlx_options import options_for_mlx
 from gptq_awq.export.packing import PRODUCER, exactly, pack_words, require_natural_order, unpack_words
 from gptq_awq.export.placement import indices
 from gptq_awq.grids.affine import AffineGrid
@@ -142,7 +143,7 @@ class MLXFormat:
             {name.removesuffix(".weight"): weights[of].grid for name, of in first.items()}
         )
         # mlx-lm reads `quantization`, the hub displays `quantization_config`.
-        config = {**conversion.config, **read_config(folder)}
+        config = options_for_mlx(source.model.config, read_config(folder))
         config |= {"quantization": quantization, "quantization_config": quantization}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

@@ -5,17 +5,15 @@ split, some tensors computed (norms + 1). Blocks are given to it one after the o
 which nothing evaluates: MLX computes what is asked for only.
 """
 
-import importlib
 import importlib.util
-import inspect
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +24,11 @@ from gptq_awq.errors import UserError
 from gptq_awq.export.base import in_words_of
 from gptq_awq.export.folder import read_config, write_config
 from gptq_awq.export.layout import Layout, digits_of, kept_layout, numbered
-from gptq_awq.export.saved import Read, SavedTensors
-from gptq_awq.models.experts import experts_in
+from gptq_awq.export.mlx_options import made, options_for_mlx
+from gptq_awq.export.placement import Numbering
+from gptq_awq.export.saved import Read, SavedTensors, View, read_state, saved
+from gptq_awq.export.text_part import text_tensors
+from gptq_awq.models.experts import experts_in, fused_tensors
 from gptq_awq.runtime.fingerprint import layout_sha256
 
 NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -58,15 +59,16 @@ class Conversion:
             write_config(model, Path(path), torch.float32, None)
             config = read_config(Path(path))
         with in_words_of(f"mlx: mlx refuses this {type(model).__name__}"):
-            _, options = _classes(config)
-        wanted = [
-            name for name, option in inspect.signature(options).parameters.items() if option.default is option.empty
-        ]
-        return cls(model, {name: _option(model, name) for name in wanted} | config)
+            return cls(model, options_for_mlx(model.config, config))
+
+    @property
+    def _numbered(self) -> tuple[Numbering, frozenset[str]]:
+        """Numbers of the elements of the language model's tensors; mlx-lm has no place for what a model sees with."""
+        return numbered(self.model, text_tensors(self.model))
 
     def layout(self) -> Layout:
         """Where the model's tensors go; kept in the cache. Raises UserError for a model that mlx-lm doesn't know."""
-        name = layout_sha256(self.config, numbered(self.model)[0].shapes, f"mlx-lm {version('mlx-lm')}")
+        name = layout_sha256(self.config, self._numbered[0].shapes, f"mlx-lm {version('mlx-lm')}")
         return kept_layout(name, self._observed)
 
     def tensors(self, read: Read) -> Iterator[tuple[str, Tensor]]:
@@ -77,47 +79,53 @@ class Conversion:
         """
         import mlx.core as mx  # pyright: ignore[reportMissingImports]
 
-        held = SavedTensors(self.model, read)
-        nothing = {name: mx.broadcast_to(mx.array(float("nan")), tensor.shape) for name, tensor in held.meta.items()}
+        spelling = self._spelling
+        held = SavedTensors(self.model, read, text_tensors(self.model), spelling.view)
+        nothing = _empty(held)
         for block, names in held.by_block().items():
             given = {name: mx.array(_as_numpy(held[name])) for name in names}
-            for name, array in sorted(self._converted(nothing | given).items()):
+            for name, array in sorted(self._converted(nothing | given, spelling).items()):
                 if ((found := NUMBER.search(name)) and found[1]) == block:
                     yield name, _checked(name, np.array(array))
 
+    @cached_property
+    def _spelling(self) -> "Spelling":
+        """The spelling of checkpoints that mlx-lm knows, the published one first; others are tried in turn."""
+        spellings = [
+            Spelling(saved),
+            Spelling(saved, self._bare),
+            Spelling(saved, self._experts_as_weights),
+            Spelling(fused_tensors),
+        ]
+        failure: Exception | None = None
+        with in_words_of(f"mlx: mlx refuses this {type(self.model).__name__}"):
+            for spelling in spellings:
+                held = SavedTensors(self.model, read_state(self.model), text_tensors(self.model), spelling.view)
+                try:
+                    self._converted(_empty(held), spelling)
+                except Exception as error:  # classes stumble over what they don't know in many ways
+                    failure = failure or error
+                else:
+                    return spelling
+            assert failure is not None
+            raise failure
+
     def _observed(self) -> Layout:
         """The layout, by having mlx-lm convert tensors of numbered elements."""
-        numbering, flipped = numbered(self.model)
+        numbering, flipped = self._numbered
         passes = [self.tensors(digits_of(numbering, flipped, number)) for number in range(numbering.passes)]
         runs = {}
         for each in zip(*passes, strict=True):
             runs[each[0][0]] = numbering.runs([tensor.numpy() for _, tensor in each])
         return Layout(numbering, {name: found for name, found in runs.items() if found is not None}, flipped=flipped)
 
-    def _converted(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """The tensors as mlx-lm names them, which must be those that its class has.
-
-        Some classes know other spellings of a checkpoint only; which one, is tried.
-        """
-
-        def convert(given: dict[str, Any]) -> dict[str, Any]:
-            made, options = _classes(self.config)
-            theirs = made(options.from_dict(dict(self.config)))  # sanitize may change it; weights aren't computed
-            found = theirs.sanitize(given) if hasattr(theirs, "sanitize") else given
-            theirs.load_weights(list(found.items()), strict=True)
-            return found
-
-        spelled = [
-            dict(map(spelling, tensors, tensors.values())) for spelling in (self._bare, self._experts_as_weights)
-        ]
-        with in_words_of(f"mlx: mlx refuses this {type(self.model).__name__}"):
-            try:
-                return convert(dict(tensors))
-            except ValueError:
-                for other in spelled:
-                    with suppress(ValueError):
-                        return convert(other)
-                raise
+    def _converted(self, tensors: Mapping[str, Any], spelling: "Spelling") -> dict[str, Any]:
+        """The tensors as mlx-lm names them, which must be those that its class has."""
+        theirs = made(self.config)  # sanitize may change it; weights aren't computed
+        given = dict(map(spelling.named, tensors, tensors.values()))
+        found = theirs.sanitize(given) if hasattr(theirs, "sanitize") else given
+        theirs.load_weights(list(found.items()), strict=True)
+        return found
 
     def _bare(self, name: str, array: Any) -> tuple[str, Any]:
         """A tensor under its name in a checkpoint without a head, which has no prefix of the decoder."""
@@ -128,19 +136,26 @@ class Conversion:
         experts = experts_in(self.model).get(name)
         if experts is None:
             return name, array
-        return f"{name}.weight", array.swapaxes(1, 2) if experts.transposed else array
+        return f"{name}.weight", array.swapaxes(-1, -2) if experts.transposed else array
 
 
-def _classes(config: Mapping[str, Any]) -> Any:
-    """mlx-lm's class of a model, and that of its options."""
-    return importlib.import_module("mlx_lm.utils")._get_classes(dict(config))
+class Spelling(NamedTuple):
+    """How a checkpoint's tensors are spelled.
+
+    Attributes:
+        view: a model, and tensors of its state dict → tensors of a checkpoint.
+        named: a tensor and its name there → its name and the tensor as mlx-lm is given them.
+    """
+
+    view: View
+    named: Callable[[str, Any], tuple[str, Any]] = lambda name, array: (name, array)
 
 
-def _option(model: PreTrainedModel, name: str) -> Any:
-    """An option that mlx-lm wants stated: published configs have what transformers' classes compute or leave out."""
-    config = model.config
-    found = getattr(config, name, None)
-    return config.hidden_size // config.num_attention_heads if name == "head_dim" and found is None else found
+def _empty(held: SavedTensors) -> dict[str, Any]:
+    """A checkpoint's tensors without values: NaN, which nothing evaluates."""
+    import mlx.core as mx  # pyright: ignore[reportMissingImports]
+
+    return {name: mx.broadcast_to(mx.array(float("nan")), tensor.shape) for name, tensor in held.meta.items()}
 
 
 def _as_numpy(tensor: Tensor) -> np.ndarray:

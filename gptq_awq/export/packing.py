@@ -6,19 +6,22 @@ neither repeats a mistake of the other.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int32, UInt8
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import gptq_awq
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import LinearSpec, Source, require_dtype
+from gptq_awq.export.saved import renaming, saved_weights
+from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.models.carried import carried_names
+from gptq_awq.models.experts import experts_in
 
 WORD = 32
 CONV1D_MODELS = ("gpt2", "openai-gpt")
@@ -150,15 +153,38 @@ def require_linear_modules(config: PreTrainedConfig, name: str) -> None:
         )
 
 
+def require_experts_apart(linears: Sequence[LinearSpec], model: PreTrainedModel) -> None:
+    """Raise UserError for a mixture whose checkpoints keep experts in one tensor: readers want a linear for each."""
+    if experts_in(model):
+        saved_weights(model, {linear.name: blank(linear) for linear in linears})
+
+
+def blank(linear: LinearSpec) -> QuantizedWeight:
+    """A weight without content, in a linear's shape, to ask where it would go."""
+    codes, scales = torch.empty(1, dtype=torch.uint8), torch.empty(1, 1)
+    groups = torch.zeros(1, dtype=torch.int64).expand(linear.columns)
+    parts = codes.expand(linear.rows, linear.columns), scales.expand(linear.rows, 1), scales.expand(linear.rows, 1)
+    return QuantizedWeight(*parts, groups, linear.grid)
+
+
 def require_plain_head(linears: Sequence[LinearSpec], name: str, others: str) -> None:
     """Raise UserError if the output head is to be quantized, as the format's readers expect it unquantized."""
     if any(linear.head for linear in linears):
         raise UserError(f"head: {name}'s readers take the output head in 16 bits; choose head=null or {others}")
 
 
-def unquantized(source: Source, rename: Callable[[str], str]) -> list[str]:
-    """Names of the linears that stay unquantized, an unquantized output head and what is carried along included."""
-    linears = [name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)]
+def unquantized(source: Source) -> list[str]:
+    """Names of the matrices that stay unquantized: linears, routers, an output head, and what is carried along.
+
+    Embeddings are left out, as readers expect no packed ones. Readers ask by names of the model or of its checkpoint.
+    """
+    matrices = [name for name, module in source.model.named_modules() if _has_matrix(module)]
     carried = [name.removesuffix(".weight") for name, x in carried_names(source.model).items() if len(x.shape) == 2]
-    names = [name for name in (*linears, *carried) if name not in source.weights]
-    return list(dict.fromkeys([*names, *map(rename, names)]))  # readers ask by either name
+    names = [name for name in (*matrices, *carried) if name not in source.weights]
+    return list(dict.fromkeys([*names, *map(renaming(source.model), names)]))
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Whether a module multiplies by a matrix `weight`: engines' routers are linears, transformers' needn't be."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding)

@@ -22,6 +22,7 @@ from gptq_awq.export.engines import ENGINES, Comparison, answer, compare
 from gptq_awq.export.folder import FolderTensors, read_config
 from gptq_awq.export.gguf import GGUFFormat
 from gptq_awq.export.hf import HFFormat
+from gptq_awq.export.text_part import text_tensors
 from gptq_awq.export.verify import VerificationRecord, decoding
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.grids.mix import llama_grid
@@ -125,13 +126,14 @@ def _reference_model(folder: Path, format_: Format) -> PreTrainedModel:
     with torch.device("meta"):
         model = auto_class(made).from_config(made, dtype=torch.float32)
     _check_size(model, sum(tensor.numel() for tensor in (plain | decoded).values()), folder)
+    unheld = set(model.state_dict()) - text_tensors(model) - plain.keys()  # what a model sees with, where left out
     model = auto_class(made).from_config(made, dtype=torch.float32).eval()
     if any(name.rsplit(".", 2)[0] in fused_parameters(model) for name in decoded):  # one linear for each expert
         unfuse(model)
     own = dict(model.state_dict())
     state = {name: t for name, t in plain.items() if name in own and t.shape == own[name].shape} | decoded
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    if state.keys() - own.keys() or own.keys() - state.keys() - tied:  # names of the original checkpoint
+    if state.keys() - own.keys() or own.keys() - state.keys() - tied - unheld:  # names of the original checkpoint
         parts = tuple(name.removesuffix("weight") for name in decoded)
         rest = {n: tensor for n, tensor in plain.items() if not n.startswith(parts) or n.endswith(".bias")}
         return _loaded(made, rest | decoded, folder)
@@ -154,7 +156,12 @@ def _loaded(config: PreTrainedConfig, tensors: Mapping[str, Tensor], origin: Pat
 
 
 def _check_size(model: PreTrainedModel, numbers: int, folder: Path) -> None:
-    """Raise UserError where config.json describes a model of more parameters than the files hold."""
+    """Raise UserError where config.json describes a model of more parameters than the files hold.
+
+    What a model sees with may be left out, up to as much as they hold.
+    """
+    state, text = model.state_dict(), text_tensors(model)
     wanted = sum(parameter.numel() for parameter in model.parameters())
-    if wanted > numbers:
+    unseen = sum(tensor.numel() for name, tensor in state.items() if name not in text)
+    if wanted - min(unseen, numbers) > numbers:
         raise UserError(f"{folder}: config.json describes {wanted:,} parameters, and the files hold {numbers:,}")

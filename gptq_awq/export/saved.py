@@ -6,22 +6,26 @@ what was first published. transformers knows how to go back: `revert_weight_conv
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import Transpose, revert_weight_conversion
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Source
 from gptq_awq.export.placement import Numbering, indices
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.models.blocks import find_blocks
-from gptq_awq.models.experts import fused_in_name, fused_tensors
+from gptq_awq.models.experts import experts_in, fused_in_name, fused_tensors
 from gptq_awq.models.offload import each_tensor
 
 Read = Callable[[Collection[str]], Iterable[tuple[str, Tensor]]]
 """Reads tensors of a model by their names in its state dict."""
+View = Callable[[PreTrainedModel, Mapping[str, Tensor]], dict[str, Tensor]]
+"""Gives tensors of a model's state dict the names and the layout that they have elsewhere."""
 
 
 class SavedTensors(Mapping[str, Tensor]):
@@ -30,18 +34,23 @@ class SavedTensors(Mapping[str, Tensor]):
     Args:
         model: model whose layout they have.
         read: reads tensors by their names in the model's state dict.
+        only: names in the state dict of those that count; None: all.
+        view: gives tensors of the state dict, whole blocks of it, another layout; None: that of checkpoints.
     """
 
-    def __init__(self, model: PreTrainedModel, read: Read) -> None:
-        self._model, self._read, self.config = model, read, model.config
-        self._groups = _names_by_block(model)
+    def __init__(
+        self, model: PreTrainedModel, read: Read, only: Collection[str] | None = None, view: View | None = None
+    ) -> None:
+        self._model, self._read, self._view, self.config = model, read, view or saved, model.config
+        groups = _names_by_block(model)
+        self._groups = {key: [n for n in names if only is None or n in only] for key, names in groups.items()}
         state = model.state_dict(keep_vars=True)
         self.meta: dict[str, Tensor] = {}
         """Tensors without data, by name: their shapes and dtypes."""
         self._group_of: dict[str, str | None] = {}
         for group, names in self._groups.items():
             empty = {name: torch.empty_like(state[name], device="meta") for name in names}
-            for name, tensor in saved(model, empty).items():
+            for name, tensor in self._view(model, empty).items():
                 self.meta[name], self._group_of[name] = tensor, group
         self._held: tuple[str | None, dict[str, Tensor]] = ("", {})
 
@@ -49,7 +58,7 @@ class SavedTensors(Mapping[str, Tensor]):
         group = self._group_of[name]
         if self._held[0] != group:
             self._held = ("", {})  # frees the last block before this one is read
-            self._held = group, saved(self._model, dict(self._read(self._groups[group])))
+            self._held = group, self._view(self._model, dict(self._read(self._groups[group])))
         return self._held[1][name]
 
     def by_block(self) -> dict[str | None, list[str]]:
@@ -73,8 +82,39 @@ def saved(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Te
 
 def _reverted(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors with transformers' conversions taken back, some of which ask for the shape of a fused parameter."""
-    with fused_in_name(model):
+    with fused_in_name(model), _transposing_back():
         return revert_weight_conversion(model, tensors)
+
+
+class _TransposedBack(Transpose):
+    """The way back from a transposition that transformers does where shapes tell it to; on its own way back none do."""
+
+    def convert(
+        self, input_dict: dict[str, Tensor], source_patterns: list[str], target_patterns: list[str], **_: Any
+    ) -> dict[str, Tensor]:
+        (given,) = input_dict.values()
+        tensor = given[0] if isinstance(given, list) else given
+        square = tensor.shape[self.dim0] == tensor.shape[self.dim1]  # which its reader takes as it is
+        target = self.get_target_pattern(input_dict, source_patterns, target_patterns)
+        return {target: tensor if square else tensor.transpose(self.dim0, self.dim1).contiguous()}
+
+
+@contextmanager
+def _transposing_back() -> Iterator[None]:
+    """Context manager in which transformers takes transpositions back that depend on shapes (Qwen3-VL's experts).
+
+    Its own save_pretrained leaves them, and only its own reader copes with that.
+    """
+    own = Transpose.reverse_op
+
+    def reverse_op(self: Transpose) -> Any:
+        return _TransposedBack(self.dim1, self.dim0) if self.check_dims else own.fget(self)  # pyright: ignore[reportOptionalCall]
+
+    Transpose.reverse_op = property(reverse_op)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        Transpose.reverse_op = own  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def saved_names(model: PreTrainedModel) -> dict[str, str]:
@@ -100,10 +140,28 @@ def renaming(model: PreTrainedModel) -> Callable[[str], str]:
     return rename
 
 
-def renamed_weights(source: Source) -> dict[str, QuantizedWeight]:
-    """Quantized weights under the names of the original checkpoint, which renames linears and changes none."""
+class Stored(NamedTuple):
+    """A quantized weight as a checkpoint holds it.
+
+    Attributes:
+        module: name of the module that it is of, or of a part of it.
+        weight: the weight, or rows of it.
+    """
+
+    module: str
+    weight: QuantizedWeight
+
+
+def stored_weights(source: Source) -> dict[str, Stored]:
+    """Quantized weights under the names of the original checkpoint, in mixtures one for each expert's matrix.
+
+    Raises:
+        UserError: the checkpoint keeps a weight in one tensor with others, or not as whole rows of it.
+    """
+    if experts_in(source.model):
+        return saved_weights(source.model, source.weights)
     rename = renaming(source.model)
-    return {rename(name): weight for name, weight in source.weights.items()}
+    return {rename(name): Stored(name, weight) for name, weight in source.weights.items()}
 
 
 def state_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
@@ -125,7 +183,7 @@ def tied_names(model: PreTrainedModel) -> set[str]:
     return {name for same in names.values() for name in same} - kept
 
 
-def saved_weights(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight]) -> dict[str, QuantizedWeight]:
+def saved_weights(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight]) -> dict[str, Stored]:
     """Quantized weights under the names of the checkpoint's linears; fused ones are split by rows.
 
     Args:
@@ -135,7 +193,7 @@ def saved_weights(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight]
     Raises:
         UserError: the checkpoint keeps a weight in one tensor with others, or not as whole rows of it.
     """
-    found: dict[str, QuantizedWeight] = {}
+    found: dict[str, Stored] = {}
     for names in _names_by_block(model).values():
         found |= _saved_in_group(model, names, weights)
     return found
@@ -143,7 +201,7 @@ def saved_weights(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight]
 
 def _saved_in_group(
     model: PreTrainedModel, names: Collection[str], weights: Mapping[str, QuantizedWeight]
-) -> dict[str, QuantizedWeight]:
+) -> dict[str, Stored]:
     """Quantized weights of one block, found by numbering their elements."""
     shapes = state_shapes(model)
     mine = {name: weights[name.removesuffix(".weight")] for name in names if name.removesuffix(".weight") in weights}
@@ -163,7 +221,7 @@ def _saved_in_group(
         columns = mine[own].codes.shape[1]
         if passes[0][name].shape[1] == columns and not ((starts % columns).any() or (lengths % columns).any()):
             rows = torch.from_numpy(indices(starts // columns, lengths // columns))
-            found[name.removesuffix(".weight")] = mine[own].rows(rows)
+            found[name.removesuffix(".weight")] = Stored(own.removesuffix(".weight"), mine[own].rows(rows))
             left.discard(own)
     if left:
         raise UserError(

@@ -34,6 +34,16 @@ def text_part(model: PreTrainedModel) -> PreTrainedModel:
     return shell.eval()
 
 
+def text_tensors(model: PreTrainedModel) -> set[str]:
+    """Names in a model's state dict of the tensors of its decoder and head; of all where no decoder can be told."""
+    decoder, head = decoder_of(model), model.get_output_embeddings()
+    if decoder is None:
+        return set(model.state_dict())
+    parts = [part for part in (decoder, head) if part is not None]
+    own = {id(tensor) for part in parts for tensor in part.state_dict(keep_vars=True).values()}
+    return {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in own}
+
+
 def text_source(source: Source, shell: PreTrainedModel) -> Source:
     """The quantized weights of a model under their names in its text part."""
     names = names_in(source.model, shell)

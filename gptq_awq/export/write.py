@@ -27,9 +27,9 @@ from gptq_awq.runtime.progress import Track
 
 log = logging.getLogger(__name__)
 CARD = "README.md"
-MULTIMODAL = ("hf", "compressed_tensors", "gguf")
+MULTIMODAL = ("hf", "compressed_tensors", "gguf", "mlx")
 """Formats for multimodal models: their configs name every layer that is quantized, or they hold the text part."""
-MIXTURES = ("hf", "gguf", "compressed_tensors", "mlx")
+MIXTURES = ("hf", "gguf", "compressed_tensors", "gptq", "awq", "mlx")
 """Formats for mixtures of experts."""
 
 
