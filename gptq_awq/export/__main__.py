@@ -13,7 +13,7 @@ from gptq_awq.runtime.commands import exit_code
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return 0 if all agrees, 1 if an engine differs, 2 on an error or altered checkpoint."""
+    """Run the command line; return 0 if all agrees, 1 if an engine differs, 2 if one refuses or files were altered."""
     parser = argparse.ArgumentParser(prog="python -m gptq_awq.export", description=__doc__)
     command = parser.add_subparsers(required=True, dest="command").add_parser(
         "verify", help="decode a checkpoint, compare it with the weights that were scored, and run it in engines"
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _verify(folder: Path, engines: list[str]) -> int:
-    """Print what the verifier and each engine find; return 1 if an engine differs by more than its noise, else 0."""
+    """Print what the verifier and each engine find; return the worst exit code of them."""
     record = VerificationRecord.read(folder)
     print(f"{folder}: {verify(folder)}")  # noqa: T201
     compatible = {name: engine for name, engine in ENGINES.items() if record.format in engine.formats}
@@ -38,21 +38,29 @@ def _verify(folder: Path, engines: list[str]) -> int:
         engines = [name for name in compatible if find(name, record.format)]
         for name in compatible.keys() - set(engines):
             print(f"{name}: skipped, it is not installed (python scripts/install_engine.py {name})")  # noqa: T201
-    exit_code = 0
-    for name in engines:
-        if name not in compatible:
-            raise UserError(f"--engine {name}: does not load {record.format}; engines that do: {', '.join(compatible)}")
-        judged = judge_engine(folder, name)
-        found, noise = judged.found, judged.noise
-        ppl_in_memory = math.exp(sum(map(sum, record.nll)) / sum(map(len, record.nll)))
-        exit_code = max(exit_code, int(not judged.within))
-        why = "" if noise is None else f", as its own noise is {noise.max_kl:.2g}"
-        print(  # noqa: T201
-            f"{name}: max |Δ logit| {found.max_abs:.2g}, KL mean {found.mean_kl:.2g} max {found.max_kl:.2g} "
-            f"({'within' if judged.within else 'ABOVE'} {judged.limit:.2g}{why}), perplexity {found.ppl_engine:.4f} "
-            f"(decoded weights in float32 {found.ppl_ours:.4f}, model in memory {ppl_in_memory:.4f})"
+    if unknown := [name for name in engines if name not in compatible]:
+        raise UserError(
+            f"--engine {unknown[0]}: does not load {record.format}; engines that do: {', '.join(compatible)}"
         )
-    return exit_code
+    return max((_judge(folder, name, record) for name in engines), default=0)
+
+
+def _judge(folder: Path, name: str, record: VerificationRecord) -> int:
+    """Print what an engine computes; return 1 if it differs by more than its noise, 2 if it refuses, else 0."""
+    try:
+        judged = judge_engine(folder, name)
+    except UserError as error:  # the others are asked all the same
+        print(f"{name}: {error}")  # noqa: T201
+        return 2
+    found, noise = judged.found, judged.noise
+    ppl_in_memory = math.exp(sum(map(sum, record.nll)) / sum(map(len, record.nll)))
+    why = "" if noise is None else f", as its own noise is {noise.max_kl:.2g}"
+    print(  # noqa: T201
+        f"{name}: max |Δ logit| {found.max_abs:.2g}, KL mean {found.mean_kl:.2g} max {found.max_kl:.2g} "
+        f"({'within' if judged.within else 'ABOVE'} {judged.limit:.2g}{why}), perplexity {found.ppl_engine:.4f} "
+        f"(decoded weights in float32 {found.ppl_ours:.4f}, model in memory {ppl_in_memory:.4f})"
+    )
+    return int(not judged.within)
 
 
 if __name__ == "__main__":

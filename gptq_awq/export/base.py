@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gptq_awq.calibration.input_statistics import InputStatistics
 from gptq_awq.errors import UserError
 from gptq_awq.grids.base import Grid, QuantizedWeight
+from gptq_awq.models.experts import experts_in
 from gptq_awq.models.linear import matrix
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class LinearSpec:
         natural_order: whether each group will consist of neighbouring columns (act_order without static groups
             groups scattered columns, which only few formats can store).
         head: whether the module is the output head.
+        expert: whether the module is of an expert of a mixture.
     """
 
     name: str
@@ -45,15 +47,17 @@ class LinearSpec:
     grid: Grid
     natural_order: bool = True
     head: bool = False
+    expert: bool = False
 
 
 def linear_specs(model: nn.Module, grids: Mapping[str, Grid], natural_order: bool) -> list[LinearSpec]:
     """Specifications of the linears to be quantized, from the module name → grid assignment."""
     specs, head = [], model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    experts = tuple(f"{name}." for name in experts_in(model))
     for name, grid in grids.items():
         module = model.get_submodule(name)
         rows, columns = matrix(module).shape
-        specs.append(LinearSpec(name, rows, columns, grid, natural_order, module is head))
+        specs.append(LinearSpec(name, rows, columns, grid, natural_order, module is head, name.startswith(experts)))
     return specs
 
 

@@ -45,6 +45,7 @@ def lint(linears: Sequence[LinearSpec], config: PreTrainedConfig, formats: Colle
             not all(grid.sym for grid in integers),
             "unquantized parameters are float32, too, as scale times zero point takes it; grid=affine stores 16 bits",
         ),
+        (FORMATS, any(linear.expert for linear in linears), "vLLM runs packed experts on a GPU only"),
         (
             ("compressed_tensors",),
             _divided(linears),

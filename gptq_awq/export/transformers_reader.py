@@ -1,4 +1,4 @@
-"""Check of transformers' own reader for packed formats, before calibration: it builds a model whose linears are packed.
+"""Check of transformers' reader for packed formats, before calibration: it builds a model whose linears are packed.
 
 Some classes initialize the weights of certain linears, or tie them between layers, whatever is loaded; a packed linear
 has no such weight, unless the config says that all weights are to be expanded while they are loaded. Others rename,
@@ -23,6 +23,8 @@ from gptq_awq.models.linear import is_linear, matrix
 from gptq_awq.models.offload import offloaded
 from gptq_awq.solvers.rtn import RTN
 
+READERS = {"compressed_tensors": "transformers", "gptq": "gptqmodel", "awq": "gptqmodel"}
+"""Format → the engine that reads it for transformers."""
 LARGEST = 500_000_000
 """Parameters of the largest model that is written and loaded for the check."""
 
@@ -59,11 +61,12 @@ def unbuilt(model: PreTrainedModel, packed: Sequence[str]) -> str | None:
 def misread(model: PreTrainedModel, linears: Sequence[LinearSpec], format_: Format, tokenizer: Any) -> str | None:
     """Say what goes wrong where transformers converts or expands a model's tensors as it loads them; None if nothing.
 
-    Only a trial tells: the model is rounded to nearest, written, and run by transformers in a process of its own.
+    Only a trial tells: the model is rounded to nearest, written, and run by its reader in a process of its own.
     """
     if offloaded(model) or sum(p.numel() for p in model.parameters()) > LARGEST:
         return None
-    with TemporaryDirectory(prefix="transformers-") as path:
+    reader = READERS[format_.name]
+    with TemporaryDirectory(prefix="reader-") as path:
 
         def write() -> Mapping[str, QuantizedWeight]:
             weights = {linear.name: _nearest(model, linear) for linear in linears}
@@ -71,11 +74,10 @@ def misread(model: PreTrainedModel, linears: Sequence[LinearSpec], format_: Form
             return weights
 
         try:
-            check_engine("transformers", format_.name, model, Path(path), write, limit=1e-2)
+            return next(iter(check_engine(reader, format_.name, model, Path(path), write, limit=1e-2)), None)
         except UserError as error:
             why = str(error).partition(": ")[2].removesuffix("; choose another format, such as hf")
-            return f"transformers can't load packed linears of {type(model).__name__} ({why}); other engines may"
-    return None
+            return f"{reader} can't load packed linears of {type(model).__name__} ({why}); other engines may"
 
 
 def _nearest(model: PreTrainedModel, linear: LinearSpec) -> QuantizedWeight:

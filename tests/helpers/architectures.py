@@ -81,6 +81,7 @@ BY_HAND: dict[str, dict[str, Any]] = {
     **{name: {"query_pre_attn_scalar": 16} for name in ("gemma3_text", "vaultgemma", "t5gemma")},
     "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 4096},
     "gpt_bigcode": {"n_inner": 256},
+    "recurrent_gemma": {"num_hidden_layers": 3, "num_key_value_heads": 1},
     **dict.fromkeys(["granitemoe", "granitemoeshared"], SPARSE),
     "hy_v4": SHARED_INDEXERS,
     **{name: {"sliding_window": 16} for name in ("step3p5", "step3p7_text")},
@@ -195,7 +196,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon+parallel": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}),
     "exaone4+windows": (
         "exaone4",
-        {"sliding_window": 16, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
+        {
+            **{"sliding_window": 16, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
+            "sliding_window_pattern": "LLLG",
+        },
     ),
     "llama4_text+chunks": ("llama4_text", {"attention_chunk_size": 16}),
     "mistral+windows": ("mistral", {"sliding_window": 16}),
