@@ -40,7 +40,8 @@ from gptq_awq.export.compressed_floats import (
     read_floats,
     read_floats_with_library,
 )
-from gptq_awq.export.folder import FolderTensors, read_config, write_packed
+from gptq_awq.export.config import read_config
+from gptq_awq.export.folder import FolderTensors, write_packed
 from gptq_awq.export.packing import (
     PRODUCER,
     exactly,

@@ -1,6 +1,5 @@
 """Read and write transformers folders: sharded safetensors with an index, configs and tokenizer."""
 
-import copy
 import json
 import logging
 import shutil
@@ -12,12 +11,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import Tensor
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Source
-from gptq_awq.export.public import names_only
+from gptq_awq.export.config import write_config
 from gptq_awq.export.saved import (
     SavedTensors,
     Stored,
@@ -219,103 +217,6 @@ def stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return value.clone(memory_format=torch.contiguous_format)
 
 
-def write_config(
-    model: PreTrainedModel, folder: Path, dtype: torch.dtype, quantization_config: Mapping[str, Any] | None
-) -> None:
-    """Write config.json, with the checkpoint's dtype and `quantization_config`, and generation_config.json."""
-    config = published_options(model.config) | {"architectures": [type(model).__name__]}
-    config["dtype"] = None
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        part |= dict.fromkeys(part.keys() & {"dtype", "torch_dtype"}, str(dtype).removeprefix("torch."))
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if isinstance(head, nn.Linear) and head.weight is getattr(embedding, "weight", None):
-        for part in (config, config.get("text_config")):  # readers differ in which of them they ask
-            if isinstance(part, dict) and "tie_word_embeddings" in part:
-                part["tie_word_embeddings"] = True
-    config = names_only(config)  # such as _name_or_path, the folder that the model came from
-    config.pop("quantization_config", None)
-    if quantization_config is not None:
-        config["quantization_config"] = dict(quantization_config)
-    config = _for_older_readers(model.config, config)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-
-
-def _for_older_readers(config: PreTrainedConfig, options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a config, and of those within it, with the names and spellings that they had before."""
-    inside = {name: getattr(config, name, None) for name, value in options.items() if isinstance(value, dict)}
-    parts = {name: part for name, part in inside.items() if isinstance(part, PreTrainedConfig)}
-    options = options | {name: _for_older_readers(part, options[name]) for name, part in parts.items()}
-    aliases = {alias: options.get(own) for alias, own in type(config).attribute_map.items()}
-    options = {alias: value for alias, value in aliases.items() if value is not None} | options
-    return _read_alike(type(config), options, legacy_config(options))
-
-
-def _read_alike(cls: type[PreTrainedConfig], config: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """A config with those options of `more` that don't change what transformers reads, whichever way its class does.
-
-    Classes with several kinds of layers, for example, may take `rope_scaling` for all of `rope_parameters`.
-    """
-
-    def read(options: dict[str, Any]) -> dict[str, Any]:
-        return cls.from_dict(json.loads(json.dumps(options, default=str))).to_dict()
-
-    expected, found = read(config), config
-    for name in (name for name, value in more.items() if name not in config or config[name] != value):
-        try:
-            again = read(found | {name: more[name]})
-        except Exception:  # of an option that its class refuses, which is left out
-            continue
-        if all(_holds(again.get(key), value) for key, value in expected.items() if key != name):
-            found = found | {name: more[name]}
-    return found
-
-
-def _holds(found: Any, expected: Any) -> bool:
-    """Whether an option has an expected value; maps may have a `type` beside it, as older readers call `rope_type`."""
-    if isinstance(expected, dict) and isinstance(found, dict):
-        more = found.keys() - expected.keys() - {"type"}
-        return not more and all(_holds(found.get(key), value) for key, value in expected.items())
-    return found == expected
-
-
-def published_options(config: PreTrainedConfig) -> dict[str, Any]:
-    """Options of a config, spelled as the folder that the model came from spells them where they are still the same.
-
-    transformers 5 renames options and leaves out those that its classes take for granted; other readers don't.
-    """
-    now = config.to_dict()
-    path = Path(getattr(config, "_name_or_path", None) or ".") / "config.json"
-    if not path.is_file():
-        return now
-    try:
-        read, _ = type(config).get_config_dict(path.parent)  # which knows how infinities are spelled
-        source = {key: read[key] for key in json.loads(path.read_text()) if key in read}
-        then = type(config).from_dict(copy.deepcopy(source)).to_dict()
-    except Exception:  # of another model, or spelled for code that is not transformers'
-        return now
-    return now if source.get("model_type") != now.get("model_type") else now | _as_published(source, now, then)
-
-
-def _as_published(source: dict[str, Any], now: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
-    """Options of `source`, which were read as `then`, where they are still the same `now`, but for a dtype."""
-    found = {}
-    for key, value in source.items():
-        own, read = now.get(key), then.get(key, now.get(key))
-        if key not in now or _without_dtypes(own) == _without_dtypes(read):
-            found[key] = value
-        elif isinstance(value, dict) and isinstance(own, dict) and isinstance(read, dict):
-            found[key] = own | _as_published(value, own, read)
-    return found
-
-
-def _without_dtypes(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    return {key: _without_dtypes(each) for key, each in value.items() if key not in ("dtype", "torch_dtype")}
-
-
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write a tokenizer's files as transformers 4 reads them, too, and copy the SentencePiece model it came with."""
     tokenizer.save_pretrained(folder)
@@ -339,36 +240,6 @@ def _legacy_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def legacy_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the options that other readers look for where transformers 4 had them.
-
-    mlx-lm, llama.cpp's converter and transformers before 5 ignore `rope_parameters`, and would silently use a default
-    base, or no scaling.
-    """
-    rope: dict[str, Any] = config.get("rope_parameters") or {}
-    found: dict[str, Any] = {}
-    if rope.get("sliding_attention"):
-        found["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
-    rope = rope.get("full_attention", rope) or {}  # None: such layers have no positions
-    found |= {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
-    if rope.get("rope_type", "default") != "default":
-        found["rope_scaling"] = rope | {"type": rope["rope_type"]}
-    kinds, counted = config.get("mlp_layer_types") or [], {}  # whatever else a config says: transformers doesn't look
-    for kind, rest, count in (("dense", "sparse", "first_k_dense_replace"), ("hash_moe", "moe", "num_hash_layers")):
-        if kind in kinds or rest in kinds:
-            counted[count] = (*kinds, rest).index(rest)
-    if config.get("model_type") in ("gpt_neox", "cohere2"):
-        found |= {"rotary_emb_base": rope.get("rope_theta"), "rotary_pct": rope.get("partial_rotary_factor", 1.0)}
-    found["n_ctx"] = config.get("n_positions")
-    if config.get("multi_query") and not config.get("new_decoder_architecture", True):
-        counted["num_kv_heads"] = 1
-    layers = config.get("layer_types") or []
-    if {"sliding_attention", "full_attention"} <= set(layers):
-        found["sliding_window_pattern"] = layers.index("full_attention") + 1
-    missing = {key: value for key, value in found.items() if value is not None and config.get(key) is None}
-    return dict(config) | missing | counted
-
-
 class FolderTensors(Mapping[str, Tensor]):
     """Tensors of a folder's safetensors files by name, each read on access."""
 
@@ -387,8 +258,3 @@ class FolderTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._files)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Parse a folder's config.json."""
-    return json.loads((folder / "config.json").read_text())

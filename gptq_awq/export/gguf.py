@@ -20,8 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source
+from gptq_awq.export.config import write_config
 from gptq_awq.export.engine_check import check_engine
-from gptq_awq.export.folder import write_config
 from gptq_awq.export.gguf_blocks import BLOCK_TYPES, pack
 from gptq_awq.export.gguf_converter import Vocabulary, converter_root, known_architectures
 from gptq_awq.export.gguf_file import Packed, block_types, read_gguf, write_gguf

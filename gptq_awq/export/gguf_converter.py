@@ -30,11 +30,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import in_words_of
-from gptq_awq.export.folder import read_config
+from gptq_awq.export.config import read_config
 from gptq_awq.storage.assets import Asset, UnavailableError, fetch
 
 PACKAGES = ("conversion", "gguf")
 refusing = functools.partial(in_words_of, "gguf: llama.cpp's converter refuses this model")
+TALKATIVE = ("hf-to-gguf", "gguf.gguf_writer")
+"""Loggers that tell about every tensor, and about fields that a class sets twice."""
 FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
 
 
@@ -132,15 +134,17 @@ def imported(root: Path) -> Iterator[ModuleType]:
     ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in PACKAGES}
     sys.modules.update(theirs)
     sys.path[:0] = [str(root), str(root / "gguf-py")]
-    level = logging.getLogger("hf-to-gguf").level
-    logging.getLogger("hf-to-gguf").setLevel(logging.ERROR)
+    levels = {name: logging.getLogger(name).level for name in TALKATIVE}
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield importlib.import_module("conversion")
     finally:
         theirs |= {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in PACKAGES}
         sys.modules.update(ours)
         sys.path[:] = path
-        logging.getLogger("hf-to-gguf").setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def known_architectures(root: Path) -> frozenset[str]:
@@ -294,7 +298,7 @@ def _observed(known: Any, base: Any, options: Mapping[str, Any]) -> Any:
 
 def _scale_attention(writer: Any, config: Any) -> None:
     """Say what YaRN scales attention by (arXiv 2309.00071, eq. 22) where llama.cpp would take something else."""
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    rope = {} if config is None else getattr(config.get_text_config(), "rope_parameters", None) or {}
     telling = (".attn_factor", ".yarn_log_multiplier")
     if rope.get("rope_type") != "yarn" or any(key.endswith(telling) for part in writer.kv_data for key in part):
         return

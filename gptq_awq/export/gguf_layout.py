@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from gptq_awq.errors import UserError
-from gptq_awq.export.folder import read_config, write_config, write_tokenizer
+from gptq_awq.export.config import read_config, write_config
+from gptq_awq.export.folder import write_tokenizer
 from gptq_awq.export.gguf_converter import conversion, converter_root, imported, is_pinned, refusing
 from gptq_awq.export.layout import Layout, digits_of, kept_layout, numbered
 from gptq_awq.export.saved import SavedTensors

@@ -23,7 +23,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
-from gptq_awq.export.folder import FolderTensors, read_config, write_packed
+from gptq_awq.export.config import read_config
+from gptq_awq.export.folder import FolderTensors, write_packed
 from gptq_awq.export.packing import (
     PRODUCER,
     WORD,

@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
-from gptq_awq.export.folder import FolderTensors, read_config, write_folder
+from gptq_awq.export.config import read_config
+from gptq_awq.export.folder import FolderTensors, write_folder
 from gptq_awq.models.auto_class import auto_class
 from gptq_awq.models.offload import each_tensor
 from gptq_awq.models.offloaded_model import open_offloaded

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gptq_awq.calibration.input_statistics import InputStatistics
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source
-from gptq_awq.export.folder import write_config
+from gptq_awq.export.config import write_config
 from gptq_awq.export.gguf_layout import modules_by_tensor
 from gptq_awq.runtime.options import checked_dataclass
 from gptq_awq.storage.headers import check_gguf

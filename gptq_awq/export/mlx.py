@@ -28,8 +28,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
+from gptq_awq.export.config import read_config
 from gptq_awq.export.engine_check import check_engine, check_windows
-from gptq_awq.export.folder import FolderTensors, read_config, stored, write_tensors
+from gptq_awq.export.folder import FolderTensors, stored, write_tensors
 from gptq_awq.export.layout import (
     Flat,
     Layout,

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import in_words_of
-from gptq_awq.export.folder import read_config, write_config
+from gptq_awq.export.config import read_config, write_config
 from gptq_awq.export.layout import Layout, digits_of, kept_layout, numbered
 from gptq_awq.export.mlx_options import made, options_for_mlx
 from gptq_awq.export.placement import Numbering

@@ -7,18 +7,15 @@ stated from the model's own config.
 import importlib
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from transformers import PreTrainedConfig, configuration_utils
+from transformers import PreTrainedConfig
 
 from gptq_awq.models.auto_class import also_sees
 
 LACKING = re.compile(r"missing \d+ required positional arguments?: (.*)")
 """How Python says that a class wasn't told some options."""
-EARLIER = {new: old for old, new in getattr(configuration_utils, "_LEGACY_LAYER_TYPE_REMAP", {}).items()}
-"""Kind of layer -> its name before transformers 5; of several names the last."""
-EARLIER |= {"linear_attention": "mamba"}
 
 
 def classes(config: Mapping[str, Any]) -> Any:
@@ -42,18 +39,6 @@ def options_for_mlx(config: PreTrainedConfig, written: Mapping[str, Any]) -> dic
     Raises:
         Exception: whatever mlx-lm raises for a model that it doesn't know.
     """
-    failure: Exception | None = None
-    for spelled in _spellings(config, written):
-        try:
-            return _completed(config, spelled)
-        except Exception as error:  # in whichever way the class notices
-            failure = failure or error
-    assert failure is not None
-    raise failure
-
-
-def _spellings(config: PreTrainedConfig, written: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The config with what the class takes, as it is, and with kinds of layers under their earlier names."""
     _, options = classes(written)
     text, part = config.get_text_config(), text_part_of(config)
     stated = dict(written)
@@ -62,9 +47,7 @@ def _spellings(config: PreTrainedConfig, written: Mapping[str, Any]) -> Iterator
             stated[name] = option_of(config, name)
     if part:  # one option of transformers' that is of the whole model
         stated[part] = stated[part] | {"tie_word_embeddings": config.tie_word_embeddings}
-    yield stated
-    if (kinds := stated.get("layer_types")) and set(kinds) & EARLIER.keys():
-        yield stated | {"layer_types": [EARLIER.get(kind, kind) for kind in kinds]}
+    return _completed(config, stated)
 
 
 def _completed(config: PreTrainedConfig, stated: dict[str, Any]) -> dict[str, Any]:

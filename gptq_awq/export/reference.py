@@ -18,8 +18,9 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Format, Source
+from gptq_awq.export.config import read_config
 from gptq_awq.export.engines import ENGINES, Comparison, answer, compare
-from gptq_awq.export.folder import FolderTensors, read_config
+from gptq_awq.export.folder import FolderTensors
 from gptq_awq.export.gguf import GGUFFormat
 from gptq_awq.export.hf import HFFormat
 from gptq_awq.export.text_part import text_tensors
@@ -34,6 +35,8 @@ from gptq_awq.solvers.rtn import RTN
 
 TIMES = 5.0
 """An engine may differ by so many times its noise."""
+SEES_WITH = 4
+"""What a model sees with, where files leave it out, may have so many times the parameters that they hold."""
 FLOOR = 1e-4
 """Largest KL of a token, in nats, that passes whatever the noise is."""
 
@@ -158,10 +161,10 @@ def _loaded(config: PreTrainedConfig, tensors: Mapping[str, Tensor], origin: Pat
 def _check_size(model: PreTrainedModel, numbers: int, folder: Path) -> None:
     """Raise UserError where config.json describes a model of more parameters than the files hold.
 
-    What a model sees with may be left out, up to as much as they hold.
+    What a model sees with may be left out, up to a few times as much as they hold.
     """
     state, text = model.state_dict(), text_tensors(model)
     wanted = sum(parameter.numel() for parameter in model.parameters())
     unseen = sum(tensor.numel() for name, tensor in state.items() if name not in text)
-    if wanted - min(unseen, numbers) > numbers:
+    if wanted - min(unseen, SEES_WITH * numbers) > numbers:
         raise UserError(f"{folder}: config.json describes {wanted:,} parameters, and the files hold {numbers:,}")

@@ -10,23 +10,26 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.paths import ROOT
+from helpers.quantized_weights import tiny_source
+from helpers.tiny_models import tiny_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptq_awq import quantize_model
 from gptq_awq.errors import UserError
+from gptq_awq.export import __main__ as command
 from gptq_awq.export import reference
 from gptq_awq.export.awq import AWQFormat
 from gptq_awq.export.base import Source
 from gptq_awq.export.bnb import BnbFormat
 from gptq_awq.export.compressed_tensors import CompressedTensorsFormat
-from gptq_awq.export.engines import ENGINES, answer, compare, find
+from gptq_awq.export.engines import ENGINES, Comparison, answer, compare, find
 from gptq_awq.export.engines import run as run_module
 from gptq_awq.export.gguf import GGUFFormat
 from gptq_awq.export.gptq import GPTQFormat
 from gptq_awq.export.hf import HFFormat
 from gptq_awq.export.mlx import MLXFormat
-from gptq_awq.export.reference import TIMES, judge_engine
-from gptq_awq.export.verify import Probe
+from gptq_awq.export.reference import TIMES, Judgement, judge_engine
+from gptq_awq.export.verify import Probe, VerificationRecord
 from gptq_awq.export.write import Exports
 from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.integer import IntGrid
@@ -181,6 +184,26 @@ def test_a_refusal_carries_the_engines_own_words(engine):
 def test_an_engine_that_hangs_is_stopped(engine):
     with pytest.raises(UserError, match="within 1 s"):
         engine("import time; time.sleep(60)", timeout=1)
+
+
+def test_an_engine_that_refuses_keeps_no_other_from_being_asked(tmp_path, monkeypatch, capsys):
+    source = tiny_source(sym=True)
+    GPTQFormat().write(source, tmp_path)
+    probe = Probe.of(source.model, tiny_tokens(1, 8), "x")
+    VerificationRecord.of(GPTQFormat(), source, tmp_path, probe, {}).write(tmp_path)
+    alike = Comparison(0.0, 0.0, 0.0, 1.0, 1.0)
+
+    def judge(_, name):
+        if name == "gptqmodel":
+            raise UserError("gptqmodel refuses this folder")
+        return Judgement(alike, alike, 1e-4)
+
+    monkeypatch.setattr(command, "find", lambda *_: tmp_path)
+    monkeypatch.setattr(command, "judge_engine", judge)
+    assert command.main(["verify", str(tmp_path), "--engine", "all"]) == 2
+    printed = capsys.readouterr().out
+    assert "gptqmodel: gptqmodel refuses this folder" in printed
+    assert "vllm: max" in printed
 
 
 # The installer

@@ -1,6 +1,7 @@
 """compressed-tensors checkpoints: the library and our own reader find the very codes and weights."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -24,8 +25,10 @@ from helpers.tiny_models import tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from gptq_awq import quantize_model
+from gptq_awq.calibration.input_statistics import InputStatistics
 from gptq_awq.errors import UserError
 from gptq_awq.export import compressed_tensors
+from gptq_awq.export.awq import AWQFormat
 from gptq_awq.export.base import Source
 from gptq_awq.export.compressed_tensors import (
     CompressedTensorsFormat,
@@ -35,6 +38,7 @@ from gptq_awq.export.compressed_tensors import (
     quantization_config,
 )
 from gptq_awq.export.folder import FolderTensors
+from gptq_awq.export.gptq import GPTQFormat
 from gptq_awq.export.reference import reference_model
 from gptq_awq.export.verify import Probe, verify
 from gptq_awq.export.write import Exports
@@ -203,6 +207,28 @@ def test_experts_are_linears_of_their_own_and_transformers_reads_them(name, tmp_
     torch.testing.assert_close(read, ours, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("format_", [CompressedTensorsFormat(), GPTQFormat(), AWQFormat()], ids=lambda each: each.name)
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "deepseek-v3"])
+def test_every_matrix_in_a_mixtures_files_is_packed_or_said_not_to_be(name, format_, tmp_path):
+    model = tiny_model(name)
+    unfuse(model)
+    weights = quantize_model(model, method="rtn", grid=IntGrid(4, 16, sym=True, scale_dtype="float16")).weights
+    source = Source(model, NoTokenizer(), name, weights)
+    format_.check_model(source_specs(source), model, None)
+    format_.write(source, tmp_path)
+    decoded = {each.name: each for each in format_.decode(tmp_path)}
+    assert decoded.keys() == format_.stored(source).keys()
+    for module, weight in format_.stored(source).items():
+        assert_same(decoded[module], weight)
+    tensors = FolderTensors(tmp_path)
+    plain = {n.removesuffix(".weight") for n in tensors if n.endswith(".weight") and tensors[n].dim() == 2}
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    left = config.get("ignore") or config.get("modules_to_not_convert") or config["dynamic"]
+    said = {re.sub(r"^-:\^|\$$|\\", "", each) for each in left}
+    assert any(".gate" in each for each in plain), "a router"
+    assert {each for each in plain if ".layers." in each} <= said
+
+
 @pytest.mark.parametrize("name", ["zamba", "falcon_mamba", "gpt_bigcode", "falcon", "kimi_linear", "llama"])
 def test_a_warning_before_calibration_names_the_models_that_transformers_cannot_load_packed(name, tmp_path, caplog):
     model = tiny_architecture(name)
@@ -245,5 +271,21 @@ def test_experts_that_checkpoints_keep_in_one_tensor_are_refused_before_calibrat
     model = tiny_model("gpt-oss")
     unfuse(model)
     weights = quantize_model(model, method="rtn", grid=IntGrid(4, 32, sym=True, scale_dtype="float16")).weights
-    with pytest.raises(UserError, match=r"GptOssForCausalLM keep .* in one tensor"):
-        CompressedTensorsFormat().check_model(source_specs(Source(model, None, "x", weights)), model, None)
+    for format_ in (CompressedTensorsFormat(), GPTQFormat(), AWQFormat()):
+        with pytest.raises(UserError, match=r"GptOssForCausalLM keep .* in one tensor"):
+            format_.check_model(source_specs(Source(model, None, "x", weights)), model, None)
+
+
+def test_static_scales_of_experts_inputs_are_those_of_the_linear_they_are_of(tmp_path):
+    model = tiny_model("mixtral")
+    unfuse(model)
+    weights = quantize_model(model, method="rtn", grid=IntGrid(8, -1, sym=True, scale_dtype="float16")).weights
+    inputs = {name: InputStatistics(torch.ones(1), 1, 1.0 + at) for at, name in enumerate(weights)}
+    format_ = CompressedTensorsFormat(layout="int8", activations="int8", static=True)
+    format_.write(Source(model, NoTokenizer(), "x", weights, inputs), tmp_path)
+    scales = {name: float(x) for name, x in FolderTensors(tmp_path).items() if name.endswith("input_scale")}
+    assert len(set(scales.values())) == len(weights)
+    prefix = "model.layers.0.block_sparse_moe.experts.1"
+    assert (
+        scales[f"{prefix}.w1.input_scale"] == scales[f"{prefix}.w3.input_scale"] != scales[f"{prefix}.w2.input_scale"]
+    )

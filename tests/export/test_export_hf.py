@@ -8,14 +8,15 @@ from helpers.architectures import tiny_architecture
 from helpers.gguf_models import bpe
 from helpers.quantized_weights import NoTokenizer, rounded_source, source_specs
 from helpers.tiny_models import CONFIGS, tiny_model, tiny_tokens
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from gptq_awq import quantize_model
 from gptq_awq.errors import UserError
 from gptq_awq.export.awq import AWQFormat
 from gptq_awq.export.base import Format, Source
 from gptq_awq.export.compressed_tensors import CompressedTensorsFormat
-from gptq_awq.export.folder import FolderTensors, legacy_config, write_config
+from gptq_awq.export.config import legacy_config, write_config
+from gptq_awq.export.folder import FolderTensors
 from gptq_awq.export.gptq import GPTQFormat
 from gptq_awq.export.hf import HFFormat
 from gptq_awq.export.reference import reference_model
@@ -93,7 +94,9 @@ def test_tensors_have_the_names_that_save_pretrained_gives_them(name, tmp_path):
     HFFormat("float32").write(Source(model, NoTokenizer(), "tiny", done.weights), tmp_path / "ours")
     theirs, ours = FolderTensors(tmp_path / "theirs"), FolderTensors(tmp_path / "ours")
     assert set(ours) == set(theirs)
-    assert {key: ours[key].shape for key in ours} == {key: theirs[key].shape for key in theirs}
+    back = {key for key in ours if name == "qwen3_vl_moe" and ".experts." in key}  # which save_pretrained leaves
+    expected = {key: theirs[key].mT.shape if key in back else theirs[key].shape for key in theirs}
+    assert {key: ours[key].shape for key in ours} == expected
     assert {each.name for each in HFFormat("float32").decode(tmp_path / "ours")} == set(done.weights)
 
 
@@ -192,13 +195,45 @@ def test_dense_layers_are_counted_by_their_kinds_whatever_else_a_config_says(kin
     assert legacy_config({"first_k_dense_replace": 2})["first_k_dense_replace"] == 2
 
 
-def test_every_part_of_a_config_says_that_the_head_is_tied(tmp_path):
-    model = tiny_architecture("internvl")
-    assert not model.config.text_config.tie_word_embeddings, "which transformers doesn't ask"
+@pytest.mark.parametrize(("name", "option"), [("granitemoehybrid", "layer_types"), ("zamba2", "layers_block_type")])
+def test_layers_of_mambas_models_are_called_what_they_were_before_transformers_5(name, option, tmp_path):
+    model = tiny_architecture(name)
+    write_config(model, tmp_path, torch.float32, None)
+    written = json.loads((tmp_path / "config.json").read_text())[option]
+    assert "mamba" in written
+    assert not {"linear_attention", "full_attention"} & set(written)
+    assert getattr(AutoConfig.from_pretrained(tmp_path), option) == getattr(model.config, option)
+    assert legacy_config({"layer_types": ["linear_attention"]})["layer_types"] == ["linear_attention"], "Qwen3-Next's"
+
+
+def test_parts_of_a_config_say_only_what_is_theirs(tmp_path):
+    model = tiny_architecture("dbrx")  # whose parts transformers 4 refuses with any other option
+    write_config(model, tmp_path, torch.float32, None)
+    part = json.loads((tmp_path / "config.json").read_text())["attn_config"]
+    assert not {"architectures", "id2label", "return_dict"} & part.keys()
+    read = AutoConfig.from_pretrained(tmp_path)
+    assert read.attn_config.to_dict() == model.config.attn_config.to_dict() | {"dtype": "float32"}
+
+
+def test_experts_that_transformers_transposes_as_it_loads_them_are_stored_as_published(tmp_path):
+    model = tiny_architecture("qwen3_vl_moe")
+    HFFormat("float32").write(Source(model, NoTokenizer(), "tiny", {}), tmp_path)
+    own, tensors = model.state_dict(), FolderTensors(tmp_path)
+    names = [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    assert names
+    for name in names:
+        assert torch.equal(tensors[name], own[name].mT), "(experts, in, out), which only transformers 5 reads otherwise"
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(again(tiny_tokens()).logits, model(tiny_tokens()).logits)
+
+
+@pytest.mark.parametrize(("name", "tied"), [("internvl", True), ("qwen3_vl_moe", False)])
+def test_every_part_of_a_config_says_whether_the_head_is_tied(name, tied, tmp_path):
+    model = tiny_architecture(name)
+    assert model.config.text_config.tie_word_embeddings != tied, "which transformers doesn't ask, and others do"
     HFFormat("float32").write(Source(model, NoTokenizer(), "tiny", {}), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["tie_word_embeddings"]
-    assert config["text_config"]["tie_word_embeddings"]
+    assert config["tie_word_embeddings"] == config["text_config"]["tie_word_embeddings"] == tied
 
 
 def test_a_tokenizer_is_spelled_as_transformers_4_reads_it_and_5_too(tmp_path):

@@ -16,7 +16,7 @@ from gptq_awq import quantize_model
 from gptq_awq.errors import UserError
 from gptq_awq.export import engine_check
 from gptq_awq.export.base import Format, LinearSpec, linear_specs
-from gptq_awq.export.folder import legacy_config
+from gptq_awq.export.config import legacy_config
 from gptq_awq.export.mlx import BITS, GROUPS, MLXFormat, pack, quantization_config
 from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.integer import IntGrid

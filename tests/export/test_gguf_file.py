@@ -17,8 +17,8 @@ from helpers.tiny_models import GROUPED, MIXTURES, tiny_model, tiny_tokens
 from gptq_awq.errors import UserError
 from gptq_awq.export import gguf_converter, gguf_layout
 from gptq_awq.export.base import LinearSpec, Source
+from gptq_awq.export.config import write_config
 from gptq_awq.export.engines import answer, compare, find
-from gptq_awq.export.folder import write_config
 from gptq_awq.export.gguf import GGUFFormat
 from gptq_awq.export.gguf_converter import LayerKind, imported, known_architectures
 from gptq_awq.export.gguf_file import read_gguf
@@ -110,6 +110,20 @@ def test_weights_whose_codes_cannot_follow_are_stored_exactly_and_said(tmp_path)
     (decoded,) = GGUFFormat().decode(tmp_path)
     assert decoded.name == name
     assert torch.equal(decoded.weight, source.weights[name].dequantize())
+
+
+@pytest.mark.parametrize("further", [{"attention_factor": 1.0}, {"mscale": 1.0, "mscale_all_dim": 1.0}, {}], ids=str)
+def test_llama_cpp_scales_attention_as_yarns_options_say(further, tmp_path):
+    pytest.importorskip("xllamacpp")
+    config = VARIANTS["qwen2-yarn"]()
+    config.rope_parameters = config.rope_parameters | further
+    torch.manual_seed(0)
+    model = T.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    path = exported(tmp_path, model, plain_dtype="F32")
+    tokens = tiny_tokens(1, 24)
+    theirs = answer("xllamacpp", path, tokens, "gguf", vocab=config.vocab_size).logits
+    assert compare(model(tokens).logits, theirs, tokens).max_kl < 1e-6
+    assert ("qwen2.rope.scaling.attn_factor" in fields(path)) == bool(further)
 
 
 @pytest.mark.parametrize("plain", ["F16", "BF16"])

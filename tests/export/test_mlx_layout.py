@@ -11,12 +11,13 @@ from helpers.quantized_weights import rounded_source, source_specs
 from helpers.tiny_models import tiny_model
 
 from gptq_awq.errors import UserError
-from gptq_awq.export import layout, mlx_layout
+from gptq_awq.export import layout, mlx_layout, mlx_options
 from gptq_awq.export.base import LinearSpec, Source
 from gptq_awq.export.folder import FolderTensors
 from gptq_awq.export.gguf import GGUFFormat
 from gptq_awq.export.layout import LAYOUT
 from gptq_awq.export.mlx import MLXFormat
+from gptq_awq.export.mlx_options import options_for_mlx
 from gptq_awq.export.reference import reference_model
 from gptq_awq.export.verify import Probe, VerificationRecord, verify
 from gptq_awq.grids.affine import AffineGrid
@@ -79,6 +80,41 @@ def test_a_mixture_is_verified_and_opened_from_its_folder(name, kind, tmp_path, 
     VerificationRecord.of(format_, source, tmp_path, Probe.of(source.model, tokens, "random"), {}).write(tmp_path)
     assert verify(tmp_path).weights == len(source.weights)
     torch.testing.assert_close(reference_model(tmp_path)(tokens).logits, source.model(tokens).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_5", "qwen3_5_moe", "qwen2_vl", "qwen3_vl_moe"])
+def test_the_language_model_of_one_that_sees_is_computed_by_mlx_lm_and_opened_again(name, tmp_path):
+    source = rounded_source(tiny_architecture(name), GRID)
+    source = Source(source.model, None, name, source.weights)
+    MLXFormat().check_model(source_specs(source), source.model, None)
+    MLXFormat("float32").write(source, tmp_path)
+    tokens = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(0))
+    ours = source.model(tokens).logits
+    torch.testing.assert_close(mlx_logits(tmp_path, tokens), ours, atol=1e-4, rtol=0)
+    assert not any("vis" in tensor for tensor in FolderTensors(tmp_path))
+    VerificationRecord.of(MLXFormat(), source, tmp_path, Probe.of(source.model, tokens, "random"), {}).write(tmp_path)
+    assert verify(tmp_path).weights == len(source.weights)
+    torch.testing.assert_close(reference_model(tmp_path)(tokens).logits, ours, atol=1e-4, rtol=0)
+
+
+def test_options_that_mlx_lms_class_insists_on_are_stated_from_the_models_own():
+    config = tiny_architecture("llama4").config
+    written = config.to_dict()
+    del written["text_config"]["rms_norm_eps"]
+    found = options_for_mlx(config, written)["text_config"]
+    assert found["rms_norm_eps"] == config.text_config.rms_norm_eps
+    assert found["tie_word_embeddings"] == config.tie_word_embeddings
+
+
+def test_a_library_that_ends_the_program_is_a_refusal(monkeypatch):
+    source = rounded_source(tiny_model("llama"), GRID)
+
+    def ends(*_):
+        raise SystemExit(1)  # as mlx-lm's module of OLMo does where a package is missing
+
+    monkeypatch.setattr(mlx_options, "classes", ends)
+    with pytest.raises(UserError, match=r"mlx refuses this LlamaForCausalLM .SystemExit: 1."):
+        MLXFormat().check_model(source_specs(source), source.model, None)
 
 
 def test_experts_have_the_names_that_mlx_lm_converts_to(tmp_path):
