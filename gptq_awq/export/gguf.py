@@ -142,7 +142,8 @@ class GGUFFormat:
             options = {"dtype": self.plain_dtype, "model_name": source.name, "vocabulary": vocabulary}
             write_gguf(path, root, files, model, layout, packed, _exact(source, layout, packed), options).write(folder)
         if source.tokenizer is not None:
-            (folder / "Modelfile").write_text(modelfile(path.name, source.tokenizer))
+            text = modelfile(path.name, source.tokenizer, model.generation_config)
+            (folder / "Modelfile").write_text(text)
         write_config(model, folder, torch.float16, None)
         if also_sees(whole.config) and (why := write_projector(folder / PROJECTOR, root, whole, self.plain_dtype)):
             log.warning("gguf: %s", why)

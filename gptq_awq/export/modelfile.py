@@ -1,8 +1,10 @@
-"""Render an Ollama Modelfile for a GGUF file: template, system message and where an answer stops."""
+"""Render an Ollama Modelfile for a GGUF file: template, system message, sampling, and where an answer stops."""
 
 import json
 import logging
 from typing import Any
+
+from transformers import GenerationConfig
 
 log = logging.getLogger(__name__)
 
@@ -12,7 +14,11 @@ _CHATML = """{{- range .Messages }}<|im_start|>{{ .Role }}
 """
 
 
-def modelfile(gguf_name: str, tokenizer: Any) -> str:
+SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+"""Options of generation_config.json → Ollama's parameters, of models that sample by default."""
+
+
+def modelfile(gguf_name: str, tokenizer: Any, generation: GenerationConfig | None = None) -> str:
     """Render an Ollama Modelfile for a GGUF file in the same folder.
 
     It has a TEMPLATE where that is certain: without a chat template (the prompt unchanged), or with one that renders
@@ -20,7 +26,7 @@ def modelfile(gguf_name: str, tokenizer: Any) -> str:
     system message has three quotes, which a Modelfile can't hold: they end the message, and commands may follow.
     """
     lines = [f"FROM ./{gguf_name}"]
-    stops = [tokenizer.eos_token] if tokenizer.eos_token else []
+    stops = _stops(tokenizer, generation)
     system = _default_system(tokenizer)
     if not getattr(tokenizer, "chat_template", None):
         lines.append('TEMPLATE """{{ .Prompt }}"""')
@@ -30,7 +36,27 @@ def modelfile(gguf_name: str, tokenizer: Any) -> str:
             lines.append(f'SYSTEM """{system}"""')
         stops = [*dict.fromkeys([*stops, "<|im_end|>"])]
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
+    lines += [f"PARAMETER {name} {value:g}" for name, value in _sampling(generation).items()]
     return "\n".join(lines) + "\n"
+
+
+def _stops(tokenizer: Any, generation: GenerationConfig | None) -> list[str]:
+    """Tokens that end an answer: the tokenizer's, and those of generation_config.json (Llama 3 has three)."""
+    ids = getattr(generation, "eos_token_id", None)
+    ids = [ids] if isinstance(ids, int) else ids or []
+    more = tokenizer.convert_ids_to_tokens([each for each in ids if each < len(tokenizer)])
+    return list(dict.fromkeys(stop for stop in (tokenizer.eos_token, *more) if stop))
+
+
+def _sampling(generation: GenerationConfig | None) -> dict[str, float]:
+    """Ollama's parameters of how tokens are drawn, where the model's own settings say so."""
+    if generation is None:
+        return {}
+    own = SAMPLING if generation.do_sample else {}
+    found = {theirs: getattr(generation, name) for name, theirs in own.items()}
+    penalty = generation.repetition_penalty
+    found |= {"repeat_penalty": penalty} if penalty not in (None, 1) else {}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _is_chatml(tokenizer: Any) -> bool:

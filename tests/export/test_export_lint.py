@@ -1,5 +1,7 @@
 """Warnings: what engines refuse, and how many devices can share a model."""
 
+from dataclasses import replace
+
 import pytest
 from helpers.quantized_weights import int_grid, specs
 from transformers import LlamaConfig
@@ -61,6 +63,13 @@ def test_linears_that_vllm_joins_are_to_be_alike(pair):
     ]
     for linears, told in ((mixed, True), (alike, False)):
         assert any("tie=site" in line for line in lint([x for each in linears for x in each], CONFIG)) == told
+
+
+def test_vllm_runs_packed_experts_on_a_gpu_only():
+    line = "gptq: vLLM runs packed experts on a GPU only"
+    (linear,) = specs(int_grid(sym=True))
+    assert line in lint([replace(linear, expert=True)], CONFIG, ["gptq"])
+    assert line not in lint([linear], CONFIG, ["gptq"])
 
 
 def test_mlx_says_that_an_asymmetric_grid_takes_float32():

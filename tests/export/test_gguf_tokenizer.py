@@ -40,6 +40,18 @@ def test_a_modelfile_says_what_is_certain():
     assert "TEMPLATE" not in modelfile("m.gguf", tokenizer)
 
 
+def test_a_modelfile_stops_and_draws_tokens_as_the_generation_settings_say():
+    tokenizer = bpe(["bytes of words"])
+    ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("a"), 10**6]
+    greedy = T.GenerationConfig(eos_token_id=ids, temperature=0.6, repetition_penalty=1.1)
+    text = modelfile("m.gguf", tokenizer, greedy)
+    assert text.endswith('PARAMETER stop "<|end|>"\nPARAMETER stop "a"\nPARAMETER repeat_penalty 1.1\n')
+    drawn = T.GenerationConfig(do_sample=True, temperature=0.6, top_p=0.95, top_k=20)
+    assert modelfile("m.gguf", tokenizer, drawn).endswith(
+        "PARAMETER temperature 0.6\nPARAMETER top_k 20\nPARAMETER top_p 0.95\n"
+    )
+
+
 @pytest.fixture(scope="module")
 def llama_cpp(converter):
     if find("xllamacpp", "gguf") is None:

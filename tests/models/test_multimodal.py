@@ -160,7 +160,7 @@ def test_a_run_scores_text_and_its_checkpoint_is_the_whole_model(form, stream, t
 def test_other_formats_refuse_before_calibration(tmp_path, cli, tiny):
     folder = folder_of("llava", tmp_path / "llava")
     own = [argument for argument in tiny if not argument.startswith("model.path")] + [f"model.path={folder}"]
-    for form in ("gptq", "mlx"):  # GGUF takes the text part
+    for form in ("gptq", "awq"):  # GGUF and MLX take the text part
         done = cli(*own, "method=gptq", f"export.formats=[{form}]", f"out={tmp_path / form}")
         assert done.returncode != 0
         assert f"export.formats={form}: its readers want a language model" in done.stderr

@@ -18,8 +18,8 @@ from gptq_awq.calibration.expert_policy import ExpertPolicy
 from gptq_awq.calibration.observation import ObservationCache
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Source, linear_specs
+from gptq_awq.export.bnb import BnbFormat
 from gptq_awq.export.folder import Shards
-from gptq_awq.export.gptq import GPTQFormat
 from gptq_awq.export.hf import HFFormat
 from gptq_awq.export.write import Exports
 from gptq_awq.models.experts import fuse
@@ -107,8 +107,8 @@ def test_other_formats_refuse_experts_before_calibration():
     model = tiny_model("mixtral")
     unfuse(model)
     specs = linear_specs(model, assign_grids(model, GRID), True)
-    with pytest.raises(UserError, match=r"export.formats=gptq: its readers want no fused experts"):
-        Exports((GPTQFormat(),)).check(specs, model, NoTokenizer())
+    with pytest.raises(UserError, match=r"export.formats=bnb: its readers want no fused experts"):
+        Exports((BnbFormat(),)).check(specs, model, NoTokenizer())
     Exports((HFFormat(),)).check(specs, model, NoTokenizer())
 
 
