@@ -298,11 +298,11 @@ def _observed(known: Any, base: Any, options: Mapping[str, Any]) -> Any:
 
 def _scale_attention(writer: Any, config: Any) -> None:
     """Say what YaRN scales attention by (arXiv 2309.00071, eq. 22) where llama.cpp would take something else."""
-    rope = {} if config is None else getattr(config.get_text_config(), "rope_parameters", None) or {}
-    telling = (".attn_factor", ".yarn_log_multiplier")
+    text = config.get_text_config() if config else None  # None: a tokenizer is written alone
+    rope, telling = getattr(text, "rope_parameters", None) or {}, (".attn_factor", ".yarn_log_multiplier")
     if rope.get("rope_type") != "yarn" or any(key.endswith(telling) for part in writer.kv_data for key in part):
         return
-    _, factor = ROPE_INIT_FUNCTIONS["yarn"](config.get_text_config())
+    _, factor = ROPE_INIT_FUNCTIONS["yarn"](text)  # pyright: ignore[reportArgumentType]
     granted = 1 + 0.1 * math.log(rope["factor"])
     if not math.isclose(factor, granted, rel_tol=1e-6):
         writer.add_rope_scaling_attn_factors(factor / granted)

@@ -1,7 +1,8 @@
 """Where llama.cpp's converter puts every tensor of a model: it is given tensors of numbered elements (placement.py)."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,12 +13,16 @@ import torch
 from transformers import PreTrainedModel
 
 from gptq_awq.errors import UserError
+from gptq_awq.export.alike import kinds_of_blocks, watched
 from gptq_awq.export.config import read_config, write_config
 from gptq_awq.export.folder import write_tokenizer
 from gptq_awq.export.gguf_converter import conversion, converter_root, imported, is_pinned, refusing
 from gptq_awq.export.layout import Layout, digits_of, kept_layout, numbered
+from gptq_awq.export.placement import Runs
 from gptq_awq.export.saved import SavedTensors
 from gptq_awq.runtime.fingerprint import layout_sha256
+
+BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
 @contextmanager
@@ -77,8 +82,18 @@ def _observed(root: Path, folder: Path, model: PreTrainedModel) -> Layout:
     given = [SavedTensors(model, digits_of(numbering, flipped, number)) for number in range(numbering.passes)]
     with imported(root) as package:
         passes = [_lazily(package, folder, tensors) for tensors in given]
-        runs = {name: numbering.runs([_eager(each[name]) for each in passes]) for name in passes[0]}
-    placed = {name: found for name, found in runs.items() if found is not None}
+        known = {block for blocks in kinds_of_blocks(model).values() for block in blocks}
+
+        def block_of(name: str) -> str | None:
+            found = BLOCK.match(name)
+            return found[1] if found and found[1] in known else None
+
+        def watch(blocks: Collection[str | None]) -> dict[str, Runs | None]:
+            names = [name for name in passes[0] if block_of(name) in blocks]
+            return {name: numbering.runs([_eager(each[name]) for each in passes]) for name in names}
+
+        runs = watched(model, numbering, block_of, watch)
+    placed = {name: found for name in passes[0] if (found := runs[name]) is not None}
     if not placed:
         raise UserError(
             f"export.formats=gguf: llama.cpp's converter leaves out all tensors of {type(model).__name__}; choose "

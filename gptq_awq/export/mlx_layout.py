@@ -7,7 +7,7 @@ which nothing evaluates: MLX computes what is asked for only.
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -21,11 +21,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gptq_awq.errors import UserError
+from gptq_awq.export.alike import watched
 from gptq_awq.export.base import in_words_of
 from gptq_awq.export.config import read_config, write_config
 from gptq_awq.export.layout import Layout, digits_of, kept_layout, numbered
 from gptq_awq.export.mlx_options import made, options_for_mlx
-from gptq_awq.export.placement import Numbering
+from gptq_awq.export.placement import Numbering, Runs
 from gptq_awq.export.saved import Read, SavedTensors, View, read_state, saved
 from gptq_awq.export.text_part import text_tensors
 from gptq_awq.models.experts import experts_in, fused_tensors
@@ -71,8 +72,12 @@ class Conversion:
         name = layout_sha256(self.config, self._numbered[0].shapes, f"mlx-lm {version('mlx-lm')}")
         return kept_layout(name, self._observed)
 
-    def tensors(self, read: Read) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, read: Read, only: Collection[str | None] | None = None) -> Iterator[tuple[str, Tensor]]:
         """mlx-lm's tensors of a model whose tensors `read` gives, block by block, in float32 where they are floats.
+
+        Args:
+            read: reads tensors by their names in the model's state dict.
+            only: blocks that are converted; None: all, and what is in no block, which is a None among them.
 
         Raises:
             UserError: a model that mlx-lm doesn't know, or whose blocks it doesn't convert one by one.
@@ -83,9 +88,11 @@ class Conversion:
         held = SavedTensors(self.model, read, text_tensors(self.model), spelling.view)
         nothing = _empty(held)
         for block, names in held.by_block().items():
+            if only is not None and block not in only:
+                continue
             given = {name: mx.array(_as_numpy(held[name])) for name in names}
             for name, array in sorted(self._converted(nothing | given, spelling).items()):
-                if ((found := NUMBER.search(name)) and found[1]) == block:
+                if _block_of(name) == block:
                     yield name, _checked(name, np.array(array))
 
     @cached_property
@@ -113,10 +120,13 @@ class Conversion:
     def _observed(self) -> Layout:
         """The layout, by having mlx-lm convert tensors of numbered elements."""
         numbering, flipped = self._numbered
-        passes = [self.tensors(digits_of(numbering, flipped, number)) for number in range(numbering.passes)]
-        runs = {}
-        for each in zip(*passes, strict=True):
-            runs[each[0][0]] = numbering.runs([tensor.numpy() for _, tensor in each])
+
+        def watch(blocks: Collection[str | None]) -> dict[str, Runs | None]:
+            read = [digits_of(numbering, flipped, number) for number in range(numbering.passes)]
+            passes = zip(*(self.tensors(each, blocks) for each in read), strict=True)
+            return {each[0][0]: numbering.runs([tensor.numpy() for _, tensor in each]) for each in passes}
+
+        runs = watched(self.model, numbering, _block_of, watch)
         return Layout(numbering, {name: found for name, found in runs.items() if found is not None}, flipped=flipped)
 
     def _converted(self, tensors: Mapping[str, Any], spelling: "Spelling") -> dict[str, Any]:
@@ -156,6 +166,12 @@ def _empty(held: SavedTensors) -> dict[str, Any]:
     import mlx.core as mx  # pyright: ignore[reportMissingImports]
 
     return {name: mx.broadcast_to(mx.array(float("nan")), tensor.shape) for name, tensor in held.meta.items()}
+
+
+def _block_of(name: str) -> str | None:
+    """The block that one of mlx-lm's tensors is in."""
+    found = NUMBER.search(name)
+    return found[1] if found else None
 
 
 def _as_numpy(tensor: Tensor) -> np.ndarray:

@@ -7,7 +7,7 @@ which tells elements that were moved from those that a conversion computed (norm
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,6 +92,15 @@ class Numbering:
         for index in np.unique(owner):
             mine = owner == index
             yield names[index], runs.starts[mine] - firsts[index], positions[mine], runs.lengths[mine]
+
+    def joined(self, parts: Iterable[tuple[str, Indices, Indices, Indices]]) -> "Runs":
+        """Runs of a converted tensor that consists of parts; the inverse of `split`."""
+        starts, positions, lengths = (
+            np.concatenate(each)
+            for each in zip(*((starts + self.first[name], *rest) for name, starts, *rest in parts), strict=True)
+        )
+        order = np.argsort(positions)
+        return Runs(starts[order], lengths[order])
 
 
 @dataclass(frozen=True)
