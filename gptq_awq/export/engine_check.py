@@ -49,8 +49,7 @@ def check_engine(
     Raises:
         UserError: the engine refuses the checkpoint, or computes something else.
     """
-    size = sum(parameter.numel() for parameter in model.parameters())
-    if find(engine, format_name) is None or offloaded(model) or size > LARGEST:
+    if find(engine, format_name) is None or offloaded(model) or too_large(model):
         why = "the model is too large" if find(engine, format_name) else f"{engine} is not installed"
         return [f"{format_name}: not tried in {engine} before calibration, as {why}"]
     weights = write()
@@ -71,6 +70,11 @@ def check_engine(
             f"{found.mean_kl:.2g}): its graph has no such option as the config asks for; choose another format"
         )
     return []
+
+
+def too_large(model: PreTrainedModel) -> bool:
+    """Whether a model is not tried, for its size."""
+    return sum(parameter.numel() for parameter in model.parameters()) > LARGEST
 
 
 def check_windows(model: PreTrainedModel, check: Callable[[], list[str]], told: str) -> list[str]:

@@ -30,6 +30,7 @@ from gptq_awq.export.gguf_projector import PROJECTOR, write_projector
 from gptq_awq.export.gguf_tokenizer import ENGINE, vocabulary_for
 from gptq_awq.export.layout import Layout, WholeTensor, quantized, unquantized
 from gptq_awq.export.modelfile import modelfile
+from gptq_awq.export.shortened import tried_in_part
 from gptq_awq.export.text_part import text_linears, text_part, text_source
 from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.base import Grid, QuantizedWeight
@@ -98,16 +99,26 @@ class GGUFFormat:
             layout = observe(converter_root(self.converter), folder, model)
             types = block_types(layout, {f"{linear.name}.weight": str(ggml_type(linear.grid)) for linear in linears})
             vocabulary, difference = self._vocabulary(folder, tokenizer)
-            path, root = folder / "model.gguf", converter_root(self.converter)
+
+        def tried() -> list[str]:
+            return self._tried(model, tokenizer, vocabulary)
+
+        untried = tried_in_part(model, f"{self.name}: llama.cpp", tried)
+        names = [f"{linear.name}.weight" for linear in linears]
+        return [difference] * bool(difference) + untried + layout.notes(types, names, self.name, "llama.cpp")
+
+    def _tried(self, model: PreTrainedModel, tokenizer: Any, vocabulary: Vocabulary | None) -> list[str]:
+        """Compare llama.cpp's distributions with the model's; see `check_engine`."""
+        root = converter_root(self.converter)
+        with skeleton(model, tokenizer) as folder:
+            path, layout = folder / "model.gguf", observe(root, folder, model)
 
             def write() -> Mapping[str, QuantizedWeight]:
                 options = {"dtype": "F32", "model_name": "", "vocabulary": vocabulary}
                 write_gguf(path, root, folder, model, layout, {}, {}, options)
                 return {}
 
-            untried = check_engine(ENGINE, self.name, model, path, write, limit=1e-3)
-        names = [f"{linear.name}.weight" for linear in linears]
-        return [difference] * bool(difference) + untried + layout.notes(types, names, self.name, "llama.cpp")
+            return check_engine(ENGINE, self.name, model, path, write, limit=1e-3)
 
     def _text(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model itself where the converter knows it, else its text part."""

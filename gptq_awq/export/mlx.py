@@ -46,6 +46,7 @@ from gptq_awq.export.mlx_layout import Conversion
 from gptq_awq.export.mlx_options import options_for_mlx
 from gptq_awq.export.packing import PRODUCER, exactly, pack_words, require_natural_order, unpack_words
 from gptq_awq.export.placement import indices
+from gptq_awq.export.shortened import tried_in_part
 from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
@@ -93,6 +94,11 @@ class MLXFormat:
         """Raise UserError for a model that mlx-lm doesn't load, or computes otherwise: it runs one of 8 bits."""
         layout, names = Conversion.of(model).layout(), [f"{linear.name}.weight" for linear in linears]
         types = _types(layout, {linear.name: linear.grid for linear in linears})
+        found = tried_in_part(model, f"{self.name}: mlx", partial(self._tried, linears, model))
+        return found + layout.notes(types, names, self.name, "mlx-lm") + _left_out(model)
+
+    def _tried(self, linears: Sequence[LinearSpec], model: PreTrainedModel) -> list[str]:
+        """Compare mlx-lm's distributions with the model's; see `check_engine`."""
         with TemporaryDirectory(prefix="mlx-") as path:
 
             def write() -> Mapping[str, QuantizedWeight]:
@@ -101,8 +107,7 @@ class MLXFormat:
                 return weights
 
             check = partial(check_engine, "mlx", self.name, model, Path(path), write, LIMIT)
-            found = check() or check_windows(model, check, f"{self.name}: mlx")
-        return found + layout.notes(types, names, self.name, "mlx-lm") + _left_out(model)
+            return check() or check_windows(model, check, f"{self.name}: mlx")
 
     def _check_dtype(self, grid: Grid) -> None:
         """Raise UserError if the requested dtype can't store the grid's scales and biases exactly."""
@@ -210,9 +215,9 @@ def _left_out(model: PreTrainedModel) -> list[str]:
 
 
 def _in_eight_bits(linears: Sequence[LinearSpec], model: PreTrainedModel) -> dict[str, QuantizedWeight]:
-    """Weights rounded to nearest in 8 bits, in the groups asked for where MLX has such."""
-    found = {}
-    for linear in linears:
+    """Weights rounded to nearest in 8 bits, in the groups asked for where MLX has such; of linears that are there."""
+    found, own = {}, dict(model.named_modules())
+    for linear in (linear for linear in linears if linear.name in own):
         weight = matrix(model.get_submodule(linear.name))
         group = linear.grid.group_size if linear.grid.group_size in GROUPS else GROUPS[0]
         found[linear.name] = RTN().solve(weight.float().cpu(), None, AffineGrid(8, group)).quantized
