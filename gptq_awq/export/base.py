@@ -6,10 +6,12 @@ format's own library where there is one), so that the verifier can compare.
 """
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -140,7 +142,7 @@ def in_words_of(told: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:  # of what a library doesn't know, in whichever way it notices
         log.debug("%s", told, exc_info=True)
-        what = " ".join(str(error).split()) or repr(error)
+        what = re.sub(rf"{re.escape(gettempdir())}/[\w-]+", "its folder", " ".join(str(error).split())) or repr(error)
         raise UserError(
             f"export.formats={told} ({type(error).__name__}: {what:.200}); choose another format, such as hf"
         ) from error

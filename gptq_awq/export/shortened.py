@@ -18,7 +18,7 @@ COUNTS = re.compile(r"layers?$|^n_layer$|^depth$")
 
 
 def tried_in_part(model: PreTrainedModel, told: str, tried: Callable[[], list[str]]) -> list[str]:
-    """What a trial in an engine says of a model, or of its first blocks where it is too large as a whole.
+    """Try a model in an engine, or its first blocks where it is too large as a whole; return what is to be said.
 
     Args:
         model: full-precision model; for a while it has fewer blocks.
