@@ -150,7 +150,7 @@ class MLXFormat:
         )
         # mlx-lm reads `quantization`, the hub displays `quantization_config`.
         config = options_for_mlx(source.model.config, read_config(folder))
-        config |= {"quantization": quantization, "quantization_config": quantization}
+        config |= {"quantization": quantization, "quantization_config": quantization} if quantization else {}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     def decoder(self) -> str:
@@ -275,6 +275,8 @@ def quantization_config(grids: Mapping[str, Grid]) -> dict[str, Any]:
     mlx-lm leaves modules without scales in the file unquantized, whatever the settings say.
     """
     sizes = {name: _size(grid) for name, grid in grids.items()}
+    if not sizes:
+        return {}
     usual = max(set(sizes.values()), key=lambda size: (list(sizes.values()).count(size), size))
     others = {name: _entry(size) for name, size in sizes.items() if size != usual}
     return _entry(usual) | others

@@ -5,6 +5,7 @@ same engine runs the same decoded weights from a file without the format's codes
 there is its noise.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from gptq_awq.export.engines import ENGINES, Comparison, answer, compare
 from gptq_awq.export.folder import FolderTensors
 from gptq_awq.export.gguf import GGUFFormat
 from gptq_awq.export.hf import HFFormat
+from gptq_awq.export.mlx import MLXFormat
 from gptq_awq.export.text_part import text_tensors
 from gptq_awq.export.verify import VerificationRecord, decoding
 from gptq_awq.grids.base import QuantizedWeight
@@ -41,13 +43,18 @@ FLOOR = 1e-4
 """Largest KL of a token, in nats, that passes whatever the noise is."""
 
 
+CONTROLS = frozenset({"mlx", "hf", "gguf"})
+"""Formats that engines read plain weights of a model in."""
+log = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class Judgement:
     """How far an engine is from a checkpoint's decoded weights, and how far it may be.
 
     Attributes:
         found: the engine on the checkpoint.
-        noise: the engine on its control; None where it reads no other file of the model.
+        noise: the engine on its control; None where it reads no other file of the model, or refuses it.
         limit: largest KL of a token, in nats.
     """
 
@@ -73,36 +80,47 @@ def judge_engine(folder: Path, engine: str) -> Judgement:
     ours = torch.stack([model(input_ids=row[None], use_cache=False).logits[0] for row in tokens])
     path = folder / "model.gguf" if record.format == "gguf" else folder
     theirs = answer(engine, path, tokens, record.format, vocab=ours.shape[-1]).logits
-    noise = _noise(engine, record, model, ours, tokens)
+    noise = _noise(engine, folder, model, ours, tokens)
     limit = ENGINES[engine].formats[record.format].max_kl if noise is None else max(FLOOR, TIMES * noise.max_kl)
     return Judgement(compare(ours, theirs, tokens), noise, limit)
 
 
 def _noise(
     engine: str,
-    record: VerificationRecord,
+    folder: Path,
     model: PreTrainedModel,
     ours: Float[Tensor, "windows seqlen vocab"],
     tokens: Int[Tensor, "windows seqlen"],
 ) -> Comparison | None:
-    """The engine's difference on its control: a folder of the decoded weights, or a GGUF file of them in Q8_0.
+    """The engine's difference on its control: a file of the decoded weights without the format's codes.
 
-    llama.cpp rounds activations only where weights are quantized, and then to 8 bits, as it does for Q8_0.
+    llama.cpp rounds activations only where weights are quantized, and then to 8 bits, as it does for Q8_0. mlx-lm's
+    control is in the folder's dtype, which some of its tensors are computed into (norms + 1).
     """
-    formats = ENGINES[engine].formats
-    name = "hf" if "hf" in formats else "gguf"
-    if name not in formats:
+    record = VerificationRecord.read(folder)
+    supported = ENGINES[engine].formats
+    format_ = next(
+        (_control(n, folder) for n in (record.format, "hf", "gguf") if n in CONTROLS & supported.keys()), None
+    )
+    if format_ is None:
         return None
     with TemporaryDirectory(prefix="control-") as path:
-        folder = Path(path)
-        if name == "hf":
-            HFFormat("float32").write(Source(model, None, "control", {}), folder)
-        else:
-            rounded = {module: _in_q8_0(model, module) for module in record.weights}
-            GGUFFormat(plain_dtype="F32").write(Source(model, None, "control", rounded), folder)
-        file = folder / "model.gguf" if name == "gguf" else folder
-        dtype = formats[record.format].dtype
-        return compare(ours, answer(engine, file, tokens, name, dtype, vocab=ours.shape[-1]).logits, tokens)
+        control, q8 = Path(path), format_.name == "gguf"
+        rounded = {module: _in_q8_0(model, module) for module in record.weights} if q8 else {}
+        try:
+            format_.write(Source(model, None, "control", rounded), control)
+            file, dtype = control / "model.gguf" if q8 else control, supported[record.format].dtype
+            return compare(ours, answer(engine, file, tokens, format_.name, dtype, vocab=ours.shape[-1]).logits, tokens)
+        except UserError as error:
+            log.warning("%s: no noise of its own is known (%s)", engine, error)
+            return None
+
+
+def _control(name: str, folder: Path) -> Format:
+    """A format that holds plain weights of the model in a folder."""
+    if name == "mlx":
+        return MLXFormat(read_config(folder)["dtype"])
+    return HFFormat("float32") if name == "hf" else GGUFFormat(plain_dtype="F32")
 
 
 def _in_q8_0(model: PreTrainedModel, name: str) -> QuantizedWeight:

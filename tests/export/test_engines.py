@@ -295,6 +295,23 @@ def test_an_engine_computes_what_the_decoded_weights_compute_but_for_its_noise(n
 
 
 @pytest.mark.slow
+def test_an_engine_that_refuses_its_control_is_judged_by_a_constant(checkpoint, monkeypatch):
+    folder, asked = checkpoint("compressed_tensors"), []
+
+    def refusing_plain(*arguments, **options):
+        asked.append(arguments[3])
+        if arguments[3] == "hf":
+            raise UserError("it reads no such names")
+        return answer(*arguments, **options)
+
+    monkeypatch.setattr(reference, "answer", refusing_plain)
+    judged = judge_engine(folder, "transformers")
+    assert asked == ["compressed_tensors", "hf"]
+    assert judged.noise is None
+    assert judged.limit == ENGINES["transformers"].formats["compressed_tensors"].max_kl
+    assert judged.within
+
+
 def test_one_wrong_row_is_beyond_an_engines_noise(checkpoint, monkeypatch):
     folder = checkpoint("hf")
     assert judge_engine(folder, "transformers").within
