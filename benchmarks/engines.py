@@ -1,4 +1,4 @@
-"""Every checkpoint format in every engine that runs it: packing time, KL from the decoded weights, perplexity.
+"""Every checkpoint format in every engine that runs it: seconds to pack and to verify, KL, perplexity.
 
     python benchmarks/engines.py [--model DIR] [--group 64] [--only gptq awq …] [--engines vllm mlx …]
 
@@ -11,6 +11,7 @@ import argparse
 import copy
 import math
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,20 +98,25 @@ def run(case: Case, loaded: LoadedModel, text, engines: list[str]) -> None:
     probe = Probe.of(model, text.ids[:2, :256], text.source)
     memory = math.exp(float(probe.nll.mean()))
     with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
         (done,) = Exports((case.format,)).write(source, Path(folder), probe, {}, no_track)
-        start = f"| {case.format.name} | {case.name} | {done.size_bytes / 1e6:.1f} | {done.seconds:.1f} |"
+        verified = time.perf_counter() - began - done.seconds
+        start = (
+            f"| {case.format.name} | {case.name} | {done.size_bytes / 1e6:.1f} | {done.seconds:.1f} | {verified:.1f} |"
+        )
         for name, engine in ENGINES.items():
             if name not in engines or case.format.name not in engine.formats or find(name, case.format.name) is None:
                 continue
             try:
-                found = judge_engine(done.path, name).found
+                judged = judge_engine(done.path, name)
             except UserError as error:
-                print(f"{start} {name} | refused: {str(error).partition(': ')[2][:90]} | | | | |", flush=True)
+                print(f"{start} {name} | refused: {str(error).partition(': ')[2][:90]} | | | | | |", flush=True)
                 continue
+            found = judged.found
             off = 100 * (found.ppl_engine / memory - 1)
             print(
                 f"{start} {name}, {engine.formats[case.format.name].dtype} | {found.max_abs:.1e} | {found.mean_kl:.1e} "
-                f"| {found.max_kl:.1e} | {found.ppl_engine:.3f} | {off:+.3f}% |",
+                f"| {found.max_kl:.1e} | {judged.limit:.1e} | {found.ppl_engine:.3f} | {off:+.3f}% |",
                 flush=True,
             )
 
@@ -131,8 +137,9 @@ def main() -> None:
     installed = [name for name in options.engines if find(name)]
     missing = ", ".join(set(options.engines) - set(installed)) or "none"
     print(f"torch {torch.__version__}; engines: {', '.join(installed)}; missing: {missing}\n")
-    print("| format | what | MB | pack, s | engine | max abs d | KL mean | KL max | perplexity | from memory's |")
-    print("|:---|:---|---:|---:|:---|---:|---:|---:|---:|---:|")
+    columns = "MB | pack, s | verify, s | engine | max abs d | KL mean | max | allowed | perplexity | from memory's"
+    print(f"| format | what | {columns} |")
+    print("|:---|:---|---:|---:|---:|:---|---:|---:|---:|---:|---:|---:|")
     for case in cases(options.group):
         if options.only is None or case.format.name in options.only:
             run(case, loaded, windows, options.engines)

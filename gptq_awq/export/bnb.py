@@ -127,7 +127,8 @@ class BnbFormat:
             yield Decoded(name, *_decode_int8(tensors[f"{name}.weight"], tensors[key]))
         for key in [key for key in tensors if f".{_STATE}" in key]:
             name = key.partition(f".{_STATE}")[0]
-            parts = {part.removeprefix(f"{name}."): t for part, t in tensors.items() if part.startswith(f"{name}.")}
+            own = [part for part in tensors if part.startswith(f"{name}.")]
+            parts = {part.removeprefix(f"{name}."): tensors[part] for part in own}
             read = _decode_with_bnb if _has_bnb() else _decode_4bit
             yield Decoded(name, *read(parts))
 

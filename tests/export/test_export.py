@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from helpers.tiny_models import tiny_model, tiny_tokens
 from gptq_awq import quantize_model
 from gptq_awq.errors import UserError
 from gptq_awq.export import write as write_module
+from gptq_awq.export.awq import AWQFormat
 from gptq_awq.export.base import Source, linear_specs
 from gptq_awq.export.bnb import BnbFormat
 from gptq_awq.export.compressed_tensors import CompressedTensorsFormat
+from gptq_awq.export.folder import FolderTensors
 from gptq_awq.export.gguf import GGUFFormat
 from gptq_awq.export.gptq import GPTQFormat
 from gptq_awq.export.hf import HFFormat
@@ -134,6 +137,28 @@ def test_a_weight_that_float16_does_not_hold_is_refused_before_calibration(forma
     with pytest.raises(UserError, match=rf"embed_tokens.* holds 1e\+05, .* choose {choice}"):
         check_overflow(format_, linears, model)
     check_overflow(HFFormat("bfloat16"), linears, model)
+
+
+@pytest.mark.parametrize(
+    ("format_", "grid"),
+    [
+        (GPTQFormat(), int_grid(sym=True)),
+        (AWQFormat(), int_grid()),
+        (CompressedTensorsFormat(), int_grid()),
+        (MLXFormat(), int_grid(sym=True)),
+        (BnbFormat(), TableGrid("nf4", 32, double_quant=True)),
+        (BnbFormat(), int_grid(8, -1, sym=True)),
+    ],
+    ids=["gptq", "awq", "compressed_tensors", "mlx", "bnb-nf4", "bnb-int8"],
+)
+def test_verifying_reads_each_tensor_once_or_twice_however_many_there_are(format_, grid, tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    source = Source(model, NoTokenizer(), "tiny", quantize_model(model, method="rtn", grid=grid).weights)
+    (done,) = export(source, tmp_path, format_)
+    read, own = Counter(), FolderTensors.__getitem__
+    monkeypatch.setattr(FolderTensors, "__getitem__", lambda self, name: read.update([name]) or own(self, name))
+    verify(done.path)
+    assert max(read.values()) <= 2, "reading all for each of them takes days of a large model"
 
 
 def test_large_models_are_sharded_with_an_index(source, tmp_path):

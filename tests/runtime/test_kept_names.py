@@ -269,7 +269,9 @@ def test_the_version_of_every_package_that_computes_is_part_of_a_run(monkeypatch
         ),
         ("greenlet", {"observations", "sensitivities"}),
         ("lm_eval", {"answers"}),
-        *((name, OF_MODEL | {"layout"}) for name in ("gguf", "bitsandbytes")),  # a model may be a GGUF file, or come in NF4
+        *(
+            (name, OF_MODEL | {"layout"}) for name in ("gguf", "bitsandbytes")
+        ),  # a model may be a GGUF file, or come in NF4
         *((name, set()) for name in ("scipy", "wandb", "rich")),
     ],
 )
