@@ -123,9 +123,18 @@ def saved_names(model: PreTrainedModel) -> dict[str, str]:
     Tensors that a checkpoint keeps together with others, or in parts, are left out.
     """
     empty = ((name, torch.empty(shape, device="meta")) for name, shape in state_shapes(model).items())
-    alone = {name: list(_reverted(model, {name: tensor})) for name, tensor in empty}
+    alone = {name: _names_alone(model, name, tensor) for name, tensor in empty}
     owners = Counter(new for found in alone.values() for new in found)
-    return {name: new for name, (new, *more) in alone.items() if not more and owners[new] == 1 and new != name}
+    single = {name: found[0] for name, found in alone.items() if len(found) == 1}
+    return {name: new for name, new in single.items() if owners[new] == 1 and new != name}
+
+
+def _names_alone(model: PreTrainedModel, name: str, tensor: Tensor) -> list[str]:
+    """Names of what a tensor alone becomes in the checkpoint; none where the way back asks for others, too."""
+    try:
+        return list(_reverted(model, {name: tensor}))
+    except Exception:  # in whichever way an operation notices
+        return []
 
 
 def renaming(model: PreTrainedModel) -> Callable[[str], str]:

@@ -20,6 +20,7 @@ from gptq_awq.export.folder import FolderTensors
 from gptq_awq.export.gptq import GPTQFormat
 from gptq_awq.export.hf import HFFormat
 from gptq_awq.export.reference import reference_model
+from gptq_awq.export.saved import saved_names
 from gptq_awq.export.verify import Probe, VerificationRecord, verify
 from gptq_awq.grids.affine import AffineGrid
 from gptq_awq.grids.integer import IntGrid
@@ -27,6 +28,7 @@ from gptq_awq.grids.mix import LlamaMix
 from gptq_awq.grids.signed import SignedGrid
 from gptq_awq.grids.table import TableGrid
 from gptq_awq.grids.ternary import TernaryGrid
+from gptq_awq.models.unfuse import unfuse
 
 GRIDS = [
     AffineGrid(4, 32),
@@ -225,6 +227,14 @@ def test_experts_that_transformers_transposes_as_it_loads_them_are_stored_as_pub
         assert torch.equal(tensors[name], own[name].mT), "(experts, in, out), which only transformers 5 reads otherwise"
     again = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
     assert torch.equal(again(tiny_tokens()).logits, model(tiny_tokens()).logits)
+
+
+def test_tensors_that_a_checkpoint_joins_with_others_have_no_names_of_their_own():
+    model = tiny_architecture("ernie4_5_vl_moe")  # experts for text and for images are joined
+    unfuse(model)
+    experts = [name for name in model.state_dict() if ".experts.gate_up_proj." in name]
+    assert experts
+    assert not saved_names(model).keys() & set(experts)
 
 
 @pytest.mark.parametrize(("name", "tied"), [("internvl", True), ("qwen3_vl_moe", False)])
