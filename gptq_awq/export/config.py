@@ -30,11 +30,10 @@ def write_config(
     config["dtype"] = None
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         part |= dict.fromkeys(part.keys() & {"dtype", "torch_dtype"}, str(dtype).removeprefix("torch."))
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if isinstance(head, nn.Linear):
+    if (tied := _head_is_tied(model)) is not None:
         for part in (config, config.get("text_config")):  # readers differ in which of them they ask
             if isinstance(part, dict):
-                part["tie_word_embeddings"] = head.weight is getattr(embedding, "weight", None)
+                part["tie_word_embeddings"] = tied
     config = names_only(config)  # such as _name_or_path, the folder that the model came from
     config.pop("quantization_config", None)
     if quantization_config is not None:
@@ -43,6 +42,17 @@ def write_config(
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
+
+
+def _head_is_tied(model: PreTrainedModel) -> bool | None:
+    """Whether the output head's matrix is the embedding's; None where there is no head, or it shares another's."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if not isinstance(head, nn.Linear):
+        return None
+    if head.weight is getattr(embedding, "weight", None):
+        return True
+    sharing = sum(each is head.weight for _, each in model.named_parameters(remove_duplicate=False))
+    return False if sharing == 1 else None
 
 
 def _for_older_readers(config: PreTrainedConfig, options: dict[str, Any]) -> dict[str, Any]:
