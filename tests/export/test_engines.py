@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.gguf_models import bpe
 from helpers.paths import ROOT
 from helpers.quantized_weights import tiny_source
 from helpers.tiny_models import tiny_tokens
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 from gptq_awq import quantize_model
 from gptq_awq.errors import UserError
@@ -24,6 +25,7 @@ from gptq_awq.export.bnb import BnbFormat
 from gptq_awq.export.compressed_tensors import CompressedTensorsFormat
 from gptq_awq.export.engines import ENGINES, Comparison, answer, compare, find
 from gptq_awq.export.engines import run as run_module
+from gptq_awq.export.formats import make_format
 from gptq_awq.export.gguf import GGUFFormat
 from gptq_awq.export.gptq import GPTQFormat
 from gptq_awq.export.hf import HFFormat
@@ -38,6 +40,11 @@ from gptq_awq.grids.table import TableGrid
 from gptq_awq.runtime.progress import no_track
 
 WORDS = 50
+SIZES = {
+    **{"vocab_size": 700, "hidden_size": 128, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2},
+    **{"num_hidden_layers": 2, "intermediate_size": 128, "max_position_embeddings": 128},
+}
+"""Sizes of a mixture that vLLM runs; all of its experts are asked, so that no rounding sends a token to another."""
 
 
 def draw(*shape, seed=0):
@@ -294,6 +301,24 @@ def test_an_engine_computes_what_the_decoded_weights_compute_but_for_its_noise(n
     assert judged.found.ppl_engine == pytest.approx(judged.found.ppl_ours, rel=1e-2 if name == "xllamacpp" else 1e-3)
 
 
+PACKED = [case for case in cases() if case.values[1] in ("gptq", "awq", "compressed_tensors")]
+
+
+@pytest.mark.parametrize(("name", "format_name"), PACKED)
+def test_an_engine_finds_every_expert_of_a_mixture_under_its_published_name(name, format_name, tmp_path):
+    if (name, format_name) == ("transformers4", "compressed_tensors"):
+        pytest.skip("scripts/install_engine.py: transformers 4 has no packed experts")
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(**SIZES, moe_intermediate_size=128, num_experts=4, num_experts_per_tok=4)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    grid = IntGrid(4, 32, sym=True, scale_dtype="float16")
+    source = Source(model, bpe(["bytes of words"]), "tiny", quantize_model(model, method="rtn", grid=grid).weights)
+    make_format(format_name, {}).write(source, tmp_path)
+    tokens = tiny_tokens(1, 24)
+    theirs = answer(name, tmp_path, tokens, format_name, vocab=SIZES["vocab_size"]).logits
+    assert compare(model(tokens).logits, theirs, tokens).max_kl < 1e-4
+
+
 @pytest.mark.slow
 def test_an_engine_that_refuses_its_control_is_judged_by_a_constant(checkpoint, monkeypatch):
     folder, asked = checkpoint("compressed_tensors"), []
@@ -312,6 +337,7 @@ def test_an_engine_that_refuses_its_control_is_judged_by_a_constant(checkpoint, 
     assert judged.within
 
 
+@pytest.mark.slow
 def test_one_wrong_row_is_beyond_an_engines_noise(checkpoint, monkeypatch):
     folder = checkpoint("hf")
     assert judge_engine(folder, "transformers").within

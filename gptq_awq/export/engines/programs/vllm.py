@@ -7,6 +7,7 @@ python -I vllm.py MODEL FOLDER DTYPE; see ../run.py for the files in FOLDER.
 import importlib
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,6 @@ os.environ.update(
     VLLM_ALLOW_LONG_MAX_MODEL_LEN="1",  # room for the one token that is sampled and discarded
     VLLM_NO_USAGE_STATS="1",
 )
-
 
 QUANTIZATION = "vllm.model_executor.layers.quantization"
 PACKED_EXPERTS = {
@@ -37,10 +37,10 @@ def expand_experts() -> None:
     So it has on a CPU. That its loader finds every expert under its name is what there is to prove.
     """
     for name, method in PACKED_EXPERTS.items():
-        module = importlib.import_module(name)
-        module.select_wna16_moe_backend = choosing_or_expanding(
-            module.select_wna16_moe_backend, getattr(module, method)
-        )
+        with suppress(ImportError, AttributeError):  # of a vLLM that keeps them elsewhere
+            module = importlib.import_module(name)
+            select, loading = module.select_wna16_moe_backend, getattr(module, method)
+            module.select_wna16_moe_backend = choosing_or_expanding(select, loading)
 
 
 def choosing_or_expanding(select, method):
