@@ -65,7 +65,7 @@ def cases(group: int) -> list[Case]:
 
     gptq, awq, packed = GPTQFormat(), AWQFormat(), CompressedTensorsFormat()
     llama = [
-        Case(kind, GGUFFormat(), LlamaMix(kind))
+        Case(kind, GGUFFormat(other_ids="allow"), LlamaMix(kind))
         for kind in ("q8_0", "q5_0", "q4_0", "q4_1", "q4_k_m", "q3_k_m", "q2_k")
     ]
     return [
