@@ -9,14 +9,14 @@ Tensors of a linear with `out` rows, `in` columns and G groups of neighbouring c
 The nibbles of a word, lowest first, hold the channels 0 2 4 6 1 3 5 7, as AWQ's kernels unpack two at a time.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int32, UInt8
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
@@ -24,10 +24,10 @@ from gptq_awq.export.config import read_config
 from gptq_awq.export.folder import FolderTensors, write_packed
 from gptq_awq.export.packing import (
     PRODUCER,
+    PackedFormat,
     exactly,
     one_int_grid,
     pack_words,
-    require_experts_apart,
     require_linear_modules,
     require_multiple,
     require_natural_order,
@@ -47,7 +47,7 @@ NIBBLE_OF_CHANNEL = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 @checked_dataclass
-class AWQFormat:
+class AWQFormat(PackedFormat):
     """Export to an AWQ folder; symmetric grids are stored with zero point 8 everywhere.
 
     Attributes:
@@ -79,15 +79,6 @@ class AWQFormat:
         assert isinstance(grid, IntGrid)
         config, stored = quantization_config(grid, unquantized(source)), stored_weights(source)
         write_packed(source, folder, stored, lambda _, weight: pack(weight, dtype), dtype, config, self.shard)
-
-    def check_model(self, linears: Sequence[LinearSpec], model: PreTrainedModel, tokenizer: Any) -> list[str]:  # noqa: ARG002
-        """Raise UserError for a mixture whose checkpoints keep experts in one tensor."""
-        require_experts_apart(linears, model)
-        return []
-
-    def stored(self, source: Source) -> Mapping[str, QuantizedWeight]:
-        """Weights under the names that the folder has for them."""
-        return {name: stored.weight for name, stored in stored_weights(source).items()}
 
     def decoder(self) -> str:
         """Name of our own reader, as no library reads this layout on a CPU without patching others."""

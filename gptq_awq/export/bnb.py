@@ -32,7 +32,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
 from gptq_awq.export.folder import FolderTensors, write_packed
-from gptq_awq.export.packing import PRODUCER, require_natural_order, require_plain_head
+from gptq_awq.export.packing import PRODUCER, PackedFormat, require_natural_order, require_plain_head
 from gptq_awq.export.saved import stored_weights
 from gptq_awq.grids.base import Grid, QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
@@ -47,7 +47,7 @@ _STATE = "weight.quant_state.bitsandbytes__"
 
 
 @checked_dataclass
-class BnbFormat:
+class BnbFormat(PackedFormat):
     """Export to a transformers folder with bitsandbytes weights: NF4, FP4 or INT8.
 
     Attributes:
@@ -92,10 +92,6 @@ class BnbFormat:
         dtype = torch_dtype(self.dtype, "export.bnb.dtype")
         stored, config = stored_weights(source), self._config(source)
         write_packed(source, folder, stored, lambda _, weight: pack(weight, self.dtype), dtype, config, self.shard)
-
-    def stored(self, source: Source) -> Mapping[str, QuantizedWeight]:
-        """Weights under the names that the folder has for them."""
-        return {name: stored.weight for name, stored in stored_weights(source).items()}
 
     def _config(self, source: Source) -> dict[str, Any]:
         """Build config.json's `quantization_config`, which names the linears that stay unquantized."""

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
@@ -44,10 +44,10 @@ from gptq_awq.export.config import read_config
 from gptq_awq.export.folder import FolderTensors, write_packed
 from gptq_awq.export.packing import (
     PRODUCER,
+    PackedFormat,
     exactly,
     int_grids,
     pack_words,
-    require_experts_apart,
     require_linear_modules,
     require_natural_order,
     require_whole_groups,
@@ -69,7 +69,7 @@ ALL = "Linear"
 
 
 @checked_dataclass
-class CompressedTensorsFormat:
+class CompressedTensorsFormat(PackedFormat):
     """Export to a compressed-tensors folder: integers of 2 to 8 bits, NVFP4, MXFP4, MXFP8 or FP8.
 
     Attributes:
@@ -132,15 +132,6 @@ class CompressedTensorsFormat:
         if self.kv_cache is not None:
             config["kv_cache_scheme"] = kv_cache_scheme()
         write_packed(source, folder, weights, parts, dtype, config, self.shard)
-
-    def stored(self, source: Source) -> Mapping[str, QuantizedWeight]:
-        """Weights under the names that the folder has for them: readers want one linear for each expert's matrix."""
-        return {name: stored.weight for name, stored in stored_weights(source).items()}
-
-    def check_model(self, linears: Sequence[LinearSpec], model: PreTrainedModel, tokenizer: Any) -> list[str]:  # noqa: ARG002
-        """Raise UserError for a mixture whose checkpoints keep experts in one tensor."""
-        require_experts_apart(linears, model)
-        return []
 
     def expands(self, grids: Sequence[Grid]) -> bool:
         """Whether transformers can expand all weights while it loads them, which it does with a single config group."""

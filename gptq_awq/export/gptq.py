@@ -13,13 +13,13 @@ names the convention; engines that don't know v2 would read every zero point one
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import Decoded, LinearSpec, Source, torch_dtype
@@ -28,10 +28,10 @@ from gptq_awq.export.folder import FolderTensors, write_packed
 from gptq_awq.export.packing import (
     PRODUCER,
     WORD,
+    PackedFormat,
     exactly,
     one_int_grid,
     pack_words,
-    require_experts_apart,
     require_multiple,
     unpack_words,
     unquantized,
@@ -47,7 +47,7 @@ CHECKPOINT_FORMAT = {"v1": "gptq", "v2": "gptq_v2"}
 
 
 @checked_dataclass
-class GPTQFormat:
+class GPTQFormat(PackedFormat):
     """Export to a GPTQ folder, 2, 3, 4 or 8 bits.
 
     Attributes:
@@ -99,15 +99,6 @@ class GPTQFormat:
         write_packed(source, folder, stored, lambda _, weight: pack(weight, version, dtype), dtype, config, self.shard)
         # Readers older than transformers' own GPTQ support look for the config in this file.
         (folder / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-    def check_model(self, linears: Sequence[LinearSpec], model: PreTrainedModel, tokenizer: Any) -> list[str]:  # noqa: ARG002
-        """Raise UserError for a mixture whose checkpoints keep experts in one tensor."""
-        require_experts_apart(linears, model)
-        return []
-
-    def stored(self, source: Source) -> Mapping[str, QuantizedWeight]:
-        """Weights under the names that the folder has for them."""
-        return {name: stored.weight for name, stored in stored_weights(source).items()}
 
     def decoder(self) -> str:
         """Name of our own reader, as GPTQModel's would patch torch, transformers and safetensors in this process."""

@@ -6,7 +6,8 @@ neither repeats a mistake of the other.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 import gptq_awq
 from gptq_awq.errors import UserError
 from gptq_awq.export.base import LinearSpec, Source, require_dtype
-from gptq_awq.export.saved import renaming, saved_weights
+from gptq_awq.export.saved import renaming, saved_weights, stored_weights
 from gptq_awq.grids.base import QuantizedWeight
 from gptq_awq.grids.integer import IntGrid
 from gptq_awq.models.carried import carried_names
@@ -28,6 +29,20 @@ CONV1D_MODELS = ("gpt2", "openai-gpt")
 
 PRODUCER = f"gptq_awq:{gptq_awq.__version__}"
 """Name and version of this package, as checkpoint configs record the producer."""
+
+
+class PackedFormat:
+    """Methods of formats that hold a packed linear for each of the model's, and for each matrix of an expert."""
+
+    def check_model(self, linears: Sequence[LinearSpec], model: PreTrainedModel, tokenizer: Any) -> list[str]:  # noqa: ARG002
+        """Raise UserError for a mixture whose checkpoints keep experts in one tensor; readers want one for each."""
+        if experts_in(model):
+            saved_weights(model, {linear.name: blank(linear) for linear in linears})
+        return []
+
+    def stored(self, source: Source) -> Mapping[str, QuantizedWeight]:
+        """Weights under the names that the folder has for them."""
+        return {name: stored.weight for name, stored in stored_weights(source).items()}
 
 
 def pack_words(codes: UInt8[Tensor, "rows n"], bits: int) -> Int32[Tensor, "rows words"]:
@@ -151,12 +166,6 @@ def require_linear_modules(config: PreTrainedConfig, name: str) -> None:
             f"export.formats={name}: its readers know torch's Linear only, and {config.model_type} has Conv1D; "
             "choose export.formats=[gptq] or [hf]"
         )
-
-
-def require_experts_apart(linears: Sequence[LinearSpec], model: PreTrainedModel) -> None:
-    """Raise UserError for a mixture whose checkpoints keep experts in one tensor: readers want a linear for each."""
-    if experts_in(model):
-        saved_weights(model, {linear.name: blank(linear) for linear in linears})
 
 
 def blank(linear: LinearSpec) -> QuantizedWeight:
