@@ -11,7 +11,6 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from gptq_awq.export.placement import Indices, Numbering, Runs
-from gptq_awq.export.saved import blocks_by_name
 from gptq_awq.models.blocks import find_blocks
 
 Found = dict[str, Runs | None]
@@ -45,18 +44,19 @@ def watched(model: PreTrainedModel, numbering: Numbering, block_of: Callable[[st
         block_of: block that one of the library's tensors is in, by its name.
         watch: watches the library convert blocks.
     """
-    kinds = kinds_of_blocks(model)
+    kinds, (prefix, _) = kinds_of_blocks(model), find_blocks(model)
     chosen = {kind: list(dict.fromkeys((each[0], each[len(each) // 2], each[-1]))) for kind, each in kinds.items()}
     found = watch([None, *(block for blocks in chosen.values() for block in blocks)])
     rest: list[str] = []
     for kind, blocks in kinds.items():
         others = [block for block in blocks if block not in chosen[kind]]
-        first, *more = (_places(model, numbering, found, block_of, block) for block in chosen[kind])
+        own = [{name: runs for name, runs in found.items() if block_of(name) == block} for block in chosen[kind]]
+        first, *more = (_places(numbering, prefix, block, runs) for block, runs in zip(chosen[kind], own, strict=True))
         if first is None or not all(_same(first, each) for each in more):
             rest += others
         else:
             for block in others:
-                found |= _runs(model, numbering, first, block)
+                found |= _runs(numbering, prefix, block, first)
     return found | watch(rest) if rest else found
 
 
@@ -71,20 +71,16 @@ def kinds_of_blocks(model: PreTrainedModel) -> dict[Any, list[str]]:
     return found
 
 
-def _places(
-    model: PreTrainedModel, numbering: Numbering, found: Found, block_of: Callable[[str], str | None], block: str
-) -> Places | None:
+def _places(numbering: Numbering, prefix: str, block: str, found: Found) -> Places | None:
     """Where a block's tensors went; None where they are together with those of others."""
-    prefix, own = f"{find_blocks(model)[0]}.{block}.", blocks_by_name(model)
+    inside = f"{prefix}.{block}."
     places: Places = {}
     for name, runs in found.items():
-        if block_of(name) != block:
-            continue
         pieces = [] if runs is None else [Piece(*split) for split in numbering.split(runs)]
-        if any(own(piece.rest) != block for piece in pieces):
+        if not all(piece.rest.startswith(inside) for piece in pieces):
             return None
         before, _, after = f".{name}".partition(f".{block}.")
-        pieces = [piece._replace(rest=piece.rest.removeprefix(prefix)) for piece in pieces]
+        pieces = [piece._replace(rest=piece.rest.removeprefix(inside)) for piece in pieces]
         places[f"{before}.{{}}.{after}".removeprefix(".")] = None if runs is None else pieces
     return places
 
@@ -97,11 +93,10 @@ def _same(first: Places, other: Places | None) -> bool:
     return all(len(a) == len(b) and all(map(Piece.same, a, b)) for a, b in pairs)
 
 
-def _runs(model: PreTrainedModel, numbering: Numbering, places: Mapping[str, list[Piece] | None], block: str) -> Found:
+def _runs(numbering: Numbering, prefix: str, block: str, places: Mapping[str, list[Piece] | None]) -> Found:
     """Runs of the tensors of a block that goes where another of its kind went."""
-    prefix = f"{find_blocks(model)[0]}.{block}."
     found: Found = {}
     for name, pieces in places.items():
-        own = None if pieces is None else [piece._replace(rest=f"{prefix}{piece.rest}") for piece in pieces]
+        own = None if pieces is None else [piece._replace(rest=f"{prefix}.{block}.{piece.rest}") for piece in pieces]
         found[name.format(block)] = None if own is None else numbering.joined(own)
     return found

@@ -13,13 +13,14 @@ import torch
 from transformers import PreTrainedModel
 
 from gptq_awq.errors import UserError
-from gptq_awq.export.alike import kinds_of_blocks, watched
+from gptq_awq.export.alike import watched
 from gptq_awq.export.config import read_config, write_config
 from gptq_awq.export.folder import write_tokenizer
 from gptq_awq.export.gguf_converter import conversion, converter_root, imported, is_pinned, refusing
 from gptq_awq.export.layout import Layout, digits_of, kept_layout, numbered
 from gptq_awq.export.placement import Runs
 from gptq_awq.export.saved import SavedTensors
+from gptq_awq.models.blocks import find_blocks
 from gptq_awq.runtime.fingerprint import layout_sha256
 
 BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -82,11 +83,11 @@ def _observed(root: Path, folder: Path, model: PreTrainedModel) -> Layout:
     given = [SavedTensors(model, digits_of(numbering, flipped, number)) for number in range(numbering.passes)]
     with imported(root) as package:
         passes = [_lazily(package, folder, tensors) for tensors in given]
-        known = {block for blocks in kinds_of_blocks(model).values() for block in blocks}
+        count = len(find_blocks(model)[1])
 
         def block_of(name: str) -> str | None:
             found = BLOCK.match(name)
-            return found[1] if found and found[1] in known else None
+            return found[1] if found and int(found[1]) < count else None
 
         def watch(blocks: Collection[str | None]) -> dict[str, Runs | None]:
             names = [name for name in passes[0] if block_of(name) in blocks]

@@ -62,10 +62,19 @@ class Conversion:
         with in_words_of(f"mlx: mlx refuses this {type(model).__name__}"):
             return cls(model, options_for_mlx(model.config, config))
 
+    @cached_property
+    def _text(self) -> set[str]:
+        """Names of the language model's tensors; mlx-lm has no place for what a model sees with."""
+        return text_tensors(self.model)
+
     @property
     def _numbered(self) -> tuple[Numbering, frozenset[str]]:
-        """Numbers of the elements of the language model's tensors; mlx-lm has no place for what a model sees with."""
-        return numbered(self.model, text_tensors(self.model))
+        """Numbers of the elements of the language model's tensors."""
+        return numbered(self.model, self._text)
+
+    def _held(self, read: Read, spelling: "Spelling") -> SavedTensors:
+        """The tensors of a checkpoint of the language model, in a spelling."""
+        return SavedTensors(self.model, read, self._text, spelling.view)
 
     def layout(self) -> Layout:
         """Where the model's tensors go; kept in the cache. Raises UserError for a model that mlx-lm doesn't know."""
@@ -85,7 +94,7 @@ class Conversion:
         import mlx.core as mx  # pyright: ignore[reportMissingImports]
 
         spelling = self._spelling
-        held = SavedTensors(self.model, read, text_tensors(self.model), spelling.view)
+        held = self._held(read, spelling)
         nothing = _empty(held)
         for block, names in held.by_block().items():
             if only is not None and block not in only:
@@ -107,9 +116,8 @@ class Conversion:
         failure: Exception | None = None
         with in_words_of(f"mlx: mlx refuses this {type(self.model).__name__}"):
             for spelling in spellings:
-                held = SavedTensors(self.model, read_state(self.model), text_tensors(self.model), spelling.view)
                 try:
-                    self._converted(_empty(held), spelling)
+                    self._converted(_empty(self._held(read_state(self.model), spelling)), spelling)
                 except Exception as error:  # classes stumble over what they don't know in many ways
                     failure = failure or error
                 else:

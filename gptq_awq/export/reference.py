@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -38,13 +39,9 @@ from gptq_awq.solvers.rtn import RTN
 TIMES = 5.0
 """An engine may differ by so many times its noise."""
 SEES_WITH = 4
-"""What a model sees with, where files leave it out, may have so many times the parameters that they hold."""
+"""Files may leave out so many times the parameters that they hold, of what a model sees with."""
 FLOOR = 1e-4
 """Largest KL of a token, in nats, that passes whatever the noise is."""
-
-
-CONTROLS = frozenset({"mlx", "hf", "gguf"})
-"""Formats that engines read plain weights of a model in."""
 log = logging.getLogger(__name__)
 
 
@@ -80,47 +77,42 @@ def judge_engine(folder: Path, engine: str) -> Judgement:
     ours = torch.stack([model(input_ids=row[None], use_cache=False).logits[0] for row in tokens])
     path = folder / "model.gguf" if record.format == "gguf" else folder
     theirs = answer(engine, path, tokens, record.format, vocab=ours.shape[-1]).logits
-    noise = _noise(engine, folder, model, ours, tokens)
+    dtype = read_config(folder)["dtype"] if record.format == "mlx" else "float32"
+    noise = _noise(engine, record, model, ours, tokens, dtype)
     limit = ENGINES[engine].formats[record.format].max_kl if noise is None else max(FLOOR, TIMES * noise.max_kl)
     return Judgement(compare(ours, theirs, tokens), noise, limit)
 
 
 def _noise(
     engine: str,
-    folder: Path,
+    record: VerificationRecord,
     model: PreTrainedModel,
     ours: Float[Tensor, "windows seqlen vocab"],
     tokens: Int[Tensor, "windows seqlen"],
+    dtype: Any,
 ) -> Comparison | None:
     """The engine's difference on its control: a file of the decoded weights without the format's codes.
 
     llama.cpp rounds activations only where weights are quantized, and then to 8 bits, as it does for Q8_0. mlx-lm's
     control is in the folder's dtype, which some of its tensors are computed into (norms + 1).
     """
-    record = VerificationRecord.read(folder)
+    controls = {"mlx": MLXFormat(dtype), "hf": HFFormat("float32"), "gguf": GGUFFormat(plain_dtype="F32")}
     supported = ENGINES[engine].formats
-    format_ = next(
-        (_control(n, folder) for n in (record.format, "hf", "gguf") if n in CONTROLS & supported.keys()), None
-    )
-    if format_ is None:
+    readable = [name for name in (record.format, "hf", "gguf") if name in controls.keys() & supported.keys()]
+    if not readable:
         return None
+    format_ = controls[readable[0]]
     with TemporaryDirectory(prefix="control-") as path:
         control, q8 = Path(path), format_.name == "gguf"
         rounded = {module: _in_q8_0(model, module) for module in record.weights} if q8 else {}
         try:
             format_.write(Source(model, None, "control", rounded), control)
-            file, dtype = control / "model.gguf" if q8 else control, supported[record.format].dtype
-            return compare(ours, answer(engine, file, tokens, format_.name, dtype, vocab=ours.shape[-1]).logits, tokens)
+            file, computed = control / "model.gguf" if q8 else control, supported[record.format].dtype
+            theirs = answer(engine, file, tokens, format_.name, computed, vocab=ours.shape[-1]).logits
+            return compare(ours, theirs, tokens)
         except UserError as error:
             log.warning("%s: no noise of its own is known (%s)", engine, error)
             return None
-
-
-def _control(name: str, folder: Path) -> Format:
-    """A format that holds plain weights of the model in a folder."""
-    if name == "mlx":
-        return MLXFormat(read_config(folder)["dtype"])
-    return HFFormat("float32") if name == "hf" else GGUFFormat(plain_dtype="F32")
 
 
 def _in_q8_0(model: PreTrainedModel, name: str) -> QuantizedWeight:

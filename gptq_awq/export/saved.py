@@ -82,8 +82,15 @@ def saved(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Te
 
 def _reverted(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors with transformers' conversions taken back, some of which ask for the shape of a fused parameter."""
-    with fused_in_name(model), _transposing_back():
+    with _reverting(model):
         return revert_weight_conversion(model, tensors)
+
+
+@contextmanager
+def _reverting(model: PreTrainedModel) -> Iterator[None]:
+    """Context manager in which transformers takes conversions of a model's tensors back."""
+    with fused_in_name(model), _transposing_back():
+        yield
 
 
 class _TransposedBack(Transpose):
@@ -123,17 +130,21 @@ def saved_names(model: PreTrainedModel) -> dict[str, str]:
     Tensors that a checkpoint keeps together with others, or in parts, are left out.
     """
     empty = ((name, torch.empty(shape, device="meta")) for name, shape in state_shapes(model).items())
-    alone = {name: _names_alone(model, name, tensor) for name, tensor in empty}
+    with _reverting(model):  # entered once: it looks for experts in all modules
+        alone = {name: _names_alone(model, name, tensor) for name, tensor in empty}
     owners = Counter(new for found in alone.values() for new in found)
     single = {name: found[0] for name, found in alone.items() if len(found) == 1}
     return {name: new for name, new in single.items() if owners[new] == 1 and new != name}
 
 
 def _names_alone(model: PreTrainedModel, name: str, tensor: Tensor) -> list[str]:
-    """Names of what a tensor alone becomes in the checkpoint; none where the way back asks for others, too."""
+    """Names of what a tensor alone becomes in the checkpoint; none where the way back asks for others, too.
+
+    To be used inside of `_reverting`.
+    """
     try:
-        return list(_reverted(model, {name: tensor}))
-    except Exception:  # in whichever way an operation notices
+        return list(revert_weight_conversion(model, {name: tensor}))
+    except ValueError:  # of a conversion that joins several tensors
         return []
 
 
